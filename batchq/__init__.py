@@ -1,0 +1,43 @@
+"""batchq: a job queue that lives in Postgres.
+
+Rows of ``batchq.batches`` are the queue; an `App` says which function works which kind of batch.
+"""
+
+from batchq.app import App
+from batchq.batch import Batch, Chunk
+from batchq.enqueue import enqueue, enqueue_async, enqueue_many
+from batchq.errors import (
+    BatchqError,
+    Cancel,
+    ConfigError,
+    InvalidInput,
+    LeaseLost,
+    OutcomeUnknown,
+    Snooze,
+    StopRequested,
+    TimedOut,
+)
+from batchq.retry import Backoff
+from batchq.settings import Settings
+from batchq.worker import Worker
+
+__all__ = [
+    "App",
+    "Backoff",
+    "Batch",
+    "BatchqError",
+    "Cancel",
+    "Chunk",
+    "ConfigError",
+    "InvalidInput",
+    "LeaseLost",
+    "OutcomeUnknown",
+    "Settings",
+    "Snooze",
+    "StopRequested",
+    "TimedOut",
+    "Worker",
+    "enqueue",
+    "enqueue_async",
+    "enqueue_many",
+]

@@ -1,0 +1,180 @@
+"""The app: which function works which kind of batch."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from batchq.errors import ConfigError
+from batchq.retry import Backoff
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+MAX_KIND_BYTES = 200
+
+
+@dataclass(frozen=True)
+class Handler:
+    """A function and how it is to be called. Made by `App.handler` and `App.item_handler`."""
+
+    kind: str
+    function: Callable[..., Any]
+    timeout_seconds: float | None
+    backoff: Backoff
+    payload_model: type[BaseModel] | None
+
+    @property
+    def is_async(self) -> bool:
+        """Tell whether it runs in the event loop."""
+        return inspect.iscoroutinefunction(self.function)
+
+
+@dataclass(frozen=True)
+class ItemHandler(Handler):
+    """A function that is called once an item."""
+
+    item_model: type[BaseModel] | None
+    concurrency: int
+    transactional: bool
+    chunk_size: int
+    wants_batch: bool
+    wants_conn: bool
+
+
+@dataclass
+class App:
+    """The handlers of a program: ``app = batchq.App()``, then ``@app.handler("kind")``."""
+
+    handlers: dict[str, Handler] = field(default_factory=dict)
+
+    def handler(
+        self,
+        kind: str,
+        *,
+        payload: type[BaseModel] | None = None,
+        timeout_seconds: float | None = None,
+        backoff: Backoff | None = None,
+    ) -> Callable[[Function], Function]:
+        """Register a function of one argument, the batch, as the handler of *kind*; it stays a plain function.
+
+        *payload*: a pydantic model; batch.payload is then an instance, and a batch that does not fit it fails at once.
+        *timeout_seconds*: of an attempt, where the batch has none of its own. *backoff*: the waits between attempts.
+        What the function returns (JSON) is stored as the batch's result. Raises ConfigError.
+        """
+
+        def register(function: Function) -> Function:
+            check_arguments(kind, function, "batch")
+            self.add(Handler(kind, function, timeout_seconds, backoff or Backoff(), payload))
+            return function
+
+        return register
+
+    def item_handler(
+        self,
+        kind: str,
+        *,
+        concurrency: int = 1,
+        transactional: bool = False,
+        chunk_size: int = 1000,
+        item: type[BaseModel] | None = None,
+        payload: type[BaseModel] | None = None,
+        timeout_seconds: float | None = None,
+        backoff: Backoff | None = None,
+    ) -> Callable[[Function], Function]:
+        """Register a function that is called once for each item of a batch; its error fails that item only.
+
+        Its first argument is the item; it may take ``batch`` too and, if *transactional*, ``conn``: the connection of
+        the chunk's transaction, in which each item has a savepoint, and which commits with the checkpoint.
+        *concurrency*: how many items of a batch at once. *chunk_size*: at most so many items a checkpoint; one is
+        written after about a second, too. *item*: a pydantic model; an item that does not fit it fails without a retry.
+        Raises ConfigError.
+        """
+
+        def register(function: Function) -> Function:
+            names = check_item_arguments(kind, function, transactional)
+            check_numbers(kind, concurrency, chunk_size, transactional)
+            self.add(
+                ItemHandler(
+                    kind,
+                    function,
+                    timeout_seconds,
+                    backoff or Backoff(),
+                    payload,
+                    item,
+                    concurrency,
+                    transactional,
+                    chunk_size,
+                    wants_batch="batch" in names,
+                    wants_conn="conn" in names,
+                )
+            )
+            return function
+
+        return register
+
+    def add(self, handler: Handler) -> None:
+        """Register a handler. Raises ConfigError for a kind that the table would refuse, or that is taken."""
+        if not isinstance(handler.kind, str) or not 1 <= len(handler.kind.encode()) <= MAX_KIND_BYTES:
+            raise ConfigError(f"a kind is a text of 1 to {MAX_KIND_BYTES} bytes, not {handler.kind!r}")
+        if handler.kind in self.handlers:
+            other = self.handlers[handler.kind].function.__qualname__
+            raise ConfigError(f"kind {handler.kind!r} has a handler already: {other}")
+        if handler.timeout_seconds is not None and not handler.timeout_seconds > 0:
+            raise ConfigError(f"timeout_seconds of {handler.kind!r} must be over 0, not {handler.timeout_seconds!r}")
+        self.handlers[handler.kind] = handler
+
+
+def check_arguments(kind: str, function: Callable[..., Any], expected: str) -> list[str]:
+    """Return the names of a handler's arguments. Raises ConfigError unless it takes at least one."""
+    if not callable(function):
+        raise ConfigError(f"the handler of {kind!r} is no function: {function!r}")
+    names = list(inspect.signature(function).parameters)
+    if not names:
+        raise ConfigError(f"the handler of {kind!r}, {function.__qualname__}(), must take an argument, the {expected}")
+    return names
+
+
+def check_item_arguments(kind: str, function: Callable[..., Any], transactional: bool) -> list[str]:
+    """Return which of batch and conn an item handler takes besides the item. Raises ConfigError for others."""
+    extra = check_arguments(kind, function, "item")[1:]
+    allowed = ["batch", "conn"] if transactional else ["batch"]
+    if unknown := [name for name in extra if name not in allowed]:
+        why = "; conn is for transactional=True" if "conn" in unknown else ""
+        raise ConfigError(
+            f"the item handler of {kind!r} takes (item, {', '.join(allowed)}), not {', '.join(unknown)}{why}"
+        )
+    return extra
+
+
+def check_numbers(kind: str, concurrency: int, chunk_size: int, transactional: bool) -> None:
+    """Raise ConfigError for numbers that cannot be."""
+    if concurrency < 1 or chunk_size < 1:
+        raise ConfigError(f"{kind!r}: concurrency and chunk_size start at 1, not {concurrency} and {chunk_size}")
+    if transactional and concurrency > 1:
+        raise ConfigError(f"{kind!r}: a transactional item handler has one connection, so concurrency must be 1")
+
+
+def load_app(name: str) -> App:
+    """Import the app named ``module:attribute``, from the current directory too. Raises ConfigError, in one line."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ConfigError(f"name the app as MODULE:APP, such as tasks:app, not {name!r}")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"cannot import {module_name!r}: {message}") from error
+    app = getattr(module, attribute, None)
+    if not isinstance(app, App):
+        raise ConfigError(f"{name!r} is not a batchq.App (it is {type(app).__name__})")
+    if not app.handlers:
+        raise ConfigError(f"{name!r} has no handlers; decorate functions with @{attribute}.handler(kind)")
+    return app

@@ -1,0 +1,532 @@
+"""A claimed batch, as its handler sees it: input, progress, checkpoints, transactions."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import psycopg
+
+from batchq import queries
+from batchq.database import HandlerConnections
+from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested
+from batchq.queries import ClaimedRow, Finish, ItemFailure, Progress, Statement
+from batchq.text import cut, json_text, one_line
+
+PAGE_BYTES = 4_000_000
+PAGE_ITEMS = 10_000
+UNCHANGED: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What a worker gives to its batches."""
+
+    connections: HandlerConnections
+    lease_seconds: float
+    stopping: threading.Event
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One claim: every batch of it has the same queue and token."""
+
+    queue: str
+    token: UUID
+    runtime: Runtime
+
+
+class Batch:
+    """One claimed batch.
+
+    id, queue, kind, attempt (this one, from 1), max_attempts, items_total (None without items), items_done and
+    items_failed (at the last checkpoint) are as in batchq.batches. Everything written through it is fenced: if the
+    batch is no longer this worker's, nothing commits and LeaseLost is raised.
+    """
+
+    __slots__ = (
+        "_cursor",
+        "_items",
+        "_payload",
+        "attempt",
+        "begun_at",
+        "claim",
+        "completed",
+        "id",
+        "interrupt",
+        "items_bytes",
+        "items_done",
+        "items_failed",
+        "items_total",
+        "kind",
+        "leased_at",
+        "max_attempts",
+        "max_failed_items",
+        "open_transaction",
+        "row",
+        "timeout_seconds",
+        "used_chunks",
+    )
+
+    def __init__(self, row: ClaimedRow, claim: Claim, leased_at: float) -> None:
+        self.row: ClaimedRow = row
+        self.claim = claim
+        self.id, self.kind, self.attempt, self.max_attempts = row[:4]
+        (
+            self.items_total,
+            self.items_bytes,
+            self.items_done,
+            self.items_failed,
+            self.max_failed_items,
+            self.timeout_seconds,
+        ) = row[6:]
+        self._payload = self._cursor = self._items = UNCHANGED
+        self.leased_at = leased_at
+        self.begun_at: float | None = None
+        self.interrupt: Interrupted | None = None
+        self.open_transaction: BatchTransaction | None = None
+        self.completed = False
+        self.used_chunks = False
+
+    # ------------------------------------------------------------------------------------------------- the input
+
+    @property
+    def queue(self) -> str:
+        """The queue that it came from."""
+        return self.claim.queue
+
+    @property
+    def payload(self) -> Any:
+        """The payload: a JSON value, or an instance of the handler's payload model."""
+        if self._payload is UNCHANGED:
+            self._payload = parse(self.row.payload, "payload")
+        return self._payload
+
+    @payload.setter
+    def payload(self, value: Any) -> None:
+        self._payload = value
+
+    @property
+    def cursor(self) -> Any:
+        """What the last checkpoint saved, None before the first."""
+        if self._cursor is UNCHANGED:
+            self._cursor = parse(self.row.cursor, "cursor")
+        return self._cursor
+
+    @property
+    def items(self) -> list[Any]:
+        """All items, whatever was done before; [] without items. One read; for long lists use `chunks`."""
+        if self._items is UNCHANGED:
+            refuse_in_event_loop("batch.items", "`async for chunk in batch.chunks(n)`")
+            self._items = read_items(self, 0, self.items_total or 0)
+        return self._items  # type: ignore[no-any-return]
+
+    def load(self) -> None:
+        """Fetch payload and cursor if the claim left them out, being large. Raises LeaseLost."""
+        if self.row.payload is None:
+            with self.claim.runtime.connections.reading() as conn:
+                found = queries.large_input(conn, self.queue, self.id, self.claim.token)
+            if found is None:
+                raise self.lost()
+            self.row = self.row._replace(payload=found[0], cursor=found[1])
+
+    # ---------------------------------------------------------------------------------------------- interruptions
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the worker is stopping or the batch is no longer its own: end soon, at a checkpoint if possible."""
+        return self.interrupt is not None or self.claim.runtime.stopping.is_set()
+
+    def raise_if_interrupted(self) -> None:
+        """Raise LeaseLost, TimedOut or StopRequested if it is time to end. Every checkpoint does."""
+        if self.interrupt is not None:
+            raise self.interrupt
+        if self.claim.runtime.stopping.is_set():
+            raise StopRequested(f"the worker stops: batch {self.id} is given back")
+
+    def lost(self) -> LeaseLost:
+        """Return the error to raise when a fenced write matched nothing."""
+        self.interrupt = LeaseLost(f"batch {self.id} is no longer this worker's; nothing was written")
+        return self.interrupt
+
+    # --------------------------------------------------------------------------------- checkpoints, transactions
+
+    def checkpoint(self, cursor: Any = UNCHANGED) -> None:
+        """Save *cursor* (JSON) and extend the lease; within ``batch.transaction()``, as part of its commit.
+
+        Raises LeaseLost; StopRequested, after the save, if the worker is stopping; InvalidInput for what is no JSON.
+        """
+        if self.open_transaction is not None:
+            self.open_transaction.set_cursor(cursor)
+            return
+        refuse_in_event_loop("batch.checkpoint()", "`await batch.checkpoint_async()`")
+        with self.transaction(cursor=cursor, complete=False):
+            pass
+        self.raise_if_interrupted()
+
+    async def checkpoint_async(self, cursor: Any = UNCHANGED) -> None:
+        """Do as `checkpoint` does, in an ``async def`` handler."""
+        if self.open_transaction is not None:
+            self.open_transaction.set_cursor(cursor)
+            return
+        async with self.transaction(cursor=cursor, complete=False):
+            pass
+        self.raise_if_interrupted()
+
+    def transaction(
+        self, *, cursor: Any = UNCHANGED, complete: bool | None = None, result: Any = None
+    ) -> "BatchTransaction":
+        """Return the transaction in which a handler writes its own rows: ``with batch.transaction() as conn``.
+
+        Its commit also completes the batch, with *result*: rows and completion both, or neither, so the rows are there
+        exactly once; the handler should return then. With a *cursor*, given here or to `checkpoint` within the block,
+        the commit saves it instead, and the handler goes on: rows and checkpoint both, or neither. *complete* decides
+        it explicitly. Use ``async with`` in an ``async def`` handler.
+
+        Raises LeaseLost at the commit, which then is none; OutcomeUnknown if the connection was lost while committing.
+        """
+        self.refuse_if_completed()
+        if complete is None:
+            complete = cursor is UNCHANGED
+        if complete and self.items_total is not None and not self.all_items_worked:
+            raise InvalidInput(
+                f"batch {self.id} has items: write its rows in chunk.transaction(), or give "
+                "batch.transaction(complete=...) to say whether it completes them all"
+            )
+        return BatchTransaction(self, cursor, complete, result)
+
+    def chunks(self, size: int = 500) -> "Chunks":
+        """Return the items that are left, in chunks of *size*: ``for chunk in batch.chunks(500)``.
+
+        First those after the last checkpoint, in order; then, in a later attempt, those that failed in earlier ones.
+        Each chunk is checkpointed by its own transaction or commit, or else when the next one is asked for; so leave
+        the loop early only after chunk.commit(). Raises as `checkpoint` does. Use ``async for`` in ``async def``.
+        """
+        if size < 1:
+            raise InvalidInput(f"chunks() takes a size from 1 up, not {size!r}")
+        self.refuse_if_completed()
+        self.used_chunks = True
+        return Chunks(self, size)
+
+    @property
+    def all_items_worked(self) -> bool:
+        """Whether every item has been tried at least once."""
+        return self.items_done + self.items_failed == (self.items_total or 0)
+
+    def refuse_if_completed(self) -> None:
+        """Raise RuntimeError if a transaction of the handler has completed the batch."""
+        if self.completed:
+            raise RuntimeError(
+                f"batch {self.id} was completed by its batch.transaction(); to use several, give each a cursor"
+            )
+
+    def checkpoint_statement(self, progress: Progress) -> Statement:
+        """Return the fenced write of *progress*."""
+        return queries.checkpoint(self.queue, self.id, self.claim.token, self.claim.runtime.lease_seconds, progress)
+
+    def apply(self, progress: Progress, written_at: float) -> None:
+        """Take over what a checkpoint has committed."""
+        self.items_done += progress.done
+        self.items_failed += progress.failed
+        self.leased_at = written_at
+        if not progress.keeps_cursor:
+            self._cursor = parse(progress.cursor, "cursor")
+
+
+def parse(text: str | None, what: str) -> Any:
+    """Return the JSON value of *text*. Raises InvalidInput for what Postgres takes and Python does not."""
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of over 4,300 digits, or nesting too deep
+        raise InvalidInput(f"the {what} cannot be read in Python: {one_line(error)}") from None
+
+
+def refuse_in_event_loop(what: str, instead: str) -> None:
+    """Raise RuntimeError where a blocking call would stop every other handler of the event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise RuntimeError(f"{what} would block the event loop; in an `async def` handler use {instead}")
+
+
+def read_items(batch: Batch, first: int, count: int) -> list[Any]:
+    """Return *count* items from number *first*. Raises LeaseLost."""
+    if count == 0:
+        return []
+    with batch.claim.runtime.connections.reading() as conn:
+        text = queries.items_page(conn, batch.queue, batch.id, batch.claim.token, first, count)
+    if text is None:
+        raise batch.lost()
+    return parse(text, "items")  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------------------------------------------ transactions
+
+
+class FencedTransaction:
+    """A transaction that ends with a fenced write: ``with`` in ``def``, ``async with`` in ``async def`` handlers.
+
+    Gives the psycopg connection to write with. Committing or rolling it back by hand is refused by psycopg.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.context: AbstractContextManager[psycopg.Connection[Any]] | None = None
+        self.async_context: AbstractAsyncContextManager[psycopg.AsyncConnection[Any]] | None = None
+
+    def write(self) -> Statement:
+        """Return the fenced write that ends the transaction."""
+        raise NotImplementedError
+
+    def committed(self, written_at: float) -> None:
+        """Take over what has been committed. *written_at*: monotonic time before the write."""
+        raise NotImplementedError
+
+    def __enter__(self) -> psycopg.Connection[Any]:
+        refuse_in_event_loop("`with ...transaction()`", "`async with ...transaction()`")
+        self.context = self.run()
+        return self.context.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        assert self.context is not None  # noqa: S101 (for the type checker)
+        return self.context.__exit__(*error)
+
+    async def __aenter__(self) -> psycopg.AsyncConnection[Any]:
+        self.async_context = self.run_async()
+        return await self.async_context.__aenter__()
+
+    async def __aexit__(self, *error: Any) -> bool | None:
+        assert self.async_context is not None  # noqa: S101 (for the type checker)
+        return await self.async_context.__aexit__(*error)
+
+    @contextmanager
+    def run(self) -> Iterator[psycopg.Connection[Any]]:
+        """Give a connection of the pool in a transaction, and end it with the fenced write."""
+        with self.opened():
+            with self.batch.claim.runtime.connections.transaction() as conn:
+                yield conn
+                written_at = time.monotonic()
+                if conn.execute(*self.write()).rowcount == 0:
+                    raise self.batch.lost()
+            self.committed(written_at)
+
+    @asynccontextmanager
+    async def run_async(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        """Do as `run` does, in the event loop."""
+        with self.opened():
+            async with self.batch.claim.runtime.connections.transaction_async() as conn:
+                yield conn
+                written_at = time.monotonic()
+                if (await conn.execute(*self.write())).rowcount == 0:
+                    raise self.batch.lost()
+            self.committed(written_at)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Note on the batch that a transaction is open. One at a time."""
+        if self.batch.open_transaction is not None:
+            raise RuntimeError(f"batch {self.batch.id} has a transaction open already; end it before the next")
+        yield
+
+
+class BatchTransaction(FencedTransaction):
+    """The transaction of `Batch.transaction`."""
+
+    def __init__(self, batch: Batch, cursor: Any, complete: bool, result: Any) -> None:
+        super().__init__(batch)
+        self.complete = complete
+        self.progress = Progress()
+        self.result = None if result is None else json_text(result, "the result")
+        if cursor is not UNCHANGED:
+            self.set_cursor(cursor)
+            self.complete = complete
+
+    def set_cursor(self, cursor: Any) -> None:
+        """Save *cursor* with the commit, and do not complete the batch."""
+        self.complete = False
+        if cursor is not UNCHANGED:
+            text = None if cursor is None else json_text(cursor, "the cursor")
+            self.progress = Progress(keeps_cursor=False, cursor=text)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Let `Batch.checkpoint` find this transaction while it is open."""
+        with super().opened():
+            self.batch.open_transaction = self
+            try:
+                yield
+            finally:
+                self.batch.open_transaction = None
+
+    def write(self) -> Statement:
+        """Complete the batch, or save the checkpoint."""
+        if not self.complete:
+            return self.batch.checkpoint_statement(self.progress)
+        done = Finish(self.batch.id, self.batch.claim.token, "completed", self.result, all_done=True)
+        return queries.finish(self.batch.queue, [done])
+
+    def committed(self, written_at: float) -> None:
+        """Remember that the batch is completed, or where it stands."""
+        self.batch.completed = self.complete
+        if not self.complete:
+            self.batch.apply(self.progress, written_at)
+
+
+# ------------------------------------------------------------------------------------------------------------ chunks
+
+
+class Chunk:
+    """Some items of a batch, and their checkpoint.
+
+    items: their values; indexes: their places in the whole list. Mark those that failed with `fail`; then commit in
+    `transaction`, together with rows of your own, or by `commit`.
+    """
+
+    __slots__ = ("batch", "committed", "count", "failures", "indexes", "is_retry", "items")
+
+    def __init__(self, batch: Batch, indexes: Sequence[int], items: list[Any], is_retry: bool) -> None:
+        self.batch = batch
+        self.indexes = indexes
+        self.items = items
+        self.is_retry = is_retry
+        self.count = len(items)
+        self.failures: dict[int, BaseException | str] = {}
+        self.committed = False
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def fail(self, position: int, error: BaseException | str) -> None:
+        """Record that the item at *position* in this chunk failed; later attempts try it again, alone.
+
+        With InvalidInput as the error it is not tried again. Takes effect with the chunk's commit.
+        """
+        if not 0 <= position < len(self.items):
+            raise InvalidInput(f"the chunk has positions 0 to {len(self.items) - 1}, not {position!r}")
+        self.failures[position] = error
+
+    def end_at(self, count: int) -> None:
+        """Keep only the first *count* items in this chunk; the others come again in the next."""
+        self.count = count
+
+    def transaction(self) -> "ChunkTransaction":
+        """Return the transaction for your own rows: they and the checkpoint commit together, or neither.
+
+        ``with chunk.transaction() as conn``, or ``async with``. Raises LeaseLost at the commit, which then is none.
+        """
+        if self.committed:
+            raise RuntimeError(f"this chunk of batch {self.batch.id} is committed already")
+        return ChunkTransaction(self)
+
+    def commit(self) -> None:
+        """Write the checkpoint alone: these items are worked. Raises LeaseLost."""
+        with self.transaction():
+            pass
+
+    async def commit_async(self) -> None:
+        """Do as `commit` does, in an ``async def`` handler."""
+        async with self.transaction():
+            pass
+
+    def progress(self) -> Progress:
+        """Return what this chunk changes of its batch."""
+        failures = [self.failure(position) for position in sorted(self.failures) if position < self.count]
+        if not self.is_retry:
+            return Progress(self.count - len(failures), len(failures), failures)
+        recovered = [self.indexes[position] for position in range(self.count) if position not in self.failures]
+        return Progress(len(recovered), -len(recovered), failures, recovered)
+
+    def failure(self, position: int) -> ItemFailure:
+        """Return the failed item at *position* as it is stored."""
+        error = self.failures[position]
+        return ItemFailure(
+            self.indexes[position],
+            json.dumps(self.items[position]),
+            cut(error, 2000) if isinstance(error, str) else one_line(error),
+            not isinstance(error, InvalidInput),
+        )
+
+
+class ChunkTransaction(FencedTransaction):
+    """The transaction of `Chunk.transaction`."""
+
+    def __init__(self, chunk: Chunk) -> None:
+        super().__init__(chunk.batch)
+        self.chunk = chunk
+        self.progress = Progress()
+
+    def write(self) -> Statement:
+        """Move counters, failed items and lease."""
+        self.progress = self.chunk.progress()
+        return self.batch.checkpoint_statement(self.progress)
+
+    def committed(self, written_at: float) -> None:
+        """Take over the counters."""
+        self.chunk.committed = True
+        self.batch.apply(self.progress, written_at)
+
+
+class Chunks:
+    """The chunks that are left of a batch; see `Batch.chunks`."""
+
+    def __init__(self, batch: Batch, size: int) -> None:
+        self.batch = batch
+        self.size = size
+        self.page: list[Any] = []
+        self.page_first = 0
+
+    def __iter__(self) -> Iterator[Chunk]:
+        refuse_in_event_loop("`for chunk in batch.chunks()`", "`async for`")
+        self.batch.raise_if_interrupted()
+        while (chunk := self.next_chunk()) is not None:
+            yield chunk
+            if not chunk.committed:
+                chunk.commit()
+            self.batch.raise_if_interrupted()
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        self.batch.raise_if_interrupted()
+        while (chunk := await asyncio.to_thread(self.next_chunk)) is not None:
+            yield chunk
+            if not chunk.committed:
+                await chunk.commit_async()
+            self.batch.raise_if_interrupted()
+
+    def next_chunk(self) -> Chunk | None:
+        """Return the next chunk by the counters of the last checkpoint, None if nothing is left. Blocks."""
+        first = self.batch.items_done + self.batch.items_failed
+        if first < (self.batch.items_total or 0):
+            items = self.slice(first)
+            return Chunk(self.batch, range(first, first + len(items)), items, is_retry=False)
+        return self.next_retry() if self.batch.items_failed else None
+
+    def slice(self, first: int) -> list[Any]:
+        """Return the items from number *first*, of the page in memory or of the next one."""
+        offset = first - self.page_first
+        if not self.page or not 0 <= offset < len(self.page):
+            self.page = read_items(self.batch, first, self.page_length(first))
+            self.page_first, offset = first, 0
+        return self.page[offset : offset + self.size]
+
+    def page_length(self, first: int) -> int:
+        """Return how many items to read at once: each read unpacks the whole list, each page is held in memory."""
+        total = self.batch.items_total or 0
+        by_bytes = PAGE_BYTES * total // max(self.batch.items_bytes or 0, 1)
+        return min(max(self.size, min(by_bytes, max(PAGE_ITEMS, total // 20))), total - first)
+
+    def next_retry(self) -> Chunk | None:
+        """Return the next chunk of items that failed in an earlier attempt, None if none is left."""
+        batch = self.batch
+        with batch.claim.runtime.connections.reading() as conn:
+            rows = queries.failed_page(conn, batch.queue, batch.id, batch.attempt, self.size)
+        if not rows:
+            return None
+        return Chunk(batch, [row[0] for row in rows], [parse(row[1], "item") for row in rows], is_retry=True)

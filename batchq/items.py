@@ -1,0 +1,158 @@
+"""Item handlers: chunk by chunk, call the function once an item, then commit what is worked.
+
+A chunk ends by size, after about a second, or when the batch must end. The items begun are always the first ones of the
+chunk, also when several run at once: so "how many" is all that a checkpoint has to remember.
+"""
+
+import asyncio
+import contextvars
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import psycopg
+from pydantic import BaseModel, ValidationError
+
+from batchq.app import ItemHandler
+from batchq.batch import Batch, Chunk
+from batchq.database import AnyConnection, is_lost
+from batchq.errors import Cancel, Interrupted, InvalidInput, Snooze
+
+CHUNK_SECONDS = 1.0
+PASSED_ON = (Interrupted, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit)
+
+
+def validate(model: type[BaseModel], value: Any, what: str) -> BaseModel:
+    """Return *value* as an instance of *model*. Raises InvalidInput with the model's message, in one line."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in detail['loc']) or 'value'}: {detail['msg']}" for detail in error.errors()
+        ]
+        raise InvalidInput(f"the {what} does not fit {model.__name__}: {'; '.join(problems)}") from None
+
+
+class ChunkRun:
+    """One chunk being worked by one item handler."""
+
+    def __init__(self, handler: ItemHandler, chunk: Chunk) -> None:
+        self.handler = handler
+        self.chunk = chunk
+        self.batch = chunk.batch
+        self.arguments: dict[str, Any] = {"batch": chunk.batch} if handler.wants_batch else {}
+        # Shared by all lanes; taking the next of a range's iterator is atomic.
+        self.positions = iter(range(len(chunk)))
+        self.ends_at = time.monotonic() + CHUNK_SECONDS
+        self.ended_by: tuple[int, Snooze | Cancel] | None = None
+
+    def item(self, position: int) -> Any:
+        """Return the item to call the handler with. Raises InvalidInput if it does not fit its model."""
+        value = self.chunk.items[position]
+        return value if self.handler.item_model is None else validate(self.handler.item_model, value, "item")
+
+    def is_over(self) -> bool:
+        """Tell whether to begin no further item."""
+        return time.monotonic() >= self.ends_at or self.batch.stop_requested or self.ended_by is not None
+
+    def failed(self, position: int, error: BaseException, conn: AnyConnection | None) -> None:
+        """Record what an item raised. Raises it again where it concerns more than the item."""
+        if isinstance(error, PASSED_ON) or (conn is not None and is_lost(conn)):
+            raise error
+        if isinstance(error, Snooze | Cancel):
+            if self.ended_by is None or position < self.ended_by[0]:
+                self.ended_by = (position, error)
+        else:
+            self.chunk.fail(position, error)
+
+    def close(self) -> None:
+        """Keep in the chunk what is worked: all begun items, or those before one that ended the batch."""
+        begun = next(self.positions, len(self.chunk))
+        self.chunk.end_at(begun if self.ended_by is None else self.ended_by[0])
+
+    def raise_end(self) -> None:
+        """Raise the Snooze or Cancel that an item raised, now that the items before it are committed."""
+        if self.ended_by is not None:
+            raise self.ended_by[1]
+
+    # ------------------------------------------------------------------------------------------- in threads (def)
+
+    def lane(self, conn: psycopg.Connection[Any] | None = None) -> None:
+        """Work items until the chunk is over."""
+        if self.handler.wants_conn:
+            self.arguments["conn"] = conn
+        for position in self.positions:
+            try:
+                with savepoint(conn):
+                    self.handler.function(self.item(position), **self.arguments)
+            except BaseException as error:
+                self.failed(position, error, conn)
+            if self.is_over():
+                return
+
+    def lanes(self) -> None:
+        """Work items in as many threads as the handler's concurrency says."""
+        with ThreadPoolExecutor(self.handler.concurrency, thread_name_prefix="batchq-items") as executor:
+            futures = [
+                executor.submit(contextvars.copy_context().run, self.lane) for _ in range(self.handler.concurrency)
+            ]
+        for future in futures:
+            future.result()
+
+    # ------------------------------------------------------------------------------- in the event loop (async def)
+
+    async def lane_async(self, conn: psycopg.AsyncConnection[Any] | None = None) -> None:
+        """Work items until the chunk is over."""
+        if self.handler.wants_conn:
+            self.arguments["conn"] = conn
+        for position in self.positions:
+            try:
+                if conn is None:
+                    await self.handler.function(self.item(position), **self.arguments)
+                else:
+                    async with conn.transaction():
+                        await self.handler.function(self.item(position), **self.arguments)
+            except BaseException as error:
+                self.failed(position, error, conn)
+            if self.is_over():
+                return
+
+    async def lanes_async(self) -> None:
+        """Work as many items at once as the handler's concurrency says."""
+        await asyncio.gather(*(self.lane_async() for _ in range(self.handler.concurrency)))
+
+
+def savepoint(conn: psycopg.Connection[Any] | None) -> AbstractContextManager[Any]:
+    """Return a savepoint of the chunk's transaction, nothing where there is none."""
+    return nullcontext() if conn is None else conn.transaction()
+
+
+def run_items(batch: Batch, handler: ItemHandler) -> None:
+    """Work the items that are left. Raises what ends the batch early, after the commit of what was worked."""
+    for chunk in batch.chunks(handler.chunk_size):
+        run = ChunkRun(handler, chunk)
+        if handler.transactional:
+            with chunk.transaction() as conn:
+                run.lane(conn)
+                run.close()
+        else:
+            run.lane() if handler.concurrency == 1 else run.lanes()
+            run.close()
+            chunk.commit()
+        run.raise_end()
+
+
+async def run_items_async(batch: Batch, handler: ItemHandler) -> None:
+    """Do as `run_items` does, in the event loop."""
+    async for chunk in batch.chunks(handler.chunk_size):
+        run = ChunkRun(handler, chunk)
+        if handler.transactional:
+            async with chunk.transaction() as conn:
+                await run.lane_async(conn)
+                run.close()
+        else:
+            await run.lanes_async()
+            run.close()
+            await chunk.commit_async()
+        run.raise_end()

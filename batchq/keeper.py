@@ -1,0 +1,175 @@
+"""The keeper: one thread for the process keeps leases, watches time limits, rescues, shows life and tidies up.
+
+It has its own thread and its own connection, so handlers that block stop none of it.
+"""
+
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import psycopg
+
+from batchq import queries
+from batchq.batch import Batch
+from batchq.claimer import Claimer
+from batchq.database import Link
+from batchq.execution import WRITTEN, failed_attempt, timed_out
+from batchq.lanes import Lane
+from batchq.log import current_batch, get_logger
+from batchq.outage import Outage
+from batchq.queries import WorkerRow
+
+RESCUES_A_ROUND = 100
+HEARTBEAT_SECONDS = 5.0
+MAINTENANCE_SECONDS = 3600.0
+WAITING_SECONDS = 1.0
+PARTITIONS_AHEAD_DAYS = 8
+
+log = get_logger()
+
+
+class Keeper:
+    """Does each duty when it is due."""
+
+    def __init__(
+        self,
+        link: Link,
+        queues: Sequence[str],
+        lanes: Sequence[Lane],
+        row: WorkerRow,
+        lease_seconds: float,
+        keep_finished_days: int,
+        claimer: Claimer,
+    ) -> None:
+        self.link = link
+        self.queues = queues
+        self.lanes = lanes
+        self.row = row
+        self.lease_seconds = lease_seconds
+        self.keep_finished_days = keep_finished_days
+        self.claimer = claimer
+        self.closing = threading.Event()
+        self.outage = Outage("keeper")
+        self.tick_seconds = min(lease_seconds / 10, 0.5)
+        self.duties: list[Duty] = [
+            Duty(self.heartbeat, min(HEARTBEAT_SECONDS, lease_seconds)),
+            Duty(self.extend, self.tick_seconds),
+            Duty(self.rescue, lease_seconds / 10),
+            Duty(self.maintain, MAINTENANCE_SECONDS),
+        ]
+
+    def run(self) -> None:
+        """Do the duties until closed. What needs no database is done also while it is away."""
+        while not self.closing.wait(self.tick_seconds):
+            self.end_overdue()
+            for lane in self.lanes:
+                lane.give_back_waiting(WAITING_SECONDS)
+            try:
+                for duty in self.duties:
+                    duty.do_if_due()
+                self.outage.over()
+            except Exception as error:
+                self.outage.failed(error, self.closing)
+
+    def close(self) -> None:
+        """Let `run` end."""
+        self.closing.set()
+
+    # ------------------------------------------------------------------------------------------------ the duties
+
+    def extend(self) -> None:
+        """Extend the leases that are older than a third of their time."""
+        before = time.monotonic() - self.lease_seconds / 3
+        old: dict[str, list[tuple[Lane, Batch]]] = defaultdict(list)
+        for lane in self.lanes:
+            for batch in list(lane.hand):
+                if batch.leased_at < before:
+                    old[batch.queue].append((lane, batch))
+        for queue, held in old.items():
+            self.extend_queue(queue, held)
+
+    def extend_queue(self, queue: str, held: Sequence[tuple[Lane, Batch]]) -> None:
+        """Extend leases of one queue in one statement; stop what is no longer ours."""
+        now = time.monotonic()
+        batches = [batch for _, batch in held]
+        with self.link.transaction() as conn:
+            lost = queries.extend(
+                conn, queue, [b.id for b in batches], [b.claim.token for b in batches], self.lease_seconds
+            )
+        for lane, batch in held:
+            if batch.id in lost:
+                self.lose(lane, batch)
+            else:
+                batch.leased_at = max(batch.leased_at, now)
+
+    def lose(self, lane: Lane, batch: Batch) -> None:
+        """Stop a batch that somebody else has rescued, cancelled or finished, if it has not just ended here."""
+        if batch.completed or batch.open_transaction is not None or batch not in lane.hand:
+            return
+        batch.lost()
+        log.warning("lease lost", error="LeaseLost", batch_id=batch.id, kind=batch.kind, attempt=batch.attempt)
+        lane.end(batch, WRITTEN)
+        if batch.begun_at is not None:
+            lane.abandon(batch)
+
+    def end_overdue(self) -> None:
+        """End the attempts that run for longer than their limit."""
+        now = time.monotonic()
+        for lane in self.lanes:
+            for batch in list(lane.hand):
+                limit = batch.timeout_seconds or lane.handlers[batch.kind].timeout_seconds
+                if limit is not None and batch.begun_at is not None and now - batch.begun_at > limit:
+                    self.end_attempt(lane, batch, limit)
+
+    def end_attempt(self, lane: Lane, batch: Batch, limit: float) -> None:
+        """End an attempt as failed; its handler is told at its next checkpoint, or cancelled."""
+        error = timed_out(batch, limit)
+        batch.interrupt = error
+        current_batch.set(batch)
+        if lane.end(batch, failed_attempt(batch, lane.handlers[batch.kind], error)):
+            lane.abandon(batch)
+        current_batch.set(None)
+
+    def rescue(self) -> None:
+        """Take back batches whose lease ran out, of any worker."""
+        for queue in self.queues:
+            with self.link.transaction() as conn:
+                rescued = queries.rescue(conn, queue, RESCUES_A_ROUND)
+            for batch_id, kind, attempt, status in rescued:
+                log.warning("batch rescued", batch_id=batch_id, kind=kind, attempt=attempt, status=status)
+
+    def heartbeat(self) -> None:
+        """Show a sign of life, and tell the claimer among how many workers the idle polling is shared."""
+        in_hand = sum(lane.unwritten for lane in self.lanes)
+        with self.link.transaction() as conn:
+            self.claimer.live_workers = queries.heartbeat(
+                conn, self.row, in_hand, self.claimer.runtime.stopping.is_set()
+            )
+
+    def maintain(self) -> None:
+        """Create the partitions of the next days, drop those that are too old. If a lock is not free: next time."""
+        try:
+            with self.link.transaction() as conn:
+                queries.create_finished_partitions(conn, PARTITIONS_AHEAD_DAYS)
+            with self.link.transaction() as conn:
+                if dropped := queries.prune(conn, self.keep_finished_days):
+                    log.info("pruned", partitions=dropped, older_than_days=self.keep_finished_days)
+        except psycopg.errors.LockNotAvailable:
+            log.info("maintenance put off: a table is locked")
+
+
+class Duty:
+    """Something to do every so often, with jitter; done again soon if it raised."""
+
+    def __init__(self, do: Callable[[], None], every_seconds: float) -> None:
+        self.do = do
+        self.every_seconds = every_seconds
+        self.due_at = time.monotonic()
+
+    def do_if_due(self) -> None:
+        """Do it if it is due."""
+        if time.monotonic() >= self.due_at:
+            self.do()
+            self.due_at = time.monotonic() + self.every_seconds * random.uniform(0.75, 1.0)  # noqa: S311

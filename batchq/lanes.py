@@ -1,0 +1,237 @@
+"""Where handlers run: a lane of threads for ``def``, an event loop for ``async def``.
+
+A lane knows which batches are in its hand: claimed, and not ended. Whoever takes a batch out of the hand decides how it
+ended: the handler that comes to its end, or the worker that gives it back or times it out. What the other says is too
+late, and dropped.
+"""
+
+import asyncio
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from batchq.app import Handler
+from batchq.batch import Batch
+from batchq.database import HandlerConnections
+from batchq.execution import RELEASED, Outcome, run, run_async
+from batchq.log import get_logger
+
+PREFETCH_SECONDS = 0.2
+MOST_PREFETCHED = 1000
+PACE_WINDOW_SECONDS = 0.05
+
+log = get_logger()
+Ended = Callable[["Lane", Batch, Outcome], None]
+
+
+class Lane:
+    """The handlers of one style, and the batches in hand for them. *ended* is told of each batch that ends."""
+
+    def __init__(self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended) -> None:
+        self.handlers = handlers
+        self.kinds = sorted(handlers)
+        self.concurrency = concurrency
+        self.ended = ended
+        self.hand: set[Batch] = set()
+        self.claimed = 0  # counted by the claimer's thread alone
+        self.written = 0  # counted by the finisher's thread alone
+
+    @property
+    def unwritten(self) -> int:
+        """How many batches are claimed and their end not yet written."""
+        return self.claimed - self.written
+
+    def wanted(self) -> int:
+        """Return how many batches to have claimed at once."""
+        return self.concurrency
+
+    def room(self) -> int:
+        """Return how many batches to claim now."""
+        return max(0, self.wanted() - self.unwritten)
+
+    def take(self, batches: list[Batch]) -> None:
+        """Take claimed batches in hand, and begin them."""
+        self.claimed += len(batches)
+        self.hand.update(batches)
+        self.begin(batches)
+
+    def end(self, batch: Batch, outcome: Outcome) -> bool:
+        """Take a batch out of the hand and report its outcome; False if somebody else has done so before."""
+        try:
+            self.hand.remove(batch)
+        except KeyError:
+            return False
+        self.ended(self, batch, outcome)
+        return True
+
+    def begin(self, batches: list[Batch]) -> None:
+        """Hand batches to those who run them."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start what runs them."""
+        raise NotImplementedError
+
+    def give_back_waiting(self, for_seconds: float) -> int:  # noqa: ARG002 (here every batch begins at once)
+        """Give back the batches that have waited for as long without having begun; return how many."""
+        return 0
+
+    def abandon(self, batch: Batch) -> None:
+        """Stop waiting for a batch that was taken out of the hand while it ran."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Let those who run batches end."""
+        raise NotImplementedError
+
+
+class ThreadLane(Lane):
+    """*concurrency* threads, called slots, for ``def`` handlers.
+
+    Prefetches as many batches as end in about 0.2 s at the measured pace: hundreds of 1 ms, one a slot of 10 s.
+    """
+
+    def __init__(self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended) -> None:
+        super().__init__(handlers, concurrency, ended)
+        self.waiting: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self.numbers = itertools.count(1)
+        self.abandoned = 0
+        self.pace = 0.0  # batches a second
+        self.paced_at = time.monotonic()
+        self.paced_written = 0
+
+    def wanted(self) -> int:
+        """Return the prefetch, at least one batch a slot."""
+        self.measure_pace()
+        return max(self.concurrency, min(int(self.pace * PREFETCH_SECONDS), MOST_PREFETCHED))
+
+    def room(self) -> int:
+        """Return how many to claim: nothing until half of the prefetch is used up, so that claims stay large."""
+        wanted = self.wanted()
+        if wanted > 4 * self.concurrency and self.unwritten > wanted // 2:
+            return 0
+        return max(0, wanted - self.unwritten)
+
+    def measure_pace(self) -> None:
+        """Note how many batches a second were written lately."""
+        now = time.monotonic()
+        seconds = now - self.paced_at
+        if seconds >= PACE_WINDOW_SECONDS:
+            self.pace = (self.pace + (self.written - self.paced_written) / seconds) / 2
+            self.paced_at, self.paced_written = now, self.written
+
+    def begin(self, batches: list[Batch]) -> None:
+        """Queue batches for the slots."""
+        for batch in batches:
+            self.waiting.put(batch)
+
+    def start(self) -> None:
+        """Start the slots."""
+        for _ in range(self.concurrency):
+            self.start_slot()
+
+    def start_slot(self) -> None:
+        """Start one slot. A daemon: a handler that never returns does not keep the process alive."""
+        threading.Thread(target=self.slot, name=f"batchq-slot-{next(self.numbers)}", daemon=True).start()
+
+    def slot(self) -> None:
+        """Run batches, one after the other, until told to end."""
+        while (batch := self.waiting.get()) is not None:
+            outcome = run(batch, self.handlers[batch.kind])
+            if not self.end(batch, outcome):
+                return  # abandoned while it ran: another slot has taken this one's place
+
+    def give_back_waiting(self, for_seconds: float) -> int:
+        """Give back what slower batches before it have kept waiting: another worker may be idle."""
+        since = time.monotonic() - for_seconds
+        kept: list[Batch | None] = []
+        given_back = 0
+        for _ in range(self.waiting.qsize()):
+            try:
+                batch = self.waiting.get_nowait()
+            except queue.Empty:
+                break
+            if batch is not None and batch.leased_at <= since:
+                given_back += self.end(batch, RELEASED)
+            else:
+                kept.append(batch)
+        for batch in kept:
+            self.waiting.put(batch)
+        return given_back
+
+    def abandon(self, batch: Batch) -> None:
+        """Start another slot in place of the one that *batch* still holds."""
+        self.abandoned += 1
+        log.warning(
+            "thread lost to a handler that does not end", batch_id=batch.id, kind=batch.kind, lost=self.abandoned
+        )
+        self.start_slot()
+
+    def stop(self) -> None:
+        """Let idle slots end."""
+        for _ in range(self.concurrency):
+            self.waiting.put(None)
+
+
+class LoopLane(Lane):
+    """One event loop, in a thread of its own, for all ``async def`` handlers: a task a batch."""
+
+    def __init__(
+        self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended, connections: HandlerConnections
+    ) -> None:
+        super().__init__(handlers, concurrency, ended)
+        self.connections = connections
+        self.tasks: dict[Batch, asyncio.Task[None]] = {}
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=self.run_loop, name="batchq-event-loop", daemon=True)
+
+    def start(self) -> None:
+        """Start the event loop, and wait until it runs."""
+        self.thread.start()
+        self.ready.wait()
+
+    def run_loop(self) -> None:
+        """Run the event loop until `stop`."""
+        asyncio.run(self.main())
+
+    async def main(self) -> None:
+        """Keep the loop and its connections open until `stop`."""
+        self.loop = asyncio.get_running_loop()
+        self.stopped = asyncio.Event()
+        await self.connections.open_async()
+        self.ready.set()
+        await self.stopped.wait()
+        await self.connections.close_async()
+
+    def begin(self, batches: list[Batch]) -> None:
+        """Begin a task for each batch."""
+        self.loop.call_soon_threadsafe(self.begin_tasks, batches)
+
+    def begin_tasks(self, batches: list[Batch]) -> None:
+        """Begin a task for each batch; in the loop."""
+        for batch in batches:
+            self.tasks[batch] = self.loop.create_task(self.run_task(batch))
+
+    async def run_task(self, batch: Batch) -> None:
+        """Run one batch."""
+        try:
+            outcome = await run_async(batch, self.handlers[batch.kind])
+            self.end(batch, outcome)
+        finally:
+            self.tasks.pop(batch, None)
+
+    def abandon(self, batch: Batch) -> None:
+        """Cancel the batch's task."""
+        self.loop.call_soon_threadsafe(self.cancel, batch)
+
+    def cancel(self, batch: Batch) -> None:
+        """Cancel the batch's task; in the loop."""
+        if task := self.tasks.get(batch):
+            task.cancel()
+
+    def stop(self) -> None:
+        """Let the loop end, and wait for it a second."""
+        self.loop.call_soon_threadsafe(self.stopped.set)
+        self.thread.join(1)

@@ -1,0 +1,76 @@
+"""Structured logs: every line that a handler logs carries its batch."""
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import structlog
+
+from batchq.settings import hide_password
+
+
+class HasIdentity(Protocol):
+    """What a log line says of a batch."""
+
+    id: int
+    kind: str
+    attempt: int
+
+
+# Looked up only when a line is logged: a batch that logs nothing costs no more than setting this variable.
+current_batch: ContextVar[HasIdentity | None] = ContextVar("batchq_current_batch", default=None)
+
+
+def add_batch(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:  # noqa: ARG001
+    """Add batch_id, kind and attempt of the batch that the calling handler works."""
+    batch = current_batch.get()
+    if batch is not None:
+        event.setdefault("batch_id", batch.id)
+        event.setdefault("kind", batch.kind)
+        event.setdefault("attempt", batch.attempt)
+    return event
+
+
+def hide_secrets(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:  # noqa: ARG001
+    """Hide passwords of DSNs in every text of the line."""
+    for name, value in event.items():
+        if isinstance(value, str) and ("password" in value.lower() or "://" in value):
+            event[name] = hide_password(value)
+    return event
+
+
+def configure(log_format: str, log_level: str) -> None:
+    """Send the lines of structlog and of `logging` alike to standard error, as *log_format* (console or json)."""
+    before: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        add_batch,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[*before, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(log_level),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=last_processors(log_format))
+    )
+    logging.basicConfig(handlers=[handler], level=log_level.upper(), force=True)
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # its retries are told by our own lines
+
+
+def last_processors(log_format: str) -> list[Any]:
+    """Return the processors that make a line of text."""
+    remove_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    if log_format == "json":
+        return [remove_meta, structlog.processors.format_exc_info, hide_secrets, structlog.processors.JSONRenderer()]
+    return [remove_meta, hide_secrets, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+
+
+def get_logger() -> Any:
+    """Return batchq's own logger."""
+    return structlog.get_logger("batchq")

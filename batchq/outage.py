@@ -1,0 +1,37 @@
+"""What a service thread does while the database is away: wait longer and longer, and say so once."""
+
+import random
+import threading
+import time
+
+from batchq.log import get_logger
+from batchq.text import one_line
+
+FIRST_SECONDS = 0.05
+MOST_SECONDS = 1.0
+
+log = get_logger()
+
+
+class Outage:
+    """The troubles of one service thread, from the first failure to the next success."""
+
+    def __init__(self, service: str) -> None:
+        self.service = service
+        self.failures = 0
+        self.since = 0.0
+
+    def failed(self, error: BaseException, stop: threading.Event) -> None:
+        """Log the first failure, then wait: 0.05 s, doubled to 1 s, with jitter; not once *stop* is set."""
+        if self.failures == 0:
+            self.since = time.monotonic()
+            log.warning("database trouble", service=self.service, error=one_line(error))
+        most = min(FIRST_SECONDS * 2.0 ** min(self.failures, 10), MOST_SECONDS)
+        self.failures += 1
+        stop.wait(most * random.uniform(0.5, 1.0))  # noqa: S311 (spreads load; not a secret)
+
+    def over(self) -> None:
+        """Note a success."""
+        if self.failures:
+            log.info("database is back", service=self.service, after_seconds=round(time.monotonic() - self.since, 1))
+            self.failures = 0

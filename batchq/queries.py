@@ -1,0 +1,800 @@
+"""Every statement of batchq, a function each, run inside the caller's transaction.
+
+Each names its batches' queue by equality: so the claim's index gives the order without a sort, and the table could be
+distributed by queue. A write for a claimed batch matches its id and its claim token (the fence): where it matches
+nothing, the batch is no longer the caller's. DDL is in migrations/ only.
+
+Times are the database's; durations are passed in seconds. JSON goes in and comes out as text.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, LiteralString, NamedTuple
+from uuid import UUID
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import tuple_row
+
+Conn = psycopg.Connection[Any]
+Statement = tuple[LiteralString, dict[str, Any]]
+
+# -------------------------------------------------------------------------------------------------- connections
+
+
+def limits(seconds: float) -> str:
+    """Return the statement that bounds a transaction on the server; it holds until the transaction's end."""
+    milliseconds = int(seconds * 1000)
+    settings = {
+        "statement_timeout": milliseconds,
+        "lock_timeout": min(milliseconds, 5000),
+        "idle_in_transaction_session_timeout": milliseconds,
+        "client_connection_check_interval": 2000,
+    }
+    return "SELECT " + ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+
+
+def server_version(conn: Conn) -> tuple[int, str]:
+    """Return the server's version as a number (150004) and as text. A pooler may report another than the server."""
+    row: tuple[int, str] = one(conn, "SELECT current_setting('server_version_num')::integer, version()", {})
+    return row
+
+
+# ------------------------------------------------------------------------------------------------------- schema
+
+
+def take_migration_lock(conn: Conn) -> None:
+    """Wait until no other migration runs; held until the transaction's end."""
+    conn.execute("SELECT pg_advisory_xact_lock(hashtextextended('batchq.migrations', 0))")
+
+
+def has_ledger(conn: Conn) -> bool:
+    """Tell whether any migration was ever applied."""
+    return bool(one(conn, "SELECT to_regclass('batchq.migrations') IS NOT NULL", {})[0])
+
+
+def applied_migrations(conn: Conn) -> dict[int, tuple[str, bool]]:
+    """Return name and breaking of each applied migration, by version."""
+    rows = every(conn, "SELECT version, name, breaking FROM batchq.migrations ORDER BY version", {})
+    return {version: (name, breaking) for version, name, breaking in rows}
+
+
+def record_migration(conn: Conn, version: int, name: str, breaking: bool) -> None:
+    """Record a migration as applied."""
+    conn.execute(
+        "INSERT INTO batchq.migrations (version, name, breaking) VALUES (%(version)s, %(name)s, %(breaking)s)",
+        {"version": version, "name": name, "breaking": breaking},
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ enqueue
+
+INSERT_BATCH: LiteralString = """
+INSERT INTO batchq.batches (kind, payload, items, queue, priority, run_at, unique_key,
+                            max_attempts, max_failed_items, timeout_seconds)
+VALUES (%(kind)s, %(payload)s::jsonb, %(items)s::jsonb, %(queue)s, %(priority)s,
+        coalesce(%(run_at)s::timestamptz, now() + %(delay_seconds)s * interval '1 second'), %(unique_key)s,
+        %(max_attempts)s, %(max_failed_items)s, %(timeout_seconds)s)
+ON CONFLICT DO NOTHING
+RETURNING id
+"""
+
+
+def now_plus(conn: Conn, seconds: float) -> str:
+    """Return the database's time in *seconds*, as text."""
+    text: str = one(conn, "SELECT (now() + %(seconds)s * interval '1 second')::text", {"seconds": seconds})[0]
+    return text
+
+
+def copy_batches(conn: Conn, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
+    """Insert *rows* of *columns* by COPY; return how many. Only inside a transaction: a COPY that fails outside one
+    can leave a pooler's backend to an idle client."""
+    statement = sql.SQL("COPY batchq.batches ({}) FROM STDIN").format(
+        sql.SQL(", ").join(sql.Identifier(column) for column in columns)
+    )
+    count = 0
+    with conn.cursor() as cursor, cursor.copy(statement) as copy:
+        for row in rows:
+            copy.write_row(row)
+            count += 1
+    return count
+
+
+# -------------------------------------------------------------------------------------------------------- claim
+
+
+class ClaimedRow(NamedTuple):
+    """What a claim returns of a batch. Large payloads and cursors are left out (None) and fetched at the start."""
+
+    id: int
+    kind: str
+    attempt: int
+    max_attempts: int
+    payload: str | None
+    cursor: str | None
+    items_total: int | None
+    items_bytes: int | None
+    items_done: int
+    items_failed: int
+    max_failed_items: int
+    timeout_seconds: int | None
+
+
+def ready_priorities(conn: Conn, queue: str, kinds: Sequence[str]) -> list[int]:
+    """Return the priorities in which a batch of *kinds* is ready, the most urgent first. One cheap read.
+
+    Steps from one priority to the next by the index (a loose index scan), whatever the number of batches.
+    """
+    rows = every(
+        conn,
+        """
+        WITH RECURSIVE level AS (
+          (SELECT priority
+           FROM batchq.batches_live
+           WHERE queue = %(queue)s
+             AND status = 'pending'
+           ORDER BY priority
+           LIMIT 1)
+          UNION ALL
+          SELECT (SELECT b.priority
+                  FROM batchq.batches_live b
+                  WHERE b.queue = %(queue)s
+                    AND b.status = 'pending'
+                    AND b.priority > level.priority
+                  ORDER BY b.priority
+                  LIMIT 1)
+          FROM level
+          WHERE level.priority IS NOT NULL
+        )
+        SELECT priority
+        FROM level
+        WHERE EXISTS (SELECT
+                      FROM batchq.batches_live b
+                      WHERE b.queue = %(queue)s
+                        AND b.status = 'pending'
+                        AND b.priority = level.priority
+                        AND b.run_at <= now()
+                        AND b.kind = ANY (%(kinds)s))
+        """,
+        {"queue": queue, "kinds": list(kinds)},
+    )
+    return [priority for (priority,) in rows]
+
+
+CLAIM: LiteralString = """
+WITH ready AS (
+  SELECT id
+  FROM batchq.batches_live
+  WHERE queue = %(queue)s
+    AND status = 'pending'
+    AND priority = %(priority)s
+    AND run_at <= now()
+    AND kind = ANY (%(kinds)s)
+  ORDER BY run_at, id
+  LIMIT %(limit)s
+  FOR UPDATE SKIP LOCKED
+)
+UPDATE batchq.batches_live b
+SET status = 'processing',
+    attempt = b.attempt + 1,
+    claimed_by = %(worker)s,
+    claim_token = %(token)s,
+    claimed_at = now(),
+    lease_expires_at = now() + %(lease_seconds)s * interval '1 second'
+FROM ready
+WHERE b.queue = %(queue)s
+  AND b.id = ready.id
+RETURNING b.id, b.kind, b.attempt, b.max_attempts,
+  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= 1000 THEN b.payload::text END,
+  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= 1000 THEN b.cursor::text END,
+  b.items_total, pg_column_size(b.items), b.items_done, b.items_failed, b.max_failed_items, b.timeout_seconds
+"""
+
+
+def claim(
+    conn: Conn,
+    queue: str,
+    priority: int,
+    kinds: Sequence[str],
+    limit: int,
+    worker: str,
+    token: UUID,
+    lease_seconds: float,
+) -> list[ClaimedRow]:
+    """Take up to *limit* ready batches of one queue and priority, the oldest first; counts the attempt.
+
+    Batches that another claim has locked are passed over, never waited for.
+    """
+    parameters = {
+        "queue": queue,
+        "priority": priority,
+        "kinds": list(kinds),
+        "limit": limit,
+        "worker": worker,
+        "token": token,
+        "lease_seconds": lease_seconds,
+    }
+    return [ClaimedRow(*row) for row in every(conn, CLAIM, parameters)]
+
+
+def give_back_claim(conn: Conn, queue: str, token: UUID) -> int:
+    """Give back whatever was claimed under *token*: after a claim whose COMMIT was cut off. Returns how many."""
+    return conn.execute(
+        """
+        UPDATE batchq.batches_live
+        SET status = 'pending',
+            attempt = greatest(attempt - 1, 0),
+            claimed_by = NULL,
+            claim_token = NULL,
+            claimed_at = NULL,
+            lease_expires_at = NULL
+        WHERE queue = %(queue)s
+          AND status = 'processing'
+          AND claim_token = %(token)s
+        """,
+        {"queue": queue, "token": token},
+    ).rowcount
+
+
+# --------------------------------------------------------------------------------------------------- the input
+
+
+def large_input(conn: Conn, queue: str, batch_id: int, token: UUID) -> tuple[str, str | None] | None:
+    """Return payload and cursor of a claimed batch, as JSON text; None if it is no longer ours."""
+    row = maybe_one(
+        conn,
+        """
+        SELECT payload::text, cursor::text
+        FROM batchq.batches_live
+        WHERE queue = %(queue)s
+          AND id = %(id)s
+          AND claim_token = %(token)s
+        """,
+        {"queue": queue, "id": batch_id, "token": token},
+    )
+    return (row[0], row[1]) if row else None
+
+
+def items_page(conn: Conn, queue: str, batch_id: int, token: UUID, first: int, count: int) -> str | None:
+    """Return *count* items from number *first* on, as the text of a JSON array; None if the batch is no longer ours."""
+    row = maybe_one(
+        conn,
+        """
+        SELECT jsonb_path_query_array(items, '$[$first to $last]',
+                                      jsonb_build_object('first', %(first)s::integer, 'last', %(last)s::integer))::text
+        FROM batchq.batches_live
+        WHERE queue = %(queue)s
+          AND id = %(id)s
+          AND claim_token = %(token)s
+        """,
+        {"queue": queue, "id": batch_id, "token": token, "first": first, "last": first + count - 1},
+    )
+    return row[0] if row else None
+
+
+def failed_page(conn: Conn, queue: str, batch_id: int, attempt: int, count: int) -> list[tuple[int, str]]:
+    """Return index and JSON text of up to *count* items that failed in an attempt before *attempt*."""
+    return every(
+        conn,
+        """
+        SELECT item_index, item::text
+        FROM batchq.failed_items
+        WHERE queue = %(queue)s
+          AND batch_id = %(id)s
+          AND retryable
+          AND attempt < %(attempt)s
+        ORDER BY item_index
+        LIMIT %(count)s
+        """,
+        {"queue": queue, "id": batch_id, "attempt": attempt, "count": count},
+    )
+
+
+def retryable_items(conn: Conn, queue: str, batch_id: int) -> tuple[int, str | None]:
+    """Return how many failed items another attempt may cure, and the first failed item's error."""
+    row: tuple[int, str | None] = one(
+        conn,
+        """
+        SELECT count(*) FILTER (WHERE retryable), (array_agg(error ORDER BY item_index))[1]
+        FROM batchq.failed_items
+        WHERE queue = %(queue)s
+          AND batch_id = %(id)s
+        """,
+        {"queue": queue, "id": batch_id},
+    )
+    return row
+
+
+# --------------------------------------------------------------------------------------------------- checkpoint
+
+CHECKPOINT: LiteralString = """
+WITH mine AS (
+  UPDATE batchq.batches_live
+  SET items_done = items_done + %(done)s,
+      items_failed = items_failed + %(failed)s,
+      cursor = CASE WHEN %(keeps_cursor)s THEN cursor ELSE %(cursor)s::jsonb END,
+      lease_expires_at = now() + %(lease_seconds)s * interval '1 second'
+  WHERE queue = %(queue)s
+    AND id = %(id)s
+    AND claim_token = %(token)s
+  RETURNING queue, id, attempt
+), recovered AS (
+  DELETE FROM batchq.failed_items f
+  USING mine
+  WHERE f.queue = mine.queue
+    AND f.batch_id = mine.id
+    AND f.item_index = ANY (%(recovered)s::integer[])
+), failures AS (
+  INSERT INTO batchq.failed_items AS f (queue, batch_id, item_index, item, error, retryable, attempt)
+  SELECT mine.queue, mine.id, u.item_index, u.item, u.error, u.retryable, mine.attempt
+  FROM mine,
+       unnest(%(indexes)s::integer[], %(items)s::jsonb[], %(errors)s::text[], %(retryables)s::boolean[])
+         AS u(item_index, item, error, retryable)
+  ON CONFLICT (batch_id, queue, item_index) DO UPDATE
+  SET error = excluded.error,
+      retryable = excluded.retryable,
+      attempt = excluded.attempt,
+      failed_at = now()
+)
+SELECT id
+FROM mine
+"""
+
+
+class ItemFailure(NamedTuple):
+    """A failed item as it is stored: JSON text, one line of error."""
+
+    item_index: int
+    item: str
+    error: str
+    retryable: bool
+
+
+class Progress(NamedTuple):
+    """What a checkpoint changes: counters by how much, failures to record, failures that are cured."""
+
+    done: int = 0
+    failed: int = 0
+    failures: Sequence[ItemFailure] = ()
+    recovered: Sequence[int] = ()
+    keeps_cursor: bool = True
+    cursor: str | None = None
+
+
+def checkpoint(queue: str, batch_id: int, token: UUID, lease_seconds: float, progress: Progress) -> Statement:
+    """Return the fenced statement that moves counters, cursor, failed items and lease; no row: no longer ours.
+
+    A statement, not a call: it ends transactions of `def` and of `async def` handlers alike.
+    """
+    return CHECKPOINT, {
+        "queue": queue,
+        "id": batch_id,
+        "token": token,
+        "lease_seconds": lease_seconds,
+        "done": progress.done,
+        "failed": progress.failed,
+        "keeps_cursor": progress.keeps_cursor,
+        "cursor": progress.cursor,
+        "recovered": list(progress.recovered),
+        "indexes": [failure.item_index for failure in progress.failures],
+        "items": [failure.item for failure in progress.failures],
+        "errors": [failure.error for failure in progress.failures],
+        "retryables": [failure.retryable for failure in progress.failures],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- finish
+
+# DELETE and INSERT, not an UPDATE of the partition key: that raises 40001 in whoever waits for the row. By the id
+# index: with "AND status = 'processing'" the planner takes the lease index and walks its dead entries.
+FINISH: LiteralString = """
+WITH gone AS (
+  DELETE FROM batchq.batches_live b
+  USING unnest(%(ids)s::bigint[], %(tokens)s::uuid[], %(statuses)s::text[], %(results)s::jsonb[], %(errors)s::jsonb[],
+               %(all_done)s::boolean[]) AS u(id, token, new_status, new_result, new_error, all_done)
+  WHERE b.queue = %(queue)s
+    AND b.id = u.id
+    AND b.claim_token = u.token
+  RETURNING b.*, u.new_status, u.new_result, u.new_error, u.all_done
+)
+INSERT INTO batchq.batches (id, queue, kind, status, payload, items, priority, run_at, unique_key, max_attempts,
+  max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_done, items_failed, cursor, result,
+  errors, created_at, finished_at)
+OVERRIDING SYSTEM VALUE
+SELECT id, queue, kind, new_status, payload, items, priority, run_at, unique_key, max_attempts,
+  max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at,
+  CASE WHEN all_done THEN coalesce(items_total, 0) - items_failed ELSE items_done END, items_failed, cursor, new_result,
+  CASE WHEN new_error IS NULL THEN errors ELSE batchq.append_error(errors, attempt, new_error) END,
+  created_at, now()
+FROM gone
+RETURNING id
+"""
+
+
+class Finish(NamedTuple):
+    """A batch that ends. *status*: completed, failed or cancelled; *result* and *error*: JSON text; *all_done*: count
+    every item that did not fail as done."""
+
+    id: int
+    token: UUID
+    status: str
+    result: str | None = None
+    error: str | None = None
+    all_done: bool = False
+
+
+def finish(queue: str, finishes: Sequence[Finish]) -> Statement:
+    """Return the fenced statement that moves batches to their final status; it returns the ids that were still ours."""
+    ids, tokens, statuses, results, errors, all_done = zip(*finishes, strict=True)
+    return FINISH, {
+        "queue": queue,
+        "ids": list(ids),
+        "tokens": list(tokens),
+        "statuses": list(statuses),
+        "results": list(results),
+        "errors": list(errors),
+        "all_done": list(all_done),
+    }
+
+
+class Requeue(NamedTuple):
+    """A batch that becomes pending again, after *delay_seconds* (None keeps its run_at); *give_back* the attempt."""
+
+    id: int
+    token: UUID
+    delay_seconds: float | None
+    give_back: bool
+    error: str | None = None
+
+
+def requeue(conn: Conn, queue: str, requeues: Sequence[Requeue]) -> set[int]:
+    """Make claimed batches pending again; return the ids of those that were still ours."""
+    ids, tokens, delays, give_backs, errors = zip(*requeues, strict=True)
+    rows = every(
+        conn,
+        """
+        UPDATE batchq.batches_live b
+        SET status = 'pending',
+            run_at = coalesce(now() + u.delay_seconds * interval '1 second', b.run_at),
+            attempt = greatest(b.attempt - u.give_back::integer, 0),
+            claimed_by = NULL,
+            claim_token = NULL,
+            claimed_at = NULL,
+            lease_expires_at = NULL,
+            errors = CASE WHEN u.error IS NULL THEN b.errors ELSE batchq.append_error(b.errors, b.attempt, u.error) END
+        FROM unnest(%(ids)s::bigint[], %(tokens)s::uuid[], %(delays)s::float8[], %(give_backs)s::boolean[],
+                    %(errors)s::jsonb[]) AS u(id, token, delay_seconds, give_back, error)
+        WHERE b.queue = %(queue)s
+          AND b.id = u.id
+          AND b.claim_token = u.token
+        RETURNING b.id
+        """,
+        {
+            "queue": queue,
+            "ids": list(ids),
+            "tokens": list(tokens),
+            "delays": list(delays),
+            "give_backs": list(give_backs),
+            "errors": list(errors),
+        },
+    )
+    return {batch_id for (batch_id,) in rows}
+
+
+# ------------------------------------------------------------------------------------------------------- leases
+
+
+def extend(conn: Conn, queue: str, ids: Sequence[int], tokens: Sequence[UUID], lease_seconds: float) -> set[int]:
+    """Extend leases; return the ids of the batches that are no longer ours.
+
+    A row that is locked is passed over, and waits for the next round: its lock is the finish or the checkpoint of our
+    own process, and two statements that lock many rows in different orders would deadlock.
+    """
+    rows = every(
+        conn,
+        """
+        WITH given AS (
+          SELECT *
+          FROM unnest(%(ids)s::bigint[], %(tokens)s::uuid[]) AS u(id, token)
+        ), mine AS (
+          SELECT b.id
+          FROM batchq.batches_live b
+          JOIN given ON b.id = given.id AND b.claim_token = given.token
+          WHERE b.queue = %(queue)s
+          FOR UPDATE OF b SKIP LOCKED
+        ), extended AS (
+          UPDATE batchq.batches_live b
+          SET lease_expires_at = now() + %(lease_seconds)s * interval '1 second'
+          FROM mine
+          WHERE b.queue = %(queue)s
+            AND b.id = mine.id
+        )
+        SELECT given.id
+        FROM given
+        WHERE NOT EXISTS (SELECT
+                          FROM batchq.batches_live b
+                          WHERE b.queue = %(queue)s
+                            AND b.id = given.id
+                            AND b.claim_token = given.token)
+        """,
+        {"queue": queue, "ids": list(ids), "tokens": list(tokens), "lease_seconds": lease_seconds},
+    )
+    return {batch_id for (batch_id,) in rows}
+
+
+RESCUE: LiteralString = """
+WITH expired AS (
+  SELECT id, attempt < max_attempts AS again
+  FROM batchq.batches_live
+  WHERE queue = %(queue)s
+    AND status = 'processing'
+    AND lease_expires_at < now()
+  ORDER BY lease_expires_at
+  LIMIT %(limit)s
+  FOR UPDATE SKIP LOCKED
+), freed AS (
+  UPDATE batchq.batches_live b
+  SET status = 'pending',
+      claimed_by = NULL,
+      claim_token = NULL,
+      claimed_at = NULL,
+      lease_expires_at = NULL,
+      errors = batchq.append_error(b.errors, b.attempt, jsonb_build_object('error',
+        format('worker died: %%s gave no sign of life until its lease ran out', b.claimed_by)))
+  FROM expired
+  WHERE b.queue = %(queue)s
+    AND b.id = expired.id
+    AND expired.again
+  RETURNING b.id, b.kind, b.attempt, b.status
+), gone AS (
+  DELETE FROM batchq.batches_live b
+  USING expired
+  WHERE b.queue = %(queue)s
+    AND b.id = expired.id
+    AND NOT expired.again
+  RETURNING b.*
+), dead AS (
+  INSERT INTO batchq.batches (id, queue, kind, status, payload, items, priority, run_at, unique_key, max_attempts,
+    max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_done, items_failed, cursor,
+    errors, created_at, finished_at)
+  OVERRIDING SYSTEM VALUE
+  SELECT id, queue, kind, 'failed', payload, items, priority, run_at, unique_key, max_attempts,
+    max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_done, items_failed, cursor,
+    batchq.append_error(errors, attempt, jsonb_build_object('error',
+      format('worker died: %%s gave no sign of life until its lease ran out; no attempts left', claimed_by))),
+    created_at, now()
+  FROM gone
+  RETURNING id, kind, attempt, status
+)
+SELECT id, kind, attempt, status FROM freed
+UNION ALL
+SELECT id, kind, attempt, status FROM dead
+"""
+
+
+def rescue(conn: Conn, queue: str, limit: int) -> list[tuple[int, str, int, str]]:
+    """Take back up to *limit* batches whose lease ran out; return id, kind, attempt and new status of each.
+
+    The attempt stays counted: a batch that kills its worker ends as failed when its attempts are used up.
+    """
+    return every(conn, RESCUE, {"queue": queue, "limit": limit})
+
+
+def status_of(conn: Conn, queue: str, batch_id: int) -> str | None:
+    """Return the batch's status now, None if there is no such batch."""
+    row = maybe_one(
+        conn,
+        "SELECT status FROM batchq.batches WHERE queue = %(queue)s AND id = %(id)s",
+        {"queue": queue, "id": batch_id},
+    )
+    return row[0] if row else None
+
+
+# ------------------------------------------------------------------------------------------ workers, maintenance
+
+
+class WorkerRow(NamedTuple):
+    """A worker as it shows itself in batchq.workers."""
+
+    id: str
+    hostname: str
+    pid: int
+    version: str
+    queues: list[str]
+    kinds: list[str]
+    concurrency: int
+
+
+def heartbeat(conn: Conn, worker: WorkerRow, in_hand: int, stopping: bool) -> int:
+    """Show a sign of life; drop workers silent for an hour. Returns how many workers live, this one included."""
+    parameters = worker._asdict() | {"in_hand": in_hand, "stopping": stopping}
+    conn.execute(
+        """
+        INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, in_hand, stopping)
+        VALUES (%(id)s, %(hostname)s, %(pid)s, %(version)s, %(queues)s, %(kinds)s, %(concurrency)s, %(in_hand)s,
+                %(stopping)s)
+        ON CONFLICT (id) DO UPDATE
+        SET in_hand = excluded.in_hand,
+            stopping = excluded.stopping,
+            heartbeat_at = now()
+        """,
+        parameters,
+    )
+    conn.execute(
+        """
+        DELETE FROM batchq.workers
+        WHERE id IN (SELECT id
+                     FROM batchq.workers
+                     WHERE heartbeat_at < now() - interval '1 hour'
+                     FOR UPDATE SKIP LOCKED)
+        """
+    )
+    count: int = one(conn, "SELECT count(*) FROM batchq.workers WHERE heartbeat_at > now() - interval '1 minute'", {})[
+        0
+    ]
+    return count
+
+
+def forget_worker(conn: Conn, worker_id: str) -> None:
+    """Remove a worker that has ended."""
+    conn.execute("DELETE FROM batchq.workers WHERE id = %(id)s", {"id": worker_id})
+
+
+def create_finished_partitions(conn: Conn, days: int) -> int:
+    """Create the missing partitions of today and the next days (UTC); return how many.
+
+    Raises LockNotAvailable rather than wait for a lock for more than 100 ms: whoever comes after would wait behind us.
+    """
+    wait_briefly_for_locks(conn)
+    created: int = one(
+        conn,
+        "SELECT batchq.create_finished_partitions((now() AT TIME ZONE 'UTC')::date, %(days)s)",
+        {"days": days},
+    )[0]
+    return created
+
+
+def prune(conn: Conn, older_than_days: float) -> int:
+    """Drop the finished partitions older than that; return how many. Raises LockNotAvailable after 100 ms."""
+    wait_briefly_for_locks(conn)
+    dropped: int = one(conn, "SELECT batchq.prune(%(days)s * interval '1 day')", {"days": older_than_days})[0]
+    return dropped
+
+
+def wait_briefly_for_locks(conn: Conn) -> None:
+    """Bound each wait for a lock to 100 ms, until the end of the transaction."""
+    conn.execute("SELECT set_config('lock_timeout', '100ms', true)")
+
+
+# ------------------------------------------------------------------------------------------------- for people
+
+
+def cancel(conn: Conn, batch_id: int, reason: str) -> str | None:
+    """Call batchq.cancel; return the batch's status, None if there is no such batch."""
+    status: str | None = one(conn, "SELECT batchq.cancel(%(id)s, %(reason)s)", {"id": batch_id, "reason": reason})[0]
+    return status
+
+
+def retry(conn: Conn, batch_id: int, whole: bool) -> str | None:
+    """Call batchq.retry; return the batch's status, None if there is no such batch."""
+    status: str | None = one(conn, "SELECT batchq.retry(%(id)s, %(whole)s)", {"id": batch_id, "whole": whole})[0]
+    return status
+
+
+def status_rows(
+    conn: Conn, queue: str | None, kind: str | None, status: str | None, limit: int
+) -> list[dict[str, Any]]:
+    """Return rows of batchq.status, the newest first, as JSON objects (a date may be beyond Python's)."""
+    return objects(
+        conn,
+        """
+        SELECT to_jsonb(s)
+        FROM batchq.status s
+        WHERE (%(queue)s::text IS NULL OR s.queue = %(queue)s)
+          AND (%(kind)s::text IS NULL OR s.kind = %(kind)s)
+          AND (%(status)s::text IS NULL OR s.status = %(status)s)
+        ORDER BY s.id DESC
+        LIMIT %(limit)s
+        """,
+        {"queue": queue, "kind": kind, "status": status, "limit": limit},
+    )
+
+
+def queue_rows(conn: Conn, queue: str | None = None, kind: str | None = None) -> list[dict[str, Any]]:
+    """Return the rows of batchq.queues as JSON objects."""
+    return objects(
+        conn,
+        """
+        SELECT to_jsonb(q)
+        FROM batchq.queues q
+        WHERE (%(queue)s::text IS NULL OR q.queue = %(queue)s)
+          AND (%(kind)s::text IS NULL OR q.kind = %(kind)s)
+        ORDER BY q.queue, q.kind
+        """,
+        {"queue": queue, "kind": kind},
+    )
+
+
+def batch_object(conn: Conn, batch_id: int) -> dict[str, Any] | None:
+    """Return one batch as a JSON object: its row of batchq.status, and payload, cursor, result and errors."""
+    found = objects(
+        conn,
+        """
+        SELECT to_jsonb(s) || jsonb_build_object('payload', b.payload, 'cursor', b.cursor, 'result', b.result,
+          'errors', b.errors, 'max_failed_items', b.max_failed_items, 'timeout_seconds', b.timeout_seconds)
+        FROM batchq.batches b
+        JOIN batchq.status s ON s.id = b.id AND s.queue = b.queue
+        WHERE b.id = %(id)s
+          AND s.id = %(id)s
+        """,
+        {"id": batch_id},
+    )
+    return found[0] if found else None
+
+
+def failed_item_objects(conn: Conn, batch_id: int, limit: int) -> list[dict[str, Any]]:
+    """Return a batch's failed items in order, as JSON objects."""
+    return objects(
+        conn,
+        """
+        SELECT to_jsonb(f) - 'queue' - 'batch_id'
+        FROM batchq.failed_items f
+        WHERE f.batch_id = %(id)s
+        ORDER BY f.item_index
+        LIMIT %(limit)s
+        """,
+        {"id": batch_id, "limit": limit},
+    )
+
+
+def changed_rows(conn: Conn, since: str, limit: int) -> list[dict[str, Any]]:
+    """Return the rows of batchq.status that are processing, or finished or were created after *since*."""
+    return objects(
+        conn,
+        """
+        SELECT to_jsonb(s)
+        FROM (
+          SELECT id FROM batchq.batches_live WHERE status = 'processing'
+          UNION
+          SELECT id FROM batchq.batches_live WHERE created_at >= %(since)s::timestamptz
+          UNION
+          SELECT id FROM batchq.batches_finished WHERE finished_at >= %(since)s::timestamptz
+          LIMIT %(limit)s
+        ) changed
+        JOIN batchq.status s USING (id)
+        ORDER BY s.id
+        """,
+        {"since": since, "limit": limit},
+    )
+
+
+def worker_objects(conn: Conn) -> list[dict[str, Any]]:
+    """Return the live workers as JSON objects."""
+    return objects(
+        conn,
+        "SELECT to_jsonb(w) FROM batchq.workers w WHERE heartbeat_at > now() - interval '1 minute' ORDER BY id",
+        {},
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ helpers
+
+
+def every(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> list[Any]:
+    """Return all rows, as tuples, whatever row factory the connection has."""
+    return conn.cursor(row_factory=tuple_row).execute(statement, parameters or None).fetchall()
+
+
+def one(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> Any:
+    """Return the one row."""
+    return every(conn, statement, parameters)[0]
+
+
+def maybe_one(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Return the one row, or None."""
+    rows = every(conn, statement, parameters)
+    return rows[0] if rows else None
+
+
+def objects(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the JSON object of each row."""
+    return [value for (value,) in every(conn, statement, parameters)]

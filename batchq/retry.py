@@ -1,0 +1,32 @@
+"""When a failed batch runs again."""
+
+import random
+from dataclasses import dataclass
+
+from batchq.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Exponential back-off with full-range jitter.
+
+    The wait before attempt n+1 is ``first_seconds * 2**(n-1)``, at most ``most_seconds``, times a random
+    factor from 0.5 to 1.5: batches that failed together do not come back together.
+    """
+
+    first_seconds: float = 5.0
+    most_seconds: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first_seconds <= self.most_seconds < float("inf"):
+            raise InvalidInput(f"Backoff needs 0 <= first_seconds <= most_seconds, not {self}")
+
+    def delay_seconds(self, attempt: int) -> float:
+        """Return the wait after failed attempt number *attempt* (from 1)."""
+        exponent = min(max(attempt, 1) - 1, 60)
+        return min(self.most_seconds, self.first_seconds * 2.0**exponent) * jitter()
+
+
+def jitter() -> float:
+    """Return a random factor from 0.5 to 1.5."""
+    return random.uniform(0.5, 1.5)  # noqa: S311 (spreads load; not a secret)

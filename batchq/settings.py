@@ -1,0 +1,187 @@
+"""Settings: from ``BATCHQ_*`` in the environment, from ``.env``, or from the flags of the command line."""
+
+import os
+import re
+from typing import Annotated, Any, Literal, Self
+
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from batchq.errors import ConfigError
+
+MAX_CONCURRENCY = 1000
+
+
+class Settings(BaseSettings):
+    """Every setting of batchq. Read them with `Settings.load`, which reports a wrong value in one line."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BATCHQ_",
+        env_file=".env",
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+        validate_default=False,
+    )
+
+    dsn: SecretStr = Field(
+        SecretStr(""), description="Where the database is; through a transaction-mode pooler or not."
+    )
+    migration_dsn: SecretStr = Field(
+        SecretStr(""), description="For `batchq migrate` alone, where another role owns the schema. Default: the DSN."
+    )
+    queues: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("default",), description="Queues that a worker serves, in turn; separated by commas."
+    )
+    concurrency: int = Field(
+        8, ge=1, le=MAX_CONCURRENCY, description="How many batches of `def` handlers a worker runs at once, in threads."
+    )
+    async_concurrency: int = Field(
+        100, ge=1, le=MAX_CONCURRENCY, description="How many batches of `async def` handlers it runs at once."
+    )
+    lease_seconds: float = Field(
+        60, ge=1, le=86_400, description="A worker silent for this long loses its batches. It gives a sign each third."
+    )
+    shutdown_seconds: float = Field(
+        25,
+        ge=0,
+        le=86_400,
+        description="How long running handlers may take to end after SIGTERM; then they are given back.",
+    )
+    database_timeout_seconds: float = Field(
+        15, ge=1, le=3600, description="Bound of each of batchq's own statements and round trips."
+    )
+    transaction_timeout_seconds: float = Field(
+        300, ge=1, le=86_400, description="Bound of a handler's transaction (batch.transaction() or a chunk's)."
+    )
+    pool_size: int = Field(
+        10, ge=1, le=MAX_CONCURRENCY, description="Connections for handlers' transactions, at most; opened when needed."
+    )
+    keep_finished_days: int = Field(
+        30, ge=1, le=36_500, description="Finished batches older than this are dropped, a whole day at a time."
+    )
+    log_format: Literal["console", "json"] = Field("console", description="`console` for people, `json` for machines.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least level that is logged."
+    )
+
+    @field_validator("queues", mode="before")
+    @classmethod
+    def split_queues(cls, value: Any) -> Any:
+        """Take ``"mail, default"`` as well as a sequence."""
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @field_validator("queues")
+    @classmethod
+    def check_queues(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse no queues at all, and names that the table would refuse."""
+        if not value or any(not 1 <= len(name.encode()) <= 128 for name in value):
+            raise ValueError("needs at least one queue, each name 1 to 128 bytes long")
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("log_level", "log_format", mode="before")
+    @classmethod
+    def lower(cls, value: Any) -> Any:
+        """Take ``INFO`` for ``info``."""
+        return value.lower() if isinstance(value, str) else value
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Return the settings, *overrides* (those that are not None) first.
+
+        Raises ConfigError, in one line that names the setting and never shows a secret.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise ConfigError(describe_problem(error)) from None
+
+    def require_dsn(self, *, for_migration: bool = False) -> str:
+        """Return the DSN. Raises ConfigError if none is set, or if it cannot work through a pooler."""
+        name, secret = "BATCHQ_DSN", self.dsn
+        if for_migration and self.migration_dsn.get_secret_value():
+            name, secret = "BATCHQ_MIGRATION_DSN", self.migration_dsn
+        dsn = secret.get_secret_value()
+        if not dsn:
+            raise ConfigError(
+                f"{name} is not set; set it to your database, such as postgresql://user:password@host:6543/postgres"
+            )
+        if problems := dsn_problems(dsn):
+            raise ConfigError(f"{name}: {'; '.join(problems)}")
+        return dsn
+
+
+def describe_problem(error: ValidationError) -> str:
+    """Say in one line which setting is wrong and why, without its value where that may be secret."""
+    problems = []
+    for detail in error.errors(include_url=False, include_input=True):
+        name = ".".join(str(part) for part in detail["loc"])
+        shown = "" if "dsn" in name else f" (not {detail['input']!r})"
+        problems.append(f"BATCHQ_{name.upper()}: {detail['msg']}{shown}")
+    return "; ".join(problems)
+
+
+# What becomes a start-up parameter of libpq; poolers refuse it or drop it (psycopg sends these from the environment).
+STARTUP_VARIABLES = ("PGOPTIONS", "PGTZ", "PGDATESTYLE", "PGGEQO", "PGCLIENTENCODING")
+SUPABASE_POOLER = ".pooler.supabase.com"
+MAX_STARTUP_BYTES = 900  # Supavisor (2.9 and later) refuses a start-up packet over 1024
+
+
+def dsn_problems(dsn: str) -> list[str]:
+    """Return what would break *dsn* behind a transaction-mode pooler, each with its remedy. Shows no password."""
+    try:
+        parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
+    except ProgrammingError as error:
+        return [f"not a Postgres DSN: {hide_password(str(error).strip())}"]
+    return [*parameter_problems(parts), *environment_problems(), *supabase_problems(parts)]
+
+
+def parameter_problems(parts: dict[str, str]) -> list[str]:
+    """Return what is wrong with the DSN's parameters."""
+    problems = [
+        f"{name}= does not survive a pooler; use ALTER ROLE ... SET, or leave it out"
+        for name in ("options", "replication", "service")
+        if parts.get(name)
+    ]
+    if parts.get("channel_binding") == "require" and "neon" not in parts.get("host", ""):
+        problems.append("channel_binding=require: poolers offer SCRAM-SHA-256 only; leave it out")
+    if parts.get("sslnegotiation") == "direct":
+        problems.append("sslnegotiation=direct: poolers wait for an SSLRequest first; leave it out")
+    startup = ("user", "dbname", "application_name", "client_encoding")
+    if sum(len(name) + len(parts.get(name, "").encode()) + 2 for name in startup) > MAX_STARTUP_BYTES:
+        problems.append("user, database and application_name are together over 900 bytes; shorten them")
+    return problems
+
+
+def environment_problems() -> list[str]:
+    """Return what the environment adds to every connection that a pooler would refuse or drop."""
+    return [
+        f"the environment's {name} would be sent at the start of each connection; unset it"
+        for name in STARTUP_VARIABLES
+        if os.environ.get(name)
+    ]
+
+
+def supabase_problems(parts: dict[str, str]) -> list[str]:
+    """Return what is wrong for Supabase's pooler (host ``*.pooler.supabase.com``)."""
+    if not parts.get("host", "").endswith(SUPABASE_POOLER):
+        return []
+    problems = []
+    if "." not in parts.get("user", ""):
+        problems.append(f"Supabase's pooler wants the user as ROLE.PROJECT_REF, not {parts.get('user', '')!r}")
+    if parts.get("port", "5432") == "5432":
+        problems.append("port 5432 of Supabase's pooler is session mode, which allows few clients; use 6543")
+    if parts.get("sslmode", "prefer") in ("disable", "allow", "prefer"):
+        problems.append("add sslmode=require (or verify-full with Supabase's certificate)")
+    return problems
+
+
+def hide_password(text: str) -> str:
+    """Return *text* with every password of a DSN in it replaced by ***."""
+    text = re.sub(r"(://[^:/?#\s]*):[^@\s]*@", r"\1:***@", text)
+    return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", text, flags=re.IGNORECASE)

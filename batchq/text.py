@@ -1,0 +1,81 @@
+"""Texts that Postgres takes: JSON, and errors cut to a size that people read."""
+
+import json
+import re
+import traceback
+from typing import Any
+
+from pydantic import BaseModel
+
+from batchq.errors import InvalidInput
+
+MOST_ERROR_BYTES = 2_000
+MOST_TRACEBACK_BYTES = 6_000
+MOST_RESULT_BYTES = 1_000_000
+
+# \u0000 that is not itself escaped: jsonb has no NUL.
+NUL_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def json_text(value: Any, what: str) -> str:
+    """Return *value* (JSON types, pydantic models within) as JSON text that jsonb takes.
+
+    Raises InvalidInput that begins with *what*, for NaN, NUL characters, lone surrogates and what is no JSON.
+    """
+    try:
+        text = json.dumps(value, default=model_value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"{what} cannot be stored as JSON: {cut(clean(str(error)), 300)}") from None
+    if "\\u0000" in text and NUL_ESCAPE.search(text):
+        raise InvalidInput(f"{what} cannot be stored as JSON: it has a NUL character (\\u0000), which Postgres refuses")
+    return text
+
+
+def model_value(value: Any) -> Any:
+    """Return what stands for a pydantic model in JSON."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
+def clean(text: str) -> str:
+    """Return *text* without what Postgres refuses: NUL characters and lone surrogates."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+
+
+def cut(text: str, most_bytes: int) -> str:
+    """Return *text*, its middle left out where it is longer than *most_bytes* in UTF-8."""
+    data = text.encode()
+    if len(data) <= most_bytes:
+        return text
+    half = (most_bytes - 40) // 2
+    left, right = data[:half].decode(errors="ignore"), data[-half:].decode(errors="ignore")
+    return f"{left} [... {len(data) - 2 * half} bytes ...] {right}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return the error as ``Type: message`` on one line, at most 2,000 bytes, whatever its ``str()`` does."""
+    try:
+        message = str(error)
+    except BaseException as second:
+        message = f"(its str() raised {type(second).__name__})"
+    if len(message) > 10 * MOST_ERROR_BYTES:
+        message = cut(clean(message), MOST_ERROR_BYTES)
+    line = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return cut(clean(" ".join(line.split())), MOST_ERROR_BYTES)
+
+
+def error_object(error: BaseException) -> str:
+    """Return the JSON object of batchq.batches.errors for *error*: error and traceback, under 10 KB."""
+    try:
+        lines = traceback.format_exception(error, limit=-20)
+        trace = cut(clean("".join(lines)), MOST_TRACEBACK_BYTES)
+    except BaseException as second:
+        trace = f"(its traceback raised {type(second).__name__})"
+    return json.dumps({"error": one_line(error), "traceback": trace})
+
+
+def message_object(message: str) -> str:
+    """Return the JSON object of batchq.batches.errors for an error without an exception."""
+    return json.dumps({"error": cut(clean(" ".join(message.split())), MOST_ERROR_BYTES)})

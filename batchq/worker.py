@@ -1,0 +1,181 @@
+"""The worker: one process of claimer, lanes, finisher and keeper, from its start to its graceful end."""
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from importlib.metadata import version
+
+from batchq import queries
+from batchq.app import App
+from batchq.batch import Runtime
+from batchq.claimer import Claimer
+from batchq.database import HandlerConnections, Link, check_server, connect
+from batchq.errors import ConfigError, StopRequested
+from batchq.execution import RELEASED
+from batchq.finisher import Finisher
+from batchq.keeper import Keeper
+from batchq.lanes import Lane, LoopLane, ThreadLane
+from batchq.log import get_logger
+from batchq.migrate import check_schema
+from batchq.queries import WorkerRow
+from batchq.settings import Settings
+
+log = get_logger()
+
+
+class Worker:
+    """Works the batches of an app's kinds. `run` blocks; `stop` and `stop_now` may be called from anywhere."""
+
+    def __init__(self, app: App, settings: Settings, *, drain: bool = False) -> None:
+        if not app.handlers:
+            raise ConfigError("the app has no handlers; decorate functions with @app.handler(kind)")
+        self.settings = settings
+        self.drain = drain
+        self.dsn = settings.require_dsn()
+        self.id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.stopping = threading.Event()
+        self.leaving = threading.Event()
+        self.connections = HandlerConnections(
+            self.dsn, settings.pool_size, settings.database_timeout_seconds, settings.transaction_timeout_seconds
+        )
+        self.links = [Link(self.dsn, settings.database_timeout_seconds) for _ in range(3)]
+        self.finisher = Finisher(self.links[0], lambda: self.claimer.nudge())
+        self.lanes = self.make_lanes(app)
+        runtime = Runtime(self.connections, settings.lease_seconds, self.stopping)
+        self.claimer = Claimer(self.links[1], settings.queues, self.lanes, self.id, runtime)
+        self.keeper = self.make_keeper(app)
+
+    def make_lanes(self, app: App) -> list[Lane]:
+        """Make a lane for each style of handler that the app has."""
+        handlers = app.handlers.items()
+        in_threads = {kind: handler for kind, handler in handlers if not handler.is_async}
+        in_loop = {kind: handler for kind, handler in handlers if handler.is_async}
+        lanes: list[Lane] = []
+        if in_threads:
+            lanes.append(ThreadLane(in_threads, self.settings.concurrency, self.finisher.put))
+        if in_loop:
+            lanes.append(LoopLane(in_loop, self.settings.async_concurrency, self.finisher.put, self.connections))
+        return lanes
+
+    def make_keeper(self, app: App) -> Keeper:
+        """Make the keeper."""
+        row = WorkerRow(
+            self.id,
+            socket.gethostname(),
+            os.getpid(),
+            version("batchq"),
+            list(self.settings.queues),
+            sorted(app.handlers),
+            sum(lane.concurrency for lane in self.lanes),
+        )
+        return Keeper(
+            self.links[2],
+            self.settings.queues,
+            self.lanes,
+            row,
+            self.settings.lease_seconds,
+            self.settings.keep_finished_days,
+            self.claimer,
+        )
+
+    # ----------------------------------------------------------------------------------------------- from outside
+
+    def stop(self) -> None:
+        """Claim no more; give back what has not begun; let the rest end, for shutdown_seconds at most."""
+        self.stopping.set()
+        self.claimer.nudge()
+
+    def stop_now(self) -> None:
+        """Give back what runs, too, and leave at once."""
+        self.leaving.set()
+        self.stop()
+
+    def run(self) -> bool:
+        """Work until stopped or, with drain, until nothing is ready. Returns True if every outcome was written.
+
+        Raises ConfigError if the database, its schema or the DSN will not do.
+        """
+        self.check_database()
+        self.connections.open()
+        for lane in self.lanes:
+            lane.start()
+        keeping = start(self.keeper.run, "batchq-keeper")
+        finishing = start(self.finisher.run, "batchq-finisher")
+        log.info("worker started", worker=self.id, queues=self.settings.queues, kinds=self.keeper.row.kinds)
+        try:
+            self.claimer.run(self.drain)
+        finally:
+            written = self.shut_down(keeping, finishing)
+        return written
+
+    # ------------------------------------------------------------------------------------------------- beginning
+
+    def check_database(self) -> None:
+        """Raise ConfigError unless the database answers, is new enough, and has our schema."""
+        with connect(self.dsn) as conn:
+            check_server(conn)
+            check_schema(conn)
+
+    # ---------------------------------------------------------------------------------------------------- ending
+
+    def shut_down(self, keeping: threading.Thread, finishing: threading.Thread) -> bool:
+        """End everything, in the order in which nothing is lost; return whether every outcome was written."""
+        self.stopping.set()
+        for lane in self.lanes:
+            lane.give_back_waiting(0)
+        self.wait_for_handlers()
+        self.give_back_running()
+        written = self.finish_writing(finishing)
+        self.keeper.close()
+        keeping.join(1)
+        self.say_goodbye()
+        for lane in self.lanes:
+            lane.stop()
+        self.connections.close()
+        for link in self.links:
+            link.close()
+        log.info("worker stopped", worker=self.id, **self.finisher.counts)
+        return written
+
+    def wait_for_handlers(self) -> None:
+        """Wait until no batch is in hand, for shutdown_seconds at most; not at all when leaving."""
+        until = time.monotonic() + self.settings.shutdown_seconds
+        while any(lane.hand for lane in self.lanes) and time.monotonic() < until:
+            if self.leaving.wait(0.02):
+                return
+
+    def give_back_running(self) -> None:
+        """Give back what still runs; its handlers are told at their next checkpoint, if they come to one."""
+        for lane in self.lanes:
+            for batch in list(lane.hand):
+                batch.interrupt = StopRequested(f"the worker has stopped: batch {batch.id} was given back")
+                if lane.end(batch, RELEASED):
+                    log.info("batch given back while it ran", batch_id=batch.id, kind=batch.kind)
+
+    def finish_writing(self, finishing: threading.Thread) -> bool:
+        """Wait until the finisher has written everything; return False if the database did not let it."""
+        self.finisher.close()
+        finishing.join(self.settings.database_timeout_seconds)
+        if not finishing.is_alive():
+            return True
+        self.finisher.give_up.set()
+        log.error("not every outcome could be written; the leases will bring those batches back")
+        return False
+
+    def say_goodbye(self) -> None:
+        """Remove our row of batchq.workers, if the database answers."""
+        try:
+            with self.links[1].transaction() as conn:
+                queries.forget_worker(conn, self.id)
+        except Exception:
+            log.info("the worker's row stays behind until somebody tidies up", worker=self.id)
+
+
+def start(target: Callable[[], None], name: str) -> threading.Thread:
+    """Start a daemon thread: what keeps a process alive is its main thread."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread
