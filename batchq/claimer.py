@@ -37,6 +37,7 @@ class Claimer:
     def run(self, drain: bool) -> None:
         """Claim until the worker stops or, with *drain*, until nothing is ready and all that was claimed is written."""
         while not self.runtime.stopping.is_set():
+            all_written = not any(lane.unwritten for lane in self.lanes)  # looked at before the poll, which comes after
             try:
                 found = self.round()
                 self.outage.over()
@@ -44,7 +45,7 @@ class Claimer:
                 self.outage.failed(error, self.runtime.stopping)
                 continue
             if not found:
-                if drain and not any(lane.unwritten for lane in self.lanes):
+                if drain and all_written:
                     return
                 self.wait()
 
