@@ -746,8 +746,15 @@ def failed_item_objects(conn: Conn, batch_id: int, limit: int) -> list[dict[str,
     )
 
 
-def changed_rows(conn: Conn, since: str, limit: int) -> list[dict[str, Any]]:
-    """Return the rows of batchq.status that are processing, or finished or were created after *since*."""
+def newest_id(conn: Conn) -> int:
+    """Return the highest id of a batch that is pending or processing, 0 without any."""
+    newest: int = one(conn, "SELECT coalesce(max(id), 0) FROM batchq.batches_live", {})[0]
+    return newest
+
+
+def changed_rows(conn: Conn, since: str, after_id: int, ids: Sequence[int], limit: int) -> list[dict[str, Any]]:
+    """Return up to *limit* rows of batchq.status: those processing, finished after *since*, new (their id is above
+    *after_id*), or named by *ids*."""
     return objects(
         conn,
         """
@@ -755,15 +762,17 @@ def changed_rows(conn: Conn, since: str, limit: int) -> list[dict[str, Any]]:
         FROM (
           SELECT id FROM batchq.batches_live WHERE status = 'processing'
           UNION
-          SELECT id FROM batchq.batches_live WHERE created_at >= %(since)s::timestamptz
-          UNION
           SELECT id FROM batchq.batches_finished WHERE finished_at >= %(since)s::timestamptz
+          UNION
+          SELECT id FROM batchq.batches_live WHERE id > %(after_id)s
+          UNION
+          SELECT id FROM batchq.batches_live WHERE id = ANY (%(ids)s)
           LIMIT %(limit)s
         ) changed
         JOIN batchq.status s USING (id)
         ORDER BY s.id
         """,
-        {"since": since, "limit": limit},
+        {"since": since, "after_id": after_id, "ids": list(ids), "limit": limit},
     )
 
 

@@ -1,0 +1,7 @@
+"""``python -m batchq``."""
+
+import sys
+
+from batchq.cli import main
+
+sys.exit(main())

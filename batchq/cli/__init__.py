@@ -1,0 +1,177 @@
+"""The command line: ``batchq COMMAND``. Arguments are read here; each command is a function of `commands`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import psycopg
+
+from batchq.cli import commands
+from batchq.errors import BatchqError
+from batchq.settings import Settings, hide_password
+
+EXIT_TROUBLE, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
+SHOWN_STATUSES = ("ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0 done, 1 something went wrong, 2 the caller's mistake."""
+    options = make_parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except BatchqError as error:
+        return complain(error, EXIT_MISTAKE)
+    except psycopg.Error as error:
+        return complain(error, EXIT_TROUBLE)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_TROUBLE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def complain(error: Exception, code: int) -> int:
+    """Print the error in one line; return *code*."""
+    print(f"batchq: {hide_password(' '.join(str(error).split()))}", file=sys.stderr)
+    return code
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="batchq",
+        description="A job queue that lives in Postgres. Settings come from BATCHQ_* in the environment or .env, or "
+        "from flags; the database is BATCHQ_DSN.",
+    )
+    parser.add_argument("--version", action="version", version=f"batchq {version('batchq')}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (add_setup, add_workers, add_enqueue, add_looking, add_verbs):
+        add(subparsers)
+    return parser
+
+
+def add_command(
+    subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, *, settings: Sequence[str]
+) -> argparse.ArgumentParser:
+    """Add a command with the flags of some *settings*; return its parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + "."
+    )
+    parser.set_defaults(run=run)
+    group = parser.add_argument_group("settings", "each is BATCHQ_NAME in the environment, too")
+    for setting in settings:
+        field = Settings.model_fields[setting]
+        flag = "--" + setting.replace("_", "-")
+        group.add_argument(
+            flag, dest=f"set_{setting}", metavar="VALUE", help=(field.description or "").replace("%", "%%")
+        )
+    return parser
+
+
+READING = ("dsn", "database_timeout_seconds")
+WORKER = tuple(name for name in Settings.model_fields if name != "migration_dsn")
+
+
+def add_setup(subparsers: Any) -> None:
+    """Add what prepares and checks a database."""
+    add_command(
+        subparsers, "migrate", commands.migrate, "create or update the schema", settings=("dsn", "migration_dsn")
+    )
+    check = add_command(
+        subparsers, "check", commands.check, "check DSN, server, schema and, if given, an app", settings=READING
+    )
+    check.add_argument("app", nargs="?", metavar="MODULE:APP", help="an app whose handlers must cover what waits")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    demo = add_command(
+        subparsers,
+        "demo",
+        commands.demo,
+        "work real input with two workers, kill one, check the result",
+        settings=("dsn",),
+    )
+    demo.add_argument("--directory", help="where the private server keeps its data (default: in your cache directory)")
+    demo.add_argument(
+        "--files", type=int, default=0, help="at most so many files (default: all of the standard library)"
+    )
+
+
+def add_workers(subparsers: Any) -> None:
+    """Add what runs workers."""
+    worker = add_command(subparsers, "worker", commands.worker, "work batches until stopped", settings=WORKER)
+    workers = add_command(
+        subparsers,
+        "workers",
+        commands.workers,
+        "run several worker processes, replacing those that die",
+        settings=WORKER,
+    )
+    workers.add_argument("processes", type=int, metavar="N", help="how many processes")
+    for parser in (worker, workers):
+        parser.add_argument("app", metavar="MODULE:APP", help="the batchq.App, such as tasks:app")
+        parser.add_argument("--drain", action="store_true", help="exit when nothing is ready any more")
+
+
+def add_enqueue(subparsers: Any) -> None:
+    """Add enqueue."""
+    parser = add_command(
+        subparsers, "enqueue", commands.enqueue, "enqueue a batch, or a file of items", settings=READING
+    )
+    parser.add_argument("kind", help="the name of the handler")
+    parser.add_argument("--payload", metavar="JSON", help="the payload (default: {})")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--items", metavar="FILE", help="one item a line, as JSON; - is standard input")
+    source.add_argument("--lines", metavar="FILE", help="one item a line, as plain text; - is standard input")
+    parser.add_argument("--items-per-batch", type=int, default=1000, metavar="N", help="(default: 1000)")
+    parser.add_argument("--queue", default="default")
+    parser.add_argument("--priority", type=int, default=0, help="lower first")
+    parser.add_argument("--delay-seconds", type=float, default=0)
+    parser.add_argument("--unique-key", help="insert nothing while a live batch of the kind has this key")
+    parser.add_argument("--max-attempts", type=int, default=5)
+    parser.add_argument("--max-failed-items", type=int, default=0)
+    parser.add_argument("--timeout-seconds", type=int)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_looking(subparsers: Any) -> None:
+    """Add what shows."""
+    status = add_command(
+        subparsers, "status", commands.status, "show queues, workers and the latest batches", settings=READING
+    )
+    monitor = add_command(
+        subparsers, "monitor", commands.monitor, "print batches as their state changes", settings=READING
+    )
+    for parser in (status, monitor):
+        parser.add_argument("--queue", help="of this queue only")
+        parser.add_argument("--kind", help="of this kind only")
+    status.add_argument("--status", choices=SHOWN_STATUSES, help="batches in this state only")
+    status.add_argument("--limit", type=int, default=20, help="how many batches (default: 20)")
+    status.add_argument("--watch", action="store_true", help="redraw every second, until Ctrl-C")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    monitor.add_argument("--every-seconds", type=float, default=1.0, help="(default: 1)")
+    monitor.add_argument("--exit-on", default="", metavar="STATUS,...", help="exit 1 when a batch is failed or stalled")
+    monitor.add_argument("--until-done", action="store_true", help="exit 0 when nothing waits or runs any more")
+    monitor.add_argument("--json", action="store_true", help="print a JSON object a line")
+    show = add_command(subparsers, "show", commands.show, "show one batch and its failed items", settings=READING)
+    show.add_argument("id", type=int)
+    show.add_argument("--limit", type=int, default=20, help="how many failed items (default: 20)")
+    show.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_verbs(subparsers: Any) -> None:
+    """Add what changes batches."""
+    cancel = add_command(subparsers, "cancel", commands.cancel, "cancel batches, running ones too", settings=READING)
+    cancel.add_argument("--reason", default="by an operator", help="kept with the batch")
+    retry = add_command(
+        subparsers, "retry", commands.retry, "work finished batches again, from their checkpoint", settings=READING
+    )
+    retry.add_argument("--whole", action="store_true", help="from the start, instead of failed and unworked items only")
+    for parser in (cancel, retry):
+        parser.add_argument("ids", type=int, nargs="+", metavar="ID")
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    prune = add_command(
+        subparsers, "prune", commands.prune, "drop what finished long ago, whole days at a time", settings=READING
+    )
+    prune.add_argument("--older-than-days", type=float, metavar="N", help="(default: the setting keep_finished_days)")
+    prune.add_argument("--json", action="store_true", help="print JSON")

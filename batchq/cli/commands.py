@@ -1,0 +1,302 @@
+"""What each command does."""
+
+import json
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from rich.console import Console
+from rich.live import Live
+
+from batchq import log, queries
+from batchq import migrate as migrations
+from batchq.app import load_app
+from batchq.cli import enqueue_file, show_tables
+from batchq.database import check_server, connect, transaction
+from batchq.enqueue import enqueue as enqueue_batch
+from batchq.errors import ConfigError, InvalidInput
+from batchq.monitor import Monitor
+from batchq.settings import Settings
+from batchq.supervisor import Supervisor
+from batchq.worker import Worker
+
+console = Console(highlight=False)
+
+
+def settings_of(options: Namespace) -> Settings:
+    """Return the settings, with the flags that were given. Raises ConfigError."""
+    flags = {name.removeprefix("set_"): value for name, value in vars(options).items() if name.startswith("set_")}
+    return Settings.load(**flags)
+
+
+@contextmanager
+def database(options: Namespace) -> Iterator[psycopg.Connection[Any]]:
+    """Give a connection in a transaction, on a database that has our schema. Raises ConfigError."""
+    settings = settings_of(options)
+    with connect(settings.require_dsn()) as conn:
+        with transaction(conn, settings.database_timeout_seconds):
+            migrations.check_schema(conn)
+        with transaction(conn, settings.database_timeout_seconds):
+            yield conn
+
+
+def print_json(value: Any) -> None:
+    """Print JSON, for programs."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+# ------------------------------------------------------------------------------------------------------------- setup
+
+
+def migrate(options: Namespace) -> int:
+    """Create or update the schema."""
+    dsn = settings_of(options).require_dsn(for_migration=True)
+    with connect(dsn) as conn:
+        check_server(conn)
+    applied = migrations.migrate(dsn)
+    print(f"applied {', '.join(applied)}" if applied else "the schema is up to date")
+    return 0
+
+
+def check(options: Namespace) -> int:
+    """Check the DSN, the server, the schema, and that every waiting kind has a handler; 1 if something is wrong."""
+    settings = settings_of(options)
+    findings: list[tuple[bool, str]] = []
+    dsn = settings.require_dsn()
+    kinds = set(load_app(options.app).handlers) if options.app else None
+    with connect(dsn) as conn, transaction(conn, settings.database_timeout_seconds):
+        check_server(conn)
+        findings.append((True, f"the server answers: {queries.server_version(conn)[1].split(',')[0]}"))
+        migrations.check_schema(conn)
+        findings.append((True, f"the schema is at version {max(queries.applied_migrations(conn))}"))
+        findings += [judge_queue(row, kinds) for row in queries.queue_rows(conn)]
+    if options.json:
+        print_json([{"ok": ok, "finding": text} for ok, text in findings])
+    else:
+        for ok, text in findings:
+            console.print(f"[green]ok[/]       {text}" if ok else f"[red]problem[/]  {text}", soft_wrap=True)
+    return 0 if all(ok for ok, _ in findings) else 1
+
+
+def judge_queue(row: dict[str, Any], kinds: set[str] | None) -> tuple[bool, str]:
+    """Return whether what waits in one queue, of one kind, will be worked, and a line that says so."""
+    name = f"kind {row['kind']!r} in queue {row['queue']!r}"
+    if kinds is not None and row["kind"] not in kinds:
+        return False, f"{name}: the app has no handler for it"
+    if row["stalled"]:
+        return False, f"{name}: {row['stalled']} stalled; their worker died, and no live one serves the queue"
+    if row["ready"] and not row["workers"]:
+        return False, f"{name}: {row['ready']} ready, and no live worker knows the kind"
+    return True, f"{name}: {row['ready']} ready, {row['processing']} processing, {row['failed']} failed"
+
+
+def demo(options: Namespace) -> int:
+    """Run the demonstration."""
+    from batchq.demo import run  # its extra need not be installed for the other commands
+
+    return run(settings_of(options), options.directory, options.files)
+
+
+# ----------------------------------------------------------------------------------------------------------- workers
+
+
+def worker(options: Namespace) -> int:
+    """Work batches until SIGTERM or SIGINT; a second one gives back what runs and leaves at once."""
+    settings = settings_of(options)
+    log.configure(settings.log_format, settings.log_level)
+    process = Worker(load_app(options.app), settings, drain=options.drain)
+    on_signals(process.stop, process.stop_now)
+    return 0 if process.run() else 1
+
+
+def workers(options: Namespace) -> int:
+    """Run several workers until SIGTERM or SIGINT."""
+    settings = settings_of(options)
+    if options.processes < 1:
+        raise InvalidInput(f"the number of processes starts at 1, not {options.processes}")
+    settings.require_dsn()
+    log.configure(settings.log_format, settings.log_level)
+    load_app(options.app)
+    supervisor = Supervisor(options.processes, worker_arguments(options), options.drain)
+    on_signals(supervisor.stop, supervisor.stop)
+    return supervisor.run()
+
+
+def worker_arguments(options: Namespace) -> list[str]:
+    """Return the arguments of one worker process: those of this one, but secrets, which it inherits otherwise."""
+    arguments = [options.app, *(["--drain"] if options.drain else [])]
+    for name, value in vars(options).items():
+        if name.startswith("set_") and value is not None and name != "set_dsn":
+            arguments += ["--" + name.removeprefix("set_").replace("_", "-"), value]
+    return arguments
+
+
+def on_signals(first: Callable[[], None], second: Callable[[], None]) -> None:
+    """Call *first* at the first SIGTERM or SIGINT, *second* at each further one."""
+    calls = iter([first])
+
+    def handle(*_: Any) -> None:
+        next(calls, second)()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+# ----------------------------------------------------------------------------------------------------------- enqueue
+
+
+def enqueue(options: Namespace) -> int:
+    """Enqueue one batch, or a file of items in batches, in one transaction."""
+    try:
+        payload = json.loads(options.payload) if options.payload is not None else None
+    except ValueError as error:
+        raise InvalidInput(f"--payload is no JSON: {error}") from None
+    given = {
+        name: getattr(options, name)
+        for name in ("queue", "priority", "delay_seconds", "max_attempts", "max_failed_items", "timeout_seconds")
+    }
+    source = options.items or options.lines
+    with database(options) as conn:
+        if source:
+            count = enqueue_file.enqueue(conn, options, payload, given)
+            said: dict[str, Any] = {"batches": count}
+        else:
+            said = {"id": enqueue_batch(conn, options.kind, payload, unique_key=options.unique_key, **given)}
+    print_enqueued(options, said)
+    return 0
+
+
+def print_enqueued(options: Namespace, said: dict[str, Any]) -> None:
+    """Print what was enqueued."""
+    if options.json:
+        print_json(said)
+    elif "batches" in said:
+        print(f"enqueued {said['batches']:,} batches of {options.kind}")
+    elif said["id"] is None:
+        print(f"nothing enqueued: a batch with unique key {options.unique_key!r} is pending or processing")
+    else:
+        print(f"enqueued batch {said['id']}")
+
+
+# ----------------------------------------------------------------------------------------------------------- looking
+
+
+def status(options: Namespace) -> int:
+    """Show queues, workers and the latest batches; again and again with --watch."""
+    if options.json:
+        print_json(read_status(options))
+    elif options.watch:
+        with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+            while True:
+                live.update(show_tables.overview(read_status(options)), refresh=True)
+                time.sleep(1)
+    else:
+        console.print(show_tables.overview(read_status(options)))
+    return 0
+
+
+def read_status(options: Namespace) -> dict[str, Any]:
+    """Read what `status` shows."""
+    with database(options) as conn:
+        return {
+            "queues": queries.queue_rows(conn, options.queue, options.kind),
+            "workers": queries.worker_objects(conn),
+            "batches": queries.status_rows(conn, options.queue, options.kind, options.status, options.limit),
+        }
+
+
+def show(options: Namespace) -> int:
+    """Show one batch and its failed items; 1 if there is no such batch."""
+    with database(options) as conn:
+        batch = queries.batch_object(conn, options.id)
+        failed_items = queries.failed_item_objects(conn, options.id, options.limit)
+    if batch is None:
+        print(f"batchq: there is no batch {options.id}", file=sys.stderr)
+        return 1
+    if options.json:
+        print_json(batch | {"failed_items": failed_items})
+    else:
+        console.print(show_tables.one_batch(batch, failed_items))
+    return 0
+
+
+def monitor(options: Namespace) -> int:
+    """Print batches as they change; 1 when one comes into a state of --exit-on."""
+    exit_on = {name.strip() for name in options.exit_on.split(",") if name.strip()}
+    if unknown := exit_on - {"failed", "stalled", "cancelled", "retrying"}:
+        raise ConfigError(f"--exit-on takes failed, stalled, cancelled or retrying, not {', '.join(sorted(unknown))}")
+    settings = settings_of(options)
+    with database(options):
+        pass
+    watched = Monitor(settings, options.queue, options.kind)
+    while True:
+        changes = watched.changes()
+        for row in changes:
+            print(json.dumps(row) if options.json else show_tables.change_line(row), flush=True)
+        if any(row["status"] in exit_on for row in changes):
+            return 1
+        if options.until_done and watched.is_done():
+            return 0
+        time.sleep(options.every_seconds)
+
+
+# ------------------------------------------------------------------------------------------------------------- verbs
+
+
+def cancel(options: Namespace) -> int:
+    """Cancel batches."""
+    return each_batch(options, lambda conn, batch_id: queries.cancel(conn, batch_id, options.reason))
+
+
+def retry(options: Namespace) -> int:
+    """Make finished batches pending again."""
+    return each_batch(options, lambda conn, batch_id: queries.retry(conn, batch_id, options.whole))
+
+
+def each_batch(options: Namespace, verb: Callable[[psycopg.Connection[Any], int], str | None]) -> int:
+    """Apply *verb* to each batch in a transaction of its own, and say how each stands; 1 if one was refused."""
+    results: dict[int, str] = {}
+    refused = False
+    for batch_id in options.ids:
+        try:
+            with database(options) as conn:
+                results[batch_id] = verb(conn, batch_id) or "there is no such batch"
+        except psycopg.errors.RaiseException as error:
+            results[batch_id] = refusal(error)
+            refused = True
+        except psycopg.errors.UniqueViolation as error:
+            results[batch_id] = refusal(error)
+            refused = True
+    if options.json:
+        print_json(results)
+    else:
+        for batch_id, text in results.items():
+            print(f"batch {batch_id}: {text}")
+    return 1 if refused or "there is no such batch" in results.values() else 0
+
+
+def refusal(error: psycopg.Error) -> str:
+    """Return why the database refused, with what it advises."""
+    return "; ".join(text for text in (error.diag.message_primary, error.diag.message_hint) if text)
+
+
+def prune(options: Namespace) -> int:
+    """Drop old finished partitions."""
+    days = options.older_than_days
+    if days is None:
+        days = settings_of(options).keep_finished_days
+    if not 0 <= days < 1_000_000:
+        raise InvalidInput(f"--older-than-days takes a number from 0 up, not {days:g}")
+    try:
+        with database(options) as conn:
+            dropped = queries.prune(conn, days)
+    except psycopg.errors.LockNotAvailable:
+        print("batchq: a table is in use; nothing was dropped, try again", file=sys.stderr)
+        return 1
+    print_json({"dropped_partitions": dropped}) if options.json else print(f"dropped {dropped} daily partitions")
+    return 0

@@ -1,0 +1,153 @@
+"""How rows look on a terminal. Texts from the database are shown as they are: markup in them has no effect."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+STYLES = {
+    "ready": "cyan",
+    "scheduled": "dim",
+    "retrying": "yellow",
+    "processing": "blue",
+    "stalled": "bold red",
+    "completed": "green",
+    "failed": "red",
+    "cancelled": "magenta",
+}
+MOST_SHOWN = 20_000
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """Return a table; numbers are put to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    lines = [list(row) for row in rows]
+    for number, column in enumerate(columns):
+        is_number = bool(lines) and all(isinstance(line[number], int | float) for line in lines)
+        made.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for line in lines:
+        made.add_row(*(cell if isinstance(cell, Text | ProgressBar) else Text(plain(cell)) for cell in line))
+    return made
+
+
+def plain(value: Any) -> str:
+    """Return a value as people read it, without control characters."""
+    if value is None:
+        return ""
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def styled(status: str) -> Text:
+    """Return a status in its colour."""
+    return Text(status, style=STYLES.get(status, ""))
+
+
+def short(interval: str | None) -> str:
+    """Return an interval of Postgres without its microseconds."""
+    return (interval or "").split(".")[0]
+
+
+def overview(status: dict[str, Any]) -> RenderableType:
+    """Return queues, workers and batches."""
+    parts = [queue_table(status["queues"]), worker_table(status["workers"]), batch_table(status["batches"])]
+    return Group(*(part for shown in parts for part in (shown, Text())))
+
+
+def queue_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """Return the queues; those that nobody works stand out."""
+    if not rows:
+        return Text("no batches yet", style="dim")
+    columns = ("queue", "kind", "ready", "scheduled", "processing", "stalled", "failed", "oldest wait", "/s", "workers")
+    cells = [
+        [row["queue"], row["kind"], row["ready"], row["scheduled"], row["processing"], row["stalled"], row["failed"],
+         short(row["oldest_wait"]), row["finished_per_second"], workers_of(row)]
+        for row in rows
+    ]  # fmt: skip
+    return table("queues", columns, cells)
+
+
+def workers_of(row: dict[str, Any]) -> Any:
+    """Return how many workers know the kind; none, while batches wait, is a warning."""
+    if row["ready"] and not row["workers"]:
+        return Text("none knows this kind", style="bold red")
+    return row["workers"]
+
+
+def worker_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """Return the live workers."""
+    if not rows:
+        return Text("no live workers", style="dim")
+    cells = [
+        [row["id"], ", ".join(row["queues"]), row["concurrency"], row["in_hand"], "stopping" if row["stopping"] else ""]
+        for row in rows
+    ]
+    return table("workers", ("worker", "queues", "concurrency", "in hand", ""), cells)
+
+
+def batch_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """Return batches with their progress."""
+    if not rows:
+        return Text("no such batches", style="dim")
+    cells = [
+        [row["id"], row["queue"], row["kind"], styled(row["status"]), bar(row), items(row),
+         f"{row['attempt']}/{row['max_attempts']}", short(row["age"]), first_line(row["last_error"])]
+        for row in rows
+    ]  # fmt: skip
+    columns = ("id", "queue", "kind", "status", "progress", "items", "attempt", "age", "last error")
+    return table("latest batches", columns, cells)
+
+
+def bar(row: dict[str, Any]) -> ProgressBar | str:
+    """Return a progress bar for a batch with items."""
+    if not row["items_total"]:
+        return ""
+    return ProgressBar(total=row["items_total"], completed=row["items_done"] + row["items_failed"], width=16)
+
+
+def items(row: dict[str, Any]) -> str:
+    """Return how many items are worked."""
+    if row["items_total"] is None:
+        return ""
+    failed = f", {row['items_failed']:,} failed" if row["items_failed"] else ""
+    return f"{row['items_done']:,} of {row['items_total']:,}{failed}"
+
+
+def first_line(text: str | None) -> str:
+    """Return the beginning of an error."""
+    return (text or "").split("\n")[0][:100]
+
+
+def one_batch(batch: dict[str, Any], failed_items: list[dict[str, Any]]) -> RenderableType:
+    """Return everything about one batch."""
+    facts = table("", ("", ""), [[name, fact(value)] for name, value in batch.items() if name != "errors"])
+    facts.show_header = False
+    parts: list[RenderableType] = [facts]
+    for error in batch["errors"]:
+        parts += [
+            Text(),
+            Text(f"attempt {error.get('attempt')}, {error.get('at')}: {plain(error.get('error'))}", "red"),
+        ]
+        parts.append(Text(plain(error.get("traceback")).rstrip(), style="dim"))
+    if failed_items:
+        cells = [[row["item_index"], fact(row["item"]), row["attempt"], plain(row["error"])] for row in failed_items]
+        parts += [Text(), table("failed items", ("index", "item", "attempt", "error"), cells)]
+    return Group(*parts)
+
+
+def fact(value: Any) -> str:
+    """Return a value of a batch: JSON for what is no text or number, cut where it is very long."""
+    text = plain(value) if isinstance(value, str | int | float | None) else json.dumps(value, ensure_ascii=False)
+    return plain(text) if len(text) <= MOST_SHOWN else f"{plain(text[:MOST_SHOWN])} ... ({len(text):,} characters)"
+
+
+def change_line(row: dict[str, Any]) -> str:
+    """Return the monitor's line for a batch."""
+    progress = f"  {items(row)} items" if row["items_total"] is not None else ""
+    error = f"  {first_line(row['last_error'])}" if row["status"] in ("failed", "retrying", "cancelled") else ""
+    attempt = f"attempt {row['attempt']}/{row['max_attempts']}"
+    return plain(f"batch {row['id']}  {row['queue']}/{row['kind']}  {row['status']}  {attempt}{progress}{error}")

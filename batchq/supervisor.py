@@ -1,0 +1,88 @@
+"""Several worker processes: started, watched, replaced when they die, stopped together."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from batchq.log import get_logger
+
+POLL_SECONDS = 0.2
+SHORT_LIFE_SECONDS = 10.0
+MOST_WAIT_SECONDS = 30.0
+EXIT_MISTAKE = 2
+
+log = get_logger()
+
+
+@dataclass
+class Place:
+    """A place for one worker process; begins a new one after *wait_seconds* where the last one died soon."""
+
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    wait_seconds: float = 0.0
+    is_done: bool = False
+
+
+class Supervisor:
+    """Keeps *count* processes of ``batchq worker`` running. `stop` may be called from a signal handler."""
+
+    def __init__(self, count: int, arguments: Sequence[str], drain: bool) -> None:
+        self.places = [Place() for _ in range(count)]
+        self.command = [sys.executable, "-m", "batchq", "worker", *arguments]
+        self.drain = drain
+        self.stopping = threading.Event()
+        self.exit_code = 0
+
+    def stop(self) -> None:
+        """Tell every process to stop; told again, each leaves at once."""
+        self.stopping.set()
+        for place in self.places:
+            if place.process is not None and place.process.poll() is None:
+                place.process.send_signal(signal.SIGTERM)
+
+    def run(self) -> int:
+        """Run until stopped or, with drain, until each process has drained; return 0 if all ended well."""
+        while not all(place.is_done for place in self.places):
+            for place in self.places:
+                self.tend(place)
+            time.sleep(POLL_SECONDS)
+        return self.exit_code
+
+    def tend(self, place: Place) -> None:
+        """Start, replace or close one place."""
+        if place.is_done:
+            return
+        if place.process is None:
+            if self.stopping.is_set():
+                place.is_done = True
+            elif time.monotonic() - place.started_at >= place.wait_seconds:
+                self.start(place)
+        elif (code := place.process.poll()) is not None:
+            self.ended(place, code)
+
+    def start(self, place: Place) -> None:
+        """Start a process; in a session of its own, so that Ctrl-C reaches it through us alone."""
+        place.process = subprocess.Popen(self.command, start_new_session=True)
+        place.started_at = time.monotonic()
+        if self.stopping.is_set():
+            place.process.send_signal(signal.SIGTERM)
+
+    def ended(self, place: Place, code: int) -> None:
+        """Decide what follows the end of a process."""
+        place.process = None
+        if self.stopping.is_set() or (self.drain and code == 0):
+            self.exit_code = self.exit_code or (0 if code == 0 else 1)
+            place.is_done = True
+        elif code == EXIT_MISTAKE:
+            self.exit_code = EXIT_MISTAKE  # its settings or its schema are wrong, and so would be the next one's
+            place.is_done = True
+            self.stop()
+        else:
+            lived = time.monotonic() - place.started_at
+            place.wait_seconds = 0 if lived > SHORT_LIFE_SECONDS else min(2 * place.wait_seconds + 1, MOST_WAIT_SECONDS)
+            log.warning("worker process ended, replaced", exit_code=code, in_seconds=place.wait_seconds)
