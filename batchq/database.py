@@ -54,6 +54,8 @@ LOGIN_REFUSED = (
     "Tenant or user not found",
     "(ECIRCUITBREAKER)",
     "(ESSLREQUIRED)",
+    "no such database",
+    "does not exist",
 )
 
 
@@ -244,11 +246,18 @@ async def transaction_async(
 
 
 def connect(dsn: str) -> psycopg.Connection[Any]:
-    """Open one connection, with the settings that every pooler takes. Raises ConfigError, without the password."""
+    """Open one connection, with the settings that every pooler takes.
+
+    Raises ConfigError where trying again would not help (log-in refused, no such database), else OperationalError;
+    both in one line, without the password.
+    """
     try:
         return Connection.connect(dsn, **CONNECT_OPTIONS)
     except psycopg.Error as error:
-        raise ConfigError(f"cannot connect: {hide_password(' '.join(str(error).split()))}") from None
+        message = f"cannot connect: {hide_password(' '.join(str(error).split()))}"
+        if is_login_failure(error):
+            raise ConfigError(message) from None
+        raise psycopg.OperationalError(message) from None
 
 
 class Link:

@@ -37,6 +37,7 @@ class Supervisor:
         self.drain = drain
         self.stopping = threading.Event()
         self.exit_code = 0
+        self.is_proven = False  # a process has worked: the settings are right, and what fails later may pass
 
     def stop(self) -> None:
         """Tell every process to stop; told again, each leaves at once."""
@@ -75,14 +76,15 @@ class Supervisor:
     def ended(self, place: Place, code: int) -> None:
         """Decide what follows the end of a process."""
         place.process = None
+        lived = time.monotonic() - place.started_at
+        self.is_proven = self.is_proven or lived > SHORT_LIFE_SECONDS
         if self.stopping.is_set() or (self.drain and code == 0):
             self.exit_code = self.exit_code or (0 if code == 0 else 1)
             place.is_done = True
-        elif code == EXIT_MISTAKE:
+        elif code == EXIT_MISTAKE and not self.is_proven:
             self.exit_code = EXIT_MISTAKE  # its settings or its schema are wrong, and so would be the next one's
             place.is_done = True
             self.stop()
         else:
-            lived = time.monotonic() - place.started_at
             place.wait_seconds = 0 if lived > SHORT_LIFE_SECONDS else min(2 * place.wait_seconds + 1, MOST_WAIT_SECONDS)
             log.warning("worker process ended, replaced", exit_code=code, in_seconds=place.wait_seconds)

@@ -19,6 +19,7 @@ STYLES = {
     "failed": "red",
     "cancelled": "magenta",
 }
+UNBROKEN = ("id", "status", "items", "attempt", "age", "oldest wait")
 MOST_SHOWN = 20_000
 
 
@@ -28,7 +29,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     lines = [list(row) for row in rows]
     for number, column in enumerate(columns):
         is_number = bool(lines) and all(isinstance(line[number], int | float) for line in lines)
-        made.add_column(column, justify="right" if is_number else "left", overflow="fold")
+        made.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=column in UNBROKEN)
     for line in lines:
         made.add_row(*(cell if isinstance(cell, Text | ProgressBar) else Text(plain(cell)) for cell in line))
     return made
@@ -94,7 +95,7 @@ def batch_table(rows: list[dict[str, Any]]) -> RenderableType:
     if not rows:
         return Text("no such batches", style="dim")
     cells = [
-        [row["id"], row["queue"], row["kind"], styled(row["status"]), bar(row), items(row),
+        [str(row["id"]), row["queue"], row["kind"], styled(row["status"]), bar(row), items(row),
          f"{row['attempt']}/{row['max_attempts']}", short(row["age"]), first_line(row["last_error"])]
         for row in rows
     ]  # fmt: skip
