@@ -20,6 +20,7 @@ from batchq.lanes import Lane
 from batchq.log import current_batch, get_logger
 from batchq.outage import Outage
 from batchq.queries import WorkerRow
+from batchq.text import one_line
 
 RESCUES_A_ROUND = 100
 HEARTBEAT_SECONDS = 5.0
@@ -158,6 +159,8 @@ class Keeper:
                     log.info("pruned", partitions=dropped, older_than_days=self.keep_finished_days)
         except psycopg.errors.LockNotAvailable:
             log.info("maintenance put off: a table is locked")
+        except psycopg.errors.InsufficientPrivilege as error:
+            log.warning("maintenance left to the schema's owner", error=one_line(error))
 
 
 class Duty:
