@@ -1,0 +1,396 @@
+"""The laws that the tests' own infrastructure keeps: a check that cannot fail proves nothing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+
+import psycopg
+import pytest
+
+from tests.run_all_tests import ROOT, problem_of, read_results
+from tests.support.alone import run_alone
+from tests.support.databases import Databases
+from tests.support.poolers import PgBouncer
+from tests.support.servers import Server
+from tests.support.steps import step
+from tests.support.supasim import SupaSim
+from tests.support.through import WAYS
+from tests.support.waiting import wait_until
+
+Connect = Callable[..., psycopg.Connection]
+BACKEND_PID = "SELECT pg_backend_pid()"
+
+
+def connect(dsn: str, **options: object) -> psycopg.Connection:
+    """Connect as batchq does."""
+    return psycopg.connect(dsn, **{"autocommit": True, "prepare_threshold": None} | options)
+
+
+def value(conn: psycopg.Connection, query: str) -> object:
+    """Return the one value of *query*."""
+    row = conn.execute(query).fetchone()
+    assert row
+    return row[0]
+
+
+# Databases and the server
+
+
+def test_each_test_has_a_database_of_its_own(databases: Databases, server: Server) -> None:
+    with databases.empty() as first, databases.empty() as second:
+        step("create a table in %s, look for it in %s", first, second)
+        with connect(server.dsn(first)) as conn:
+            conn.execute("CREATE TABLE only_here ()")
+        with connect(server.dsn(second)) as conn:
+            assert value(conn, "SELECT to_regclass('only_here')") is None
+
+
+def test_databases_of_finished_tests_are_dropped(server: Server) -> None:
+    databases = Databases(server)
+    with databases.empty() as name:
+        pass
+    databases.close()
+    with connect(server.admin_dsn) as conn:
+        assert value(conn, f"SELECT count(*) FROM pg_database WHERE datname = '{name}'") == 0
+
+
+def test_a_crash_of_the_server_keeps_what_was_committed(
+    empty_database: str, server: Server, crash_server: Callable[[], None]
+) -> None:
+    with connect(server.dsn(empty_database)) as conn:
+        conn.execute("CREATE TABLE kept AS SELECT 1 AS one")
+        step("crash the server under an open connection")
+        crash_server()
+        with pytest.raises(psycopg.OperationalError):
+            conn.execute("SELECT 1")
+    with connect(server.dsn(empty_database)) as conn:
+        assert value(conn, "SELECT one FROM kept") == 1
+
+
+def test_waiting_ends_with_what_was_waited_for() -> None:
+    with pytest.raises(TimeoutError, match=r"waited 0.02 s for the moon; last seen: 0"):
+        wait_until(lambda: 0, 0.02, "the moon")
+
+
+# PgBouncer
+
+
+@pytest.fixture(params=[False, True], ids=["config-a", "config-b"])
+def bouncer(request: pytest.FixtureRequest, server: Server, empty_database: str) -> Iterator[PgBouncer]:
+    with PgBouncer(server, reset_always=request.param) as bouncer:
+        bouncer.warm_up(empty_database)
+        yield bouncer
+
+
+@pytest.fixture
+def pgbouncer_a(server: Server, empty_database: str) -> Iterator[PgBouncer]:
+    with PgBouncer(server) as bouncer:
+        bouncer.warm_up(empty_database)
+        yield bouncer
+
+
+def test_transactions_through_pgbouncer_change_between_two_backends(bouncer: PgBouncer, empty_database: str) -> None:
+    with connect(bouncer.dsn(empty_database)) as conn:
+        pids = [value(conn, BACKEND_PID) for _ in range(4)]
+    assert pids[:2] == pids[2:]
+    assert len(set(pids)) == 2
+
+
+@pytest.mark.parametrize(("reset_always", "seen"), [(False, "777ms"), (True, "0")])
+def test_what_a_session_sets_leaks_with_config_a_and_vanishes_with_b(
+    server: Server, empty_database: str, reset_always: bool, seen: str
+) -> None:
+    with PgBouncer(server, reset_always=reset_always) as bouncer:
+        bouncer.warm_up(empty_database)
+        with connect(bouncer.dsn(empty_database)) as conn:
+            conn.execute("SET statement_timeout = 777")
+            assert seen in {value(conn, "SHOW statement_timeout") for _ in range(2)}
+
+
+def test_a_start_up_option_is_refused_by_pgbouncer(bouncer: PgBouncer, empty_database: str) -> None:
+    with pytest.raises(psycopg.OperationalError, match="unsupported startup parameter"):
+        connect(bouncer.dsn(empty_database), options="-c statement_timeout=1s")
+
+
+def test_a_backend_that_a_client_holds_is_noticed(pgbouncer_a: PgBouncer, empty_database: str) -> None:
+    with connect(pgbouncer_a.dsn(empty_database)) as conn:
+        with conn.transaction():
+            conn.execute("SELECT 1")
+            assert pgbouncer_a.sv_active(empty_database) == 1
+            with pytest.raises(TimeoutError, match="idle backends"):
+                pgbouncer_a.check_settled(empty_database)
+        pgbouncer_a.check_settled(empty_database)
+
+
+def test_a_prepared_statement_left_on_a_backend_is_noticed(pgbouncer_a: PgBouncer, empty_database: str) -> None:
+    with connect(pgbouncer_a.dsn(empty_database)) as conn:
+        conn.execute("PREPARE left_behind AS SELECT 1")
+    with pytest.raises(AssertionError, match="prepared statements"):
+        pgbouncer_a.check_settled(empty_database)
+
+
+def test_a_killed_pgbouncer_starts_again_on_its_port(pgbouncer_a: PgBouncer, empty_database: str) -> None:
+    with connect(pgbouncer_a.dsn(empty_database)) as conn:
+        pgbouncer_a.kill()
+        with pytest.raises(psycopg.OperationalError):
+            conn.execute("SELECT 1")
+    pgbouncer_a.start()
+    with connect(pgbouncer_a.dsn(empty_database)) as conn:
+        assert value(conn, "SELECT 1") == 1
+
+
+def test_a_frozen_or_paused_pgbouncer_answers_when_it_goes_on(pgbouncer_a: PgBouncer, empty_database: str) -> None:
+    for stop, go_on in [
+        (pgbouncer_a.freeze, pgbouncer_a.thaw),
+        (lambda: pgbouncer_a.pause(empty_database), lambda: pgbouncer_a.resume(empty_database)),
+    ]:
+        stop()
+        with connect_later(pgbouncer_a.dsn(empty_database)) as waiting:
+            waiting.join(0.2)
+            assert waiting.is_alive()
+            go_on()
+
+
+class connect_later(Thread):  # noqa: N801
+    """Connects and asks for something in a thread, which must end with the block."""
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__(daemon=True)
+        self.dsn = dsn
+
+    def run(self) -> None:
+        with connect(self.dsn) as conn:
+            conn.execute("SELECT 1")
+
+    def __enter__(self) -> Thread:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.join(5)
+        assert not self.is_alive()
+
+
+# The Supavisor simulator
+
+
+@pytest.fixture
+def sim(server: Server, empty_database: str) -> Iterator[SupaSim]:
+    with SupaSim(server.dsn(empty_database)) as sim:
+        yield sim
+
+
+def execute(query: str) -> Callable[[psycopg.Connection], object]:
+    return lambda conn: conn.execute(query)
+
+
+def in_transaction(query: str) -> Callable[[psycopg.Connection], object]:
+    def run(conn: psycopg.Connection) -> None:
+        with conn.transaction():
+            conn.execute(query)
+
+    return run
+
+
+def prepare_by_name(conn: psycopg.Connection) -> None:
+    conn.prepare_threshold = 0
+    conn.execute("SELECT %s::int", [1])
+
+
+def pipeline(conn: psycopg.Connection) -> None:
+    with conn.pipeline():
+        conn.execute("SELECT 1")
+
+
+def pipeline_without_waiting(conn: psycopg.Connection) -> None:
+    """Send COMMIT while the first statement runs: other drivers do so, psycopg only through libpq."""
+    conn.pgconn.enter_pipeline_mode()
+    for statement in (b"SELECT pg_sleep(0.02)", b"COMMIT"):
+        conn.pgconn.send_query_params(statement, None)
+        conn.pgconn.pipeline_sync()
+    conn.pgconn.flush()
+    conn.close()
+
+
+BREACHES = [
+    ("LISTEN", execute("LISTEN bell")),
+    ("SESSION_SET", execute("SET statement_timeout = 1000")),
+    ("SESSION_SET", execute("SELECT set_config('statement_timeout', '1s', false)")),
+    ("SESSION_SET", execute("RESET statement_timeout")),
+    ("SESSION_LOCK", execute("SELECT pg_advisory_lock(1)")),
+    ("SESSION_LOCK", execute("SELECT pg_try_advisory_lock_shared(1)")),
+    ("TEMP", execute("CREATE TEMPORARY TABLE gone ()")),
+    ("HOLD_CURSOR", in_transaction("DECLARE held CURSOR WITH HOLD FOR SELECT 1")),
+    ("SQL_PREPARE", execute("PREPARE q AS SELECT 1")),
+    ("SQL_PREPARE", execute("DEALLOCATE ALL")),
+    ("DISCARD", execute("DISCARD ALL")),
+    ("LOAD", execute("LOAD 'plpgsql'")),
+    ("SEQUENCE_FN", execute("SELECT lastval()")),
+    ("NAMED_PREPARE", prepare_by_name),
+    ("SET_LOCAL_OUTSIDE_TX", execute("SET LOCAL statement_timeout = 1000")),
+    ("PIPELINE_OUTSIDE_TX", pipeline_without_waiting),
+    ("FLUSH_OUTSIDE_TX", pipeline),
+    ("COMMIT_PIPELINED", pipeline_without_waiting),
+    ("OVER_16K", execute(f"SELECT '{'x' * 17_000}'")),
+]
+
+
+@pytest.mark.parametrize(("rule", "breach"), BREACHES, ids=[f"{n}-{rule}" for n, (rule, _) in enumerate(BREACHES)])
+def test_the_simulator_records_each_breach(
+    sim: SupaSim, rule: str, breach: Callable[[psycopg.Connection], object]
+) -> None:
+    with suppress(psycopg.Error), connect(sim.dsn()) as conn:
+        breach(conn)
+    assert rule in {found.rule for found in sim.settled()}
+
+
+def test_the_simulator_records_a_start_up_parameter_and_ignores_it(sim: SupaSim) -> None:
+    with connect(sim.dsn(options="'-c statement_timeout=1s'")) as conn:
+        assert value(conn, "SHOW statement_timeout") == "0"
+    assert [found.rule for found in sim.settled()] == ["STARTUP_PARAM"]
+
+
+def test_the_simulator_finds_nothing_in_what_batchq_may_do(sim: SupaSim) -> None:
+    with connect(sim.dsn()) as conn, conn.transaction():
+        conn.execute("SELECT set_config('statement_timeout', %s, true)", ["15s"])
+        conn.execute("CREATE TABLE t (id int GENERATED ALWAYS AS IDENTITY, v int)")
+        conn.execute("INSERT INTO t (v) SELECT unnest(%s::int[])", [[1, 2, 3]])
+        conn.cursor().executemany("INSERT INTO t (v) VALUES (%s)", [[4], [5]])
+        with conn.transaction(), conn.cursor().copy("COPY t (v) FROM STDIN") as copy:
+            copy.write_row([6])
+        conn.execute("SELECT id FROM t ORDER BY id LIMIT 2 FOR UPDATE SKIP LOCKED")
+        conn.execute("SELECT pg_try_advisory_xact_lock(1), pg_notify('bell', '')")
+    assert sim.settled() == []
+
+
+def test_transactions_through_the_simulator_never_stay_on_a_backend(sim: SupaSim) -> None:
+    with connect(sim.dsn()) as conn:
+        pids = [value(conn, BACKEND_PID) for _ in range(4)]
+    assert pids[:2] == pids[2:]
+    assert len(set(pids)) == 2
+
+
+def test_a_busy_client_sees_a_bare_eof_when_its_backend_dies_and_an_idle_one_nothing(sim: SupaSim) -> None:
+    with connect(sim.dsn()) as busy, connect(sim.dsn()) as idle:
+        busy.execute("BEGIN")
+        sim.kill_backends()
+        assert value(idle, "SELECT 1") == 1
+        with pytest.raises(psycopg.OperationalError) as caught:
+            busy.execute("SELECT 1")
+        assert caught.value.sqlstate is None
+
+
+def test_clients_see_an_admin_shutdown_or_an_eof_when_the_simulator_restarts(sim: SupaSim) -> None:
+    for error, sqlstate in [(True, "57P01"), (False, None)]:
+        with connect(sim.dsn()) as conn:
+            sim.drop_clients(error=error)
+            with pytest.raises(psycopg.OperationalError) as caught:
+                conn.execute("SELECT 1")
+            assert caught.value.sqlstate == sqlstate
+
+
+def test_a_statement_can_be_cancelled_through_the_simulator(sim: SupaSim) -> None:
+    with connect(sim.dsn()) as conn, connect(sim.dsn()) as observer:
+        sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)'"
+        canceller = Thread(
+            target=lambda: (
+                wait_until(lambda: value(observer, sleeping), 5, "the sleeper"),
+                conn.cancel_safe(),
+            )
+        )
+        canceller.start()
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            conn.execute("SELECT pg_sleep(60)")
+        canceller.join()
+        assert value(conn, "SELECT 1") == 1
+
+
+def test_the_simulator_refuses_as_supavisor_does(
+    server: Server, empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.support.supasim.REFUSAL_SECONDS", 0.0)
+    with SupaSim(server.dsn(empty_database), password="right", max_clients=1) as sim, connect(sim.dsn()):
+        for changes, message in [
+            ({"user": "postgres.other"}, r"\(ENOTFOUND\) tenant/user postgres.other not found"),
+            ({"user": "postgres"}, r"\(ENOTFOUND\)"),
+            ({"application_name": "x" * 1100}, r"\(ESTARTUPPACKETTOOLARGE\)"),
+            ({}, r"\(EMAXCONN\) max client connections reached, limit: 1"),
+        ]:
+            with pytest.raises(psycopg.OperationalError, match=message):
+                connect(sim.dsn(**changes))
+    wrong_password = pytest.raises(psycopg.OperationalError, match="password authentication failed")
+    with SupaSim(server.dsn(empty_database), password="right") as sim, wrong_password:
+        connect(sim.dsn(password="wrong"))
+
+
+def test_a_client_that_finds_all_backends_busy_is_disconnected(server: Server, empty_database: str) -> None:
+    sim = SupaSim(server.dsn(empty_database), pool_size=1, checkout_timeout_seconds=0.2)
+    with sim, connect(sim.dsn()) as holder, connect(sim.dsn()) as waiter, holder.transaction():
+        holder.execute("SELECT 1")
+        with pytest.raises(psycopg.errors.InternalError_, match=r"\(ECHECKOUTTIMEOUT\)"):
+            waiter.execute("SELECT 1")
+
+
+def test_a_client_that_is_idle_for_too_long_sees_an_eof(server: Server, empty_database: str) -> None:
+    sim = SupaSim(server.dsn(empty_database), client_idle_timeout_seconds=0.05)
+    with sim, connect(sim.dsn()) as conn:
+        wait_until(lambda: not sim.clients, 5, "the client to be dropped")
+        with pytest.raises(psycopg.OperationalError):
+            conn.execute("SELECT 1")
+
+
+# The ways through poolers
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_each_way_leads_to_the_database(name: str, server: Server, empty_database: str) -> None:
+    with WAYS[name](server) as way, way(empty_database) as dsn, connect(dsn) as conn:
+        assert value(conn, "SELECT current_database()") == empty_database
+
+
+@pytest.mark.parametrize("name", ["pgbouncer-a", "sim"])
+def test_a_way_through_a_pooler_fails_the_test_that_breaks_the_contract(
+    name: str, server: Server, empty_database: str
+) -> None:
+    with WAYS[name](server) as way, pytest.raises(AssertionError), way(empty_database) as dsn:
+        leave_a_prepared_statement(dsn)
+
+
+def leave_a_prepared_statement(dsn: str) -> None:
+    conn = connect(dsn)
+    with suppress(psycopg.Error):
+        conn.execute("PREPARE left_behind AS SELECT 1")
+    conn.close()
+
+
+# The runner
+
+REPORT = """<testsuites><testsuite>
+  <testcase classname="c" name="good"/>
+  <testcase classname="c" name="bad"><failure/></testcase>
+  <testcase classname="c" name="bad_at_its_end"/>
+  <testcase classname="c" name="bad_at_its_end"><error/></testcase>
+  <testcase classname="c" name="skipped"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_the_runner_counts_errors_and_skipped_tests_as_failed(tmp_path: Path) -> None:
+    results = tmp_path / "results.xml"
+    results.write_text(REPORT)
+    outcome = read_results(ROOT / "tests" / "foundation" / "test_x.py", results, exit_code=1)
+    assert (outcome.passed, outcome.failed, outcome.is_good) == (1, 3, False)
+
+
+@pytest.mark.parametrize("exit_code", [0, 2, 5, -9, None])
+def test_the_runner_fails_a_file_without_tests_or_with_a_crash(exit_code: int | None, tmp_path: Path) -> None:
+    outcome = read_results(ROOT / "tests" / "foundation" / "test_x.py", tmp_path / "none.xml", exit_code)
+    assert (outcome.failed, outcome.is_good) == (1, False)
+
+
+def test_the_runner_finds_nothing_wrong_with_a_good_run() -> None:
+    assert problem_of(exit_code=0, cases=3, skipped=0) == ""
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
