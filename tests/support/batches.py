@@ -22,6 +22,18 @@ def register(app: batchq.App, style: str, kind: str, body: Callable[[batchq.Batc
     app.handler(kind, **options)(body if style == "def" else in_loop)
 
 
+def register_items(app: batchq.App, style: str, kind: str, body: Callable[..., Any], **options: Any) -> None:
+    """Register *body*, which takes item and batch and awaits nothing, as an item handler of either style."""
+
+    def in_thread(item: Any, batch: batchq.Batch) -> Any:
+        return body(item, batch)
+
+    async def in_loop(item: Any, batch: batchq.Batch) -> Any:
+        return body(item, batch)
+
+    app.item_handler(kind, **options)(in_thread if style == "def" else in_loop)
+
+
 def put(conn: psycopg.Connection, kind: str, payload: Any = None, **options: Any) -> int:
     """Enqueue a batch and return its id."""
     batch_id = batchq.enqueue(conn, kind, payload, **options)

@@ -5,10 +5,11 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,16 +93,24 @@ def running_server() -> AbstractContextManager[Server]:
 
     Raise NoServerError when what they ask for is not there; without them take the first there is.
     """
-    choice = os.environ.get("BATCHQ_TEST_SERVER") or _first_available()
+    choice = os.environ.get("BATCHQ_TEST_SERVER") or ("dsn" if os.environ.get("BATCHQ_TEST_DSN") else None)
+    if choice is None:
+        return _first_available()
     if choice not in _START:
         raise NoServerError(f"BATCHQ_TEST_SERVER is {choice!r}; it can be {', '.join(_START)}")
     return _START[choice]()
 
 
-def _first_available() -> str:
-    if os.environ.get("BATCHQ_TEST_DSN"):
-        return "dsn"
-    return "container" if _docker_problem() is None else "embedded"
+@contextmanager
+def _first_available() -> Iterator[Server]:
+    """Start a container if a Docker engine answers and has the image, else the embedded server; say so."""
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(_container_server())
+        except NoServerError as error:
+            print(f"no container, so the embedded server is used: {str(error).splitlines()[0]}", file=sys.stderr)
+            server = stack.enter_context(_embedded_server())
+        yield server
 
 
 @contextmanager

@@ -1,0 +1,203 @@
+"""The README and docs/ do what they say: every code block runs, in order, and has the effect that is told."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from batchq import embedded, enqueue
+from batchq.app import load_app
+from batchq.testing import drain
+from tests.support import settings_table
+from tests.support.alone import run_alone
+from tests.support.markdown import ROOT, Block, blocks
+from tests.support.steps import step
+from tests.support.waiting import wait_until
+
+SECONDS_A_BLOCK = 60
+
+
+def environment(dsn: str) -> dict[str, str]:
+    """Return the environment of the blocks: our commands, and psql from the wheel if no other."""
+    path = [str(Path(sys.executable).parent), os.environ["PATH"], str(embedded.wheel_programs())]
+    return os.environ | {"BATCHQ_DSN": dsn, "PATH": os.pathsep.join(path), "PYTHONWARNINGS": "ignore"}
+
+
+def run(command: list[str], dsn: str, directory: Path, block: Block) -> str:
+    """Run a command to its end, in *directory*; return what it printed. It must exit 0."""
+    step("%s: %s", block.place, " ".join(command)[:100])
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        env=environment(dsn),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS_A_BLOCK,
+        check=False,
+    )
+    assert done.returncode == 0, f"{block.place} exited {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def run_sql(dsn: str, block: Block, *, keep: bool = True) -> None:
+    """Run a block of SQL, in one transaction; with keep=False it is rolled back (roles are the whole server's)."""
+    step("%s: %s", block.place, block.text[:60])
+    with (
+        psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn,
+        conn.transaction(force_rollback=not keep),
+    ):
+        conn.execute(block.text.encode())
+
+
+@contextmanager
+def background(line: str, dsn: str, directory: Path) -> Iterator[None]:
+    """Run one command beside the others; it must stop well when it is told to."""
+    with (directory / "log").open("a") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {line}"], cwd=directory, env=environment(dsn), stderr=log, start_new_session=True
+        )
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def counts(dsn: str, query: str) -> dict[str, int]:
+    """Return what *query* counts, by its first column."""
+    with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn:
+        return dict(conn.execute(query).fetchall())
+
+
+BY_STATUS = "SELECT kind || ' ' || status, count(*) FROM batchq.batches GROUP BY 1"
+
+
+def test_the_readme_leads_from_nothing_to_watching_work(empty_dsn: str, tmp_path: Path) -> None:
+    read = blocks("README.md")
+    assert [block.language for block in read].count("python") == 2
+    with ExitStack() as workers:
+        for block in read:
+            run_readme_block(block, empty_dsn, tmp_path, workers)
+        step("wait for the workers to finish what the last block has enqueued")
+        wait_until(lambda: counts(empty_dsn, BY_STATUS).get("import_contact completed") == 5, 30, "the import")
+        wait_until(lambda: counts(empty_dsn, BY_STATUS).get("send_receipt completed") == 2, 30, "the receipts")
+        wait_until(lambda: counts(empty_dsn, BY_STATUS).get("check_site failed") == 1, 30, "the retried sites")
+    contacts = counts(empty_dsn, "SELECT email, count(*) FROM contacts GROUP BY 1")
+    assert len(contacts) == 5000
+    assert set(contacts.values()) == {1}
+
+
+def run_readme_block(block: Block, dsn: str, directory: Path, workers: ExitStack) -> None:
+    """Run one block of the README as a reader would."""
+    if block.language == "sql":
+        run_sql(dsn, block, keep="CREATE ROLE" not in block.text)
+    elif block.language == "python" and "app = batchq.App()" in block.text:
+        (directory / "tasks.py").write_text(block.text)
+    elif block.language == "python":
+        run([sys.executable, "-c", block.text], dsn, directory, block)
+    else:
+        for line in block.lines:
+            run_readme_line(line, dsn, directory, workers, block)
+
+
+def run_readme_line(line: str, dsn: str, directory: Path, workers: ExitStack, block: Block) -> None:
+    """Run one line for the shell."""
+    command = line.split("#")[0].strip()
+    if command.startswith("bin/"):  # .ci/run runs them: they cannot run within themselves
+        assert os.access(ROOT / command, os.X_OK)
+        assert command in (ROOT / ".ci/run").read_text()
+    elif command.startswith(("batchq worker ", "batchq workers ")):
+        workers.enter_context(background(command, dsn, directory))
+    elif not command.startswith(("pip install", "export BATCHQ_DSN")):  # test_wheel.py installs; the DSN is ours
+        run(["bash", "-euo", "pipefail", "-c", command], dsn, directory, block)
+
+
+def test_the_readme_shows_every_setting() -> None:
+    assert settings_table.shown() == settings_table.table(), "run: python tests/support/settings_table.py"
+
+
+def test_each_way_to_enqueue_that_the_docs_show_works(dsn: str, tmp_path: Path) -> None:
+    for block in blocks("docs/enqueue.md"):
+        if block.language == "sql":
+            run_sql(dsn, block)
+        elif block.language == "python":
+            run([sys.executable, "-c", block.text], dsn, tmp_path, block)
+        else:
+            run(["bash", "-euo", "pipefail", "-c", block.text], dsn, tmp_path, block)
+    by_kind = counts(dsn, "SELECT kind, count(*) FROM batchq.batches GROUP BY 1")
+    # send_receipt: psql 2, command line 1, psycopg 1 + 1000, SQLAlchemy, asyncpg and Django one each
+    assert by_kind == {"send_reminder": 1, "refresh_prices": 1, "send_receipt": 1007, "check_site": 201}
+    # (check_site: 20,000 items in batches of 100, and one batch from the shell; the table of domains is still empty)
+
+
+@pytest.fixture
+def handlers_dsn(dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return a database with the tables that docs/handlers.md writes to, and its blocks as the module tasks."""
+    (tmp_path / "tasks.py").write_text(
+        "\n\n".join(b.text for b in blocks("docs/handlers.md") if b.language == "python")
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tasks", raising=False)
+    with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn:
+        conn.execute("CREATE TABLE contacts (email text, batch_id bigint)")
+        conn.execute("CREATE TABLE pages (number integer)")
+        conn.execute("CREATE TABLE charges (order_id integer)")
+    return dsn
+
+
+def test_the_handlers_of_the_docs_do_what_is_told(handlers_dsn: str) -> None:
+    contacts = [{"email": f"{n}@example.com", "age": n} for n in (30, 40, 200)]
+    with psycopg.connect(handlers_dsn, autocommit=True, prepare_threshold=None) as conn:
+        enqueue(conn, "add", {"numbers": [1, 2, 3]})
+        enqueue(conn, "wait_for_file", {"ready": True})
+        enqueue(conn, "wait_for_file", {"cancelled": True})
+        enqueue(conn, "wait_for_file")
+        enqueue(conn, "greet", {"email": "a@example.com", "age": 1})
+        enqueue(conn, "greet", {"email": "a@example.com"})
+        enqueue(conn, "check_contact", items=contacts, max_attempts=1)
+        enqueue(conn, "import_contact", items=contacts)
+        enqueue(conn, "import_contacts", items=[*contacts, {}], max_failed_items=1, max_attempts=1)
+        enqueue(conn, "import_contacts_async", items=contacts)
+        enqueue(conn, "copy_pages", {"pages": 3})
+        enqueue(conn, "charge", {"order_id": 42})
+    drain(load_app("tasks:app"), handlers_dsn)
+    assert counts(handlers_dsn, BY_STATUS) == {
+        "add completed": 1,
+        "wait_for_file completed": 1,
+        "wait_for_file cancelled": 1,
+        "wait_for_file pending": 1,
+        "greet completed": 1,
+        "greet failed": 1,
+        "check_contact failed": 1,
+        "import_contact completed": 1,
+        "import_contacts completed": 1,
+        "import_contacts_async completed": 1,
+        "copy_pages completed": 1,
+        "charge completed": 1,
+    }
+    assert set(counts(handlers_dsn, "SELECT email, count(*) FROM contacts GROUP BY 1").values()) == {3}
+    assert counts(handlers_dsn, "SELECT 'all', count(*) FROM pages") == {"all": 3}
+    assert counts(handlers_dsn, "SELECT 'all', count(*) FROM charges") == {"all": 1}
+
+
+def test_the_sql_of_the_operations_page_runs(dsn: str, admin_dsn: str) -> None:
+    for block in blocks("docs/operations.md"):
+        assert block.language == "sql"
+        run_sql(admin_dsn if "CREATE ROLE" in block.text else dsn, block, keep=False)
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("tests/**/*.md")]:
+        for part in document.read_text(encoding="utf-8").split("](")[1:]:
+            target = part.split(")")[0].split("#")[0]
+            assert target.startswith("http") or (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
