@@ -67,7 +67,7 @@ class App:
         """
 
         def register(function: Function) -> Function:
-            check_arguments(kind, function, "batch")
+            check_batch_argument(kind, function)
             self.add(Handler(kind, function, timeout_seconds, backoff or Backoff(), payload))
             return function
 
@@ -121,7 +121,7 @@ class App:
         if not isinstance(handler.kind, str) or not 1 <= len(handler.kind.encode()) <= MAX_KIND_BYTES:
             raise ConfigError(f"a kind is a text of 1 to {MAX_KIND_BYTES} bytes, not {handler.kind!r}")
         if handler.kind in self.handlers:
-            other = self.handlers[handler.kind].function.__qualname__
+            other = name_of(self.handlers[handler.kind].function)
             raise ConfigError(f"kind {handler.kind!r} has a handler already: {other}")
         if handler.timeout_seconds is not None and not handler.timeout_seconds > 0:
             raise ConfigError(f"timeout_seconds of {handler.kind!r} must be over 0, not {handler.timeout_seconds!r}")
@@ -134,8 +134,24 @@ def check_arguments(kind: str, function: Callable[..., Any], expected: str) -> l
         raise ConfigError(f"the handler of {kind!r} is no function: {function!r}")
     names = list(inspect.signature(function).parameters)
     if not names:
-        raise ConfigError(f"the handler of {kind!r}, {function.__qualname__}(), must take an argument, the {expected}")
+        raise ConfigError(f"the handler of {kind!r}, {name_of(function)}(), must take an argument, the {expected}")
     return names
+
+
+def check_batch_argument(kind: str, function: Callable[..., Any]) -> None:
+    """Raise ConfigError unless a handler can be called with the batch alone."""
+    check_arguments(kind, function, "batch")
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError as error:
+        raise ConfigError(
+            f"the handler of {kind!r}, {name_of(function)}(), is called with the batch alone: {error}"
+        ) from None
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return a function's name, for a message."""
+    return str(getattr(function, "__qualname__", function))
 
 
 def check_item_arguments(kind: str, function: Callable[..., Any], transactional: bool) -> list[str]:

@@ -16,7 +16,7 @@ from batchq import queries
 from batchq.database import HandlerConnections
 from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested
 from batchq.queries import ClaimedRow, Finish, ItemFailure, Progress, Statement
-from batchq.text import cut, json_text, one_line
+from batchq.text import MOST_ERROR_BYTES, clean, cut, json_text, one_line
 
 PAGE_BYTES = 4_000_000
 PAGE_ITEMS = 10_000
@@ -39,6 +39,7 @@ class Claim:
     queue: str
     token: UUID
     runtime: Runtime
+    began_at: float  # monotonic time before the claim's statement: its leases last at least from then
 
 
 class Batch:
@@ -73,7 +74,7 @@ class Batch:
         "used_chunks",
     )
 
-    def __init__(self, row: ClaimedRow, claim: Claim, leased_at: float) -> None:
+    def __init__(self, row: ClaimedRow, claim: Claim) -> None:
         self.row: ClaimedRow = row
         self.claim = claim
         self.id, self.kind, self.attempt, self.max_attempts = row[:4]
@@ -86,7 +87,7 @@ class Batch:
             self.timeout_seconds,
         ) = row[6:]
         self._payload = self._cursor = self._items = UNCHANGED
-        self.leased_at = leased_at
+        self.leased_at = claim.began_at
         self.begun_at: float | None = None
         self.interrupt: Interrupted | None = None
         self.open_transaction: BatchTransaction | None = None
@@ -440,19 +441,15 @@ class Chunk:
         """Return what this chunk changes of its batch."""
         failures = [self.failure(position) for position in sorted(self.failures) if position < self.count]
         if not self.is_retry:
-            return Progress(self.count - len(failures), len(failures), failures)
+            return Progress(self.count - len(failures), len(failures), failures, first_index=self.indexes[0])
         recovered = [self.indexes[position] for position in range(self.count) if position not in self.failures]
         return Progress(len(recovered), -len(recovered), failures, recovered)
 
     def failure(self, position: int) -> ItemFailure:
-        """Return the failed item at *position* as it is stored."""
+        """Return the failure of the item at *position* as it is stored."""
         error = self.failures[position]
-        return ItemFailure(
-            self.indexes[position],
-            json.dumps(self.items[position]),
-            cut(error, 2000) if isinstance(error, str) else one_line(error),
-            not isinstance(error, InvalidInput),
-        )
+        message = cut(clean(error), MOST_ERROR_BYTES) if isinstance(error, str) else one_line(error)
+        return ItemFailure(self.indexes[position], message, not isinstance(error, InvalidInput))
 
 
 class ChunkTransaction(FencedTransaction):

@@ -84,8 +84,7 @@ class Claimer:
 
     def claim(self, queue: str, priority: int, lane: Lane, room: int) -> int:
         """Claim up to *room* batches of one priority, and hand them to the lane; return how many."""
-        claim = Claim(queue, uuid.uuid4(), self.runtime)
-        leased_at = time.monotonic()
+        claim = Claim(queue, uuid.uuid4(), self.runtime, began_at=time.monotonic())
         try:
             with self.link.transaction() as conn:
                 rows = queries.claim(
@@ -94,7 +93,7 @@ class Claimer:
         except OutcomeUnknown:
             self.unknown.append((queue, claim.token))
             raise
-        lane.take([Batch(row, claim, leased_at) for row in rows])
+        lane.take([Batch(row, claim) for row in rows])
         return len(rows)
 
     def give_back_unknown(self) -> None:

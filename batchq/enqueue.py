@@ -15,6 +15,8 @@ from batchq import queries
 from batchq.errors import InvalidInput
 from batchq.text import json_text
 
+INFINITY = float("inf")
+
 
 def enqueue(
     conn: psycopg.Connection[Any],
@@ -128,10 +130,15 @@ def payload_text(payload: Any) -> str:
 
 
 def items_text(items: Iterable[Any]) -> str:
-    """Return items as the text of a JSON array. Raises InvalidInput for a mapping or a text."""
-    if isinstance(items, str | bytes | Mapping):
-        raise InvalidInput(f"items must be a list, not {type(items).__name__}")
+    """Return items as the text of a JSON array. Raises InvalidInput."""
+    check_list("items", items)
     return json_text(list(items), "an item")
+
+
+def check_list(name: str, values: object) -> None:
+    """Raise InvalidInput for what is no list or generator; a mapping or a text is none either."""
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
+        raise InvalidInput(f"{name} must be a list or a generator, not {type(values).__name__}")
 
 
 def check_options(**options: Any) -> dict[str, Any]:
@@ -147,8 +154,9 @@ def check_options(**options: Any) -> dict[str, Any]:
         value = options[name]
         if not isinstance(value, int | None) or isinstance(value, bool):
             raise InvalidInput(f"{name} must be a whole number, not {value!r}")
-    if not isinstance(options["delay_seconds"], int | float):
-        raise InvalidInput(f"delay_seconds must be a number, not {options['delay_seconds']!r}")
+    delay_seconds = options["delay_seconds"]
+    if not isinstance(delay_seconds, int | float) or not -INFINITY < delay_seconds < INFINITY:
+        raise InvalidInput(f"delay_seconds must be a number, not {delay_seconds!r}")
     return options
 
 
@@ -169,15 +177,13 @@ Texts = Iterator[tuple[str, str | None]]
 
 def payload_rows(payloads: Iterable[Any]) -> Texts:
     """Yield payload and items (None) of a batch for each payload."""
-    if isinstance(payloads, str | bytes | Mapping):
-        raise InvalidInput(f"payloads must be a list or a generator, not {type(payloads).__name__}")
+    check_list("payloads", payloads)
     return ((payload_text(payload), None) for payload in payloads)
 
 
 def item_rows(items: Iterable[Any], size: int, payload: Any) -> Texts:
     """Yield payload and items of each batch of *size* items."""
-    if isinstance(items, str | bytes | Mapping):
-        raise InvalidInput(f"items must be a list or a generator, not {type(items).__name__}")
+    check_list("items", items)
     text = payload_text(payload)
     source = iter(items)
     return ((text, items_text(part)) for part in iter(lambda: list(islice(source, size)), []))

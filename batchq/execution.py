@@ -137,6 +137,8 @@ def raised(batch: Batch, handler: Handler, error: BaseException) -> Outcome:
         case LeaseLost():
             log.warning("lease lost", error="LeaseLost", status=status_now(batch))
             return WRITTEN
+        case TimedOut():
+            return WRITTEN  # the keeper has ended the attempt
         case Snooze():
             log.info("batch snoozed", seconds=error.seconds)
             return Outcome("pending", delay_seconds=error.seconds, give_back=True)

@@ -127,9 +127,9 @@ class Keeper:
     def end_attempt(self, lane: Lane, batch: Batch, limit: float) -> None:
         """End an attempt as failed; its handler is told at its next checkpoint, or cancelled."""
         error = timed_out(batch, limit)
-        batch.interrupt = error
         current_batch.set(batch)
         if lane.end(batch, failed_attempt(batch, lane.handlers[batch.kind], error)):
+            batch.interrupt = error  # only now: a handler that saw it before would end the batch, and say nothing of it
             lane.abandon(batch)
         current_batch.set(None)
 

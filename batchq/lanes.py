@@ -153,7 +153,7 @@ class ThreadLane(Lane):
                 batch = self.waiting.get_nowait()
             except queue.Empty:
                 break
-            if batch is not None and batch.leased_at <= since:
+            if batch is not None and batch.claim.began_at <= since:
                 given_back += self.end(batch, RELEASED)
             else:
                 kept.append(batch)

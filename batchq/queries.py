@@ -160,6 +160,7 @@ def ready_priorities(conn: Conn, queue: str, kinds: Sequence[str]) -> list[int]:
     return [priority for (priority,) in rows]
 
 
+# What is compressed in the row counts as large: 1,000 bytes may stand for 90,000, and a claim has up to 1,000 rows.
 CLAIM: LiteralString = """
 WITH ready AS (
   SELECT id
@@ -184,8 +185,12 @@ FROM ready
 WHERE b.queue = %(queue)s
   AND b.id = ready.id
 RETURNING b.id, b.kind, b.attempt, b.max_attempts,
-  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= 1000 THEN b.payload::text END,
-  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= 1000 THEN b.cursor::text END,
+  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= 1000
+        AND num_nonnulls(pg_column_compression(b.payload), pg_column_compression(b.cursor)) = 0
+       THEN b.payload::text END,
+  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= 1000
+        AND num_nonnulls(pg_column_compression(b.payload), pg_column_compression(b.cursor)) = 0
+       THEN b.cursor::text END,
   b.items_total, pg_column_size(b.items), b.items_done, b.items_failed, b.max_failed_items, b.timeout_seconds
 """
 
@@ -316,24 +321,36 @@ WITH mine AS (
   WHERE queue = %(queue)s
     AND id = %(id)s
     AND claim_token = %(token)s
-  RETURNING queue, id, attempt
+  RETURNING queue, id, attempt, CASE WHEN %(first_index)s::integer IS NOT NULL THEN items END AS items
 ), recovered AS (
   DELETE FROM batchq.failed_items f
   USING mine
   WHERE f.queue = mine.queue
     AND f.batch_id = mine.id
     AND f.item_index = ANY (%(recovered)s::integer[])
-), failures AS (
-  INSERT INTO batchq.failed_items AS f (queue, batch_id, item_index, item, error, retryable, attempt)
-  SELECT mine.queue, mine.id, u.item_index, u.item, u.error, u.retryable, mine.attempt
-  FROM mine,
-       unnest(%(indexes)s::integer[], %(items)s::jsonb[], %(errors)s::text[], %(retryables)s::boolean[])
-         AS u(item_index, item, error, retryable)
-  ON CONFLICT (batch_id, queue, item_index) DO UPDATE
-  SET error = excluded.error,
-      retryable = excluded.retryable,
-      attempt = excluded.attempt,
+), failure AS (
+  SELECT *
+  FROM unnest(%(indexes)s::integer[], %(errors)s::text[], %(retryables)s::boolean[])
+    AS u(item_index, error, retryable)
+), first_failures AS (
+  INSERT INTO batchq.failed_items (queue, batch_id, item_index, item, error, retryable, attempt)
+  SELECT mine.queue, mine.id, failure.item_index, slice.item, failure.error, failure.retryable, mine.attempt
+  FROM mine
+  CROSS JOIN LATERAL jsonb_array_elements(jsonb_path_query_array(mine.items, '$[$first to $last]',
+    jsonb_build_object('first', %(first_index)s::integer, 'last', %(last_index)s::integer)))
+    WITH ORDINALITY AS slice(item, number)
+  JOIN failure ON failure.item_index = %(first_index)s::integer + slice.number - 1
+), further_failures AS (
+  UPDATE batchq.failed_items f
+  SET error = failure.error,
+      retryable = failure.retryable,
+      attempt = mine.attempt,
       failed_at = now()
+  FROM mine, failure
+  WHERE %(first_index)s::integer IS NULL
+    AND f.queue = mine.queue
+    AND f.batch_id = mine.id
+    AND f.item_index = failure.item_index
 )
 SELECT id
 FROM mine
@@ -341,21 +358,24 @@ FROM mine
 
 
 class ItemFailure(NamedTuple):
-    """A failed item as it is stored: JSON text, one line of error."""
+    """A failed item as it is stored, but for the item itself, which the table has: one line of error."""
 
     item_index: int
-    item: str
     error: str
     retryable: bool
 
 
 class Progress(NamedTuple):
-    """What a checkpoint changes: counters by how much, failures to record, failures that are cured."""
+    """What a checkpoint changes: counters by how much, failures to record, failures that are cured.
+
+    first_index: where the chunk begins, if its items were worked for the first time; None when they had failed before.
+    """
 
     done: int = 0
     failed: int = 0
     failures: Sequence[ItemFailure] = ()
     recovered: Sequence[int] = ()
+    first_index: int | None = None
     keeps_cursor: bool = True
     cursor: str | None = None
 
@@ -375,8 +395,9 @@ def checkpoint(queue: str, batch_id: int, token: UUID, lease_seconds: float, pro
         "keeps_cursor": progress.keeps_cursor,
         "cursor": progress.cursor,
         "recovered": list(progress.recovered),
+        "first_index": progress.first_index if progress.failures else None,
+        "last_index": max((failure.item_index for failure in progress.failures), default=None),
         "indexes": [failure.item_index for failure in progress.failures],
-        "items": [failure.item for failure in progress.failures],
         "errors": [failure.error for failure in progress.failures],
         "retryables": [failure.retryable for failure in progress.failures],
     }

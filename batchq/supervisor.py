@@ -1,11 +1,12 @@
 """Several worker processes: started, watched, replaced when they die, stopped together."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from batchq.log import get_logger
@@ -29,11 +30,15 @@ class Place:
 
 
 class Supervisor:
-    """Keeps *count* processes of ``batchq worker`` running. `stop` may be called from a signal handler."""
+    """Keeps *count* processes of ``batchq worker`` running, with *environment* besides ours.
 
-    def __init__(self, count: int, arguments: Sequence[str], drain: bool) -> None:
+    `stop` may be called from another thread; not from a signal handler.
+    """
+
+    def __init__(self, count: int, arguments: Sequence[str], environment: Mapping[str, str], drain: bool) -> None:
         self.places = [Place() for _ in range(count)]
         self.command = [sys.executable, "-m", "batchq", "worker", *arguments]
+        self.environment = os.environ | dict(environment)
         self.drain = drain
         self.stopping = threading.Event()
         self.exit_code = 0
@@ -68,7 +73,7 @@ class Supervisor:
 
     def start(self, place: Place) -> None:
         """Start a process; in a session of its own, so that Ctrl-C reaches it through us alone."""
-        place.process = subprocess.Popen(self.command, start_new_session=True)
+        place.process = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
         place.started_at = time.monotonic()
         if self.stopping.is_set():
             place.process.send_signal(signal.SIGTERM)

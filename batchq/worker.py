@@ -12,7 +12,7 @@ from batchq import queries
 from batchq.app import App
 from batchq.batch import Runtime
 from batchq.claimer import Claimer
-from batchq.database import HandlerConnections, Link, check_server, connect
+from batchq.database import HandlerConnections, Link, bounded, check_server, connect
 from batchq.errors import ConfigError, StopRequested
 from batchq.execution import RELEASED
 from batchq.finisher import Finisher
@@ -115,7 +115,7 @@ class Worker:
 
     def check_database(self) -> None:
         """Raise ConfigError unless the database answers, is new enough, and has our schema."""
-        with connect(self.dsn) as conn:
+        with connect(self.dsn) as conn, bounded(conn, self.settings.database_timeout_seconds):
             check_server(conn)
             check_schema(conn)
 

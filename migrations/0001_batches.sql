@@ -40,8 +40,8 @@ CREATE TABLE batchq.batches (
   CONSTRAINT batches_max_attempts_is_positive        CHECK (max_attempts >= 1),
   CONSTRAINT batches_max_failed_items_is_not_negative CHECK (max_failed_items >= 0),
   CONSTRAINT batches_timeout_is_positive  CHECK (timeout_seconds >= 1),
-  CONSTRAINT batches_attempts_are_left    CHECK (attempt BETWEEN 0 AND max_attempts
-                                                 AND (status <> 'pending' OR attempt < max_attempts)),
+  CONSTRAINT batches_attempts_are_left    CHECK (max_attempts < 1 OR (attempt BETWEEN 0 AND max_attempts
+                                                 AND (status <> 'pending' OR attempt < max_attempts))),
   CONSTRAINT batches_counters_fit_items   CHECK (items_done >= 0 AND items_failed >= 0
                                                  AND items_done + items_failed <= coalesce(items_total, 0)),
   CONSTRAINT batches_errors_is_array      CHECK (jsonb_typeof(errors) = 'array'),

@@ -1,8 +1,10 @@
 """What each command does."""
 
 import json
+import queue
 import signal
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -119,16 +121,17 @@ def workers(options: Namespace) -> int:
     settings = settings_of(options)
     if options.processes < 1:
         raise InvalidInput(f"the number of processes starts at 1, not {options.processes}")
-    settings.require_dsn()
+    dsn = settings.require_dsn()
     log.configure(settings.log_format, settings.log_level)
     load_app(options.app)
-    supervisor = Supervisor(options.processes, worker_arguments(options), options.drain)
+    supervisor = Supervisor(options.processes, worker_arguments(options), {"BATCHQ_DSN": dsn}, options.drain)
     on_signals(supervisor.stop, supervisor.stop)
     return supervisor.run()
 
 
 def worker_arguments(options: Namespace) -> list[str]:
-    """Return the arguments of one worker process: those of this one, but secrets, which it inherits otherwise."""
+    """Return the arguments of one worker process: those of this one, but the DSN, which is no secret in a list of
+    processes."""
     arguments = [options.app, *(["--drain"] if options.drain else [])]
     for name, value in vars(options).items():
         if name.startswith("set_") and value is not None and name != "set_dsn":
@@ -137,14 +140,22 @@ def worker_arguments(options: Namespace) -> list[str]:
 
 
 def on_signals(first: Callable[[], None], second: Callable[[], None]) -> None:
-    """Call *first* at the first SIGTERM or SIGINT, *second* at each further one."""
-    calls = iter([first])
+    """Call *first* at the first SIGTERM or SIGINT, *second* at each further one.
 
-    def handle(*_: Any) -> None:
-        next(calls, second)()
+    In a thread of its own: a signal handler runs in the middle of whatever the main thread does, and would wait for
+    ever for a lock that the main thread holds. Putting into a SimpleQueue is safe there.
+    """
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
 
+    def follow() -> None:
+        signals.get()
+        first()
+        while signals.get():
+            second()
+
+    threading.Thread(target=follow, name="batchq-signals", daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
+        signal.signal(number, lambda number, _: signals.put(number))
 
 
 # ----------------------------------------------------------------------------------------------------------- enqueue
