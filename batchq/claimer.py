@@ -16,6 +16,7 @@ from batchq.outage import Outage
 POLLS_A_SECOND = 50  # of all idle workers together
 MOST_IDLE_SECONDS = 5.0
 FULL_SECONDS = 0.5
+DEAR_POLL_FACTOR = 20
 
 
 class Claimer:
@@ -30,6 +31,8 @@ class Claimer:
         self.worker_id = worker_id
         self.runtime = runtime
         self.live_workers = 1
+        self.fastest_poll_seconds = float("inf")
+        self.poll_cost_seconds = 0.0
         self.nudged = threading.Event()
         self.outage = Outage("claimer")
         self.unknown: list[tuple[str, uuid.UUID]] = []
@@ -39,7 +42,7 @@ class Claimer:
         while not self.runtime.stopping.is_set():
             all_written = not any(lane.unwritten for lane in self.lanes)  # looked at before the poll, which comes after
             try:
-                found = self.round()
+                found = self.timed_round()
                 self.outage.over()
             except Exception as error:
                 self.outage.failed(error, self.runtime.stopping)
@@ -60,9 +63,21 @@ class Claimer:
         self.nudged.clear()
 
     def idle_seconds(self) -> float:
-        """Return this worker's share of the idle polling, with jitter."""
-        share = min(max(self.live_workers, 1) / POLLS_A_SECOND, MOST_IDLE_SECONDS)
-        return share * random.uniform(0.5, 1.5)  # noqa: S311 (spreads load; not a secret)
+        """Return this worker's share of the idle polling, with jitter; more where a poll is dear to the database."""
+        share = max(self.live_workers / POLLS_A_SECOND, DEAR_POLL_FACTOR * self.poll_cost_seconds)
+        return min(share, MOST_IDLE_SECONDS) * random.uniform(0.5, 1.5)  # noqa: S311 (spreads load; not a secret)
+
+    def timed_round(self) -> int:
+        """Do a round, and note how much longer than the fastest (a round trip to the network) it took.
+
+        A poll is dear where many batches are ready of kinds that this worker does not know: it passes over each.
+        """
+        began_at = time.monotonic()
+        found = self.round()
+        took = time.monotonic() - began_at
+        self.fastest_poll_seconds = min(self.fastest_poll_seconds, took)
+        self.poll_cost_seconds = took - self.fastest_poll_seconds
+        return found
 
     def round(self) -> int:
         """Claim for every queue and lane that has room; return how many batches were claimed."""

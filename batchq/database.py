@@ -5,6 +5,7 @@ set within the transaction, its round trips bounded by cutting the socket: while
 acknowledges, so neither keep-alives nor asyncio time-outs end a wait.
 """
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -44,6 +45,8 @@ POOL_OPTIONS: dict[str, Any] = {
 }
 OLDEST_SERVER = 150_000
 BORROW_SECONDS = 2.0
+TURN_SECONDS = 1.0
+
 
 # ------------------------------------------------------------------------------------------------ log-in failures
 
@@ -62,29 +65,52 @@ LOGIN_REFUSED = (
 class LoginGate:
     """Let one refused log-in be followed by the next only after 15 s, then 30 s, up to 2 min.
 
-    Supavisor blocks an address for 2 min after 10 refused log-ins in 150 s, and a pool alone makes more than that.
+    Supavisor blocks an address for 2 min after 10 refused log-ins in 150 s, and a pool alone makes more than that. When
+    all connections are lost at once they log in one after the other, so that the first refusal spares the rest; but
+    nobody waits for a turn longer than a second, since a peer may not answer at all.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.turn = threading.Lock()
         self.refused = 0
         self.not_before = 0.0
 
-    def enter(self) -> None:
-        """Raise OperationalError, without a network round trip, while it is too early to try again."""
+    def take_turn(self) -> bool:
+        """Wait for the turn, a second at most; return whether it was taken."""
+        return self.turn.acquire(timeout=TURN_SECONDS)
+
+    async def take_turn_async(self) -> bool:
+        """Do as `take_turn` does, in the event loop."""
+        until = time.monotonic() + TURN_SECONDS
+        while not (taken := self.turn.acquire(blocking=False)) and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        return taken
+
+    @contextmanager
+    def log_in(self, turn_taken: bool) -> Iterator[None]:
+        """Watch the block, which logs in. Raises OperationalError, without a network round trip, while it is too early."""
+        try:
+            self.check()
+            yield
+            self.refused = 0
+        except psycopg.Error as error:
+            self.failed(error)
+            raise
+        finally:
+            if turn_taken:
+                self.turn.release()
+
+    def check(self) -> None:
+        """Raise OperationalError while it is too early to try again."""
         if (left := self.not_before - time.monotonic()) > 0:
             raise psycopg.OperationalError(f"log-in was refused; not tried again for another {left:.0f} s")
 
     def failed(self, error: BaseException) -> None:
-        """Take note of a failed connect."""
-        with self.lock:
-            if is_login_failure(error):
-                self.not_before = time.monotonic() + min(15 * 2**self.refused, 120)
-                self.refused += 1
-
-    def succeeded(self) -> None:
-        """Take note of a connect that worked."""
-        self.refused = 0
+        """Take note of a failed log-in; of several at the same time, once."""
+        now = time.monotonic()
+        if is_login_failure(error) and now >= self.not_before:
+            self.not_before = now + min(15 * 2**self.refused, 120)
+            self.refused += 1
 
 
 def is_login_failure(error: BaseException) -> bool:
@@ -100,14 +126,8 @@ class Connection(psycopg.Connection[Any]):
 
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
-        gate.enter()
-        try:
-            conn = super().connect(conninfo, **kwargs)
-        except psycopg.Error as error:
-            gate.failed(error)
-            raise
-        gate.succeeded()
-        return conn
+        with gate.log_in(gate.take_turn()):
+            return super().connect(conninfo, **kwargs)
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):
@@ -115,14 +135,8 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
 
     @classmethod
     async def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
-        gate.enter()
-        try:
-            conn = await super().connect(conninfo, **kwargs)
-        except psycopg.Error as error:
-            gate.failed(error)
-            raise
-        gate.succeeded()
-        return conn
+        with gate.log_in(await gate.take_turn_async()):
+            return await super().connect(conninfo, **kwargs)
 
 
 AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
@@ -207,15 +221,17 @@ def is_lost(conn: AnyConnection) -> bool:
 
 
 @contextmanager
-def transaction(conn: psycopg.Connection[Any], seconds: float) -> Iterator[psycopg.Connection[Any]]:
-    """Run the block in one transaction, within *seconds*, on the server and here.
+def transaction(
+    conn: psycopg.Connection[Any], seconds: float, lock_seconds: float = queries.OWN_LOCK_SECONDS
+) -> Iterator[psycopg.Connection[Any]]:
+    """Run the block in one transaction, within *seconds*, on the server and here; wait for locks no longer than that.
 
     Commits at the end. Raises OutcomeUnknown if the connection was lost while COMMIT was in flight.
     """
     committing = False
     try:
         with bounded(conn, seconds + 1), conn.transaction():
-            conn.execute(queries.limits(seconds))
+            conn.execute(queries.limits(seconds, lock_seconds))
             yield conn
             committing = True
     except psycopg.Error as error:
@@ -228,12 +244,12 @@ def transaction(conn: psycopg.Connection[Any], seconds: float) -> Iterator[psyco
 async def transaction_async(
     conn: psycopg.AsyncConnection[Any], seconds: float
 ) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-    """Do as `transaction` does, on an asyncio connection."""
+    """Do as `transaction` does, on an asyncio connection; locks are waited for as long as the transaction may take."""
     committing = False
     try:
         with bounded(conn, seconds + 1):
             async with conn.transaction():
-                await conn.execute(queries.limits(seconds))
+                await conn.execute(queries.limits(seconds, seconds))
                 yield conn
                 committing = True
     except psycopg.Error as error:
@@ -325,7 +341,7 @@ class HandlerConnections:
         """Run the block in one transaction on a connection of the pool."""
         conn = self.borrow()
         try:
-            with transaction(conn, self.transaction_seconds):
+            with transaction(conn, self.transaction_seconds, self.transaction_seconds):
                 yield conn
         finally:
             if is_lost(conn):

@@ -18,15 +18,17 @@ from psycopg.rows import tuple_row
 Conn = psycopg.Connection[Any]
 Statement = tuple[LiteralString, dict[str, Any]]
 
+OWN_LOCK_SECONDS = 5.0  # how long a statement of our own waits for a lock
+
 # -------------------------------------------------------------------------------------------------- connections
 
 
-def limits(seconds: float) -> str:
-    """Return the statement that bounds a transaction on the server; it holds until the transaction's end."""
+def limits(seconds: float, lock_seconds: float = OWN_LOCK_SECONDS) -> str:
+    """Return the statement that bounds a transaction, and each wait for a lock, on the server, until its end."""
     milliseconds = int(seconds * 1000)
     settings = {
         "statement_timeout": milliseconds,
-        "lock_timeout": min(milliseconds, 5000),
+        "lock_timeout": int(min(seconds, lock_seconds) * 1000),
         "idle_in_transaction_session_timeout": milliseconds,
         "client_connection_check_interval": 2000,
     }
