@@ -65,6 +65,7 @@ class App:
         *timeout_seconds*: of an attempt, where the batch has none of its own. *backoff*: the waits between attempts.
         What the function returns (JSON) is stored as the batch's result. Raises ConfigError.
         """
+        check_kind(kind)
 
         def register(function: Function) -> Function:
             check_batch_argument(kind, function)
@@ -93,6 +94,7 @@ class App:
         written after about a second, too. *item*: a pydantic model; an item that does not fit it fails without a retry.
         Raises ConfigError.
         """
+        check_kind(kind)
 
         def register(function: Function) -> Function:
             names = check_item_arguments(kind, function, transactional)
@@ -117,15 +119,19 @@ class App:
         return register
 
     def add(self, handler: Handler) -> None:
-        """Register a handler. Raises ConfigError for a kind that the table would refuse, or that is taken."""
-        if not isinstance(handler.kind, str) or not 1 <= len(handler.kind.encode()) <= MAX_KIND_BYTES:
-            raise ConfigError(f"a kind is a text of 1 to {MAX_KIND_BYTES} bytes, not {handler.kind!r}")
+        """Register a handler. Raises ConfigError for a kind that is taken, or a time limit that cannot be."""
         if handler.kind in self.handlers:
             other = name_of(self.handlers[handler.kind].function)
             raise ConfigError(f"kind {handler.kind!r} has a handler already: {other}")
         if handler.timeout_seconds is not None and not handler.timeout_seconds > 0:
             raise ConfigError(f"timeout_seconds of {handler.kind!r} must be over 0, not {handler.timeout_seconds!r}")
         self.handlers[handler.kind] = handler
+
+
+def check_kind(kind: str) -> None:
+    """Raise ConfigError for a kind that the table would refuse; at once, for ``@app.handler`` without its call."""
+    if not isinstance(kind, str) or not 1 <= len(kind.encode()) <= MAX_KIND_BYTES:
+        raise ConfigError(f"a kind is a text of 1 to {MAX_KIND_BYTES} bytes, not {kind!r}")
 
 
 def check_arguments(kind: str, function: Callable[..., Any], expected: str) -> list[str]:

@@ -88,7 +88,7 @@ class LoginGate:
 
     @contextmanager
     def log_in(self, turn_taken: bool) -> Iterator[None]:
-        """Watch the block, which logs in. Raises OperationalError, without a network round trip, while it is too early."""
+        """Watch the block, which logs in. Raises OperationalError, without a round trip, while it is too early."""
         try:
             self.check()
             yield
@@ -276,6 +276,11 @@ def connect(dsn: str) -> psycopg.Connection[Any]:
         raise psycopg.OperationalError(message) from None
 
 
+def connect_options(seconds: float) -> dict[str, Any]:
+    """Return the options for whoever waits at most *seconds* (from 2 up) for a connection."""
+    return CONNECT_OPTIONS | {"connect_timeout": round(min(max(seconds, 2), CONNECT_OPTIONS["connect_timeout"]))}
+
+
 class Link:
     """One thread's own connection: opened when needed, thrown away when broken. Not for sharing."""
 
@@ -300,7 +305,7 @@ class Link:
     def kept(self) -> Iterator[psycopg.Connection[Any]]:
         """Give the connection, and close it if it comes back broken."""
         if self.conn is None:
-            self.conn = Connection.connect(self.dsn, **CONNECT_OPTIONS)
+            self.conn = Connection.connect(self.dsn, **connect_options(self.timeout_seconds))
         try:
             yield self.conn
         finally:
@@ -318,7 +323,8 @@ class HandlerConnections:
     """The connections for handlers' transactions: a pool for threads, and one for the event loop."""
 
     def __init__(self, dsn: str, size: int, borrow_seconds: float, transaction_seconds: float) -> None:
-        self.options = POOL_OPTIONS | {"max_size": size, "kwargs": CONNECT_OPTIONS, "timeout": BORROW_SECONDS}
+        kwargs = connect_options(borrow_seconds)
+        self.options = POOL_OPTIONS | {"max_size": size, "kwargs": kwargs, "timeout": BORROW_SECONDS}
         self.dsn = dsn
         self.borrow_seconds = borrow_seconds
         self.transaction_seconds = transaction_seconds

@@ -46,6 +46,7 @@ class ChunkRun:
         self.positions = iter(range(len(chunk)))
         self.ends_at = time.monotonic() + CHUNK_SECONDS
         self.ended_by: tuple[int, Snooze | Cancel] | None = None
+        self.broken_by: BaseException | None = None
 
     def item(self, position: int) -> Any:
         """Return the item to call the handler with. Raises InvalidInput if it does not fit its model."""
@@ -54,20 +55,29 @@ class ChunkRun:
 
     def is_over(self) -> bool:
         """Tell whether to begin no further item."""
-        return time.monotonic() >= self.ends_at or self.batch.stop_requested or self.ended_by is not None
+        has_ended = self.ended_by is not None or self.broken_by is not None
+        return has_ended or time.monotonic() >= self.ends_at or self.batch.stop_requested
 
     def failed(self, position: int, error: BaseException, conn: AnyConnection | None) -> None:
-        """Record what an item raised. Raises it again where it concerns more than the item."""
+        """Record what an item raised: its own failure, or what concerns the whole chunk.
+
+        Raised at once, KeyboardInterrupt would end the event loop, and other lanes would run on behind our back.
+        """
         if isinstance(error, PASSED_ON) or (conn is not None and is_lost(conn)):
-            raise error
-        if isinstance(error, Snooze | Cancel):
+            self.broken_by = self.broken_by or error
+        elif isinstance(error, Snooze | Cancel):
             if self.ended_by is None or position < self.ended_by[0]:
                 self.ended_by = (position, error)
         else:
             self.chunk.fail(position, error)
 
     def close(self) -> None:
-        """Keep in the chunk what is worked: all begun items, or those before one that ended the batch."""
+        """Keep in the chunk what is worked: all begun items, or those before one that ended the batch.
+
+        Raises what broke the chunk: then nothing of it is to be committed.
+        """
+        if self.broken_by is not None:
+            raise self.broken_by
         begun = next(self.positions, len(self.chunk))
         self.chunk.end_at(begun if self.ended_by is None else self.ended_by[0])
 

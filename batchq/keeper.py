@@ -55,9 +55,9 @@ class Keeper:
         self.outage = Outage("keeper")
         self.tick_seconds = min(lease_seconds / 10, 0.5)
         self.duties: list[Duty] = [
-            Duty(self.heartbeat, min(HEARTBEAT_SECONDS, lease_seconds)),
-            Duty(self.extend, self.tick_seconds),
+            Duty(self.extend, self.tick_seconds),  # first: whatever the others run into, leases are kept
             Duty(self.rescue, lease_seconds / 10),
+            Duty(self.heartbeat, min(HEARTBEAT_SECONDS, lease_seconds)),
             Duty(self.maintain, MAINTENANCE_SECONDS),
         ]
 
@@ -150,17 +150,20 @@ class Keeper:
             )
 
     def maintain(self) -> None:
-        """Create the partitions of the next days, drop those that are too old. If a lock is not free: next time."""
+        """Create the partitions of the next days, drop those that are too old. What is refused waits for the next time.
+
+        Refused when a lock is not free at once, when the schema belongs to another role, when a view needs a partition.
+        """
         try:
             with self.link.transaction() as conn:
                 queries.create_finished_partitions(conn, PARTITIONS_AHEAD_DAYS)
             with self.link.transaction() as conn:
                 if dropped := queries.prune(conn, self.keep_finished_days):
                     log.info("pruned", partitions=dropped, older_than_days=self.keep_finished_days)
-        except psycopg.errors.LockNotAvailable:
-            log.info("maintenance put off: a table is locked")
-        except psycopg.errors.InsufficientPrivilege as error:
-            log.warning("maintenance left to the schema's owner", error=one_line(error))
+        except psycopg.Error as error:
+            if self.link.conn is None:  # lost: done again when the database is back
+                raise
+            log.warning("maintenance put off", error=one_line(error))
 
 
 class Duty:

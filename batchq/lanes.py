@@ -6,6 +6,7 @@ late, and dropped.
 """
 
 import asyncio
+import contextlib
 import itertools
 import queue
 import threading
@@ -193,8 +194,13 @@ class LoopLane(Lane):
         self.ready.wait()
 
     def run_loop(self) -> None:
-        """Run the event loop until `stop`."""
-        asyncio.run(self.main())
+        """Run the event loop until `stop`; a task of a handler's own that raises SystemExit would end it before."""
+        with asyncio.Runner() as runner:
+            loop = runner.get_loop()
+            main = loop.create_task(self.main())
+            while not main.done():
+                with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                    loop.run_until_complete(main)
 
     async def main(self) -> None:
         """Keep the loop and its connections open until `stop`."""

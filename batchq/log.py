@@ -36,9 +36,19 @@ def add_batch(logger: Any, method: str, event: MutableMapping[str, Any]) -> Muta
 def hide_secrets(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:  # noqa: ARG001
     """Hide passwords of DSNs in every text of the line."""
     for name, value in event.items():
-        if isinstance(value, str) and ("password" in value.lower() or "://" in value):
-            event[name] = hide_password(value)
+        event[name] = hidden(value)
     return event
+
+
+def hidden(value: Any) -> Any:
+    """Return a value of a line with the passwords in it hidden, also within lists, mappings and exceptions."""
+    if isinstance(value, str):
+        return hide_password(value)
+    if isinstance(value, dict):
+        return {name: hidden(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [hidden(part) for part in value]
+    return hide_password(repr(value)) if isinstance(value, BaseException) else value
 
 
 def configure(log_format: str, log_level: str) -> None:
@@ -66,9 +76,12 @@ def configure(log_format: str, log_level: str) -> None:
 def last_processors(log_format: str) -> list[Any]:
     """Return the processors that make a line of text."""
     remove_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    first = [remove_meta, structlog.processors.format_exc_info, hide_secrets]
     if log_format == "json":
-        return [remove_meta, structlog.processors.format_exc_info, hide_secrets, structlog.processors.JSONRenderer()]
-    return [remove_meta, hide_secrets, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        return [*first, structlog.processors.JSONRenderer()]
+    # A plain traceback: the renderer's own shows the values of local variables, secrets among them.
+    plain = structlog.dev.plain_traceback
+    return [*first, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
 
 
 def get_logger() -> Any:

@@ -630,6 +630,7 @@ class WorkerRow(NamedTuple):
 def heartbeat(conn: Conn, worker: WorkerRow, in_hand: int, stopping: bool) -> int:
     """Show a sign of life; drop workers silent for an hour. Returns how many workers live, this one included."""
     parameters = worker._asdict() | {"in_hand": in_hand, "stopping": stopping}
+    wait_briefly_for_locks(conn)  # leases are kept by the same thread
     conn.execute(
         """
         INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, in_hand, stopping)

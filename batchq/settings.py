@@ -137,8 +137,16 @@ def dsn_problems(dsn: str) -> list[str]:
     try:
         parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
     except ProgrammingError as error:
-        return [f"not a Postgres DSN: {hide_password(str(error).strip())}"]
+        return [not_a_dsn(str(error))]
     return [*parameter_problems(parts), *environment_problems(), *supabase_problems(parts)]
+
+
+def not_a_dsn(error: str) -> str:
+    """Say that libpq could not read the DSN. Its own words quote parts of it, so no more of them than a name."""
+    found = re.search(r'invalid (?:connection option|URI query parameter:?) "\w+"', error)
+    return (
+        f"not a Postgres DSN{f': {found[0]}' if found else ''}; it looks like postgresql://user:password@host:6543/db"
+    )
 
 
 def parameter_problems(parts: dict[str, str]) -> list[str]:
@@ -152,6 +160,8 @@ def parameter_problems(parts: dict[str, str]) -> list[str]:
         problems.append("channel_binding=require: poolers offer SCRAM-SHA-256 only; leave it out")
     if parts.get("sslnegotiation") == "direct":
         problems.append("sslnegotiation=direct: poolers wait for an SSLRequest first; leave it out")
+    if "@" in parts.get("host", "") or not re.fullmatch(r"[\d,]*", parts.get("port", "")):
+        problems.append("its host or port has characters of a password: write @ : / ? # % in a password as %40 %3A ...")
     startup = ("user", "dbname", "application_name", "client_encoding")
     if sum(len(name) + len(parts.get(name, "").encode()) + 2 for name in startup) > MAX_STARTUP_BYTES:
         problems.append("user, database and application_name are together over 900 bytes; shorten them")
@@ -183,5 +193,5 @@ def supabase_problems(parts: dict[str, str]) -> list[str]:
 
 def hide_password(text: str) -> str:
     """Return *text* with every password of a DSN in it replaced by ***."""
-    text = re.sub(r"(://[^:/?#\s]*):[^@\s]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/?#@\s]*):(?:[^@\s]*@)+", r"\1:***@", text)
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", text, flags=re.IGNORECASE)

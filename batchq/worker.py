@@ -131,7 +131,8 @@ class Worker:
         written = self.finish_writing(finishing)
         self.keeper.close()
         keeping.join(1)
-        self.say_goodbye()
+        if written:  # else the database does not answer
+            self.say_goodbye()
         for lane in self.lanes:
             lane.stop()
         self.connections.close()
@@ -157,8 +158,11 @@ class Worker:
 
     def finish_writing(self, finishing: threading.Thread) -> bool:
         """Wait until the finisher has written everything; return False if the database did not let it."""
+        until = time.monotonic() + self.settings.database_timeout_seconds
+        while any(lane.unwritten for lane in self.lanes) and time.monotonic() < until:
+            time.sleep(0.01)  # an outcome may still be on its way to the finisher
         self.finisher.close()
-        finishing.join(self.settings.database_timeout_seconds)
+        finishing.join(max(0.0, until - time.monotonic()))
         if not finishing.is_alive():
             return True
         self.finisher.give_up.set()

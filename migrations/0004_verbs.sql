@@ -29,7 +29,7 @@ BEGIN
   OVERRIDING SYSTEM VALUE
   SELECT id, queue, kind, 'cancelled', payload, items, priority, run_at, unique_key, max_attempts,
     max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_done, items_failed, cursor, result,
-    batchq.append_error(errors, attempt, jsonb_build_object('error', 'cancelled: ' || left(reason, 2000))),
+    batchq.append_error(errors, attempt, jsonb_build_object('error', 'cancelled' || coalesce(': ' || left(reason, 2000), ''))),
     created_at, now()
   FROM gone
   RETURNING status INTO done;

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except BatchqError as error:
+    except (BatchqError, psycopg.DataError, psycopg.IntegrityError) as error:
         return complain(error, EXIT_MISTAKE)
     except psycopg.Error as error:
         return complain(error, EXIT_TROUBLE)
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def complain(error: Exception, code: int) -> int:
     """Print the error in one line; return *code*."""
-    print(f"batchq: {hide_password(' '.join(str(error).split()))}", file=sys.stderr)
+    refusal = commands.refusal(error) if isinstance(error, psycopg.Error) else ""
+    print(f"batchq: {hide_password(' '.join((refusal or str(error)).split()))}", file=sys.stderr)
     return code
 
 
@@ -68,6 +69,14 @@ def add_command(
             flag, dest=f"set_{setting}", metavar="VALUE", help=(field.description or "").replace("%", "%%")
         )
     return parser
+
+
+def batch_id(text: str) -> int:
+    """Return a batch's id. Raises ValueError for a number that is none: the database would say so less clearly."""
+    number = int(text)
+    if not 0 < number < 2**63:
+        raise ValueError
+    return number
 
 
 READING = ("dsn", "database_timeout_seconds")
@@ -154,7 +163,7 @@ def add_looking(subparsers: Any) -> None:
     monitor.add_argument("--until-done", action="store_true", help="exit 0 when nothing waits or runs any more")
     monitor.add_argument("--json", action="store_true", help="print a JSON object a line")
     show = add_command(subparsers, "show", commands.show, "show one batch and its failed items", settings=READING)
-    show.add_argument("id", type=int)
+    show.add_argument("id", type=batch_id)
     show.add_argument("--limit", type=int, default=20, help="how many failed items (default: 20)")
     show.add_argument("--json", action="store_true", help="print JSON")
 
@@ -168,7 +177,7 @@ def add_verbs(subparsers: Any) -> None:
     )
     retry.add_argument("--whole", action="store_true", help="from the start, instead of failed and unworked items only")
     for parser in (cancel, retry):
-        parser.add_argument("ids", type=int, nargs="+", metavar="ID")
+        parser.add_argument("ids", type=batch_id, nargs="+", metavar="ID")
         parser.add_argument("--json", action="store_true", help="print JSON")
     prune = add_command(
         subparsers, "prune", commands.prune, "drop what finished long ago, whole days at a time", settings=READING

@@ -245,15 +245,18 @@ def monitor(options: Namespace) -> int:
     with database(options):
         pass
     watched = Monitor(settings, options.queue, options.kind)
+    is_done = False
     while True:
         changes = watched.changes()
         for row in changes:
             print(json.dumps(row) if options.json else show_tables.change_line(row), flush=True)
         if any(row["status"] in exit_on for row in changes):
             return 1
-        if options.until_done and watched.is_done():
+        if is_done:
             return 0
-        time.sleep(options.every_seconds)
+        is_done = options.until_done and watched.is_done()
+        if not is_done:  # else one more look: the last batch may have ended, and failed, since the one before
+            time.sleep(options.every_seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------- verbs
