@@ -99,21 +99,9 @@ class App:
         def register(function: Function) -> Function:
             names = check_item_arguments(kind, function, transactional)
             check_numbers(kind, concurrency, chunk_size, transactional)
-            self.add(
-                ItemHandler(
-                    kind,
-                    function,
-                    timeout_seconds,
-                    backoff or Backoff(),
-                    payload,
-                    item,
-                    concurrency,
-                    transactional,
-                    chunk_size,
-                    wants_batch="batch" in names,
-                    wants_conn="conn" in names,
-                )
-            )
+            common = (kind, function, timeout_seconds, backoff or Backoff(), payload)
+            wants = ("batch" in names, "conn" in names)
+            self.add(ItemHandler(*common, item, concurrency, transactional, chunk_size, *wants))
             return function
 
         return register

@@ -19,7 +19,6 @@ from batchq.queries import ClaimedRow, Finish, ItemFailure, Progress, Statement
 from batchq.text import MOST_ERROR_BYTES, clean, cut, json_text, one_line
 
 PAGE_BYTES = 4_000_000
-PAGE_ITEMS = 10_000
 UNCHANGED: Any = object()
 
 
@@ -124,14 +123,13 @@ class Batch:
         """All items, whatever was done before; [] without items. One read; for long lists use `chunks`."""
         if self._items is UNCHANGED:
             refuse_in_event_loop("batch.items", "`async for chunk in batch.chunks(n)`")
-            self._items = read_items(self, 0, self.items_total or 0)
+            self._items = parse(read_items(self, 0, self.items_total or 0), "items")
         return self._items  # type: ignore[no-any-return]
 
     def load(self) -> None:
         """Fetch payload and cursor if the claim left them out, being large. Raises LeaseLost."""
         if self.row.payload is None:
-            with self.claim.runtime.connections.reading() as conn:
-                found = queries.large_input(conn, self.queue, self.id, self.claim.token)
+            found = self.claim.runtime.connections.read(queries.large_input, self.queue, self.id, self.claim.token)
             if found is None:
                 raise self.lost()
             self.row = self.row._replace(payload=found[0], cursor=found[1])
@@ -258,15 +256,15 @@ def refuse_in_event_loop(what: str, instead: str) -> None:
     raise RuntimeError(f"{what} would block the event loop; in an `async def` handler use {instead}")
 
 
-def read_items(batch: Batch, first: int, count: int) -> list[Any]:
-    """Return *count* items from number *first*. Raises LeaseLost."""
+def read_items(batch: Batch, first: int, count: int) -> str:
+    """Return *count* items from number *first* as JSON text. Raises LeaseLost."""
     if count == 0:
-        return []
-    with batch.claim.runtime.connections.reading() as conn:
-        text = queries.items_page(conn, batch.queue, batch.id, batch.claim.token, first, count)
+        return "[]"
+    connections = batch.claim.runtime.connections
+    text = connections.read(queries.items_page, batch.queue, batch.id, batch.claim.token, first, count)
     if text is None:
         raise batch.lost()
-    return parse(text, "items")  # type: ignore[no-any-return]
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------ transactions
@@ -344,7 +342,7 @@ class BatchTransaction(FencedTransaction):
     def __init__(self, batch: Batch, cursor: Any, complete: bool, result: Any) -> None:
         super().__init__(batch)
         self.complete = complete
-        self.progress = Progress()
+        self.progress = Progress(batch.items_done, batch.items_failed)
         self.result = None if result is None else json_text(result, "the result")
         if cursor is not UNCHANGED:
             self.set_cursor(cursor)
@@ -355,7 +353,7 @@ class BatchTransaction(FencedTransaction):
         self.complete = False
         if cursor is not UNCHANGED:
             text = None if cursor is None else json_text(cursor, "the cursor")
-            self.progress = Progress(keeps_cursor=False, cursor=text)
+            self.progress = self.progress._replace(keeps_cursor=False, cursor=text)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -440,10 +438,11 @@ class Chunk:
     def progress(self) -> Progress:
         """Return what this chunk changes of its batch."""
         failures = [self.failure(position) for position in sorted(self.failures) if position < self.count]
+        before = self.batch.items_done, self.batch.items_failed
         if not self.is_retry:
-            return Progress(self.count - len(failures), len(failures), failures, first_index=self.indexes[0])
+            return Progress(*before, self.count - len(failures), len(failures), failures, first_index=self.indexes[0])
         recovered = [self.indexes[position] for position in range(self.count) if position not in self.failures]
-        return Progress(len(recovered), -len(recovered), failures, recovered)
+        return Progress(*before, len(recovered), -len(recovered), failures, recovered)
 
     def failure(self, position: int) -> ItemFailure:
         """Return the failure of the item at *position* as it is stored."""
@@ -458,7 +457,7 @@ class ChunkTransaction(FencedTransaction):
     def __init__(self, chunk: Chunk) -> None:
         super().__init__(chunk.batch)
         self.chunk = chunk
-        self.progress = Progress()
+        self.progress = Progress(chunk.batch.items_done, chunk.batch.items_failed)
 
     def write(self) -> Statement:
         """Move counters, failed items and lease."""
@@ -479,6 +478,7 @@ class Chunks:
         self.size = size
         self.page: list[Any] = []
         self.page_first = 0
+        self.page_length = size
 
     def __iter__(self) -> Iterator[Chunk]:
         refuse_in_event_loop("`for chunk in batch.chunks()`", "`async for`")
@@ -509,21 +509,25 @@ class Chunks:
         """Return the items from number *first*, of the page in memory or of the next one."""
         offset = first - self.page_first
         if not self.page or not 0 <= offset < len(self.page):
-            self.page = read_items(self.batch, first, self.page_length(first))
-            self.page_first, offset = first, 0
+            self.read_page(first)
+            offset = 0
         return self.page[offset : offset + self.size]
 
-    def page_length(self, first: int) -> int:
-        """Return how many items to read at once: each read unpacks the whole list, each page is held in memory."""
-        total = self.batch.items_total or 0
-        by_bytes = PAGE_BYTES * total // max(self.batch.items_bytes or 0, 1)
-        return min(max(self.size, min(by_bytes, max(PAGE_ITEMS, total // 20))), total - first)
+    def read_page(self, first: int) -> None:
+        """Read a page from number *first*; the next one will be of about 4 MB, by the size of this one.
+
+        Each read unpacks the whole list in Postgres, each page is held in memory, and poolers dislike large results.
+        """
+        count = min(self.page_length, (self.batch.items_total or 0) - first)
+        text = read_items(self.batch, first, count)
+        self.page, self.page_first = parse(text, "items"), first
+        self.page_length = max(self.size, PAGE_BYTES * count // max(len(text), 1))
 
     def next_retry(self) -> Chunk | None:
         """Return the next chunk of items that failed in an earlier attempt, None if none is left."""
         batch = self.batch
-        with batch.claim.runtime.connections.reading() as conn:
-            rows = queries.failed_page(conn, batch.queue, batch.id, batch.attempt, self.size)
+        read = batch.claim.runtime.connections.read
+        rows = read(queries.failed_page, batch.queue, batch.id, batch.attempt, self.size)
         if not rows:
             return None
         return Chunk(batch, [row[0] for row in rows], [parse(row[1], "item") for row in rows], is_retry=True)

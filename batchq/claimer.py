@@ -45,7 +45,7 @@ class Claimer:
                 found = self.timed_round()
                 self.outage.over()
             except Exception as error:
-                self.outage.failed(error, self.runtime.stopping)
+                self.runtime.stopping.wait(self.outage.failed(error))
                 continue
             if not found:
                 if drain and all_written:

@@ -11,15 +11,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Self
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
 from batchq import queries
-from batchq.errors import ConfigError, OutcomeUnknown
+from batchq.errors import ConfigError, ConnectionLost, DatabaseAway, OutcomeUnknown
 from batchq.settings import hide_password
 
 CONNECT_OPTIONS: dict[str, Any] = {
@@ -60,6 +60,7 @@ LOGIN_REFUSED = (
     "no such database",
     "does not exist",
 )
+PASSES_BY_ITSELF = "(ECIRCUITBREAKER)"
 
 
 class LoginGate:
@@ -139,6 +140,8 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
             return await super().connect(conninfo, **kwargs)
 
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 
 # ------------------------------------------------------------------------------------------------------ deadlines
@@ -271,7 +274,7 @@ def connect(dsn: str) -> psycopg.Connection[Any]:
         return Connection.connect(dsn, **CONNECT_OPTIONS)
     except psycopg.Error as error:
         message = f"cannot connect: {hide_password(' '.join(str(error).split()))}"
-        if is_login_failure(error):
+        if is_login_failure(error) and PASSES_BY_ITSELF not in message:
             raise ConfigError(message) from None
         raise psycopg.OperationalError(message) from None
 
@@ -344,24 +347,63 @@ class HandlerConnections:
 
     @contextmanager
     def transaction(self) -> Iterator[psycopg.Connection[Any]]:
-        """Run the block in one transaction on a connection of the pool."""
+        """Run the block in one transaction on a connection of the pool.
+
+        Raises DatabaseAway if none could be begun, OutcomeUnknown if the connection was lost while committing.
+        """
+        with ExitStack() as stack:
+            yield self.begin(stack)
+
+    def begin(self, stack: ExitStack) -> psycopg.Connection[Any]:
+        """Begin a transaction that ends with *stack*; on another connection if the pool's was dead already."""
+        try:
+            return self.begin_once(stack)
+        except ConnectionLost:
+            return self.begin_once(stack)
+
+    def begin_once(self, stack: ExitStack) -> psycopg.Connection[Any]:
+        """Begin a transaction that ends with *stack*. Raises ConnectionLost if the pool's connection is dead."""
+        with ExitStack() as begun:
+            conn = begun.enter_context(self.borrowed())
+            try:
+                begun.enter_context(transaction(conn, self.transaction_seconds, self.transaction_seconds))
+            except psycopg.Error as error:
+                raise_if_lost(conn, error)
+                raise
+            stack.push(begun.pop_all())
+        return conn
+
+    def read(self, query: Callable[Concatenate[psycopg.Connection[Any], Arguments], Result], *args: Arguments.args,
+             **options: Arguments.kwargs) -> Result:  # fmt: skip
+        """Return what *query*, one SELECT, returns; asked again on another connection if the first one is dead.
+
+        Raises DatabaseAway.
+        """
+        try:
+            return self.read_once(query, *args, **options)
+        except ConnectionLost:
+            return self.read_once(query, *args, **options)
+
+    def read_once(self, query: Callable[Concatenate[psycopg.Connection[Any], Arguments], Result],
+                  *args: Arguments.args, **options: Arguments.kwargs) -> Result:  # fmt: skip
+        """Return what *query* returns. Raises ConnectionLost."""
+        with self.borrowed() as conn:
+            try:
+                with bounded(conn, self.borrow_seconds + 1):
+                    return query(conn, *args, **options)
+            except psycopg.Error as error:
+                raise_if_lost(conn, error)
+                raise
+
+    @contextmanager
+    def borrowed(self) -> Iterator[psycopg.Connection[Any]]:
+        """Give a connection of the pool, and take it back; drain the pool if it comes back broken."""
         conn = self.borrow()
         try:
-            with transaction(conn, self.transaction_seconds, self.transaction_seconds):
-                yield conn
+            yield conn
         finally:
             if is_lost(conn):
                 self.pool.drain()  # its idle siblings are probably dead too
-            self.pool.putconn(conn)
-
-    @contextmanager
-    def reading(self) -> Iterator[psycopg.Connection[Any]]:
-        """Run the block, one SELECT, without a transaction around it."""
-        conn = self.borrow()
-        try:
-            with bounded(conn, self.borrow_seconds + 1):
-                yield conn
-        finally:
             self.pool.putconn(conn)
 
     def borrow(self) -> Any:
@@ -370,9 +412,9 @@ class HandlerConnections:
         while True:
             try:
                 return self.pool.getconn()
-            except PoolTimeout:
+            except PoolTimeout as error:
                 if time.monotonic() > until:
-                    raise
+                    raise DatabaseAway(f"no connection for {self.borrow_seconds:g} s: {error}") from error
 
     async def open_async(self) -> None:
         """Open the event loop's pool; call it in that loop, once."""
@@ -388,27 +430,54 @@ class HandlerConnections:
 
     @asynccontextmanager
     async def transaction_async(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        """Run the block in one transaction on a connection of the event loop's pool."""
-        pool, conn = await self.borrow_async()
-        try:
-            async with transaction_async(conn, self.transaction_seconds):
-                yield conn
-        finally:
-            if is_lost(conn):
-                await pool.drain()
-            await pool.putconn(conn)
+        """Do as `transaction` does, in the event loop."""
+        async with AsyncExitStack() as stack:
+            try:
+                conn = await self.begin_async(stack)
+            except ConnectionLost:
+                conn = await self.begin_async(stack)
+            yield conn
 
-    async def borrow_async(self) -> tuple[AsyncConnectionPool[Any], Any]:
-        """Do as `borrow` does, in the event loop."""
+    async def begin_async(self, stack: AsyncExitStack) -> psycopg.AsyncConnection[Any]:
+        """Do as `begin_once` does, in the event loop."""
+        async with AsyncExitStack() as begun:
+            conn = await begun.enter_async_context(self.borrowed_async())
+            try:
+                await begun.enter_async_context(transaction_async(conn, self.transaction_seconds))
+            except psycopg.Error as error:
+                raise_if_lost(conn, error)
+                raise
+            stack.push_async_exit(begun.pop_all())
+        return conn
+
+    @asynccontextmanager
+    async def borrowed_async(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        """Do as `borrowed` does, in the event loop."""
         if self.async_pool is None:
             raise RuntimeError("no event loop runs here: `async with` is for `async def` handlers")
+        conn = await self.borrow_async(self.async_pool)
+        try:
+            yield conn
+        finally:
+            if is_lost(conn):
+                await self.async_pool.drain()
+            await self.async_pool.putconn(conn)
+
+    async def borrow_async(self, pool: AsyncConnectionPool[Any]) -> Any:
+        """Do as `borrow` does, in the event loop."""
         until = time.monotonic() + self.borrow_seconds
         while True:
             try:
-                return self.async_pool, await self.async_pool.getconn()
-            except PoolTimeout:
+                return await pool.getconn()
+            except PoolTimeout as error:
                 if time.monotonic() > until:
-                    raise
+                    raise DatabaseAway(f"no connection for {self.borrow_seconds:g} s: {error}") from error
+
+
+def raise_if_lost(conn: AnyConnection, error: psycopg.Error) -> None:
+    """Raise ConnectionLost if the connection is gone."""
+    if is_lost(conn):
+        raise ConnectionLost(f"connection lost: {error}") from error
 
 
 def check_server(conn: psycopg.Connection[Any]) -> None:

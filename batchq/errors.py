@@ -17,6 +17,14 @@ class OutcomeUnknown(BatchqError):
     """The connection was lost while COMMIT was in flight: the transaction may or may not have committed."""
 
 
+class DatabaseAway(BatchqError):
+    """No connection could be had: the batch is given back, its attempt not counted."""
+
+
+class ConnectionLost(DatabaseAway):
+    """The connection was gone before anything was done with it."""
+
+
 class Snooze(BatchqError):
     """Raise in a handler: put the batch back for *seconds*; the attempt is not counted."""
 

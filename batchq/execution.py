@@ -1,7 +1,6 @@
 """Run one batch: call its handler, and say how it ended."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +8,10 @@ from typing import Any
 from batchq import queries
 from batchq.app import Handler, ItemHandler
 from batchq.batch import Batch
-from batchq.errors import Cancel, InvalidInput, LeaseLost, Snooze, StopRequested, TimedOut
+from batchq.errors import Cancel, DatabaseAway, InvalidInput, LeaseLost, Snooze, StopRequested, TimedOut
 from batchq.items import run_items, run_items_async, validate
 from batchq.log import current_batch, get_logger
+from batchq.retry import Backoff
 from batchq.text import MOST_RESULT_BYTES, error_object, json_text, message_object, one_line
 
 log = get_logger()
@@ -43,7 +43,6 @@ WRITTEN = Outcome("written", written=True)
 def run(batch: Batch, handler: Handler) -> Outcome:
     """Run a ``def`` handler to its end, in this thread. Raises nothing."""
     current_batch.set(batch)
-    batch.begun_at = time.monotonic()
     result = None
     try:
         prepare(batch, handler)
@@ -53,13 +52,12 @@ def run(batch: Batch, handler: Handler) -> Outcome:
             result = handler.function(batch)
         return returned(batch, handler, result)
     except BaseException as error:
-        return raised(batch, handler, error)
+        return safely(raised, batch, handler, error)
 
 
 async def run_async(batch: Batch, handler: Handler) -> Outcome:
     """Run an ``async def`` handler to its end, in this task. Raises nothing, not even CancelledError."""
     current_batch.set(batch)
-    batch.begun_at = time.monotonic()
     result = None
     try:
         if batch.row.payload is None:
@@ -72,7 +70,7 @@ async def run_async(batch: Batch, handler: Handler) -> Outcome:
         return await off_the_loop(batch, lambda: returned(batch, handler, result))
     except BaseException as error:
         ended_by = error  # the name that `except` binds is gone when the thread would look it up
-        return await off_the_loop(batch, lambda: raised(batch, handler, ended_by))
+        return await off_the_loop(batch, lambda: safely(raised, batch, handler, ended_by))
 
 
 async def off_the_loop(batch: Batch, decide: Callable[[], Outcome]) -> Outcome:
@@ -97,7 +95,9 @@ def returned(batch: Batch, handler: Handler, result: Any) -> Outcome:
     if batch.completed:
         return WRITTEN
     if batch.items_failed:
-        return with_failed_items(batch, handler)
+        return with_failed_items(batch, handler, result)
+    if batch.used_chunks and not batch.all_items_worked:
+        return left_early(batch, handler)
     all_done = batch.items_total is not None and not batch.used_chunks
     if result is None and not all_done:
         return COMPLETED
@@ -112,16 +112,42 @@ def result_text(result: Any) -> str:
     return text
 
 
-def with_failed_items(batch: Batch, handler: Handler) -> Outcome:
+def left_early(batch: Batch, handler: Handler) -> Outcome:
+    """Return the outcome of a handler that returned before it had worked every item: another attempt goes on."""
+    if batch.stop_requested:
+        return RELEASED
+    worked = batch.items_done + batch.items_failed
+    message = f"the handler returned with {worked} of {batch.items_total} items worked; go on to the end of chunks()"
+    if batch.attempt < batch.max_attempts:
+        return retried(batch, handler, message, message_object(message))
+    return failed(message, message_object(message))
+
+
+def with_failed_items(batch: Batch, handler: Handler, result: Any) -> Outcome:
     """Return the outcome of a batch some of whose items failed: again for those, or the end, by its tolerance."""
-    with batch.claim.runtime.connections.reading() as conn:
-        retryable, first_error = queries.retryable_items(conn, batch.queue, batch.id)
+    if batch.used_chunks and not batch.all_items_worked:
+        return left_early(batch, handler)
+    retryable, first_error = batch.claim.runtime.connections.read(queries.retryable_items, batch.queue, batch.id)
     message = f"{batch.items_failed} of {batch.items_total} items failed; the first: {first_error}"
     if retryable and batch.attempt < batch.max_attempts:
         return retried(batch, handler, message, message_object(message))
     if batch.items_failed <= batch.max_failed_items:
-        return COMPLETED
+        return Outcome("completed", None if result is None else result_text(result))
     return failed(message, message_object(message))
+
+
+def safely(
+    decide: Callable[[Batch, Handler, BaseException], Outcome], batch: Batch, handler: Handler, error: BaseException
+) -> Outcome:
+    """Return what *decide* says of *error*; if that fails too, a failed attempt. A slot must outlive its handlers."""
+    try:
+        return decide(batch, handler, error)
+    except BaseException as second:
+        log.error("the outcome could not be told", error=one_line(second))
+        text = message_object(f"{one_line(error)} (and telling what follows from it: {one_line(second)})")
+        if batch.attempt < batch.max_attempts:
+            return Outcome("pending", error=text, delay_seconds=Backoff().delay_seconds(batch.attempt))
+        return Outcome("failed", error=text)
 
 
 def raised(batch: Batch, handler: Handler, error: BaseException) -> Outcome:
@@ -131,8 +157,8 @@ def raised(batch: Batch, handler: Handler, error: BaseException) -> Outcome:
         log.error("handler failed after its batch was completed", error=one_line(error))
         return WRITTEN
     match error:
-        case StopRequested():
-            log.info("batch given back")
+        case StopRequested() | DatabaseAway():
+            log.info("batch given back", why=one_line(error))
             return RELEASED
         case LeaseLost():
             log.warning("lease lost", error="LeaseLost", status=status_now(batch))
@@ -160,8 +186,7 @@ def cause_of_cancellation(batch: Batch, error: BaseException) -> BaseException:
 def status_now(batch: Batch) -> str:
     """Return what became of a batch that is no longer ours, for the log."""
     try:
-        with batch.claim.runtime.connections.reading() as conn:
-            return queries.status_of(conn, batch.queue, batch.id) or "gone"
+        return batch.claim.runtime.connections.read(queries.status_of, batch.queue, batch.id) or "gone"
     except Exception as error:
         return f"unknown ({one_line(error)})"
 

@@ -22,6 +22,12 @@ from batchq.text import message_object, one_line
 MOST_A_GROUP = 1000
 FEW = 100
 GATHER_SECONDS = 0.003
+ABOUT_CONTENT = (
+    psycopg.DataError,
+    psycopg.IntegrityError,
+    psycopg.errors.ProgramLimitExceeded,
+    psycopg.errors.StatementTooComplex,
+)
 
 log = get_logger()
 
@@ -33,6 +39,7 @@ class Ended:
     lane: Lane
     batch: Batch
     outcome: Outcome
+    is_last_word: bool = False
 
 
 class Finisher:
@@ -74,10 +81,9 @@ class Finisher:
     def write_group(self) -> None:
         """Write the oldest outcomes, however often it takes."""
         group = [self.todo.popleft() for _ in range(min(len(self.todo), MOST_A_GROUP))]
+        self.count([entry for entry in group if entry.outcome.written])
         for (queue, _), entries in by_target(group).items():
             self.write_stubbornly(queue, entries)
-        for entry in group:
-            entry.lane.written += 1
         self.nudge()
 
     def write_stubbornly(self, queue: str, entries: list[Ended]) -> None:
@@ -89,17 +95,50 @@ class Finisher:
         while not self.give_up.is_set():
             try:
                 lost = self.write(queue, entries)
-            except (psycopg.DataError, psycopg.IntegrityError) as error:
-                self.write_one_by_one(queue, entries, error)
-                return
             except Exception as error:
+                if self.is_refused(error) and self.without_refused(queue, entries, error):
+                    return
                 unknown = unknown or isinstance(error, OutcomeUnknown)
-                self.outage.failed(error, self.give_up)
+                self.give_up.wait(self.outage.failed(error))
             else:
                 self.outage.over()
                 self.count(entries)
                 report_lost([] if unknown else lost)
                 return
+
+    def is_refused(self, error: Exception) -> bool:
+        """Tell whether the database refused the statement, rather than being away."""
+        return isinstance(error, psycopg.Error) and self.link.conn is not None
+
+    def without_refused(self, queue: str, entries: list[Ended], error: Exception) -> bool:
+        """Write what can be written of entries that were refused together; False to try them again as they are.
+
+        Halves them until the one that is refused is alone. That one has failed if it is to blame itself; else (no
+        room on the disk, a lock) it goes to the end of the queue, and holds nothing up.
+        """
+        if len(entries) > 1:
+            middle = len(entries) // 2
+            self.write_stubbornly(queue, entries[:middle])
+            self.write_stubbornly(queue, entries[middle:])
+            return True
+        if isinstance(error, ABOUT_CONTENT):
+            self.fail(queue, entries[0], error)
+            return True
+        if not self.todo:
+            return False
+        self.give_up.wait(self.outage.failed(error))
+        self.todo.append(entries[0])
+        return True
+
+    def fail(self, queue: str, entry: Ended, error: Exception) -> None:
+        """Have a batch fail whose outcome Postgres cannot store. If it cannot store that either, its lease runs out."""
+        message = f"the outcome could not be stored: {one_line(error)}"
+        log.error("batch failed", batch_id=entry.batch.id, kind=entry.batch.kind, error=message)
+        if entry.is_last_word:
+            self.count([entry])
+            return
+        outcome = Outcome("failed", error=message_object(message))
+        self.write_stubbornly(queue, [Ended(entry.lane, entry.batch, outcome, is_last_word=True)])
 
     def write(self, queue: str, entries: Sequence[Ended]) -> list[Ended]:
         """Write entries that are all final, or all pending again, in one transaction; return those no longer ours."""
@@ -110,21 +149,10 @@ class Finisher:
                 ours = write_final(conn, queue, entries)
         return [entry for entry in entries if entry.batch.id not in ours]
 
-    def write_one_by_one(self, queue: str, entries: list[Ended], error: psycopg.Error) -> None:
-        """Keep an outcome that Postgres refuses from holding up the others: its batch has failed."""
-        if len(entries) > 1:
-            for entry in entries:
-                self.write_stubbornly(queue, [entry])
-            return
-        entry = entries[0]
-        message = f"the outcome could not be stored: {one_line(error)}"
-        log.error("batch failed", batch_id=entry.batch.id, kind=entry.batch.kind, error=message)
-        outcome = Outcome("failed", error=message_object(message))
-        self.write_stubbornly(queue, [Ended(entry.lane, entry.batch, outcome)])
-
     def count(self, entries: Iterable[Ended]) -> None:
-        """Count what was written, for the worker's last words."""
+        """Count what is settled: for the lanes, and for the worker's last words."""
         for entry in entries:
+            entry.lane.written += 1
             self.counts[entry.outcome.status] += 1
 
 

@@ -42,7 +42,7 @@ class ChunkRun:
         self.chunk = chunk
         self.batch = chunk.batch
         self.arguments: dict[str, Any] = {"batch": chunk.batch} if handler.wants_batch else {}
-        # Shared by all lanes; taking the next of a range's iterator is atomic.
+        # Shared by all that work on it; taking the next of a range's iterator is atomic.
         self.positions = iter(range(len(chunk)))
         self.ends_at = time.monotonic() + CHUNK_SECONDS
         self.ended_by: tuple[int, Snooze | Cancel] | None = None
@@ -61,7 +61,7 @@ class ChunkRun:
     def failed(self, position: int, error: BaseException, conn: AnyConnection | None) -> None:
         """Record what an item raised: its own failure, or what concerns the whole chunk.
 
-        Raised at once, KeyboardInterrupt would end the event loop, and other lanes would run on behind our back.
+        Raised at once, KeyboardInterrupt would end the event loop, and other items would run on unseen.
         """
         if isinstance(error, PASSED_ON) or (conn is not None and is_lost(conn)):
             self.broken_by = self.broken_by or error
@@ -88,7 +88,7 @@ class ChunkRun:
 
     # ------------------------------------------------------------------------------------------- in threads (def)
 
-    def lane(self, conn: psycopg.Connection[Any] | None = None) -> None:
+    def work(self, conn: psycopg.Connection[Any] | None = None) -> None:
         """Work items until the chunk is over."""
         if self.handler.wants_conn:
             self.arguments["conn"] = conn
@@ -101,18 +101,18 @@ class ChunkRun:
             if self.is_over():
                 return
 
-    def lanes(self) -> None:
+    def work_concurrently(self) -> None:
         """Work items in as many threads as the handler's concurrency says."""
         with ThreadPoolExecutor(self.handler.concurrency, thread_name_prefix="batchq-items") as executor:
             futures = [
-                executor.submit(contextvars.copy_context().run, self.lane) for _ in range(self.handler.concurrency)
+                executor.submit(contextvars.copy_context().run, self.work) for _ in range(self.handler.concurrency)
             ]
         for future in futures:
             future.result()
 
     # ------------------------------------------------------------------------------- in the event loop (async def)
 
-    async def lane_async(self, conn: psycopg.AsyncConnection[Any] | None = None) -> None:
+    async def work_async(self, conn: psycopg.AsyncConnection[Any] | None = None) -> None:
         """Work items until the chunk is over."""
         if self.handler.wants_conn:
             self.arguments["conn"] = conn
@@ -128,9 +128,9 @@ class ChunkRun:
             if self.is_over():
                 return
 
-    async def lanes_async(self) -> None:
+    async def work_concurrently_async(self) -> None:
         """Work as many items at once as the handler's concurrency says."""
-        await asyncio.gather(*(self.lane_async() for _ in range(self.handler.concurrency)))
+        await asyncio.gather(*(self.work_async() for _ in range(self.handler.concurrency)))
 
 
 def savepoint(conn: psycopg.Connection[Any] | None) -> AbstractContextManager[Any]:
@@ -144,10 +144,10 @@ def run_items(batch: Batch, handler: ItemHandler) -> None:
         run = ChunkRun(handler, chunk)
         if handler.transactional:
             with chunk.transaction() as conn:
-                run.lane(conn)
+                run.work(conn)
                 run.close()
         else:
-            run.lane() if handler.concurrency == 1 else run.lanes()
+            run.work() if handler.concurrency == 1 else run.work_concurrently()
             run.close()
             chunk.commit()
         run.raise_end()
@@ -159,10 +159,10 @@ async def run_items_async(batch: Batch, handler: ItemHandler) -> None:
         run = ChunkRun(handler, chunk)
         if handler.transactional:
             async with chunk.transaction() as conn:
-                await run.lane_async(conn)
+                await run.work_async(conn)
                 run.close()
         else:
-            await run.lanes_async()
+            await run.work_concurrently_async()
             run.close()
             await chunk.commit_async()
         run.raise_end()

@@ -15,7 +15,7 @@ from batchq import queries
 from batchq.batch import Batch
 from batchq.claimer import Claimer
 from batchq.database import Link
-from batchq.execution import WRITTEN, failed_attempt, timed_out
+from batchq.execution import WRITTEN, failed_attempt, safely, timed_out
 from batchq.lanes import Lane
 from batchq.log import current_batch, get_logger
 from batchq.outage import Outage
@@ -52,27 +52,21 @@ class Keeper:
         self.keep_finished_days = keep_finished_days
         self.claimer = claimer
         self.closing = threading.Event()
-        self.outage = Outage("keeper")
         self.tick_seconds = min(lease_seconds / 10, 0.5)
         self.duties: list[Duty] = [
-            Duty(self.extend, self.tick_seconds),  # first: whatever the others run into, leases are kept
-            Duty(self.rescue, lease_seconds / 10),
-            Duty(self.heartbeat, min(HEARTBEAT_SECONDS, lease_seconds)),
-            Duty(self.maintain, MAINTENANCE_SECONDS),
+            Duty("time limits", self.end_overdue, self.tick_seconds),
+            Duty("waiting batches", self.give_back_waiting, self.tick_seconds),
+            Duty("leases", self.extend, self.tick_seconds),
+            Duty("rescue", self.rescue, lease_seconds / 10),
+            Duty("heartbeat", self.heartbeat, min(HEARTBEAT_SECONDS, lease_seconds)),
+            Duty("maintenance", self.maintain, MAINTENANCE_SECONDS),
         ]
 
     def run(self) -> None:
-        """Do the duties until closed. What needs no database is done also while it is away."""
+        """Do the duties until closed; one that fails does not keep the others from being done."""
         while not self.closing.wait(self.tick_seconds):
-            self.end_overdue()
-            for lane in self.lanes:
-                lane.give_back_waiting(WAITING_SECONDS)
-            try:
-                for duty in self.duties:
-                    duty.do_if_due()
-                self.outage.over()
-            except Exception as error:
-                self.outage.failed(error, self.closing)
+            for duty in self.duties:
+                duty.do_if_due()
 
     def close(self) -> None:
         """Let `run` end."""
@@ -85,7 +79,7 @@ class Keeper:
         before = time.monotonic() - self.lease_seconds / 3
         old: dict[str, list[tuple[Lane, Batch]]] = defaultdict(list)
         for lane in self.lanes:
-            for batch in list(lane.hand):
+            for batch in lane.in_hand():
                 if batch.leased_at < before:
                     old[batch.queue].append((lane, batch))
         for queue, held in old.items():
@@ -96,30 +90,34 @@ class Keeper:
         now = time.monotonic()
         batches = [batch for _, batch in held]
         with self.link.transaction() as conn:
-            lost = queries.extend(
+            leases = queries.extend(
                 conn, queue, [b.id for b in batches], [b.claim.token for b in batches], self.lease_seconds
             )
         for lane, batch in held:
-            if batch.id in lost:
-                self.lose(lane, batch)
-            else:
+            key = (batch.id, batch.claim.token)
+            if key in leases.extended:
                 batch.leased_at = max(batch.leased_at, now)
+            elif key in leases.lost:
+                self.lose(lane, batch)
 
     def lose(self, lane: Lane, batch: Batch) -> None:
-        """Stop a batch that somebody else has rescued, cancelled or finished, if it has not just ended here."""
-        if batch.completed or batch.open_transaction is not None or batch not in lane.hand:
+        """Stop a batch that somebody else has rescued, cancelled or finished, if it is not just ending here."""
+        if batch.completed or batch.open_transaction is not None:
             return
         batch.lost()
-        log.warning("lease lost", error="LeaseLost", batch_id=batch.id, kind=batch.kind, attempt=batch.attempt)
-        lane.end(batch, WRITTEN)
-        if batch.begun_at is not None:
-            lane.abandon(batch)
+        if lane.end_from_outside(batch, WRITTEN):
+            log.warning("lease lost", error="LeaseLost", batch_id=batch.id, kind=batch.kind, attempt=batch.attempt)
+
+    def give_back_waiting(self) -> None:
+        """Give back what has waited in this process for long: another worker may be idle."""
+        for lane in self.lanes:
+            lane.give_back_waiting(WAITING_SECONDS)
 
     def end_overdue(self) -> None:
         """End the attempts that run for longer than their limit."""
         now = time.monotonic()
         for lane in self.lanes:
-            for batch in list(lane.hand):
+            for batch in lane.in_hand():
                 limit = batch.timeout_seconds or lane.handlers[batch.kind].timeout_seconds
                 if limit is not None and batch.begun_at is not None and now - batch.begun_at > limit:
                     self.end_attempt(lane, batch, limit)
@@ -128,7 +126,7 @@ class Keeper:
         """End an attempt as failed; its handler is told at its next checkpoint, or cancelled."""
         error = timed_out(batch, limit)
         current_batch.set(batch)
-        if lane.end(batch, failed_attempt(batch, lane.handlers[batch.kind], error)):
+        if lane.end(batch, safely(failed_attempt, batch, lane.handlers[batch.kind], error)):
             batch.interrupt = error  # only now: a handler that saw it before would end the batch, and say nothing of it
             lane.abandon(batch)
         current_batch.set(None)
@@ -167,15 +165,22 @@ class Keeper:
 
 
 class Duty:
-    """Something to do every so often, with jitter; done again soon if it raised."""
+    """Something to do every so often, with jitter; done again soon if it failed."""
 
-    def __init__(self, do: Callable[[], None], every_seconds: float) -> None:
+    def __init__(self, name: str, do: Callable[[], None], every_seconds: float) -> None:
         self.do = do
         self.every_seconds = every_seconds
         self.due_at = time.monotonic()
+        self.outage = Outage(f"keeper: {name}")
 
     def do_if_due(self) -> None:
-        """Do it if it is due."""
-        if time.monotonic() >= self.due_at:
+        """Do it if it is due. Raises nothing."""
+        if time.monotonic() < self.due_at:
+            return
+        try:
             self.do()
-            self.due_at = time.monotonic() + self.every_seconds * random.uniform(0.75, 1.0)  # noqa: S311
+            self.outage.over()
+            wait_seconds = self.every_seconds * random.uniform(0.75, 1.0)  # noqa: S311 (spreads load; not a secret)
+        except Exception as error:
+            wait_seconds = self.outage.failed(error)
+        self.due_at = time.monotonic() + wait_seconds

@@ -36,6 +36,7 @@ class Lane:
         self.concurrency = concurrency
         self.ended = ended
         self.hand: set[Batch] = set()
+        self.lock = threading.Lock()  # of the hand
         self.claimed = 0  # counted by the claimer's thread alone
         self.written = 0  # counted by the finisher's thread alone
 
@@ -55,17 +56,38 @@ class Lane:
     def take(self, batches: list[Batch]) -> None:
         """Take claimed batches in hand, and begin them."""
         self.claimed += len(batches)
-        self.hand.update(batches)
+        with self.lock:
+            self.hand.update(batches)
         self.begin(batches)
+
+    def in_hand(self) -> list[Batch]:
+        """Return the batches in hand."""
+        with self.lock:
+            return list(self.hand)
+
+    def begins(self, batch: Batch) -> bool:
+        """Note that a batch begins to run; False if it was taken out of the hand while it waited."""
+        with self.lock:
+            if batch not in self.hand:
+                return False
+            batch.begun_at = time.monotonic()
+            return True
 
     def end(self, batch: Batch, outcome: Outcome) -> bool:
         """Take a batch out of the hand and report its outcome; False if somebody else has done so before."""
-        try:
+        with self.lock:
+            if batch not in self.hand:
+                return False
             self.hand.remove(batch)
-        except KeyError:
-            return False
         self.ended(self, batch, outcome)
         return True
+
+    def end_from_outside(self, batch: Batch, outcome: Outcome) -> bool:
+        """Do as `end` does, for whoever does not run the batch; its handler, if it runs, is abandoned."""
+        ended = self.end(batch, outcome)
+        if ended and batch.begun_at is not None:
+            self.abandon(batch)
+        return ended
 
     def begin(self, batches: list[Batch]) -> None:
         """Hand batches to those who run them."""
@@ -140,6 +162,8 @@ class ThreadLane(Lane):
     def slot(self) -> None:
         """Run batches, one after the other, until told to end."""
         while (batch := self.waiting.get()) is not None:
+            if not self.begins(batch):
+                continue
             outcome = run(batch, self.handlers[batch.kind])
             if not self.end(batch, outcome):
                 return  # abandoned while it ran: another slot has taken this one's place
@@ -155,7 +179,7 @@ class ThreadLane(Lane):
             except queue.Empty:
                 break
             if batch is not None and batch.claim.began_at <= since:
-                given_back += self.end(batch, RELEASED)
+                given_back += self.end(batch, RELEASED)  # False for one that was lost meanwhile: forgotten here
             else:
                 kept.append(batch)
         for batch in kept:
@@ -223,8 +247,8 @@ class LoopLane(Lane):
     async def run_task(self, batch: Batch) -> None:
         """Run one batch."""
         try:
-            outcome = await run_async(batch, self.handlers[batch.kind])
-            self.end(batch, outcome)
+            if self.begins(batch):
+                self.end(batch, await run_async(batch, self.handlers[batch.kind]))
         finally:
             self.tasks.pop(batch, None)
 

@@ -1,7 +1,6 @@
 """What a service thread does while the database is away: wait longer and longer, and say so once."""
 
 import random
-import threading
 import time
 
 from batchq.log import get_logger
@@ -9,6 +8,7 @@ from batchq.text import one_line
 
 FIRST_SECONDS = 0.05
 MOST_SECONDS = 1.0
+LOG_AGAIN_SECONDS = 60.0
 
 log = get_logger()
 
@@ -20,15 +20,19 @@ class Outage:
         self.service = service
         self.failures = 0
         self.since = 0.0
+        self.logged_at = 0.0
 
-    def failed(self, error: BaseException, stop: threading.Event) -> None:
-        """Log the first failure, then wait: 0.05 s, doubled to 1 s, with jitter; not once *stop* is set."""
+    def failed(self, error: BaseException) -> float:
+        """Log the first failure, and one each minute; return how long to wait: 0.05 s, doubled to 1 s, with jitter."""
+        now = time.monotonic()
         if self.failures == 0:
-            self.since = time.monotonic()
-            log.warning("database trouble", service=self.service, error=one_line(error))
+            self.since = now
+        if self.failures == 0 or now - self.logged_at > LOG_AGAIN_SECONDS:
+            self.logged_at = now
+            log.warning("database trouble", service=self.service, error=one_line(error), failures=self.failures + 1)
         most = min(FIRST_SECONDS * 2.0 ** min(self.failures, 10), MOST_SECONDS)
         self.failures += 1
-        stop.wait(most * random.uniform(0.5, 1.0))  # noqa: S311 (spreads load; not a secret)
+        return most * random.uniform(0.5, 1.0)  # noqa: S311 (spreads load; not a secret)
 
     def over(self) -> None:
         """Note a success."""

@@ -319,10 +319,12 @@ WITH mine AS (
   SET items_done = items_done + %(done)s,
       items_failed = items_failed + %(failed)s,
       cursor = CASE WHEN %(keeps_cursor)s THEN cursor ELSE %(cursor)s::jsonb END,
-      lease_expires_at = now() + %(lease_seconds)s * interval '1 second'
+      lease_expires_at = greatest(lease_expires_at, clock_timestamp() + %(lease_seconds)s * interval '1 second')
   WHERE queue = %(queue)s
     AND id = %(id)s
     AND claim_token = %(token)s
+    AND items_done = %(items_done)s
+    AND items_failed = %(items_failed)s
   RETURNING queue, id, attempt, CASE WHEN %(first_index)s::integer IS NOT NULL THEN items END AS items
 ), recovered AS (
   DELETE FROM batchq.failed_items f
@@ -331,7 +333,7 @@ WITH mine AS (
     AND f.batch_id = mine.id
     AND f.item_index = ANY (%(recovered)s::integer[])
 ), failure AS (
-  SELECT *
+  SELECT item_index, error, retryable
   FROM unnest(%(indexes)s::integer[], %(errors)s::text[], %(retryables)s::boolean[])
     AS u(item_index, error, retryable)
 ), first_failures AS (
@@ -368,11 +370,13 @@ class ItemFailure(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a checkpoint changes: counters by how much, failures to record, failures that are cured.
+    """What a checkpoint changes: counters from what to how much more, failures to record, failures that are cured.
 
     first_index: where the chunk begins, if its items were worked for the first time; None when they had failed before.
     """
 
+    items_done: int
+    items_failed: int
     done: int = 0
     failed: int = 0
     failures: Sequence[ItemFailure] = ()
@@ -385,13 +389,17 @@ class Progress(NamedTuple):
 def checkpoint(queue: str, batch_id: int, token: UUID, lease_seconds: float, progress: Progress) -> Statement:
     """Return the fenced statement that moves counters, cursor, failed items and lease; no row: no longer ours.
 
-    A statement, not a call: it ends transactions of `def` and of `async def` handlers alike.
+    Fenced by the counters as well: a checkpoint whose COMMIT was cut off, written again, would count its items twice.
+    The lease counts from clock_timestamp(), since now() is when the transaction began, which may be long ago. A
+    statement, not a call: it ends transactions of `def` and of `async def` handlers alike.
     """
     return CHECKPOINT, {
         "queue": queue,
         "id": batch_id,
         "token": token,
         "lease_seconds": lease_seconds,
+        "items_done": progress.items_done,
+        "items_failed": progress.items_failed,
         "done": progress.done,
         "failed": progress.failed,
         "keeps_cursor": progress.keeps_cursor,
@@ -427,7 +435,7 @@ SELECT id, queue, kind, new_status, payload, items, priority, run_at, unique_key
   max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at,
   CASE WHEN all_done THEN coalesce(items_total, 0) - items_failed ELSE items_done END, items_failed, cursor, new_result,
   CASE WHEN new_error IS NULL THEN errors ELSE batchq.append_error(errors, attempt, new_error) END,
-  created_at, now()
+  created_at, clock_timestamp()
 FROM gone
 RETURNING id
 """
@@ -506,8 +514,15 @@ def requeue(conn: Conn, queue: str, requeues: Sequence[Requeue]) -> set[int]:
 # ------------------------------------------------------------------------------------------------------- leases
 
 
-def extend(conn: Conn, queue: str, ids: Sequence[int], tokens: Sequence[UUID], lease_seconds: float) -> set[int]:
-    """Extend leases; return the ids of the batches that are no longer ours.
+class Leases(NamedTuple):
+    """What became of leases, as (id, claim token); one that is neither is that of a locked row, see `extend`."""
+
+    extended: set[tuple[int, UUID]]
+    lost: set[tuple[int, UUID]]
+
+
+def extend(conn: Conn, queue: str, ids: Sequence[int], tokens: Sequence[UUID], lease_seconds: float) -> Leases:
+    """Extend leases; return which were, and which batches are no longer ours.
 
     A row that is locked is passed over, and waits for the next round: its lock is the finish or the checkpoint of our
     own process, and two statements that lock many rows in different orders would deadlock.
@@ -516,7 +531,7 @@ def extend(conn: Conn, queue: str, ids: Sequence[int], tokens: Sequence[UUID], l
         conn,
         """
         WITH given AS (
-          SELECT *
+          SELECT u.id, u.token
           FROM unnest(%(ids)s::bigint[], %(tokens)s::uuid[]) AS u(id, token)
         ), mine AS (
           SELECT b.id
@@ -530,10 +545,13 @@ def extend(conn: Conn, queue: str, ids: Sequence[int], tokens: Sequence[UUID], l
           FROM mine
           WHERE b.queue = %(queue)s
             AND b.id = mine.id
+          RETURNING b.id, b.claim_token
         )
-        SELECT given.id
+        SELECT given.id, given.token, extended.id IS NOT NULL AS is_extended
         FROM given
-        WHERE NOT EXISTS (SELECT
+        LEFT JOIN extended ON extended.id = given.id AND extended.claim_token = given.token
+        WHERE extended.id IS NOT NULL
+           OR NOT EXISTS (SELECT
                           FROM batchq.batches_live b
                           WHERE b.queue = %(queue)s
                             AND b.id = given.id
@@ -541,7 +559,10 @@ def extend(conn: Conn, queue: str, ids: Sequence[int], tokens: Sequence[UUID], l
         """,
         {"queue": queue, "ids": list(ids), "tokens": list(tokens), "lease_seconds": lease_seconds},
     )
-    return {batch_id for (batch_id,) in rows}
+    return Leases(
+        extended={(batch_id, token) for batch_id, token, is_extended in rows if is_extended},
+        lost={(batch_id, token) for batch_id, token, is_extended in rows if not is_extended},
+    )
 
 
 RESCUE: LiteralString = """
@@ -738,19 +759,25 @@ def queue_rows(conn: Conn, queue: str | None = None, kind: str | None = None) ->
     )
 
 
-def batch_object(conn: Conn, batch_id: int) -> dict[str, Any] | None:
-    """Return one batch as a JSON object: its row of batchq.status, and payload, cursor, result and errors."""
+def batch_object(conn: Conn, batch_id: int, inputs_as_text: bool = False) -> dict[str, Any] | None:
+    """Return one batch as a JSON object: its row of batchq.status, and payload, cursor, result and errors.
+
+    *inputs_as_text*: payload and cursor as the text of their JSON, for values that Python refuses to read.
+    """
     found = objects(
         conn,
         """
-        SELECT to_jsonb(s) || jsonb_build_object('payload', b.payload, 'cursor', b.cursor, 'result', b.result,
-          'errors', b.errors, 'max_failed_items', b.max_failed_items, 'timeout_seconds', b.timeout_seconds)
+        SELECT to_jsonb(s) || jsonb_build_object(
+          'payload', CASE WHEN %(as_text)s THEN to_jsonb(b.payload::text) ELSE b.payload END,
+          'cursor', CASE WHEN %(as_text)s THEN to_jsonb(b.cursor::text) ELSE b.cursor END,
+          'result', b.result, 'errors', b.errors,
+          'max_failed_items', b.max_failed_items, 'timeout_seconds', b.timeout_seconds)
         FROM batchq.batches b
         JOIN batchq.status s ON s.id = b.id AND s.queue = b.queue
         WHERE b.id = %(id)s
           AND s.id = %(id)s
         """,
-        {"id": batch_id},
+        {"id": batch_id, "as_text": inputs_as_text},
     )
     return found[0] if found else None
 
@@ -776,27 +803,44 @@ def newest_id(conn: Conn) -> int:
     return newest
 
 
-def changed_rows(conn: Conn, since: str, after_id: int, ids: Sequence[int], limit: int) -> list[dict[str, Any]]:
-    """Return up to *limit* rows of batchq.status: those processing, finished after *since*, new (their id is above
-    *after_id*), or named by *ids*."""
+def changed_rows(
+    conn: Conn, since: str, after_id: int, ids: Sequence[int], queue: str | None, kind: str | None, limit: int
+) -> list[dict[str, Any]]:
+    """Return up to *limit* rows of batchq.status: those that failed after *since* or are stalled; those processing,
+    finished after *since*, new (their id is above *after_id*) or named by *ids*. Where there are more, the first ones
+    of that order are taken."""
     return objects(
         conn,
         """
-        SELECT to_jsonb(s)
-        FROM (
-          SELECT id FROM batchq.batches_live WHERE status = 'processing'
-          UNION
-          SELECT id FROM batchq.batches_finished WHERE finished_at >= %(since)s::timestamptz
-          UNION
-          SELECT id FROM batchq.batches_live WHERE id > %(after_id)s
-          UNION
-          SELECT id FROM batchq.batches_live WHERE id = ANY (%(ids)s)
+        WITH changed AS (
+          SELECT id, 1 AS rank FROM batchq.batches_finished WHERE finished_at >= %(since)s::timestamptz
+            AND status = 'failed'
+          UNION ALL
+          SELECT id, 2 FROM batchq.batches_live WHERE status = 'processing' AND lease_expires_at < now()
+          UNION ALL
+          SELECT id, 3 FROM batchq.batches_live WHERE status = 'processing'
+          UNION ALL
+          SELECT id, 4 FROM batchq.batches_finished WHERE finished_at >= %(since)s::timestamptz
+          UNION ALL
+          SELECT id, 5 FROM batchq.batches_live WHERE id = ANY (%(ids)s)
+          UNION ALL
+          SELECT id, 6 FROM batchq.batches_live WHERE id > %(after_id)s
+        ), first_changed AS (
+          SELECT b.id, min(changed.rank) AS rank
+          FROM changed
+          JOIN batchq.batches b USING (id)
+          WHERE (%(queue)s::text IS NULL OR b.queue = %(queue)s)
+            AND (%(kind)s::text IS NULL OR b.kind = %(kind)s)
+          GROUP BY b.id
+          ORDER BY rank, b.id
           LIMIT %(limit)s
-        ) changed
+        )
+        SELECT to_jsonb(s)
+        FROM first_changed
         JOIN batchq.status s USING (id)
         ORDER BY s.id
         """,
-        {"since": since, "after_id": after_id, "ids": list(ids), "limit": limit},
+        {"since": since, "after_id": after_id, "ids": list(ids), "queue": queue, "kind": kind, "limit": limit},
     )
 
 

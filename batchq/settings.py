@@ -57,7 +57,10 @@ class Settings(BaseSettings):
         300, ge=1, le=86_400, description="Bound of a handler's transaction (batch.transaction() or a chunk's)."
     )
     pool_size: int = Field(
-        10, ge=1, le=MAX_CONCURRENCY, description="Connections for handlers' transactions, at most; opened when needed."
+        10,
+        ge=1,
+        le=MAX_CONCURRENCY,
+        description="Connections for transactions of handlers, at most: for threads, and as many for the event loop.",
     )
     keep_finished_days: int = Field(
         30, ge=1, le=36_500, description="Finished batches older than this are dropped, a whole day at a time."

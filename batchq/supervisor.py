@@ -47,9 +47,9 @@ class Supervisor:
     def stop(self) -> None:
         """Tell every process to stop; told again, each leaves at once."""
         self.stopping.set()
-        for place in self.places:
-            if place.process is not None and place.process.poll() is None:
-                place.process.send_signal(signal.SIGTERM)
+        for process in [place.process for place in self.places]:
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGTERM)
 
     def run(self) -> int:
         """Run until stopped or, with drain, until each process has drained; return 0 if all ended well."""

@@ -22,6 +22,7 @@ from batchq.log import get_logger
 from batchq.migrate import check_schema
 from batchq.queries import WorkerRow
 from batchq.settings import Settings
+from batchq.text import one_line
 
 log = get_logger()
 
@@ -41,7 +42,10 @@ class Worker:
         self.connections = HandlerConnections(
             self.dsn, settings.pool_size, settings.database_timeout_seconds, settings.transaction_timeout_seconds
         )
-        self.links = [Link(self.dsn, settings.database_timeout_seconds) for _ in range(3)]
+        keeper_seconds = max(1.0, min(settings.database_timeout_seconds, settings.lease_seconds / 6))
+        timeouts = (settings.database_timeout_seconds, settings.database_timeout_seconds, keeper_seconds)
+        self.links = [Link(self.dsn, timeout_seconds) for timeout_seconds in timeouts]
+        self.is_broken = False
         self.finisher = Finisher(self.links[0], lambda: self.claimer.nudge())
         self.lanes = self.make_lanes(app)
         runtime = Runtime(self.connections, settings.lease_seconds, self.stopping)
@@ -98,34 +102,42 @@ class Worker:
 
         Raises ConfigError if the database, its schema or the DSN will not do.
         """
-        self.check_database()
+        check_database(self.dsn, self.settings.database_timeout_seconds)
         self.connections.open()
         for lane in self.lanes:
             lane.start()
-        keeping = start(self.keeper.run, "batchq-keeper")
-        finishing = start(self.finisher.run, "batchq-finisher")
+        keeping = self.start_service(self.keeper.run, "batchq-keeper")
+        finishing = self.start_service(self.finisher.run, "batchq-finisher")
         log.info("worker started", worker=self.id, queues=self.settings.queues, kinds=self.keeper.row.kinds)
         try:
             self.claimer.run(self.drain)
         finally:
             written = self.shut_down(keeping, finishing)
-        return written
+        return written and not self.is_broken
 
     # ------------------------------------------------------------------------------------------------- beginning
 
-    def check_database(self) -> None:
-        """Raise ConfigError unless the database answers, is new enough, and has our schema."""
-        with connect(self.dsn) as conn, bounded(conn, self.settings.database_timeout_seconds):
-            check_server(conn)
-            check_schema(conn)
+    def start_service(self, run: Callable[[], None], name: str) -> threading.Thread:
+        """Start a service thread; should it fail, which it must not, the worker stops: half a worker does harm."""
+
+        def guarded() -> None:
+            try:
+                run()
+            except BaseException as error:
+                log.error("a service has failed; the worker stops", service=name, error=one_line(error))
+                self.is_broken = True
+                self.stop()
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        return thread
 
     # ---------------------------------------------------------------------------------------------------- ending
 
     def shut_down(self, keeping: threading.Thread, finishing: threading.Thread) -> bool:
         """End everything, in the order in which nothing is lost; return whether every outcome was written."""
         self.stopping.set()
-        for lane in self.lanes:
-            lane.give_back_waiting(0)
+        self.give_back_claims()
         self.wait_for_handlers()
         self.give_back_running()
         written = self.finish_writing(finishing)
@@ -141,6 +153,15 @@ class Worker:
         log.info("worker stopped", worker=self.id, **self.finisher.counts)
         return written
 
+    def give_back_claims(self) -> None:
+        """Give back what is claimed and has not begun, also by a claim of which we do not know whether it happened."""
+        for lane in self.lanes:
+            lane.give_back_waiting(0)
+        try:
+            self.claimer.give_back_unknown()
+        except Exception as error:
+            log.warning("a claim could not be given back; its lease will run out", error=one_line(error))
+
     def wait_for_handlers(self) -> None:
         """Wait until no batch is in hand, for shutdown_seconds at most; not at all when leaving."""
         until = time.monotonic() + self.settings.shutdown_seconds
@@ -151,9 +172,9 @@ class Worker:
     def give_back_running(self) -> None:
         """Give back what still runs; its handlers are told at their next checkpoint, if they come to one."""
         for lane in self.lanes:
-            for batch in list(lane.hand):
+            for batch in lane.in_hand():
                 batch.interrupt = StopRequested(f"the worker has stopped: batch {batch.id} was given back")
-                if lane.end(batch, RELEASED):
+                if lane.end_from_outside(batch, RELEASED):
                     log.info("batch given back while it ran", batch_id=batch.id, kind=batch.kind)
 
     def finish_writing(self, finishing: threading.Thread) -> bool:
@@ -178,8 +199,8 @@ class Worker:
             log.info("the worker's row stays behind until somebody tidies up", worker=self.id)
 
 
-def start(target: Callable[[], None], name: str) -> threading.Thread:
-    """Start a daemon thread: what keeps a process alive is its main thread."""
-    thread = threading.Thread(target=target, name=name, daemon=True)
-    thread.start()
-    return thread
+def check_database(dsn: str, seconds: float) -> None:
+    """Raise ConfigError unless the database is new enough and has our schema, OperationalError if it is away."""
+    with connect(dsn) as conn, bounded(conn, seconds):
+        check_server(conn)
+        check_schema(conn)

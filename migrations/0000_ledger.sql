@@ -1,9 +1,15 @@
 -- Applied first on a database without batchq, and not recorded itself: where the other files are recorded.
 
-CREATE SCHEMA batchq;
-
-COMMENT ON SCHEMA batchq IS
-  'batchq, a job queue. Insert rows into batchq.batches; look at batchq.status and batchq.queues.';
+-- An administrator may have made the schema already, for a role that must not make schemas.
+DO $$
+BEGIN
+  IF to_regnamespace('batchq') IS NULL THEN
+    CREATE SCHEMA batchq;
+    COMMENT ON SCHEMA batchq IS
+      'batchq, a job queue. Insert rows into batchq.batches; look at batchq.status and batchq.queues.';
+  END IF;
+END
+$$;
 
 CREATE TABLE batchq.migrations (
   version    integer     PRIMARY KEY,

@@ -10,6 +10,7 @@ DECLARE
   name     text;
   created  integer := 0;
 BEGIN
+  PERFORM pg_advisory_xact_lock(hashtextextended('batchq.partitions', 0));
   FOR offset_days IN 0 .. days - 1 LOOP
     day  := first_day + offset_days;
     name := 'finished_' || to_char(day, 'YYYYMMDD');
@@ -44,6 +45,7 @@ BEGIN
   IF older_than < interval '0' THEN
     RAISE EXCEPTION 'batchq.prune takes an interval from 0 up, not %', older_than;
   END IF;
+  PERFORM pg_advisory_xact_lock(hashtextextended('batchq.partitions', 0));
   FOR partition IN
     SELECT c.relname
     FROM pg_inherits i

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 
 from batchq.cli import commands
-from batchq.errors import BatchqError
+from batchq.errors import BatchqError, DatabaseAway, OutcomeUnknown
 from batchq.settings import Settings, hide_password
 
 EXIT_TROUBLE, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
@@ -18,9 +18,15 @@ SHOWN_STATUSES = ("ready", "scheduled", "retrying", "processing", "stalled", "co
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 something went wrong, 2 the caller's mistake."""
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    given = sys.argv[1:] if arguments is None else arguments
+    if not all(is_text(argument) for argument in given):
+        parser.error("an argument is not valid UTF-8")
+    options = parser.parse_args(given)
     try:
         return int(options.run(options))
+    except (OutcomeUnknown, DatabaseAway) as error:
+        return complain(error, EXIT_TROUBLE)
     except (BatchqError, psycopg.DataError, psycopg.IntegrityError) as error:
         return complain(error, EXIT_MISTAKE)
     except psycopg.Error as error:
@@ -37,6 +43,27 @@ def complain(error: Exception, code: int) -> int:
     refusal = commands.refusal(error) if isinstance(error, psycopg.Error) else ""
     print(f"batchq: {hide_password(' '.join((refusal or str(error)).split()))}", file=sys.stderr)
     return code
+
+
+def is_text(argument: str) -> bool:
+    """Tell whether an argument was given in valid UTF-8; what is not comes as lone surrogates."""
+    return not any("\ud800" <= char <= "\udfff" for char in argument)
+
+
+def positive(text: str) -> int:
+    """Read a whole number from 1 up."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
+    return number
+
+
+def some_seconds(text: str) -> float:
+    """Read a number of seconds, from 0.01 to a day."""
+    seconds = float(text)
+    if not 0.01 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"must be from 0.01 to 86400, not {text}")
+    return seconds
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -132,7 +159,7 @@ def add_enqueue(subparsers: Any) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--items", metavar="FILE", help="one item a line, as JSON; - is standard input")
     source.add_argument("--lines", metavar="FILE", help="one item a line, as plain text; - is standard input")
-    parser.add_argument("--items-per-batch", type=int, default=1000, metavar="N", help="(default: 1000)")
+    parser.add_argument("--items-per-batch", type=positive, default=1000, metavar="N", help="(default: 1000)")
     parser.add_argument("--queue", default="default")
     parser.add_argument("--priority", type=int, default=0, help="lower first")
     parser.add_argument("--delay-seconds", type=float, default=0)
@@ -155,16 +182,16 @@ def add_looking(subparsers: Any) -> None:
         parser.add_argument("--queue", help="of this queue only")
         parser.add_argument("--kind", help="of this kind only")
     status.add_argument("--status", choices=SHOWN_STATUSES, help="batches in this state only")
-    status.add_argument("--limit", type=int, default=20, help="how many batches (default: 20)")
+    status.add_argument("--limit", type=positive, default=20, help="how many batches (default: 20)")
     status.add_argument("--watch", action="store_true", help="redraw every second, until Ctrl-C")
     status.add_argument("--json", action="store_true", help="print JSON")
-    monitor.add_argument("--every-seconds", type=float, default=1.0, help="(default: 1)")
+    monitor.add_argument("--every-seconds", type=some_seconds, default=1.0, help="(default: 1)")
     monitor.add_argument("--exit-on", default="", metavar="STATUS,...", help="exit 1 when a batch is failed or stalled")
     monitor.add_argument("--until-done", action="store_true", help="exit 0 when nothing waits or runs any more")
     monitor.add_argument("--json", action="store_true", help="print a JSON object a line")
     show = add_command(subparsers, "show", commands.show, "show one batch and its failed items", settings=READING)
     show.add_argument("id", type=batch_id)
-    show.add_argument("--limit", type=int, default=20, help="how many failed items (default: 20)")
+    show.add_argument("--limit", type=positive, default=20, help="how many failed items (default: 20)")
     show.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -1,6 +1,7 @@
 """What each command does."""
 
 import json
+import os
 import queue
 import signal
 import sys
@@ -23,11 +24,12 @@ from batchq.database import check_server, connect, transaction
 from batchq.enqueue import enqueue as enqueue_batch
 from batchq.errors import ConfigError, InvalidInput
 from batchq.monitor import Monitor
-from batchq.settings import Settings
+from batchq.settings import Settings, hide_password
 from batchq.supervisor import Supervisor
-from batchq.worker import Worker
+from batchq.worker import Worker, check_database
 
 console = Console(highlight=False)
+A_DAY_SECONDS = 86_400
 
 
 def settings_of(options: Namespace) -> Settings:
@@ -37,13 +39,13 @@ def settings_of(options: Namespace) -> Settings:
 
 
 @contextmanager
-def database(options: Namespace) -> Iterator[psycopg.Connection[Any]]:
-    """Give a connection in a transaction, on a database that has our schema. Raises ConfigError."""
+def database(options: Namespace, seconds: float | None = None) -> Iterator[psycopg.Connection[Any]]:
+    """Give a connection in a transaction of at most *seconds*, on a database with our schema. Raises ConfigError."""
     settings = settings_of(options)
     with connect(settings.require_dsn()) as conn:
         with transaction(conn, settings.database_timeout_seconds):
             migrations.check_schema(conn)
-        with transaction(conn, settings.database_timeout_seconds):
+        with transaction(conn, seconds or settings.database_timeout_seconds):
             yield conn
 
 
@@ -113,7 +115,19 @@ def worker(options: Namespace) -> int:
     log.configure(settings.log_format, settings.log_level)
     process = Worker(load_app(options.app), settings, drain=options.drain)
     on_signals(process.stop, process.stop_now)
-    return 0 if process.run() else 1
+    return leave(0 if process.run() else 1)
+
+
+def leave(code: int) -> int:
+    """Return *code*; or end the process with it at once, where Python would wait for threads that handlers left behind.
+
+    Their batches were given back: what they still do writes nothing, and the platform is waiting for us to go.
+    """
+    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def workers(options: Namespace) -> int:
@@ -124,6 +138,7 @@ def workers(options: Namespace) -> int:
     dsn = settings.require_dsn()
     log.configure(settings.log_format, settings.log_level)
     load_app(options.app)
+    check_database(dsn, settings.database_timeout_seconds)  # here once, instead of in each process
     supervisor = Supervisor(options.processes, worker_arguments(options), {"BATCHQ_DSN": dsn}, options.drain)
     on_signals(supervisor.stop, supervisor.stop)
     return supervisor.run()
@@ -165,14 +180,14 @@ def enqueue(options: Namespace) -> int:
     """Enqueue one batch, or a file of items in batches, in one transaction."""
     try:
         payload = json.loads(options.payload) if options.payload is not None else None
-    except ValueError as error:
-        raise InvalidInput(f"--payload is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"--payload is no JSON that can be read: {error}") from None
     given = {
         name: getattr(options, name)
         for name in ("queue", "priority", "delay_seconds", "max_attempts", "max_failed_items", "timeout_seconds")
     }
     source = options.items or options.lines
-    with database(options) as conn:
+    with database(options, A_DAY_SECONDS if source else None) as conn:  # a file may be long, and a pipe slow
         if source:
             count = enqueue_file.enqueue(conn, options, payload, given)
             said: dict[str, Any] = {"batches": count}
@@ -204,7 +219,7 @@ def status(options: Namespace) -> int:
     elif options.watch:
         with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
             while True:
-                live.update(show_tables.overview(read_status(options)), refresh=True)
+                live.update(show_tables.overview(patiently(lambda: read_status(options))), refresh=True)
                 time.sleep(1)
     else:
         console.print(show_tables.overview(read_status(options)))
@@ -224,7 +239,7 @@ def read_status(options: Namespace) -> dict[str, Any]:
 def show(options: Namespace) -> int:
     """Show one batch and its failed items; 1 if there is no such batch."""
     with database(options) as conn:
-        batch = queries.batch_object(conn, options.id)
+        batch = read_batch(conn, options.id)
         failed_items = queries.failed_item_objects(conn, options.id, options.limit)
     if batch is None:
         print(f"batchq: there is no batch {options.id}", file=sys.stderr)
@@ -234,6 +249,14 @@ def show(options: Namespace) -> int:
     else:
         console.print(show_tables.one_batch(batch, failed_items))
     return 0
+
+
+def read_batch(conn: psycopg.Connection[Any], batch_id: int) -> dict[str, Any] | None:
+    """Read what `show` shows; payload and cursor as text where they are nested too deep, or a number is too long."""
+    try:
+        return queries.batch_object(conn, batch_id)
+    except (ValueError, RecursionError):
+        return queries.batch_object(conn, batch_id, inputs_as_text=True)
 
 
 def monitor(options: Namespace) -> int:
@@ -247,16 +270,29 @@ def monitor(options: Namespace) -> int:
     watched = Monitor(settings, options.queue, options.kind)
     is_done = False
     while True:
-        changes = watched.changes()
+        changes = patiently(watched.changes)
         for row in changes:
             print(json.dumps(row) if options.json else show_tables.change_line(row), flush=True)
         if any(row["status"] in exit_on for row in changes):
             return 1
         if is_done:
             return 0
-        is_done = options.until_done and watched.is_done()
+        is_done = options.until_done and patiently(watched.is_done)
         if not is_done:  # else one more look: the last batch may have ended, and failed, since the one before
             time.sleep(options.every_seconds)
+
+
+def patiently(look: Callable[[], Any]) -> Any:
+    """Return what *look* returns; try again while the database is away, and say so once."""
+    is_told = False
+    while True:
+        try:
+            return look()
+        except psycopg.OperationalError as error:
+            if not is_told:
+                print(f"batchq: the database is away: {hide_password(' '.join(str(error).split()))}", file=sys.stderr)
+            is_told = True
+            time.sleep(1)
 
 
 # ------------------------------------------------------------------------------------------------------------- verbs

@@ -49,7 +49,7 @@ def with_progress(source: TextIO, name: str) -> Iterator[str]:
     if not err.is_terminal:
         yield from source
         return
-    total = None if name == "-" else count_lines(name)
+    total = count_lines(name) if Path(name).is_file() else None  # counting would drain a pipe
     yield from track(source, "enqueueing", total=total, console=err)
 
 
@@ -65,8 +65,8 @@ def json_items(name: str, lines: Iterator[str]) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:
-                raise InvalidInput(f"line {number} of {name} is no JSON: {error}") from None
+            except (ValueError, RecursionError) as error:
+                raise InvalidInput(f"line {number} of {name} is no JSON that can be read: {error}") from None
 
 
 def text_items(name: str, lines: Iterator[str]) -> Iterator[str]:
