@@ -217,6 +217,10 @@ class Batch:
         """Whether every item has been tried at least once."""
         return self.items_done + self.items_failed == (self.items_total or 0)
 
+    def standing(self) -> Progress:
+        """Return the progress that changes nothing, from where the batch stands."""
+        return Progress(done_before=self.items_done, failed_before=self.items_failed)
+
     def refuse_if_completed(self) -> None:
         """Raise RuntimeError if a transaction of the handler has completed the batch."""
         if self.completed:
@@ -342,7 +346,7 @@ class BatchTransaction(FencedTransaction):
     def __init__(self, batch: Batch, cursor: Any, complete: bool, result: Any) -> None:
         super().__init__(batch)
         self.complete = complete
-        self.progress = Progress(batch.items_done, batch.items_failed)
+        self.progress = batch.standing()
         self.result = None if result is None else json_text(result, "the result")
         if cursor is not UNCHANGED:
             self.set_cursor(cursor)
@@ -438,11 +442,12 @@ class Chunk:
     def progress(self) -> Progress:
         """Return what this chunk changes of its batch."""
         failures = [self.failure(position) for position in sorted(self.failures) if position < self.count]
-        before = self.batch.items_done, self.batch.items_failed
+        before = self.batch.standing()
         if not self.is_retry:
-            return Progress(*before, self.count - len(failures), len(failures), failures, first_index=self.indexes[0])
+            done = self.count - len(failures)
+            return before._replace(done=done, failed=len(failures), failures=failures, first_index=self.indexes[0])
         recovered = [self.indexes[position] for position in range(self.count) if position not in self.failures]
-        return Progress(*before, len(recovered), -len(recovered), failures, recovered)
+        return before._replace(done=len(recovered), failed=-len(recovered), failures=failures, recovered=recovered)
 
     def failure(self, position: int) -> ItemFailure:
         """Return the failure of the item at *position* as it is stored."""
@@ -457,7 +462,7 @@ class ChunkTransaction(FencedTransaction):
     def __init__(self, chunk: Chunk) -> None:
         super().__init__(chunk.batch)
         self.chunk = chunk
-        self.progress = Progress(chunk.batch.items_done, chunk.batch.items_failed)
+        self.progress = chunk.batch.standing()
 
     def write(self) -> Statement:
         """Move counters, failed items and lease."""

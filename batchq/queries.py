@@ -323,8 +323,8 @@ WITH mine AS (
   WHERE queue = %(queue)s
     AND id = %(id)s
     AND claim_token = %(token)s
-    AND items_done = %(items_done)s
-    AND items_failed = %(items_failed)s
+    AND items_done = %(done_before)s
+    AND items_failed = %(failed_before)s
   RETURNING queue, id, attempt, CASE WHEN %(first_index)s::integer IS NOT NULL THEN items END AS items
 ), recovered AS (
   DELETE FROM batchq.failed_items f
@@ -370,13 +370,12 @@ class ItemFailure(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a checkpoint changes: counters from what to how much more, failures to record, failures that are cured.
+    """What a checkpoint changes: counters by how much, failures to record, failures that are cured.
 
     first_index: where the chunk begins, if its items were worked for the first time; None when they had failed before.
+    done_before, failed_before: the counters that it starts from.
     """
 
-    items_done: int
-    items_failed: int
     done: int = 0
     failed: int = 0
     failures: Sequence[ItemFailure] = ()
@@ -384,6 +383,8 @@ class Progress(NamedTuple):
     first_index: int | None = None
     keeps_cursor: bool = True
     cursor: str | None = None
+    done_before: int = 0
+    failed_before: int = 0
 
 
 def checkpoint(queue: str, batch_id: int, token: UUID, lease_seconds: float, progress: Progress) -> Statement:
@@ -398,8 +399,8 @@ def checkpoint(queue: str, batch_id: int, token: UUID, lease_seconds: float, pro
         "id": batch_id,
         "token": token,
         "lease_seconds": lease_seconds,
-        "items_done": progress.items_done,
-        "items_failed": progress.items_failed,
+        "done_before": progress.done_before,
+        "failed_before": progress.failed_before,
         "done": progress.done,
         "failed": progress.failed,
         "keeps_cursor": progress.keeps_cursor,
@@ -521,44 +522,48 @@ class Leases(NamedTuple):
     lost: set[tuple[int, UUID]]
 
 
+EXTEND: LiteralString = """
+WITH given AS (
+  SELECT u.id, u.token
+  FROM unnest(%(ids)s::bigint[], %(tokens)s::uuid[]) AS u(id, token)
+), mine AS (
+  SELECT b.id
+  FROM batchq.batches_live b
+  JOIN given ON b.id = given.id AND b.claim_token = given.token
+  WHERE b.queue = %(queue)s
+  FOR UPDATE OF b SKIP LOCKED
+), extended AS (
+  UPDATE batchq.batches_live b
+  SET lease_expires_at = now() + %(lease_seconds)s * interval '1 second'
+  FROM mine
+  WHERE b.queue = %(queue)s
+    AND b.id = mine.id
+  RETURNING b.id, b.claim_token
+)
+SELECT given.id, given.token, extended.id IS NOT NULL AS is_extended
+FROM given
+LEFT JOIN extended ON extended.id = given.id AND extended.claim_token = given.token
+LEFT JOIN LATERAL (
+  SELECT true AS is_ours
+  FROM batchq.batches_live b
+  WHERE b.queue = %(queue)s
+    AND b.id = given.id
+    AND b.claim_token = given.token
+  LIMIT 1  -- keeps the planner from reading the whole table to hash it
+) held ON true
+WHERE extended.id IS NOT NULL
+   OR held.is_ours IS NULL
+"""
+
+
 def extend(conn: Conn, queue: str, ids: Sequence[int], tokens: Sequence[UUID], lease_seconds: float) -> Leases:
     """Extend leases; return which were, and which batches are no longer ours.
 
     A row that is locked is passed over, and waits for the next round: its lock is the finish or the checkpoint of our
     own process, and two statements that lock many rows in different orders would deadlock.
     """
-    rows = every(
-        conn,
-        """
-        WITH given AS (
-          SELECT u.id, u.token
-          FROM unnest(%(ids)s::bigint[], %(tokens)s::uuid[]) AS u(id, token)
-        ), mine AS (
-          SELECT b.id
-          FROM batchq.batches_live b
-          JOIN given ON b.id = given.id AND b.claim_token = given.token
-          WHERE b.queue = %(queue)s
-          FOR UPDATE OF b SKIP LOCKED
-        ), extended AS (
-          UPDATE batchq.batches_live b
-          SET lease_expires_at = now() + %(lease_seconds)s * interval '1 second'
-          FROM mine
-          WHERE b.queue = %(queue)s
-            AND b.id = mine.id
-          RETURNING b.id, b.claim_token
-        )
-        SELECT given.id, given.token, extended.id IS NOT NULL AS is_extended
-        FROM given
-        LEFT JOIN extended ON extended.id = given.id AND extended.claim_token = given.token
-        WHERE extended.id IS NOT NULL
-           OR NOT EXISTS (SELECT
-                          FROM batchq.batches_live b
-                          WHERE b.queue = %(queue)s
-                            AND b.id = given.id
-                            AND b.claim_token = given.token)
-        """,
-        {"queue": queue, "ids": list(ids), "tokens": list(tokens), "lease_seconds": lease_seconds},
-    )
+    parameters = {"queue": queue, "ids": list(ids), "tokens": list(tokens), "lease_seconds": lease_seconds}
+    rows = every(conn, EXTEND, parameters)
     return Leases(
         extended={(batch_id, token) for batch_id, token, is_extended in rows if is_extended},
         lost={(batch_id, token) for batch_id, token, is_extended in rows if not is_extended},

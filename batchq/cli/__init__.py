@@ -50,11 +50,11 @@ def is_text(argument: str) -> bool:
     return not any("\ud800" <= char <= "\udfff" for char in argument)
 
 
-def positive(text: str) -> int:
-    """Read a whole number from 1 up."""
+def natural(text: str) -> int:
+    """Read a whole number from 0 up."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {number}")
     return number
 
 
@@ -159,7 +159,7 @@ def add_enqueue(subparsers: Any) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--items", metavar="FILE", help="one item a line, as JSON; - is standard input")
     source.add_argument("--lines", metavar="FILE", help="one item a line, as plain text; - is standard input")
-    parser.add_argument("--items-per-batch", type=positive, default=1000, metavar="N", help="(default: 1000)")
+    parser.add_argument("--items-per-batch", type=int, default=1000, metavar="N", help="(default: 1000)")
     parser.add_argument("--queue", default="default")
     parser.add_argument("--priority", type=int, default=0, help="lower first")
     parser.add_argument("--delay-seconds", type=float, default=0)
@@ -182,7 +182,7 @@ def add_looking(subparsers: Any) -> None:
         parser.add_argument("--queue", help="of this queue only")
         parser.add_argument("--kind", help="of this kind only")
     status.add_argument("--status", choices=SHOWN_STATUSES, help="batches in this state only")
-    status.add_argument("--limit", type=positive, default=20, help="how many batches (default: 20)")
+    status.add_argument("--limit", type=natural, default=20, help="how many batches (default: 20)")
     status.add_argument("--watch", action="store_true", help="redraw every second, until Ctrl-C")
     status.add_argument("--json", action="store_true", help="print JSON")
     monitor.add_argument("--every-seconds", type=some_seconds, default=1.0, help="(default: 1)")
@@ -191,7 +191,7 @@ def add_looking(subparsers: Any) -> None:
     monitor.add_argument("--json", action="store_true", help="print a JSON object a line")
     show = add_command(subparsers, "show", commands.show, "show one batch and its failed items", settings=READING)
     show.add_argument("id", type=batch_id)
-    show.add_argument("--limit", type=positive, default=20, help="how many failed items (default: 20)")
+    show.add_argument("--limit", type=natural, default=20, help="how many failed items (default: 20)")
     show.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -181,7 +181,7 @@ def enqueue(options: Namespace) -> int:
     try:
         payload = json.loads(options.payload) if options.payload is not None else None
     except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"--payload is no JSON that can be read: {error}") from None
+        raise InvalidInput(f"--payload is no JSON: {error}") from None
     given = {
         name: getattr(options, name)
         for name in ("queue", "priority", "delay_seconds", "max_attempts", "max_failed_items", "timeout_seconds")

@@ -66,7 +66,7 @@ def json_items(name: str, lines: Iterator[str]) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InvalidInput(f"line {number} of {name} is no JSON that can be read: {error}") from None
+                raise InvalidInput(f"line {number} of {name} is no JSON: {error}") from None
 
 
 def text_items(name: str, lines: Iterator[str]) -> Iterator[str]:

@@ -53,9 +53,15 @@ def look(conn: psycopg.Connection, batch_id: int) -> SimpleNamespace:
     return SimpleNamespace(**row)
 
 
+def wait_for_status(conn: psycopg.Connection, batch_id: int, shown: str, seconds: float = 10) -> None:
+    """Wait until batchq.status shows *shown* for the batch."""
+    query = "SELECT status FROM batchq.status WHERE id = %s"
+    wait_until(lambda: values(conn, query, batch_id) == [shown], seconds, f"batch {batch_id} to be {shown}")
+
+
 def await_status(conn: psycopg.Connection, batch_id: int, shown: str, seconds: float = 10) -> SimpleNamespace:
     """Wait until batchq.status shows *shown* for the batch, and return its row."""
-    wait_until(lambda: look(conn, batch_id).shown == shown, seconds, f"batch {batch_id} to be {shown}")
+    wait_for_status(conn, batch_id, shown, seconds)
     return look(conn, batch_id)
 
 

@@ -15,6 +15,7 @@ from tests.support.waiting import wait_until
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 20.0
 END_SECONDS = 20.0
+HANDLERS_DSN = "BATCHQ_TEST_HANDLERS_DSN"
 
 
 class Process:
@@ -116,12 +117,14 @@ class Process:
 class Processes:
     """The processes of one test, all on the database *dsn*; at its end they end, too.
 
-    Settings are given by name, as in ``worker(lease_seconds=1)``.
+    Settings are given by name, as in ``worker(lease_seconds=1)``. *handlers_dsn* is for the connections that handlers
+    open themselves, by default *dsn*.
     """
 
-    def __init__(self, dsn: str, app: str) -> None:
+    def __init__(self, dsn: str, app: str, handlers_dsn: str | None = None) -> None:
         self.dsn = dsn
         self.app = app
+        self.handlers_dsn = handlers_dsn or dsn
         self.count = 0
         self._cleanup = ExitStack()
 
@@ -144,6 +147,7 @@ class Processes:
         self.count += 1
         given = {"dsn": self.dsn, "log_format": "json"} | settings
         environment = os.environ | {f"BATCHQ_{name.upper()}": str(value) for name, value in given.items()}
+        environment[HANDLERS_DSN] = self.handlers_dsn
         process = Process(list(arguments), environment, self.directory / f"{self.count}.log")
         self._cleanup.callback(process.end)
         return process

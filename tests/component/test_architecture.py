@@ -1,0 +1,237 @@
+"""The shape of the code: who may import whom, where SQL may stand, how long a function may be."""
+
+import ast
+import re
+import statistics
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import batchq
+from tests.support.alone import run_alone
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "batchq"
+MOST_LINES = 40
+MEDIAN_LINES = 10
+
+# Imports go one way: cli, testing -> worker -> execution -> batch -> queries; the leaves import at most leaves.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "retry": {"errors"},
+    "text": {"errors"},
+    "settings": {"errors"},
+    "log": {"settings"},
+    "outage": {"log", "text"},
+    "queries": set(),
+    "database": {"errors", "queries", "settings"},
+    "migrate": {"database", "errors", "queries", "settings"},
+    "enqueue": {"errors", "queries", "text"},
+    "app": {"errors", "retry"},
+    "batch": {"database", "errors", "queries", "text"},
+    "items": {"app", "batch", "database", "errors"},
+    "execution": {"app", "batch", "errors", "items", "log", "queries", "retry", "text"},
+    "lanes": {"app", "batch", "database", "execution", "log"},
+    "claimer": {"batch", "database", "errors", "lanes", "outage", "queries"},
+    "finisher": {"batch", "database", "errors", "execution", "lanes", "log", "outage", "queries", "text"},
+    "keeper": {"batch", "claimer", "database", "execution", "lanes", "log", "outage", "queries", "text"},
+    "worker": {
+        "app", "batch", "claimer", "database", "errors", "execution", "finisher", "keeper", "lanes", "log", "migrate",
+        "queries", "settings", "text",
+    },
+    "testing": {"app", "settings", "worker"},
+    "monitor": {"database", "queries", "settings"},
+    "supervisor": {"log"},
+    "embedded": {"errors"},
+    "demo": {"database", "embedded", "errors", "migrate", "settings"},
+    "demo.tasks": {"batchq"},
+    "cli.show_tables": set(),
+    "cli.enqueue_file": {"enqueue", "errors"},
+    "cli.commands": {
+        "app", "cli.enqueue_file", "cli.show_tables", "database", "demo", "enqueue", "errors", "log", "migrate",
+        "monitor", "queries", "settings", "supervisor", "worker",
+    },
+    "cli": {"cli.commands", "errors", "settings"},
+    "batchq": {"app", "batch", "enqueue", "errors", "retry", "settings", "worker"},
+    "__main__": {"cli"},
+}  # fmt: skip
+
+
+def name_of(file: Path) -> str:
+    """Return the name of a module of batchq, as in ALLOWED."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or "batchq"
+
+
+MODULES = {name_of(file): ast.parse(file.read_text(encoding="utf-8")) for file in sorted(PACKAGE.rglob("*.py"))}
+FUNCTIONS = [
+    (name, node)
+    for name, tree in MODULES.items()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+]
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Return the modules of batchq that a module imports, also within functions."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "batchq"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            found |= set(imported_from(node.module or "", [alias.name for alias in node.names]))
+    return {name.removeprefix("batchq.") for name in found}
+
+
+def imported_from(module: str, names: list[str]) -> Iterator[str]:
+    """Yield the modules that ``from module import names`` means."""
+    if module.partition(".")[0] != "batchq":
+        return
+    for name in names:
+        full = f"{module}.{name}"
+        yield full if full.removeprefix("batchq.") in MODULES else module
+
+
+# ------------------------------------------------------------------------------------------------- imports
+
+
+def test_each_module_imports_only_what_it_may() -> None:
+    too_much = {name: imported(tree) - ALLOWED.get(name, set()) for name, tree in MODULES.items()}
+    assert {name: modules for name, modules in too_much.items() if modules} == {}
+
+
+def test_the_table_of_imports_names_every_module_and_nothing_that_is_gone() -> None:
+    assert ALLOWED.keys() == MODULES.keys()
+    unused = {name: allowed - imported(MODULES[name]) for name, allowed in ALLOWED.items()}
+    assert {name: modules for name, modules in unused.items() if modules} == {}
+
+
+def test_imports_have_no_cycle() -> None:
+    order = list(TopologicalSorter(ALLOWED).static_order())  # raises CycleError
+    assert order.index("queries") < order.index("batch") < order.index("execution") < order.index("worker")
+
+
+# ------------------------------------------------------------------------------------------------- SQL
+
+A_STATEMENT = re.compile(
+    r"^\s*(SELECT|WITH|INSERT\s+INTO|UPDATE|DELETE\s+FROM|COPY|CREATE|ALTER|DROP|TRUNCATE|GRANT|SET|LISTEN|NOTIFY|LOCK"
+    r"|BEGIN|COMMIT|VALUES|CALL|DO)\s+[A-Za-z_\"(%{]"
+)
+DDL = re.compile(
+    r"\b(CREATE|ALTER|DROP|TRUNCATE|COMMENT ON)\s+(OR REPLACE\s+)?[A-Z]*\s*(TABLE|INDEX|VIEW|FUNCTION|SCHEMA)\b"
+)
+
+
+def texts(tree: ast.Module) -> Iterator[str]:
+    """Yield the texts in a module, but its docstrings."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+def test_statements_stand_in_queries_alone() -> None:
+    own = {"queries", "demo", "demo.tasks"}  # the demo is a user's program, with statements of its own
+    found = {name: [text for text in texts(tree) if A_STATEMENT.match(text)] for name, tree in MODULES.items()}
+    assert {name: statements for name, statements in found.items() if statements and name not in own} == {}
+    assert len(found["queries"]) > 20, "the test does not see statements"
+
+
+def test_ddl_stands_in_migrations_alone() -> None:
+    found = {name: [text for text in texts(tree) if DDL.search(text)] for name, tree in MODULES.items()}
+    assert {name: statements for name, statements in found.items() if statements} == {}
+    files = {file.relative_to(ROOT) for folder in (PACKAGE, ROOT / "migrations") for file in folder.rglob("*.sql")}
+    with_ddl = {file.parts[:2] for file in files if DDL.search((ROOT / file).read_text(encoding="utf-8"))}
+    assert {parts for parts in with_ddl if parts[0] != "migrations"} == {("batchq", "demo")}
+
+
+# ------------------------------------------------------------------------------------------------- size, docstrings
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return how many lines a function has, from its def to its end, docstring included, decorators not."""
+    return (function.end_lineno or 0) - function.lineno + 1
+
+
+def test_no_function_is_long() -> None:
+    long = {f"{name}.{node.name}": lines_of(node) for name, node in FUNCTIONS if lines_of(node) > MOST_LINES}
+    assert long == {}
+
+
+def test_a_typical_function_is_short() -> None:
+    assert statistics.median(lines_of(node) for _, node in FUNCTIONS) <= MEDIAN_LINES
+
+
+def public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """Yield the public functions and classes of a module, and the public methods of those classes."""
+    for node in body:
+        is_definition = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if is_definition and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node.body)
+
+
+def is_covered(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
+    """Tell whether a name is explained: by its docstring or, for a setter, by the property's."""
+    is_setter = any(
+        isinstance(decorator, ast.Attribute) and decorator.attr == "setter" for decorator in node.decorator_list
+    )
+    return is_setter or ast.get_docstring(node) is not None
+
+
+OVERRIDES = {"connect"}  # what a base class explains
+
+
+def test_every_module_and_public_name_explains_itself() -> None:
+    assert [name for name, tree in MODULES.items() if not ast.get_docstring(tree)] == []
+    silent = [
+        f"{name}.{node.name}" for name, tree in MODULES.items() for node in public(tree.body) if not is_covered(node)
+    ]
+    assert [name for name in silent if name.rpartition(".")[2] not in OVERRIDES] == []
+
+
+def test_what_is_public_is_there_and_explains_itself() -> None:
+    assert sorted(batchq.__all__) == batchq.__all__
+    assert [name for name in batchq.__all__ if not getattr(batchq, name).__doc__] == []
+
+
+# ------------------------------------------------------------------------------------------------- no machine's own
+
+
+FOLDERS = ("batchq", "migrations", "tests", "bin", "docs", ".ci", ".github")
+PATHS = re.compile(r"(?<![\w.$}*-])/(?:home|root|work|mnt|Users)/")
+REGISTRIES = re.compile(
+    r"(index-url|extra-index-url|trusted-host|registry|mirror|proxy)\S*\s*[=:]\s*\S*(https?://|\d+\.\d+\.\d+\.\d+)",
+    re.I,
+)
+
+
+def own_files() -> list[Path]:
+    """Return the text files of the project."""
+    inside = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    top = [ROOT / name for name in ("pyproject.toml", "README.md", "Dockerfile", "compose.yaml", ".gitignore")]
+    return [path for path in (*inside, *top) if path.is_file() and "__pycache__" not in path.parts]
+
+
+@pytest.mark.parametrize("pattern", [PATHS, REGISTRIES], ids=["paths", "registries"])
+def test_no_file_knows_the_machine_it_was_made_on(pattern: re.Pattern[str]) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path in own_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert found == []
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

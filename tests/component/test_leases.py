@@ -1,0 +1,352 @@
+"""Leases: what is fenced, what rescues, and that keeping a lease never stands in anybody's way."""
+
+from collections.abc import Callable
+from threading import Thread
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from batchq import queries
+from batchq.queries import Finish, Progress, Requeue
+from tests.component.rows import (
+    KIND,
+    Conn,
+    Taken,
+    batch,
+    change,
+    checkpoint,
+    claim,
+    expire_lease,
+    failure,
+    finish,
+    insert,
+    processing,
+    value,
+    values,
+)
+from tests.support.alone import run_alone
+from tests.support.steps import step
+from tests.support.waiting import wait_until
+
+DIED = "worker died: worker-1 gave no sign of life until its lease ran out"
+Write = Callable[[Conn, str, Taken], bool]
+
+# ---------------------------------------------------------------------------------------------------------- the fence
+
+
+def write_checkpoint(conn: Conn, queue: str, taken: Taken) -> bool:
+    """Save a checkpoint that changes all it can; tell whether the batch was still ours."""
+    done, failed = conn.execute(
+        "SELECT items_done, items_failed FROM batchq.batches ORDER BY id LIMIT 1"
+    ).fetchone() or (0, 0)
+    progress = Progress(1, 0, [failure(1)], [0], 1, False, "9", done_before=done, failed_before=failed)
+    return checkpoint(conn, taken, progress, queue=queue, lease_seconds=600) == 1
+
+
+def write_finish(conn: Conn, queue: str, taken: Taken) -> bool:
+    """Finish the batch."""
+    return finish(conn, Finish(*taken, "completed", "1", '{"error": "no"}', True), queue=queue) == {taken.id}
+
+
+def write_requeue(conn: Conn, queue: str, taken: Taken) -> bool:
+    """Make the batch pending again."""
+    return queries.requeue(conn, queue, [Requeue(*taken, 5.0, True, '{"error": "no"}')]) == {taken.id}
+
+
+def write_extend(conn: Conn, queue: str, taken: Taken) -> bool:
+    """Extend the lease."""
+    leases = queries.extend(conn, queue, [taken.id], [taken.token], 600)
+    assert (leases.extended, leases.lost) in [({taken}, set()), (set(), {taken})]
+    return leases.extended == {taken}
+
+
+def give_back(conn: Conn, queue: str, taken: Taken) -> bool:
+    """Give back the whole claim."""
+    return queries.give_back_claim(conn, queue, taken.token) == 1
+
+
+WRITES = [write_checkpoint, write_finish, write_requeue, write_extend, give_back]
+
+
+def everything(conn: Conn) -> list[Any]:
+    """Return all there is of batches and failed items."""
+    return values(conn, "SELECT to_jsonb(b) FROM batchq.batches b ORDER BY id") + values(
+        conn, "SELECT to_jsonb(f) FROM batchq.failed_items f ORDER BY batch_id, item_index"
+    )
+
+
+@pytest.fixture
+def taken(conn: Conn) -> Taken:
+    """Return a batch that is processing, one of its items done and one failed."""
+    taken = processing(conn, items=[0, 1, 2, 3])
+    assert checkpoint(conn, taken, Progress(1, 1, [failure(0)], first_index=0)) == 1
+    return taken
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_with_the_token_is_made(conn: Conn, taken: Taken, write: Write) -> None:
+    before = everything(conn)
+    assert write(conn, "default", taken)
+    assert everything(conn) != before
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_with_another_token_changes_nothing_and_says_so(conn: Conn, taken: Taken, write: Write) -> None:
+    before = everything(conn)
+    assert not write(conn, "default", taken._replace(token=uuid4()))
+    assert everything(conn) == before
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_in_another_queue_changes_nothing_and_says_so(conn: Conn, taken: Taken, write: Write) -> None:
+    before = everything(conn)
+    assert not write(conn, "elsewhere", taken)
+    assert everything(conn) == before
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("end", [write_finish, write_requeue])
+def test_a_write_after_the_end_changes_nothing_and_says_so(conn: Conn, taken: Taken, end: Write, write: Write) -> None:
+    assert end(conn, "default", taken)
+    before = everything(conn)
+    assert not write(conn, "default", taken)
+    assert everything(conn) == before
+
+
+def test_of_many_finishes_those_that_are_ours_are_written_and_named(conn: Conn) -> None:
+    mine, theirs = processing(conn), processing(conn)
+    forged = Finish(theirs.id, mine.token, "failed")
+    assert finish(conn, Finish(*mine, "completed"), forged) == {mine.id}
+    assert batch(conn, theirs.id)["status"] == "processing"
+
+
+def test_a_finish_moves_the_whole_row_and_frees_it(conn: Conn) -> None:
+    taken = processing(conn, payload={"a": 1}, items=[1, 2], unique_key="k", priority=3, max_failed_items=1)
+    before = batch(conn, taken.id)
+    finish(conn, Finish(*taken, "completed", '{"sum": 3}', all_done=True))
+    after = batch(conn, taken.id)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"status", "claim_token", "lease_expires_at", "items_done", "result", "finished_at"}
+    assert (after["status"], after["items_done"], after["result"]) == ("completed", 2, {"sum": 3})
+    assert value(conn, "SELECT count(*) FROM batchq.batches_live") == 0
+
+
+@pytest.mark.parametrize(("gives_back", "delay_seconds", "attempt"), [(True, None, 0), (False, 3600.0, 1)])
+def test_a_requeue_gives_the_attempt_back_only_if_told_to(
+    conn: Conn, taken: Taken, gives_back: bool, delay_seconds: float | None, attempt: int
+) -> None:
+    run_at = batch(conn, taken.id)["run_at"]
+    queries.requeue(conn, "default", [Requeue(*taken, delay_seconds, gives_back)])
+    row = batch(conn, taken.id)
+    assert (row["status"], row["attempt"], row["claimed_by"]) == ("pending", attempt, None)
+    assert (row["run_at"] == run_at) is gives_back
+
+
+def test_counters_items_and_cursor_move_together(conn: Conn, taken: Taken) -> None:
+    step("item 0 has failed, 1 is done: now 0 succeeds, 2 fails, 3 is done")
+    progress = Progress(2, 0, [failure(2)], [0], 2, False, '{"at": 4}', done_before=1, failed_before=1)
+    assert checkpoint(conn, taken, progress) == 1
+    row = batch(conn, taken.id)
+    assert (row["items_done"], row["items_failed"], row["cursor"]) == (3, 1, {"at": 4})
+    assert values(conn, "SELECT item_index FROM batchq.failed_items") == [2]
+
+
+def test_a_checkpoint_extends_the_lease(conn: Conn, taken: Taken) -> None:
+    expire_lease(conn, taken.id)
+    checkpoint(conn, taken, Progress(done_before=1, failed_before=1), lease_seconds=30)
+    left = "SELECT extract(epoch FROM lease_expires_at - now())::float8 FROM batchq.batches"
+    assert 25 < value(conn, left) <= 30
+
+
+def test_a_checkpoint_at_the_end_of_a_long_transaction_does_not_shorten_the_lease(conn: Conn, taken: Taken) -> None:
+    step("the transaction begins; the keeper extends the lease; then the checkpoint ends the transaction")
+    unchanged = Progress(done_before=1, failed_before=1)
+    with psycopg.connect(conn.info.dsn, password=conn.info.password, prepare_threshold=None) as handler:
+        handler.execute("SELECT now()")
+        queries.extend(conn, "default", [taken.id], [taken.token], 60)
+        kept = batch(conn, taken.id)["lease_expires_at"]
+        handler.execute(*queries.checkpoint("default", *taken, 30, unchanged))
+    assert batch(conn, taken.id)["lease_expires_at"] == kept
+    step("a lease that would run out earlier counts from the commit, not from the transaction's beginning")
+    with conn.transaction():
+        began = value(conn, "SELECT now()::text")
+        wait_until(
+            lambda: value(conn, f"SELECT clock_timestamp() > '{began}'::timestamptz + interval '0.2 s'"), 5, "0.2 s"
+        )
+        conn.execute(*queries.checkpoint("default", *taken, 60, unchanged))
+    left = f"SELECT extract(epoch FROM lease_expires_at - '{began}'::timestamptz)::float8 FROM batchq.batches"
+    assert value(conn, left) >= 60.2
+
+
+def test_a_checkpoint_that_was_committed_already_counts_nothing_twice(conn: Conn, taken: Taken) -> None:
+    progress = Progress(2, 0, done_before=1, failed_before=1)
+    assert checkpoint(conn, taken, progress) == 1
+    before = everything(conn)
+    assert checkpoint(conn, taken, progress) == 0
+    assert everything(conn) == before
+
+
+# ---------------------------------------------------------------------------------------------------------- the rescue
+
+
+def test_a_batch_whose_lease_ran_out_is_pending_again_its_attempt_counted(conn: Conn, taken: Taken) -> None:
+    change(conn, taken.id, cursor={"at": 2})
+    before = batch(conn, taken.id)
+    expire_lease(conn, taken.id)
+    assert queries.rescue(conn, "default", 10) == [(taken.id, KIND, 1, "pending")]
+    after = batch(conn, taken.id)
+    kept = ("attempt", "payload", "items", "items_done", "items_failed", "cursor", "run_at", "created_at")
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert (after["claim_token"], after["claimed_by"]) == (None, None)
+    assert [(error["attempt"], error["error"]) for error in after["errors"]] == [(1, DIED)]
+    step("any worker may claim it at once")
+    assert [row.attempt for row in claim(conn)] == [2]
+
+
+def test_nothing_is_rescued_by_when_it_started(conn: Conn, taken: Taken) -> None:
+    change(conn, taken.id, claimed_at="2001-01-01", created_at="2001-01-01", run_at="2001-01-01")
+    assert queries.rescue(conn, "default", 10) == []
+    assert batch(conn, taken.id)["status"] == "processing"
+
+
+def test_the_rescue_needs_no_row_of_any_worker(conn: Conn, taken: Taken) -> None:
+    assert value(conn, "SELECT count(*) FROM batchq.workers") == 0
+    expire_lease(conn, taken.id)
+    assert len(queries.rescue(conn, "default", 10)) == 1
+
+
+def test_pending_batches_and_other_queues_are_not_rescued(conn: Conn) -> None:
+    insert(conn)
+    other = processing(conn, queue="other")
+    expire_lease(conn, other.id)
+    assert queries.rescue(conn, "default", 10) == []
+    assert [row[0] for row in queries.rescue(conn, "other", 10)] == [other.id]
+
+
+def test_a_rescue_takes_no_more_than_its_limit_the_longest_silent_first(conn: Conn) -> None:
+    silent = [processing(conn).id for _ in range(5)]
+    for seconds, batch_id in enumerate(silent, start=1):
+        expire_lease(conn, batch_id, seconds)
+    found = [{row[0] for row in queries.rescue(conn, "default", 2)} for _ in range(3)]
+    assert found == [set(silent[3:]), set(silent[1:3]), set(silent[:1])]
+
+
+def test_a_rescue_passes_over_what_somebody_writes_just_now(conn: Conn, dsn: str) -> None:
+    busy, silent = processing(conn), processing(conn)
+    for batch_id in (busy.id, silent.id):
+        expire_lease(conn, batch_id)
+    with psycopg.connect(dsn, prepare_threshold=None) as late_worker:
+        step("the worker of %s wakes up late, and saves a checkpoint", busy.id)
+        late_worker.execute(queries.limits(5))
+        late_worker.execute(*queries.checkpoint("default", *busy, 60, Progress()))
+        with conn.transaction():
+            conn.execute("SELECT set_config('lock_timeout', '500ms', true)")
+            assert [row[0] for row in queries.rescue(conn, "default", 10)] == [silent.id]
+    assert queries.rescue(conn, "default", 10) == [], "its lease is new"
+
+
+def test_a_batch_that_kills_its_worker_ends_as_failed_with_its_attempts(conn: Conn) -> None:
+    batch_id = insert(conn, max_attempts=3, items=[1, 2], unique_key="poison")
+    for attempt in (1, 2, 3):
+        assert [row.attempt for row in claim(conn)] == [attempt]
+        expire_lease(conn, batch_id)
+        status = "failed" if attempt == 3 else "pending"
+        assert queries.rescue(conn, "default", 10) == [(batch_id, KIND, attempt, status)]
+    row = batch(conn, batch_id)
+    assert (row["status"], row["attempt"], row["items"]) == ("failed", 3, [1, 2])
+    assert row["finished_at"] is not None
+    assert [error["error"] for error in row["errors"]] == [DIED, DIED, f"{DIED}; no attempts left"]
+    assert claim(conn) == []
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("attempts", [1, 5])
+def test_a_rescued_batch_takes_nothing_more_from_its_old_worker(conn: Conn, attempts: int, write: Write) -> None:
+    taken = processing(conn, max_attempts=attempts, items=[1, 2])
+    expire_lease(conn, taken.id)
+    queries.rescue(conn, "default", 10)
+    before = everything(conn)
+    assert not write(conn, "default", taken)
+    assert everything(conn) == before
+
+
+def test_after_a_rescue_the_new_worker_finishes_and_the_old_does_not(conn: Conn, taken: Taken) -> None:
+    expire_lease(conn, taken.id)
+    queries.rescue(conn, "default", 10)
+    token = uuid4()
+    claim(conn, token=token, worker="worker-2")
+    assert finish(conn, Finish(*taken, "failed")) == set()
+    assert finish(conn, Finish(taken.id, token, "completed")) == {taken.id}
+    assert batch(conn, taken.id)["claimed_by"] == "worker-2"
+
+
+# ------------------------------------------------------------------------------------------------- keeping the lease
+
+
+def leases(conn: Conn) -> list[float]:
+    """Return how many seconds are left of each lease, in the order of ids."""
+    query = "SELECT extract(epoch FROM lease_expires_at - now())::float8 FROM batchq.batches_live ORDER BY id"
+    return values(conn, query)
+
+
+def test_an_extension_names_only_those_that_are_lost(conn: Conn) -> None:
+    mine, finished, stolen = processing(conn), processing(conn), processing(conn)
+    finish(conn, Finish(*finished, "completed"))
+    change(conn, stolen.id, claim_token=uuid4())
+    ids, tokens = [[one[field] for one in (mine, finished, stolen)] for field in (0, 1)]
+    unknown = Taken(987, uuid4())
+    leases_of = queries.extend(conn, "default", [*ids, unknown.id], [*tokens, unknown.token], 600)
+    assert (leases_of.extended, leases_of.lost) == ({mine}, {finished, stolen, unknown})
+    kept, not_mine = leases(conn)
+    assert kept > 590
+    assert not_mine <= 60
+
+
+def test_an_extension_passes_over_a_locked_row_and_does_not_call_it_lost(conn: Conn, dsn: str) -> None:
+    locked, free = processing(conn), processing(conn)
+    ids, tokens = [locked.id, free.id], [locked.token, free.token]
+    with psycopg.connect(dsn, prepare_threshold=None) as own_finisher:
+        own_finisher.execute(queries.limits(5))
+        own_finisher.execute(*queries.finish("default", [Finish(*locked, "completed")]))
+        with conn.transaction():
+            conn.execute("SELECT set_config('lock_timeout', '500ms', true)")
+            assert queries.extend(conn, "default", ids, tokens, 600) == queries.Leases({free}, set())
+        own_finisher.rollback()
+    assert leases(conn)[0] <= 60
+    assert leases(conn)[1] > 590
+    assert queries.extend(conn, "default", ids, tokens, 600) == queries.Leases({free, locked}, set())
+    assert min(leases(conn)) > 590
+
+
+def test_finishes_and_extensions_in_opposite_orders_do_not_deadlock(conn: Conn, dsn: str) -> None:
+    rounds, size, failures = 15, 60, []
+
+    def keep(taken: list[Taken]) -> None:
+        try:
+            with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as keeper:
+                while keeping:
+                    with keeper.transaction():
+                        queries.extend(keeper, "default", [t.id for t in taken], [t.token for t in taken], 60)
+        except psycopg.Error as error:
+            failures.append(error)
+
+    for _ in range(rounds):
+        token = uuid4()
+        conn.execute("INSERT INTO batchq.batches (kind) SELECT 'work' FROM generate_series(1, %s)", [size])
+        taken = [Taken(row.id, token) for row in claim(conn, token=token)]
+        keeping = True
+        thread = Thread(target=keep, args=[sorted(taken, reverse=True)])
+        thread.start()
+        with conn.transaction():
+            for part in range(0, size, 10):
+                conn.execute(*queries.finish("default", [Finish(*t, "completed") for t in taken[part : part + 10]]))
+        keeping = False
+        thread.join()
+    assert failures == []
+    assert value(conn, "SELECT count(*) FROM batchq.batches_finished") == rounds * size
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

@@ -1,0 +1,273 @@
+"""Migrations: any number of migrators at once, all of a file or nothing, and messages that say what to do."""
+
+import shutil
+from pathlib import Path
+from threading import Thread
+
+import psycopg
+import pytest
+from psycopg import sql
+
+import batchq
+from batchq import migrate as migrations
+from batchq import queries
+from batchq.errors import ConfigError
+from batchq.migrate import all_migrations, check_schema, migrate
+from tests.component.rows import KIND, Conn, Taken, claim, failure, finished, insert, processing, value, values
+from tests.support.alone import run_alone
+from tests.support.databases import MIGRATIONS
+from tests.support.servers import Server
+from tests.support.steps import step
+
+LEDGER = "SELECT to_char(version, 'FM0000') || '_' || name FROM batchq.migrations ORDER BY version"
+NAMES = [f"{migration.version:04}_{migration.name}" for migration in all_migrations()]
+
+
+def connect(dsn: str) -> Conn:
+    """Connect as batchq does."""
+    return psycopg.connect(dsn, autocommit=True, prepare_threshold=None)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of migrations/ that batchq takes for its own."""
+    copy = tmp_path / "migrations"
+    shutil.copytree(MIGRATIONS, copy)
+    monkeypatch.setattr(migrations, "directory", lambda: copy)
+    return copy
+
+
+# ------------------------------------------------------------------------------------------------------------ apply
+
+
+def test_an_empty_database_gets_every_file_in_order(empty_dsn: str) -> None:
+    assert migrate(empty_dsn) == NAMES
+    with connect(empty_dsn) as conn:
+        assert values(conn, LEDGER) == NAMES
+        assert insert(conn) > 0
+        step("the first batches find a partition of their day before any worker has run")
+        place = "SELECT tableoid::regclass::text FROM batchq.batches WHERE id = %s"
+        assert value(conn, place, [finished(conn, kind="first")]) != "batchq.finished_default"
+
+
+def test_migrating_again_changes_nothing(dsn: str, conn: Conn) -> None:
+    before = values(conn, "SELECT applied_at FROM batchq.migrations ORDER BY version")
+    assert migrate(dsn) == []
+    assert values(conn, "SELECT applied_at FROM batchq.migrations ORDER BY version") == before
+
+
+def test_of_several_migrators_at_once_each_file_is_applied_by_one(empty_dsn: str) -> None:
+    applied: list[str] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            applied.extend(migrate(empty_dsn))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert sorted(applied) == NAMES
+    with connect(empty_dsn) as conn:
+        assert values(conn, LEDGER) == NAMES
+
+
+def test_a_new_file_is_applied_to_a_database_with_data(dsn: str, conn: Conn, files: Path) -> None:
+    insert(conn, kind="waits")
+    processing(conn)
+    finished(conn, "failed")
+    before = values(conn, "SELECT to_jsonb(b) FROM batchq.batches b ORDER BY id")
+    (files / "0090_more.sql").write_text("ALTER TABLE batchq.batches ADD COLUMN more integer NOT NULL DEFAULT 7;")
+    assert migrate(dsn) == ["0090_more"]
+    assert values(conn, "SELECT to_jsonb(b) - 'more' FROM batchq.batches b ORDER BY id") == before
+    assert values(conn, "SELECT DISTINCT more FROM batchq.batches") == [7]
+
+
+def test_a_file_that_fails_leaves_nothing_of_itself_and_those_before_it_stay(dsn: str, conn: Conn, files: Path) -> None:
+    (files / "0090_good.sql").write_text("CREATE TABLE batchq.good ();")
+    (files / "0091_bad.sql").write_text("CREATE TABLE batchq.half ();\nSELECT 1 / 0;")
+    (files / "0092_never.sql").write_text("CREATE TABLE batchq.never ();")
+    with pytest.raises(ConfigError, match="migration failed: division by zero"):
+        migrate(dsn)
+    tables = "SELECT relname FROM pg_class WHERE relnamespace = 'batchq'::regnamespace AND relname = ANY (%s)"
+    assert values(conn, tables, [["good", "half", "never"]]) == ["good"]
+    assert values(conn, LEDGER) == [*NAMES, "0090_good"]
+    step("mended, it goes on from there")
+    (files / "0091_bad.sql").write_text("CREATE TABLE batchq.half ();")
+    assert migrate(dsn) == ["0091_bad", "0092_never"]
+
+
+def test_a_first_migration_that_fails_leaves_no_schema(empty_dsn: str, files: Path) -> None:
+    (files / "0001_batches.sql").write_text("SELECT 1 / 0;")
+    with pytest.raises(ConfigError, match="migration failed"):
+        migrate(empty_dsn)
+    with connect(empty_dsn) as conn:
+        assert value(conn, "SELECT to_regnamespace('batchq')") is None
+
+
+def test_the_schema_works_where_the_search_path_is_empty(empty_database: str, empty_dsn: str, server: Server) -> None:
+    with connect(server.dsn(empty_database)) as admin:
+        admin.execute(sql.SQL("ALTER DATABASE {} SET search_path = ''").format(sql.Identifier(empty_database)))
+    with connect(server.dsn(empty_database)) as admin:
+        assert value(admin, "SHOW search_path") == '""'
+    migrate(empty_dsn)
+    with connect(empty_dsn) as conn:
+        check_every_statement(conn)
+
+
+def check_every_statement(conn: Conn) -> None:
+    """Run every statement of batchq."""
+    check_schema(conn)
+    batchq.enqueue(conn, KIND)
+    batchq.enqueue_many(conn, KIND, items=[1, 2], items_per_batch=1, delay_seconds=-1)
+    assert queries.ready_priorities(conn, "default", [KIND]) == [0]
+    assert len(claim(conn, 2, token=(token := processing(conn, kind="other").token))) == 2
+    assert queries.give_back_claim(conn, "default", token) == 3
+    taken = processing(conn, kind="third", items=[1, 2])
+    write_everything(conn, taken)
+    failed = finished(conn, "failed", kind="fourth", error='{"error": "no"}')
+    assert value(conn, "SELECT batchq.retry(%s)", [failed]) == "pending"
+    assert queries.cancel(conn, failed, "no reason") == "cancelled"
+    read_everything(conn, failed)
+    with conn.transaction():
+        queries.heartbeat(conn, queries.WorkerRow("w", "h", 1, "1", ["default"], [KIND], 1), 0, False)
+        queries.forget_worker(conn, "w")
+        assert queries.create_finished_partitions(conn, 20) > 0
+        assert queries.prune(conn, 1) == 0
+
+
+def write_everything(conn: Conn, taken: Taken) -> None:
+    """Run every fenced write on a batch with two items."""
+    progress = queries.Progress(1, 1, [failure(1)], first_index=0)
+    assert conn.execute(*queries.checkpoint("default", *taken, 60, progress)).rowcount == 1
+    assert queries.extend(conn, "default", [taken.id], [taken.token], 60).lost == set()
+    queries.large_input(conn, "default", *taken)
+    queries.items_page(conn, "default", *taken, 0, 1)
+    assert len(queries.failed_page(conn, "default", taken.id, 2, 10)) == 1
+    queries.retryable_items(conn, "default", taken.id)
+    assert queries.requeue(conn, "default", [queries.Requeue(*taken, 1, False, '{"error": "no"}')]) == {taken.id}
+    silent = processing(conn, kind="silent")
+    conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() - interval '1 s' WHERE id = %s", [silent.id])
+    assert len(queries.rescue(conn, "default", 10)) == 1
+
+
+def read_everything(conn: Conn, batch_id: int) -> None:
+    """Run what people look at."""
+    queries.status_rows(conn, None, None, None, 10)
+    queries.queue_rows(conn)
+    queries.batch_object(conn, batch_id)
+    queries.failed_item_objects(conn, batch_id, 10)
+    queries.worker_objects(conn)
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("file", sorted(MIGRATIONS.glob("*.sql")), ids=lambda file: file.name)
+def test_a_file_is_small_enough_for_every_pooler(file: Path) -> None:
+    assert file.stat().st_size < 16 * 1024
+
+
+@pytest.mark.parametrize("file", sorted(MIGRATIONS.glob("*.sql")), ids=lambda file: file.name)
+def test_a_file_is_known_by_its_name_and_runs_within_a_transaction(file: Path) -> None:
+    assert migrations.FILE_NAME.fullmatch(file.name)
+    text = file.read_text().upper()
+    assert not any(word in text for word in ("CONCURRENTLY", "COMMIT;", "VACUUM;", "SET SEARCH_PATH"))
+
+
+def test_versions_have_no_gap_and_no_twin() -> None:
+    assert [migration.version for migration in all_migrations()] == list(range(1, len(NAMES) + 1))
+
+
+OBVIOUS_COLUMNS = {
+    "batches": {"id", "claimed_at", "created_at", "finished_at"},
+    "failed_items": {"queue", "failed_at"},
+    "migrations": {"version", "name", "applied_at"},
+    "queues": {"queue", "kind", "processing"},
+    "status": {
+        *("id", "queue", "kind", "items_total", "items_done", "items_failed", "attempt", "max_attempts", "priority"),
+        *("age", "claimed_by", "lease_expires_at", "unique_key", "created_at", "claimed_at", "finished_at"),
+    },
+    "workers": {"hostname", "pid", "version", "queues", "stopping", "started_at"},
+}
+
+
+def test_every_table_view_and_function_explains_itself(conn: Conn) -> None:
+    assert (
+        values(
+            conn,
+            """
+        SELECT relname FROM pg_class
+        WHERE relnamespace = 'batchq'::regnamespace AND relkind IN ('r', 'p', 'v') AND relname !~ '^finished_[0-9]+$'
+          AND obj_description(oid, 'pg_class') IS NULL
+        UNION ALL
+        SELECT proname FROM pg_proc
+        WHERE pronamespace = 'batchq'::regnamespace AND obj_description(oid, 'pg_proc') IS NULL
+        UNION ALL
+        SELECT 'schema' WHERE obj_description('batchq'::regnamespace, 'pg_namespace') IS NULL
+        """,
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize("table", OBVIOUS_COLUMNS)
+def test_every_column_explains_itself_but_for_the_obvious(conn: Conn, table: str) -> None:
+    silent = values(
+        conn,
+        "SELECT attname FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped "
+        "AND col_description(attrelid, attnum) IS NULL",
+        [f"batchq.{table}"],
+    )
+    assert set(silent) == OBVIOUS_COLUMNS[table]
+
+
+def test_the_files_are_found_in_the_package_or_else_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "batchq"
+    package.mkdir()
+    monkeypatch.setattr(migrations, "__file__", str(package / "migrate.py"))
+    assert migrations.directory() == tmp_path / "migrations"
+    (package / "migrations").mkdir()
+    assert migrations.directory() == package / "migrations"
+
+
+# -------------------------------------------------------------------------------------------------- is it our schema
+
+
+def test_a_database_without_the_schema_says_what_to_run(empty_dsn: str) -> None:
+    with connect(empty_dsn) as conn, pytest.raises(ConfigError, match="has no batchq schema; run: batchq migrate"):
+        check_schema(conn)
+
+
+def test_the_schema_of_this_code_will_do(conn: Conn) -> None:
+    check_schema(conn)
+
+
+def test_an_older_schema_is_named_with_what_is_missing(conn: Conn, files: Path) -> None:
+    (files / "0090_more.sql").write_text("SELECT 1;")
+    with pytest.raises(ConfigError, match="the schema is older than this code: 'more' is missing; run: batchq migrate"):
+        check_schema(conn)
+
+
+def test_an_older_worker_goes_on_beside_a_newer_schema(conn: Conn) -> None:
+    conn.execute("INSERT INTO batchq.migrations (version, name) VALUES (9001, 'expands')")
+    check_schema(conn)
+
+
+def test_an_older_worker_refuses_a_newer_schema_that_breaks_it(dsn: str, conn: Conn, files: Path) -> None:
+    (files / "0090_contracts.sql").write_text("-- breaking: workers before 2.0 write this column\nSELECT 1;")
+    assert migrate(dsn) == ["0090_contracts"]
+    check_schema(conn)
+    step("now a worker that does not know the file")
+    (files / "0090_contracts.sql").unlink()
+    with pytest.raises(ConfigError, match=r"in a way that breaks it \(contracts\); upgrade batchq"):
+        check_schema(conn)
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

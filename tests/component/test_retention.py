@@ -1,0 +1,207 @@
+"""Retention: a partition a day, whole days dropped, and never a wait for a lock."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+from batchq import queries
+from tests.component.rows import KIND, Conn, batch, finished, insert, value, values
+from tests.support.alone import run_alone
+from tests.support.steps import step
+
+PARTITIONS = """
+SELECT c.relname
+FROM pg_inherits i
+JOIN pg_class c ON c.oid = i.inhrelid
+WHERE i.inhparent = 'batchq.batches_finished'::regclass
+ORDER BY c.relname
+"""
+TODAY = "(now() AT TIME ZONE 'UTC')::date"
+WHERE = "SELECT tableoid::regclass::text FROM batchq.batches WHERE id = %s"
+
+
+@pytest.fixture(autouse=True)
+def no_partitions(conn: Conn) -> None:
+    """Drop the partitions that the migration made for its first days."""
+    for partition in values(conn, PARTITIONS):
+        if partition != "finished_default":
+            conn.execute(f"DROP TABLE batchq.{partition}".encode())
+
+
+def create(conn: Conn, days_ago: int, days: int = 1) -> int:
+    """Create partitions of *days* days from *days_ago* on; return how many."""
+    return value(conn, f"SELECT batchq.create_finished_partitions({TODAY} - %s, %s)", [days_ago, days])
+
+
+def name(conn: Conn, days_ago: int) -> str:
+    """Return the name of the partition of a day."""
+    return value(conn, f"SELECT 'finished_' || to_char({TODAY} - %s, 'YYYYMMDD')", [days_ago])
+
+
+def prune(conn: Conn, days: float) -> int:
+    """Prune as the keeper does."""
+    with conn.transaction():
+        return queries.prune(conn, days)
+
+
+def ended(conn: Conn, days_ago: int) -> int:
+    """Return the id of a batch that ended in the last second of a day."""
+    batch_id = finished(conn)
+    conn.execute(
+        f"UPDATE batchq.batches SET finished_at = ({TODAY} - %s + 1) AT TIME ZONE 'UTC' - interval '1 second' "
+        "WHERE id = %s".encode(),
+        [days_ago, batch_id],
+    )
+    return batch_id
+
+
+# ------------------------------------------------------------------------------------------------------- partitions
+
+
+def test_the_missing_days_are_created_once(conn: Conn) -> None:
+    with conn.transaction():
+        assert queries.create_finished_partitions(conn, 3) == 3
+    with conn.transaction():
+        assert queries.create_finished_partitions(conn, 5) == 2
+    with conn.transaction():
+        assert queries.create_finished_partitions(conn, 5) == 0
+    assert values(conn, PARTITIONS) == [*(name(conn, -ahead) for ahead in range(5)), "finished_default"]
+
+
+def test_a_batch_that_ends_today_lies_in_the_partition_of_today(conn: Conn) -> None:
+    step("and with tomorrow's there, also when midnight comes in between")
+    create(conn, 0, 2)
+    place = value(conn, WHERE, [finished(conn)])
+    assert place in (f"batchq.{name(conn, 0)}", f"batchq.{name(conn, 1)}")
+
+
+def test_a_batch_that_ends_on_a_day_without_a_partition_lies_in_the_default_one(conn: Conn) -> None:
+    batch_id = finished(conn)
+    assert value(conn, WHERE, [batch_id]) == "batchq.finished_default"
+    assert batch(conn, batch_id)["status"] == "completed"
+
+
+@pytest.mark.parametrize("zone", ["Pacific/Auckland", "America/Los_Angeles"])
+def test_a_day_is_one_of_utc_whatever_the_time_zone_of_the_session(conn: Conn, zone: str) -> None:
+    with conn.transaction():
+        conn.execute("SELECT set_config('TimeZone', %s, true)", [zone])
+        assert value(conn, "SELECT batchq.create_finished_partitions('2031-05-06', 1)") == 1
+    with conn.transaction():
+        conn.execute("SELECT set_config('TimeZone', 'UTC', true)")
+        bounds = value(
+            conn, "SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE oid = 'batchq.finished_20310506'::regclass"
+        )
+    assert bounds == "FOR VALUES FROM ('2031-05-06 00:00:00+00') TO ('2031-05-07 00:00:00+00')"
+
+
+def test_a_day_whose_batches_lie_in_the_default_partition_is_left_there(conn: Conn) -> None:
+    batch_id = ended(conn, 3)
+    assert create(conn, 4, 3) == 2
+    assert values(conn, PARTITIONS) == [name(conn, 4), name(conn, 2), "finished_default"]
+    assert value(conn, "SELECT to_regclass(%s)", [f"batchq.{name(conn, 3)}"]) is None, "nothing is left of the try"
+    assert value(conn, WHERE, [batch_id]) == "batchq.finished_default"
+
+
+def test_a_partition_has_the_indexes_and_checks_of_its_parent(conn: Conn) -> None:
+    create(conn, 0)
+    indexes = "SELECT count(*) FROM pg_indexes WHERE schemaname = 'batchq' AND tablename = %s"
+    assert value(conn, indexes, [name(conn, 0)]) == value(conn, indexes, ["batches_finished"]) > 0
+    checks = "SELECT count(*) FROM pg_constraint WHERE contype = 'c' AND conrelid = %s::regclass"
+    assert value(conn, checks, [f"batchq.{name(conn, 0)}"]) == value(conn, checks, ["batchq.batches"]) > 0
+
+
+# ------------------------------------------------------------------------------------------------------------ prune
+
+
+def test_only_days_that_lie_wholly_before_are_dropped(conn: Conn) -> None:
+    for days_ago in (40, 31, 30, 29, 0):
+        create(conn, days_ago)
+    kept, gone = ended(conn, 30), ended(conn, 31)
+    assert prune(conn, 30) == 2
+    assert values(conn, PARTITIONS) == [*(name(conn, days_ago) for days_ago in (30, 29, 0)), "finished_default"]
+    assert values(conn, "SELECT id FROM batchq.batches WHERE id = ANY (%s)", [[kept, gone]]) == [kept]
+    assert prune(conn, 30) == 0
+
+
+def test_live_batches_are_never_pruned_however_old(conn: Conn) -> None:
+    batch_id = insert(conn)
+    conn.execute("UPDATE batchq.batches SET created_at = '2001-01-01', run_at = '2001-01-01'")
+    prune(conn, 0)
+    assert batch(conn, batch_id)["status"] == "pending"
+
+
+def test_old_rows_of_the_default_partition_go_with_the_days(conn: Conn) -> None:
+    kept, gone = ended(conn, 30), ended(conn, 31)
+    assert prune(conn, 30) == 0
+    assert values(conn, "SELECT id FROM batchq.batches WHERE id = ANY (%s)", [[kept, gone]]) == [kept]
+
+
+def fail_an_item(conn: Conn, batch_id: int, days_ago: int) -> None:
+    """Record a failed item of a batch, *days_ago*."""
+    conn.execute(
+        "INSERT INTO batchq.failed_items (queue, batch_id, item_index, item, error, attempt, failed_at) "
+        "VALUES ('default', %s, 0, '1', 'no', 1, now() - %s * interval '1 day')",
+        [batch_id, days_ago],
+    )
+
+
+def test_failed_items_go_with_their_batch_and_not_before(conn: Conn) -> None:
+    create(conn, 40)
+    gone, kept, live = ended(conn, 40), ended(conn, 5), insert(conn)
+    for batch_id in (gone, kept, live):
+        fail_an_item(conn, batch_id, 40)
+    assert prune(conn, 30) == 1
+    assert values(conn, "SELECT batch_id FROM batchq.failed_items ORDER BY 1") == [kept, live]
+
+
+def test_a_negative_age_is_refused(conn: Conn) -> None:
+    with pytest.raises(psycopg.errors.RaiseException, match=r"batchq.prune takes an interval from 0 up, not -"):
+        conn.execute("SELECT batchq.prune(interval '-1 day')")
+
+
+def test_today_stays_even_if_nothing_is_to_be_kept(conn: Conn) -> None:
+    create(conn, 0, 2)
+    batch_id = finished(conn)
+    assert prune(conn, 0) == 0
+    assert batch(conn, batch_id)["kind"] == KIND
+
+
+# ------------------------------------------------------------------------------------------------------------ locks
+
+MAINTENANCE: list[tuple[str, Callable[[Conn], Any]]] = [
+    ("SELECT FROM batchq.batches_finished", lambda conn: queries.prune(conn, 30)),
+    ("SELECT FROM batchq.batches_finished", lambda conn: queries.create_finished_partitions(conn, 2)),
+]
+
+
+@pytest.mark.parametrize(("report", "maintain"), MAINTENANCE, ids=["prune", "create"])
+def test_maintenance_gives_up_rather_than_stand_in_the_queue_for_a_lock(
+    conn: Conn, dsn: str, report: str, maintain: Callable[[Conn], Any]
+) -> None:
+    create(conn, 40)
+    with psycopg.connect(dsn, prepare_threshold=None) as reader:
+        step("somebody reads the finished batches, in a transaction that stays open")
+        reader.execute(report.encode())
+        began_at = time.monotonic()
+        with pytest.raises(psycopg.errors.LockNotAvailable), conn.transaction():
+            maintain(conn)
+        assert time.monotonic() - began_at < 2
+        step("meanwhile batches finish as ever")
+        finished(conn)
+    with conn.transaction():
+        assert maintain(conn) > 0, "later it works"
+
+
+def test_maintenance_bounds_its_waits_to_100_ms_until_the_end_of_its_transaction(conn: Conn) -> None:
+    for maintain in (lambda: queries.prune(conn, 30), lambda: queries.create_finished_partitions(conn, 1)):
+        with conn.transaction():
+            maintain()
+            assert value(conn, "SELECT current_setting('lock_timeout')") == "100ms"
+        assert value(conn, "SELECT current_setting('lock_timeout')") == "0"
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

@@ -1,0 +1,93 @@
+"""Run `batchq` commands to their end, in a directory of their own with an app to import."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TASKS = """
+import batchq
+
+app = batchq.App()
+
+@app.handler("good")
+def good(batch):
+    return "fine"
+
+@app.handler("bad")
+def bad(batch):
+    raise ValueError("bad batch")
+
+@app.item_handler("items")
+def item(item):
+    if item == "bad":
+        raise ValueError("bad item")
+"""
+MOST_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended: its exit code and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Return its output as JSON."""
+        return json.loads(self.out)
+
+    @property
+    def complaint(self) -> str:
+        """Return its one line of error; fail if it wrote anything else, a traceback for example."""
+        assert self.code in (1, 2), f"exit code {self.code}, {self.out}"
+        assert self.err.startswith("batchq: "), self.err
+        assert self.err.count("\n") == 1, self.err
+        assert len(self.err) < 2_000
+        return self.err.removeprefix("batchq: ").rstrip("\n")
+
+
+class CommandLine:
+    """Runs commands in *directory*, where tasks.py has an app, on the database *dsn* (None: none is set)."""
+
+    def __init__(self, dsn: str | None, directory: Path) -> None:
+        self.directory = directory
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("BATCHQ_", "PG"))}
+        self.environment = kept | ({} if dsn is None else {"BATCHQ_DSN": dsn}) | {"COLUMNS": "200"}
+        (directory / "tasks.py").write_text(TASKS)
+
+    def __call__(self, *arguments: str, stdin: str | bytes = b"", **environment: str) -> Ended:
+        """Run one command to its end; *environment* is added to its variables."""
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        ended = subprocess.run(
+            self.command(*arguments),
+            cwd=self.directory,
+            env=self.environment | environment,
+            input=data,
+            capture_output=True,
+            timeout=MOST_SECONDS,
+            check=False,
+        )
+        return Ended(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        """Start one command, whose output and errors are to be read; use it as a context manager."""
+        return subprocess.Popen(
+            self.command(*arguments),
+            cwd=self.directory,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for pytest
+        )
+
+    def command(self, *arguments: str) -> list[str]:
+        """Return the words of a command."""
+        return [sys.executable, "-m", "batchq", *arguments]
