@@ -63,10 +63,16 @@ class Keeper:
         ]
 
     def run(self) -> None:
-        """Do the duties until closed; one that fails does not keep the others from being done."""
+        """Do the duties until closed; one that fails does not keep the others from being done.
+
+        But while no connection can be had, those that come after it need not try.
+        """
         while not self.closing.wait(self.tick_seconds):
             for duty in self.duties:
-                duty.do_if_due()
+                pause_seconds = duty.do_if_due()
+                if pause_seconds and self.link.conn is None:
+                    self.closing.wait(pause_seconds)
+                    break
 
     def close(self) -> None:
         """Let `run` end."""
@@ -171,16 +177,18 @@ class Duty:
         self.do = do
         self.every_seconds = every_seconds
         self.due_at = time.monotonic()
-        self.outage = Outage(f"keeper: {name}")
+        self.outage = Outage("keeper", duty=name)
 
-    def do_if_due(self) -> None:
-        """Do it if it is due. Raises nothing."""
+    def do_if_due(self) -> float:
+        """Do it if it is due. Returns 0, or how long to wait if it failed; raises nothing."""
         if time.monotonic() < self.due_at:
-            return
+            return 0
         try:
             self.do()
             self.outage.over()
+            pause_seconds = 0.0
             wait_seconds = self.every_seconds * random.uniform(0.75, 1.0)  # noqa: S311 (spreads load; not a secret)
         except Exception as error:
-            wait_seconds = self.outage.failed(error)
+            wait_seconds = pause_seconds = self.outage.failed(error)
         self.due_at = time.monotonic() + wait_seconds
+        return pause_seconds

@@ -14,10 +14,10 @@ log = get_logger()
 
 
 class Outage:
-    """The troubles of one service thread, from the first failure to the next success."""
+    """The troubles of one service thread, or of one of its duties, from the first failure to the next success."""
 
-    def __init__(self, service: str) -> None:
-        self.service = service
+    def __init__(self, service: str, **labels: str) -> None:
+        self.labels = {"service": service, **labels}
         self.failures = 0
         self.since = 0.0
         self.logged_at = 0.0
@@ -29,7 +29,7 @@ class Outage:
             self.since = now
         if self.failures == 0 or now - self.logged_at > LOG_AGAIN_SECONDS:
             self.logged_at = now
-            log.warning("database trouble", service=self.service, error=one_line(error), failures=self.failures + 1)
+            log.warning("database trouble", **self.labels, error=one_line(error), failures=self.failures + 1)
         most = min(FIRST_SECONDS * 2.0 ** min(self.failures, 10), MOST_SECONDS)
         self.failures += 1
         return most * random.uniform(0.5, 1.0)  # noqa: S311 (spreads load; not a secret)
@@ -37,5 +37,5 @@ class Outage:
     def over(self) -> None:
         """Note a success."""
         if self.failures:
-            log.info("database is back", service=self.service, after_seconds=round(time.monotonic() - self.since, 1))
+            log.info("database is back", **self.labels, after_seconds=round(time.monotonic() - self.since, 1))
             self.failures = 0

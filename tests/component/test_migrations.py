@@ -110,6 +110,13 @@ def test_a_first_migration_that_fails_leaves_no_schema(empty_dsn: str, files: Pa
         assert value(conn, "SELECT to_regnamespace('batchq')") is None
 
 
+def test_a_schema_that_an_administrator_has_made_is_used(empty_dsn: str) -> None:
+    with connect(empty_dsn) as conn:
+        conn.execute("CREATE SCHEMA batchq")
+        assert migrate(empty_dsn) == NAMES
+        assert insert(conn) > 0
+
+
 def test_the_schema_works_where_the_search_path_is_empty(empty_database: str, empty_dsn: str, server: Server) -> None:
     with connect(server.dsn(empty_database)) as admin:
         admin.execute(sql.SQL("ALTER DATABASE {} SET search_path = ''").format(sql.Identifier(empty_database)))
@@ -143,7 +150,7 @@ def check_every_statement(conn: Conn) -> None:
 
 def write_everything(conn: Conn, taken: Taken) -> None:
     """Run every fenced write on a batch with two items."""
-    progress = queries.Progress(1, 1, [failure(1)], first_index=0)
+    progress = queries.Progress(0, 0, 1, 1, [failure(1)], first_index=0)
     assert conn.execute(*queries.checkpoint("default", *taken, 60, progress)).rowcount == 1
     assert queries.extend(conn, "default", [taken.id], [taken.token], 60).lost == set()
     queries.large_input(conn, "default", *taken)
