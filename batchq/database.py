@@ -40,11 +40,11 @@ POOL_OPTIONS: dict[str, Any] = {
     "check": None,  # psycopg_pool backs off 1, 2, 4, 8 s for each stale connection that a check finds
     "max_lifetime": 15 * 60,
     "max_idle": 2 * 60,
-    "reconnect_timeout": 5,  # then the next borrower tries at once, instead of after 8, 16, 32 s
+    "reconnect_timeout": 0,  # one try: each borrower asks again, where the pool would wait 1, 2, 4, 8 s between tries
     "num_workers": 2,
 }
 OLDEST_SERVER = 150_000
-BORROW_SECONDS = 2.0
+BORROW_SECONDS = 0.5
 TURN_SECONDS = 1.0
 
 
@@ -407,7 +407,7 @@ class HandlerConnections:
             self.pool.putconn(conn)
 
     def borrow(self) -> Any:
-        """Take a connection out of the pool; ask again each 2 s, since only asking makes the pool try."""
+        """Take a connection out of the pool; ask again each half second, since only asking makes the pool try."""
         until = time.monotonic() + self.borrow_seconds
         while True:
             try:

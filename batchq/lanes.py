@@ -39,6 +39,7 @@ class Lane:
         self.lock = threading.Lock()  # of the hand
         self.claimed = 0  # counted by the claimer's thread alone
         self.written = 0  # counted by the finisher's thread alone
+        self.run_count = 0  # batches that have run and ended, counted under the lock
 
     @property
     def unwritten(self) -> int:
@@ -79,6 +80,7 @@ class Lane:
             if batch not in self.hand:
                 return False
             self.hand.remove(batch)
+            self.run_count += batch.begun_at is not None
         self.ended(self, batch, outcome)
         return True
 
@@ -123,7 +125,7 @@ class ThreadLane(Lane):
         self.abandoned = 0
         self.pace = 0.0  # batches a second
         self.paced_at = time.monotonic()
-        self.paced_written = 0
+        self.paced_run_count = 0
 
     def wanted(self) -> int:
         """Return the prefetch, at least one batch a slot."""
@@ -138,12 +140,13 @@ class ThreadLane(Lane):
         return max(0, wanted - self.unwritten)
 
     def measure_pace(self) -> None:
-        """Note how many batches a second were written lately."""
+        """Note how many batches a second have run lately; those given back do not count."""
         now = time.monotonic()
         seconds = now - self.paced_at
         if seconds >= PACE_WINDOW_SECONDS:
-            self.pace = (self.pace + (self.written - self.paced_written) / seconds) / 2
-            self.paced_at, self.paced_written = now, self.written
+            run_count = self.run_count
+            self.pace = (self.pace + (run_count - self.paced_run_count) / seconds) / 2
+            self.paced_at, self.paced_run_count = now, run_count
 
     def begin(self, batches: list[Batch]) -> None:
         """Queue batches for the slots."""
@@ -184,6 +187,8 @@ class ThreadLane(Lane):
                 kept.append(batch)
         for batch in kept:
             self.waiting.put(batch)
+        if given_back:
+            self.pace = 0.0  # or the next claims would take them again, as many as before
         return given_back
 
     def abandon(self, batch: Batch) -> None:

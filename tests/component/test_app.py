@@ -14,10 +14,9 @@ from pydantic import BaseModel
 import batchq
 from batchq.app import load_app
 from batchq.errors import ConfigError, InvalidInput
-from batchq.testing import drain
 from batchq.worker import Worker
 from tests.support.alone import run_alone
-from tests.support.batches import look, put
+from tests.support.batches import drain, look, put
 
 # ------------------------------------------------------------------------------------------------ the decorator
 

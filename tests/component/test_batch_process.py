@@ -10,9 +10,10 @@ import pytest
 from pydantic import BaseModel
 
 import batchq
-from batchq.testing import drain, running_worker
+from batchq import testing
+from batchq.testing import running_worker
 from tests.support.alone import run_alone
-from tests.support.batches import STYLES, await_status, look, put, register, values
+from tests.support.batches import STYLES, await_status, drain, look, put, register, values
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 
@@ -505,7 +506,7 @@ def test_drain_works_what_its_batches_enqueue_and_leaves_what_is_not_ready(
     later = put(conn, "work", 99, delay_seconds=3600)
     unknown = put(conn, "nobody")
 
-    drain(app, dsn)
+    testing.drain(app, dsn)
 
     done = values(conn, "SELECT payload FROM batchq.batches WHERE status = 'completed' ORDER BY id")
     assert done == [1, 2, 3, 4, 5]
@@ -517,40 +518,63 @@ def test_drain_works_what_its_batches_enqueue_and_leaves_what_is_not_ready(
 # -------------------------------------------------------------------------------------------------- stop, cancel
 
 
-def test_a_stop_gives_back_what_has_not_begun_without_charging_an_attempt(dsn: str, conn: psycopg.Connection) -> None:
-    app = batchq.App()
-    stuck, release = threading.Event(), threading.Event()
-    runs: list[int] = []
+class Blocked:
+    """An app whose one slot is blocked by batch number 500, with others behind it in hand: many, since the quick ones
+    before have raised the prefetch."""
 
-    @app.handler("work")
-    def work(batch: batchq.Batch) -> None:
-        runs.append(batch.payload)
+    def __init__(self, conn: psycopg.Connection) -> None:
+        self.conn = conn
+        self.app = batchq.App()
+        self.app.handler("work")(self.work)
+        self.stuck, self.release = threading.Event(), threading.Event()
+        self.runs: list[int] = []
+        batchq.enqueue_many(conn, "work", range(2000))
+
+    def work(self, batch: batchq.Batch) -> None:
+        """Handle one batch."""
+        self.runs.append(batch.payload)
         if batch.payload == 500:
-            stuck.set()
-            release.wait(30)
+            self.stuck.set()
+            self.release.wait(30)
 
-    batchq.enqueue_many(conn, "work", range(2000))
-    with running_worker(app, dsn, concurrency=1) as worker:
-        step("quick batches raise the prefetch; then one blocks the only slot, with others behind it in hand")
-        assert stuck.wait(20)
-        wait_until(
-            lambda: values(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'processing'")[0] > 10,
-            5,
-            "batches in hand",
-        )
+    def in_hand(self) -> int:
+        """Return how many batches are claimed."""
+        return int(values(self.conn, "SELECT count(*) FROM batchq.batches WHERE status = 'processing'")[0])
+
+    def wait_for_many_in_hand(self) -> None:
+        """Wait until the slot is blocked and others are in hand behind it."""
+        assert self.stuck.wait(20)
+        wait_until(lambda: self.in_hand() > 10, 5, "batches in hand")
+
+
+def test_a_stop_gives_back_what_has_not_begun_without_charging_an_attempt(
+    dsn: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchq.keeper.WAITING_SECONDS", 3600)  # so that only the stop gives back
+    blocked = Blocked(conn)
+    with running_worker(blocked.app, dsn, concurrency=1) as worker:
+        blocked.wait_for_many_in_hand()
         worker.stop()
-        wait_until(
-            lambda: values(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'processing'") == [1],
-            5,
-            "all but the running one to be given back, while it still runs",
-        )
-        release.set()
+        wait_until(lambda: blocked.in_hand() == 1, 5, "all but the running one to be given back, while it runs")
+        blocked.release.set()
 
-    assert runs == list(range(501))
+    assert blocked.runs == list(range(501))
     counts = "SELECT status, attempt, count(*) FROM batchq.batches GROUP BY 1, 2 ORDER BY 1"
     assert conn.execute(counts).fetchall() == [("completed", 1, 501), ("pending", 0, 1499)]
-    drain(app, dsn)
-    assert sorted(runs) == list(range(2000))
+    drain(blocked.app, dsn)
+    assert sorted(blocked.runs) == list(range(2000))
+
+
+def test_what_a_slow_batch_keeps_waiting_goes_back_after_a_second(dsn: str, conn: psycopg.Connection) -> None:
+    blocked = Blocked(conn)
+    with running_worker(blocked.app, dsn, concurrency=1, shutdown_seconds=1):
+        blocked.wait_for_many_in_hand()
+        wait_until(lambda: blocked.in_hand() == 1, 10, "all but the running one to be given back, while it runs")
+        assert values(conn, "SELECT DISTINCT attempt FROM batchq.batches WHERE status = 'pending'") == [0]
+        step("another worker takes them")
+        drain(blocked.app, dsn)
+        assert sorted(blocked.runs) == list(range(2000))
+        blocked.release.set()
 
 
 def make_counting_app(begun: threading.Event, go_on: threading.Event, counted: list[int]) -> batchq.App:

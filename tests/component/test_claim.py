@@ -277,7 +277,7 @@ def write_extend(conn: Conn, taken: list[Taken]) -> None:
 def test_what_is_written_and_read_for_one_batch_goes_by_its_id(conn: Conn, backlog: list[dict[str, Any]]) -> None:
     batch_id, token = take(conn, 1)[0]
     backlog.clear()
-    progress = Progress(0, 0, keeps_cursor=False, cursor="1")
+    progress = Progress(keeps_cursor=False, cursor="1")
     assert conn.execute(*queries.checkpoint("default", batch_id, token, 60, progress)).rowcount == 1
     assert queries.large_input(conn, "default", batch_id, token) is not None
     queries.items_page(conn, "default", batch_id, token, 0, 10)

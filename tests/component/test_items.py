@@ -11,9 +11,9 @@ import pytest
 from pydantic import BaseModel
 
 import batchq
-from batchq.testing import drain, running_worker
+from batchq.testing import running_worker
 from tests.support.alone import run_alone
-from tests.support.batches import STYLES, await_status, failed_items, look, put, register_items, values
+from tests.support.batches import STYLES, await_status, drain, failed_items, look, put, register_items, values
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 

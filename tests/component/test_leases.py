@@ -81,7 +81,7 @@ def everything(conn: Conn) -> list[Any]:
 def taken(conn: Conn) -> Taken:
     """Return a batch that is processing, one of its items done and one failed."""
     taken = processing(conn, items=[0, 1, 2, 3])
-    assert checkpoint(conn, taken, Progress(0, 0, 1, 1, [failure(0)], first_index=0)) == 1
+    assert checkpoint(conn, taken, Progress(1, 1, [failure(0)], first_index=0)) == 1
     return taken
 
 
@@ -188,24 +188,9 @@ def test_a_checkpoint_that_was_committed_already_counts_nothing_twice(conn: Conn
     assert everything(conn) == before
 
 
-def test_a_checkpoint_shortens_no_lease(conn: Conn) -> None:
-    taken = processing(conn, lease_seconds=600)
-    assert checkpoint(conn, taken, Progress(0, 0), lease_seconds=30) == 1
-    assert leases(conn)[0] > 590
-
-
-def test_a_checkpoint_moves_the_counters_only_from_where_it_began(conn: Conn, taken: Taken) -> None:
-    progress = Progress(1, 1, 1, 1, [failure(3)], first_index=2)
-    assert checkpoint(conn, taken, progress) == 1
-    step("again, because its answer was lost")
-    before = everything(conn)
-    assert checkpoint(conn, taken, progress) == 0
-    assert everything(conn) == before
-
-
 def test_a_failed_item_is_stored_with_its_value_and_its_attempt(conn: Conn) -> None:
     taken = processing(conn, items=["a", {"b": None}, None, 4])
-    checkpoint(conn, taken, Progress(0, 0, 1, 3, [failure(1), failure(2, "no", False), failure(3)], first_index=0))
+    checkpoint(conn, taken, Progress(1, 3, [failure(1), failure(2, "no", False), failure(3)], first_index=0))
     rows = "SELECT jsonb_build_array(item_index, item, error, attempt, retryable) FROM batchq.failed_items ORDER BY 1"
     assert values(conn, rows) == [
         [1, {"b": None}, "ValueError: no", 1, True],
@@ -218,7 +203,8 @@ def test_an_item_that_fails_again_has_its_newest_error(conn: Conn, taken: Taken)
     queries.requeue(conn, "default", [Requeue(*taken, 0, False)])
     again = taken._replace(token=uuid4())
     claim(conn, token=again.token)
-    assert checkpoint(conn, again, Progress(1, 1, 0, 0, [failure(0, "KeyError: still no")])) == 1
+    progress = Progress(failures=[failure(0, "KeyError: still no")], done_before=1, failed_before=1)
+    assert checkpoint(conn, again, progress) == 1
     rows = "SELECT jsonb_build_array(item_index, item, error, attempt) FROM batchq.failed_items"
     assert values(conn, rows) == [[0, 0, "KeyError: still no", 2]]
 
@@ -275,7 +261,7 @@ def test_a_rescue_passes_over_what_somebody_writes_just_now(conn: Conn, dsn: str
     with psycopg.connect(dsn, prepare_threshold=None) as late_worker:
         step("the worker of %s wakes up late, and saves a checkpoint", busy.id)
         late_worker.execute(queries.limits(5))
-        late_worker.execute(*queries.checkpoint("default", *busy, 60, Progress(0, 0)))
+        late_worker.execute(*queries.checkpoint("default", *busy, 60, Progress()))
         with conn.transaction():
             conn.execute("SELECT set_config('lock_timeout', '500ms', true)")
             assert [row[0] for row in queries.rescue(conn, "default", 10)] == [silent.id]

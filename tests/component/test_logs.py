@@ -17,9 +17,8 @@ from psycopg.conninfo import make_conninfo
 import batchq
 from batchq import log
 from batchq.errors import ConfigError
-from batchq.testing import drain
 from tests.support.alone import run_alone
-from tests.support.batches import STYLES, put
+from tests.support.batches import STYLES, drain, put
 from tests.support.servers import free_port
 
 both_styles = pytest.mark.parametrize("style", STYLES)

@@ -150,7 +150,7 @@ def check_every_statement(conn: Conn) -> None:
 
 def write_everything(conn: Conn, taken: Taken) -> None:
     """Run every fenced write on a batch with two items."""
-    progress = queries.Progress(0, 0, 1, 1, [failure(1)], first_index=0)
+    progress = queries.Progress(1, 1, [failure(1)], first_index=0)
     assert conn.execute(*queries.checkpoint("default", *taken, 60, progress)).rowcount == 1
     assert queries.extend(conn, "default", [taken.id], [taken.token], 60).lost == set()
     queries.large_input(conn, "default", *taken)

@@ -8,9 +8,9 @@ import psycopg
 import pytest
 
 import batchq
-from batchq.testing import drain, running_worker
+from batchq.testing import running_worker
 from tests.support.alone import run_alone
-from tests.support.batches import STYLES, await_status, look, put, values
+from tests.support.batches import STYLES, await_status, drain, look, put, values
 from tests.support.steps import step
 from tests.support.supasim import SupaSim
 from tests.support.waiting import wait_until

@@ -67,7 +67,7 @@ def test_a_cancelled_batch_takes_nothing_more_from_its_worker(conn: Conn) -> Non
     cancel(conn, taken.id)
     before = batch(conn, taken.id)
     assert finish(conn, Finish(*taken, "completed")) == set()
-    assert checkpoint(conn, taken, Progress(0, 0)) == 0
+    assert checkpoint(conn, taken, Progress()) == 0
     assert queries.requeue(conn, "default", [Requeue(*taken, 0, True)]) == set()
     assert queries.extend(conn, "default", [taken.id], [taken.token], 60).lost == {taken}
     assert batch(conn, taken.id) == before
@@ -75,7 +75,7 @@ def test_a_cancelled_batch_takes_nothing_more_from_its_worker(conn: Conn) -> Non
 
 def test_a_cancelled_batch_keeps_its_input_and_its_progress(conn: Conn) -> None:
     taken = processing(conn, payload={"a": 1}, items=[1, 2, 3], priority=2)
-    checkpoint(conn, taken, Progress(0, 0, 1, 1, [failure(1)], first_index=0, keeps_cursor=False, cursor="7"))
+    checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0, keeps_cursor=False, cursor="7"))
     before = batch(conn, taken.id)
     cancel(conn, taken.id)
     after = batch(conn, taken.id)
@@ -164,7 +164,7 @@ def half_done(conn: Conn, status: str, **columns: Any) -> int:
     """Return the id of a batch that ended with its items 0 and 3 done, 1 and 2 failed, 2 for good."""
     taken = processing(conn, items=[0, 1, 2, 3], **columns)
     progress = Progress(
-        0, 0, 2, 2, [failure(1), failure(2, retryable=False)], first_index=0, keeps_cursor=False, cursor='"here"'
+        2, 2, [failure(1), failure(2, retryable=False)], first_index=0, keeps_cursor=False, cursor='"here"'
     )
     assert checkpoint(conn, taken, progress) == 1
     assert finish(conn, Finish(*taken, status, '"result"')) == {taken.id}

@@ -109,7 +109,7 @@ def test_progress_is_the_share_of_items_worked_rounded_down(
     conn: Conn, total: int, done: int, failed: int, percent: int
 ) -> None:
     taken = processing(conn, items=list(range(total)))
-    checkpoint(conn, taken, Progress(0, 0, done, failed, [failure(n) for n in range(failed)], first_index=0))
+    checkpoint(conn, taken, Progress(done, failed, [failure(n) for n in range(failed)], first_index=0))
     row = status(conn, taken.id)
     assert row["progress_percent"] == percent
     assert (row["items_total"], row["items_done"], row["items_failed"]) == (total, done, failed)

@@ -93,8 +93,8 @@ def pgbouncer_a(server: Server, empty_database: str) -> Iterator[PgBouncer]:
 def test_transactions_through_pgbouncer_change_between_two_backends(bouncer: PgBouncer, empty_database: str) -> None:
     with connect(bouncer.dsn(empty_database)) as conn:
         pids = [value(conn, BACKEND_PID) for _ in range(4)]
-    assert pids[:2] == pids[2:]
-    assert len(set(pids)) == 2
+    assert len(set(pids[:2])) == 2
+    assert set(pids[:2]) == set(pids[2:])  # in B a backend is back only when it was reset: two may change places
 
 
 @pytest.mark.parametrize(("reset_always", "seen"), [(False, "777ms"), (True, "0")])

@@ -11,6 +11,7 @@ import pytest
 
 import batchq
 from batchq import queries
+from batchq.cli import main
 from batchq.monitor import Monitor
 from batchq.settings import Settings
 from tests.e2e import apps
@@ -264,6 +265,28 @@ def test_the_command_monitor_ends_as_it_was_told(batches: psycopg.Connection[Any
     assert last_line(on_failed, failed) == "failed"
     assert last_line(on_stalled, stalled) == "stalled"
     assert last_line(until_done, done) == "completed"
+
+
+def test_the_command_monitor_misses_no_failure_at_the_very_end(
+    batches: psycopg.Connection[Any], dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step("given a batch that fails between the monitor's look at what has changed and its look at what is left")
+    batch_id = batchq.enqueue(batches, "quick")
+    is_done = Monitor.is_done
+    monitors = set()
+
+    def is_done_later(monitor: Monitor) -> bool:
+        monitors.add(monitor)
+        batches.execute("SELECT batchq.cancel(%s)", [batch_id])
+        return is_done(monitor)
+
+    monkeypatch.setattr(Monitor, "is_done", is_done_later)
+    monkeypatch.setenv("BATCHQ_DSN", dsn)
+
+    step("when it runs until all is done, then it exits with 1 all the same")
+    assert main(["monitor", "--until-done", "--exit-on", "cancelled", "--every-seconds", "0.1"]) == 1
+    for monitor in monitors:
+        monitor.link.close()
 
 
 def last_line(process: Process, batch_id: int | None) -> str:

@@ -17,7 +17,7 @@ import batchq
 from batchq import queries
 from batchq.database import CONNECT_OPTIONS, Link
 from batchq.migrate import all_migrations, migrate
-from batchq.testing import drain
+from batchq.testing import running_worker
 from tests.e2e import apps
 from tests.support import supasim
 from tests.support.alone import run_alone
@@ -170,7 +170,7 @@ def test_a_worker_that_finds_no_room_at_the_pooler_waits_and_recovers(
         began, before = time.monotonic(), len(tries)
         wait_until(lambda: time.monotonic() - began > 2, 5, "time to hammer")
         step("it tried %s times in 2 s", len(tries) - before)
-        assert 0 < len(tries) - before < 20
+        assert 0 < len(tries) - before < 40
         assert worker.is_running
 
         step("when there is room again, then it goes on")
@@ -247,13 +247,18 @@ def test_two_migrators_at_once_through_a_pooler_migrate_once(pooler: str, server
     step("given a database without our schema, and two migrators that begin at the same time, through %s", pooler)
     with pooled(pooler, server, empty_database) as dsn:
         barrier = threading.Barrier(2)
+        applied: list[str] = []
 
-        def run(_: int) -> list[str]:
+        def run() -> None:
             barrier.wait()
-            return migrate(dsn)
+            applied.extend(migrate(dsn))
 
-        with ThreadPoolExecutor(2) as executor:
-            applied = [name for names in executor.map(run, range(2)) for name in names]
+        pair = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+        for thread in pair:
+            thread.start()
+        for thread in pair:
+            thread.join(10)
+        assert not any(thread.is_alive() for thread in pair), "a migrator waits for ever"
 
     step("then each migration was applied by one of them")
     assert sorted(applied) == [f"{migration.version:04}_{migration.name}" for migration in all_migrations()]
@@ -285,8 +290,8 @@ def test_an_empty_search_path_is_enough(admin: psycopg.Connection[Any], server: 
         batch_id = batchq.enqueue(conn, "many", items=[1, -1, 2], max_attempts=2)
         assert batch_id
         step("then enqueue, claim, checkpoint, retry, failed items, finish and the verbs all work")
-        drain(app, dsn)
-        assert statuses(conn) == {"completed": 1, "failed": 1}
+        with running_worker(app, dsn):
+            wait_until(lambda: statuses(conn) == {"completed": 1, "failed": 1}, 10, "both to end")
         assert queries.retry(conn, batch_id, whole=True) == "pending"
         assert queries.cancel(conn, batch_id, "enough") == "cancelled"
         assert queries.prune(conn, 30) == 0

@@ -1,5 +1,6 @@
 """Put batches into the queue, look at them, and register one body as a handler of either style."""
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,10 @@ import psycopg
 from psycopg.rows import dict_row
 
 import batchq
+from batchq.worker import Worker
 from tests.support.waiting import wait_until
 
+DRAIN_SECONDS = 30.0
 STYLES = ("def", "async def")
 
 
@@ -51,6 +54,18 @@ def look(conn: psycopg.Connection, batch_id: int) -> SimpleNamespace:
     row = conn.cursor(row_factory=dict_row).execute(query, [batch_id]).fetchone()
     assert row, f"there is no batch {batch_id}"
     return SimpleNamespace(**row)
+
+
+def drain(app: batchq.App, dsn: str, **settings: Any) -> None:
+    """Do as batchq.testing.drain does, but fail after 30 s: a worker that is stuck would hang the tests."""
+    worker = Worker(app, batchq.Settings.load(dsn=dsn, **settings), drain=True)
+    alarm = threading.Timer(DRAIN_SECONDS, worker.stop_now)
+    alarm.start()
+    try:
+        worker.run()
+        assert not worker.leaving.is_set(), f"not drained within {DRAIN_SECONDS:g} s"
+    finally:
+        alarm.cancel()
 
 
 def wait_for_status(conn: psycopg.Connection, batch_id: int, shown: str, seconds: float = 10) -> None:
