@@ -4,7 +4,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psycopg
 
@@ -22,6 +22,7 @@ from batchq.text import message_object, one_line
 MOST_A_GROUP = 1000
 FEW = 100
 GATHER_SECONDS = 0.003
+PUT_BACK_SECONDS = 0.5
 ABOUT_CONTENT = (
     psycopg.DataError,
     psycopg.IntegrityError,
@@ -40,6 +41,7 @@ class Ended:
     batch: Batch
     outcome: Outcome
     is_last_word: bool = False
+    is_put_back: bool = False
 
 
 class Finisher:
@@ -53,6 +55,7 @@ class Finisher:
         self.closing = threading.Event()
         self.give_up = threading.Event()
         self.outage = Outage("finisher")
+        self.put_back = False
         self.counts: dict[str, int] = defaultdict(int)
 
     def put(self, lane: Lane, batch: Batch, outcome: Outcome) -> None:
@@ -85,6 +88,9 @@ class Finisher:
         for (queue, _), entries in by_target(group).items():
             self.write_stubbornly(queue, entries)
         self.nudge()
+        if self.put_back:
+            self.put_back = False
+            self.give_up.wait(PUT_BACK_SECONDS)
 
     def write_stubbornly(self, queue: str, entries: list[Ended]) -> None:
         """Write entries of one queue, again and again while the database is away.
@@ -96,7 +102,8 @@ class Finisher:
             try:
                 lost = self.write(queue, entries)
             except Exception as error:
-                if self.is_refused(error) and self.without_refused(queue, entries, error):
+                if isinstance(error, psycopg.Error) and self.link.conn is not None:  # refused: the database is there
+                    self.write_apart(queue, entries, error)
                     return
                 unknown = unknown or isinstance(error, OutcomeUnknown)
                 self.give_up.wait(self.outage.failed(error))
@@ -106,29 +113,23 @@ class Finisher:
                 report_lost([] if unknown else lost)
                 return
 
-    def is_refused(self, error: Exception) -> bool:
-        """Tell whether the database refused the statement, rather than being away."""
-        return isinstance(error, psycopg.Error) and self.link.conn is not None
+    def write_apart(self, queue: str, entries: list[Ended], error: psycopg.Error) -> None:
+        """Write what can be written of entries that were refused together.
 
-    def without_refused(self, queue: str, entries: list[Ended], error: Exception) -> bool:
-        """Write what can be written of entries that were refused together; False to try them again as they are.
-
-        Halves them until the one that is refused is alone. That one has failed if it is to blame itself; else (no
-        room on the disk, a lock) it goes to the end of the queue, and holds nothing up.
+        Halves them until the one that is refused is alone. That one has failed if it is to blame itself; else (a lock,
+        no room on the disk) it goes to the end of the queue, and holds nothing up.
         """
         if len(entries) > 1:
             middle = len(entries) // 2
             self.write_stubbornly(queue, entries[:middle])
             self.write_stubbornly(queue, entries[middle:])
-            return True
-        if isinstance(error, ABOUT_CONTENT):
+        elif isinstance(error, ABOUT_CONTENT):
             self.fail(queue, entries[0], error)
-            return True
-        if not self.todo:
-            return False
-        self.give_up.wait(self.outage.failed(error))
-        self.todo.append(entries[0])
-        return True
+        else:
+            if not entries[0].is_put_back:
+                log.warning("outcome put off", batch_id=entries[0].batch.id, error=one_line(error))
+            self.put_back = True
+            self.todo.append(replace(entries[0], is_put_back=True))
 
     def fail(self, queue: str, entry: Ended, error: Exception) -> None:
         """Have a batch fail whose outcome Postgres cannot store. If it cannot store that either, its lease runs out."""
@@ -138,7 +139,7 @@ class Finisher:
             self.count([entry])
             return
         outcome = Outcome("failed", error=message_object(message))
-        self.write_stubbornly(queue, [Ended(entry.lane, entry.batch, outcome, is_last_word=True)])
+        self.write_stubbornly(queue, [replace(entry, outcome=outcome, is_last_word=True)])
 
     def write(self, queue: str, entries: Sequence[Ended]) -> list[Ended]:
         """Write entries that are all final, or all pending again, in one transaction; return those no longer ours."""

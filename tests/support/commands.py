@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +77,10 @@ class CommandLine:
         )
         return Ended(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
 
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        """Start one command, whose output and errors are to be read; use it as a context manager."""
-        return subprocess.Popen(
+    @contextmanager
+    def start(self, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+        """Run one command while the block runs; its output and errors are to be read there."""
+        with subprocess.Popen(
             self.command(*arguments),
             cwd=self.directory,
             env=self.environment,
@@ -86,7 +89,11 @@ class CommandLine:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C is for pytest
-        )
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()  # one that has not ended would keep the test waiting
 
     def command(self, *arguments: str) -> list[str]:
         """Return the words of a command."""

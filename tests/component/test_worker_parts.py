@@ -1,0 +1,338 @@
+"""The parts of a worker on their own: nothing that one batch does may stop a slot, the finisher or the keeper."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+import batchq
+from batchq import finisher, queries
+from batchq.batch import Batch, Runtime
+from batchq.claimer import Claimer
+from batchq.database import HandlerConnections, Link
+from batchq.errors import DatabaseAway, OutcomeUnknown
+from batchq.execution import COMPLETED, Outcome
+from batchq.finisher import Finisher
+from batchq.keeper import Keeper
+from batchq.lanes import ThreadLane
+from batchq.queries import WorkerRow
+from batchq.settings import Settings
+from batchq.testing import drain
+from tests.component.rows import Conn, value, values
+from tests.support.alone import run_alone
+from tests.support.steps import step
+from tests.support.waiting import wait_until
+
+app = batchq.App()
+gate = threading.Event()
+began = threading.Event()
+worked: list[int] = []
+
+
+@app.handler("work")
+def work(batch: batchq.Batch) -> None:
+    """Remember that it ran; wait for the gate if it is told to."""
+    worked.append(batch.id)
+    if batch.payload.get("waits"):
+        began.set()
+        gate.wait(20)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Begin with a closed gate; open it at the end, so that no thread waits for ever."""
+    gate.clear()
+    began.clear()
+    worked.clear()
+    yield
+    gate.set()
+
+
+class Parts:
+    """A worker's parts without their threads: each step is called by the test."""
+
+    def __init__(self, dsn: str) -> None:
+        self.connections = HandlerConnections(dsn, 2, 5, 10)
+        self.connections.open()
+        self.runtime = Runtime(self.connections, 60, threading.Event())
+        self.links = [Link(dsn, 10) for _ in range(3)]
+        self.finisher = Finisher(self.links[0], lambda: None)
+        self.lane = ThreadLane(app.handlers, 1, self.finisher.put)
+        self.claimer = Claimer(self.links[1], ["default"], [self.lane], "worker-1", self.runtime)
+        row = WorkerRow("worker-1", "here", 1, "0", ["default"], ["work"], 1)
+        self.keeper = Keeper(self.links[2], ["default"], [self.lane], row, 60, 30, self.claimer)
+
+    def claim(self, count: int) -> list[Batch]:
+        """Claim *count* batches, which wait in the lane."""
+        assert self.claimer.claim("default", 0, self.lane, count) == count
+        return sorted(self.lane.in_hand(), key=lambda batch: batch.id)
+
+    def write(self) -> None:
+        """Write every outcome that there is."""
+        while self.finisher.todo:
+            self.finisher.write_group()
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.connections.close()
+        for link in self.links:
+            link.close()
+
+
+@pytest.fixture
+def parts(dsn: str) -> Iterator[Parts]:
+    """Return the parts, on the test's database."""
+    parts = Parts(dsn)
+    yield parts
+    parts.close()
+
+
+def enqueue(conn: Conn, count: int, **options: Any) -> None:
+    """Enqueue batches for `work`."""
+    for _ in range(count):
+        batchq.enqueue(conn, "work", **options)
+
+
+def statuses(conn: Conn) -> list[str]:
+    """Return the status of each batch, in the order of ids."""
+    return values(conn, "SELECT status FROM batchq.batches ORDER BY id")
+
+
+# -------------------------------------------------------------------------------------------------------- the finisher
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [Outcome("completed", result='{"a": "\\u0000"}'), Outcome("completed", result="[" * 100_000 + "]" * 100_000)],
+)
+def test_an_outcome_that_postgres_refuses_fails_its_batch_and_no_other(
+    conn: Conn, parts: Parts, refused: Outcome
+) -> None:
+    enqueue(conn, 5)
+    batches = parts.claim(5)
+    for number, batch in enumerate(batches):
+        parts.lane.end(batch, refused if number == 2 else COMPLETED)
+    parts.write()
+    assert statuses(conn) == ["completed", "completed", "failed", "completed", "completed"]
+    error = value(conn, "SELECT errors -> -1 ->> 'error' FROM batchq.batches WHERE status = 'failed'")
+    assert error.startswith("the outcome could not be stored: ")
+    assert parts.lane.unwritten == 0
+
+
+def test_an_outcome_that_cannot_even_fail_is_left_to_its_lease(conn: Conn, admin_dsn: str, parts: Parts) -> None:
+    with psycopg.connect(admin_dsn, autocommit=True) as admin:
+        admin.execute("ALTER TABLE batchq.batches_finished ADD CONSTRAINT no_threes CHECK (id <> 3)")
+    enqueue(conn, 4)
+    for batch in parts.claim(4):
+        parts.lane.end(batch, COMPLETED)
+    parts.write()
+    assert statuses(conn) == ["completed", "completed", "processing", "completed"]
+    assert parts.lane.unwritten == 0
+
+
+def test_an_outcome_that_must_wait_for_a_lock_holds_up_no_other(conn: Conn, admin_dsn: str, parts: Parts) -> None:
+    parts.links[0].timeout_seconds = 0.2
+    enqueue(conn, 4)
+    batches = parts.claim(4)
+    with psycopg.connect(admin_dsn) as person:
+        person.execute("SELECT FROM batchq.batches_live WHERE id = %s FOR UPDATE", [batches[0].id])
+        for batch in batches:
+            parts.lane.end(batch, COMPLETED)
+        writing = threading.Thread(target=parts.write)
+        writing.start()
+        wait_until(lambda: statuses(conn)[1:] == ["completed"] * 3, 10, "the others to be written")
+        assert statuses(conn)[0] == "processing"
+        person.rollback()
+    writing.join(10)
+    assert statuses(conn) == ["completed"] * 4
+    assert parts.lane.unwritten == 0
+
+
+def test_a_finish_whose_answer_was_lost_is_written_again_and_reported_by_nobody(
+    conn: Conn, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, calls, lost = parts.finisher.write, [], []
+
+    def lose_the_answer(queue: str, entries: Any) -> Any:
+        answer = write(queue, entries)
+        calls.append(answer)
+        if len(calls) == 1:
+            raise OutcomeUnknown("lost")
+        return answer
+
+    monkeypatch.setattr(parts.finisher, "write", lose_the_answer)
+    monkeypatch.setattr(finisher, "report_lost", lost.extend)
+    enqueue(conn, 2)
+    for batch in parts.claim(2):
+        parts.lane.end(batch, COMPLETED)
+    parts.write()
+    assert [len(answer) for answer in calls] == [0, 2]
+    assert lost == []
+    assert statuses(conn) == ["completed", "completed"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the slots
+
+
+def test_a_batch_lost_while_it_waits_is_not_begun_and_its_slot_works_on(conn: Conn, parts: Parts) -> None:
+    enqueue(conn, 3)
+    batches = parts.claim(3)
+    step("one of three is cancelled while it waits, and the keeper notices")
+    conn.execute("SELECT batchq.cancel(%s)", [batches[1].id])
+    for batch in batches:
+        batch.leased_at -= 60
+    parts.keeper.extend()
+    step("then the one slot works the other two")
+    parts.lane.start()
+    wait_until(lambda: len(worked) == 2, 5, "both to be worked")
+    enqueue(conn, 1)
+    parts.claim(1)
+    wait_until(lambda: len(worked) == 3, 5, "the slot to work on")
+    assert batches[1].id not in worked
+    assert parts.lane.abandoned == 0
+    parts.lane.stop()
+
+
+def test_a_slot_outlives_an_outcome_that_cannot_be_told(dsn: str, conn: Conn, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(batchq.Snooze):
+        """A Snooze that lacks what `raised` looks at."""
+
+        def __init__(self) -> None:
+            pass
+
+    odd = batchq.App()
+
+    @odd.handler("odd")
+    def handle(batch: batchq.Batch) -> None:
+        raise Odd
+
+    for attempts in (1, 2):
+        batchq.enqueue(conn, "odd", max_attempts=attempts)
+    drain(odd, dsn, concurrency=1)
+    assert statuses(conn) == ["failed", "pending"]
+    assert (
+        value(conn, "SELECT count(*) FROM batchq.batches WHERE errors -> 0 ->> 'error' LIKE 'Odd%AttributeError%'") == 2
+    )
+
+
+def test_without_a_connection_the_batch_is_given_back_and_not_charged(
+    dsn: str, conn: Conn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = batchq.App()
+    tries: list[int] = []
+
+    @away.handler("away")
+    def handle(batch: batchq.Batch) -> None:
+        tries.append(batch.attempt)
+        if len(tries) < 3:
+            raise DatabaseAway("no connection for 15 s")
+
+    batchq.enqueue(conn, "away", max_attempts=1)
+    drain(away, dsn)
+    assert tries == [1, 1, 1]
+    assert conn.execute("SELECT status, attempt, errors FROM batchq.batches").fetchall() == [("completed", 1, [])]
+
+
+def test_the_result_is_kept_when_failed_items_are_tolerated(dsn: str, conn: Conn) -> None:
+    tolerant = batchq.App()
+
+    @tolerant.handler("some")
+    def some(batch: batchq.Batch) -> dict[str, int]:
+        for chunk in batch.chunks(10):
+            chunk.fail(0, "no")
+        return {"imported": 3}
+
+    batchq.enqueue(conn, "some", items=[1, 2, 3, 4], max_failed_items=1, max_attempts=1)
+    drain(tolerant, dsn)
+    assert conn.execute("SELECT status, result FROM batchq.batches").fetchall() == [("completed", {"imported": 3})]
+
+
+# ---------------------------------------------------------------------------------------------------------- the keeper
+
+
+def test_the_keeper_stops_only_the_claim_that_is_lost_not_a_newer_one_of_the_same_batch(
+    conn: Conn, parts: Parts
+) -> None:
+    enqueue(conn, 1)
+    (old,) = parts.claim(1)
+    step("the batch is given back behind the worker's back, and claimed by it anew")
+    conn.execute(
+        "UPDATE batchq.batches_live SET status = 'pending', claimed_by = NULL, claim_token = NULL, claimed_at = NULL, "
+        "lease_expires_at = NULL"
+    )
+    parts.lane.claimed -= 1
+    assert parts.claimer.claim("default", 0, parts.lane, 1) == 1
+    (new,) = [batch for batch in parts.lane.in_hand() if batch is not old]
+    old.leased_at = new.leased_at = time.monotonic() - 60
+    parts.keeper.extend()
+    assert parts.lane.in_hand() == [new]
+    assert (type(old.interrupt), new.interrupt) == (batchq.LeaseLost, None)
+
+
+def test_a_lease_on_a_locked_row_is_extended_at_the_next_round(conn: Conn, admin_dsn: str, parts: Parts) -> None:
+    enqueue(conn, 1)
+    (batch,) = parts.claim(1)
+    batch.leased_at = long_ago = time.monotonic() - 60
+    with psycopg.connect(admin_dsn) as person:
+        person.execute("SELECT FROM batchq.batches_live FOR UPDATE")
+        parts.keeper.extend()
+        assert batch.leased_at == long_ago
+        person.rollback()
+    parts.keeper.extend()
+    assert batch.leased_at > long_ago
+    assert parts.lane.in_hand() == [batch]
+
+
+def test_a_service_that_fails_stops_the_worker_instead_of_leaving_half_of_it(
+    dsn: str, conn: Conn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(keeper: Keeper) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Keeper, "run", fail)
+    worker = batchq.Worker(app, Settings.load(dsn=dsn))
+    assert worker.run() is False
+
+
+# ---------------------------------------------------------------------------------------------------------- the claimer
+
+
+def test_a_claim_of_unknown_outcome_is_given_back_also_at_a_stop(conn: Conn, dsn: str) -> None:
+    enqueue(conn, 2)
+    worker = batchq.Worker(app, Settings.load(dsn=dsn))
+    token = uuid4()
+    with conn.transaction():
+        queries.claim(conn, "default", 0, ["work"], 2, worker.id, token, 60)
+    worker.claimer.unknown.append(("default", token))
+    worker.give_back_claims()
+    assert conn.execute("SELECT DISTINCT status, attempt FROM batchq.batches").fetchall() == [("pending", 0)]
+    for link in worker.links:
+        link.close()
+
+
+def test_a_dear_poll_is_made_less_often(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+    for seconds in (0.01, 0.11):
+        monkeypatch.setattr(parts.claimer, "round", lambda seconds=seconds: time.sleep(seconds) or 0)
+        parts.claimer.timed_round()
+        waits.append(min(parts.claimer.idle_seconds() for _ in range(20)))
+    cheap, dear = waits
+    assert cheap < 0.05
+    assert dear > 1
+
+
+def test_idle_polling_is_shared_by_the_live_workers(parts: Parts) -> None:
+    def middle(workers: int) -> float:
+        parts.claimer.live_workers = workers
+        return sum(parts.claimer.idle_seconds() for _ in range(400)) / 400
+
+    assert middle(1) == pytest.approx(1 / 50, rel=0.1)
+    assert middle(20) == pytest.approx(20 / 50, rel=0.1)
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
