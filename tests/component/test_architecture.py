@@ -233,5 +233,11 @@ def test_no_file_knows_the_machine_it_was_made_on(pattern: re.Pattern[str]) -> N
     assert found == []
 
 
+def test_time_is_the_databases() -> None:
+    clocks = re.compile(r"time\.time\(|datetime\.(now|utcnow|today)\(|date\.today\(|time\.(gmtime|localtime)\(")
+    readers = [path.name for path in PACKAGE.rglob("*.py") if clocks.search(path.read_text(encoding="utf-8"))]
+    assert readers == [], "only the database's clock is compared; for intervals there is time.monotonic()"
+
+
 if __name__ == "__main__":
     run_alone(__file__)

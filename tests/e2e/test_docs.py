@@ -1,6 +1,7 @@
 """The README and docs/ do what they say: every code block runs, in order, and has the effect that is told."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -197,6 +198,15 @@ def test_links_between_documents_lead_somewhere() -> None:
         for part in document.read_text(encoding="utf-8").split("](")[1:]:
             target = part.split(")")[0].split("#")[0]
             assert target.startswith("http") or (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_test_that_the_plan_names_exists() -> None:
+    plan = (ROOT / "tests/batch_processor_test_plan.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:foundation|component|integration|e2e)/test_\w+\.py)(?:::(test_\w+))?`", plan)
+    assert len(named) > 50
+    for file, test in named:
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"def {test}(" in text or not test, f"{file}::{test}"
 
 
 if __name__ == "__main__":
