@@ -141,7 +141,7 @@ class Keeper:
         """Take back batches whose lease ran out, of any worker."""
         for queue in self.queues:
             with self.link.transaction() as conn:
-                rescued = queries.rescue(conn, queue, RESCUES_A_ROUND)
+                rescued = queries.rescue(conn, queue, RESCUES_A_ROUND, spread_seconds=self.lease_seconds / 2)
             for batch_id, kind, attempt, status in rescued:
                 log.warning("batch rescued", batch_id=batch_id, kind=kind, attempt=attempt, status=status)
 

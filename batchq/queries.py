@@ -583,6 +583,8 @@ WITH expired AS (
 ), freed AS (
   UPDATE batchq.batches_live b
   SET status = 'pending',
+      run_at = CASE WHEN b.attempt < 2 THEN b.run_at
+                    ELSE now() + random() * 2 ^ least(b.attempt, 8) * %(spread_seconds)s * interval '1 second' END,
       claimed_by = NULL,
       claim_token = NULL,
       claimed_at = NULL,
@@ -620,12 +622,14 @@ SELECT id, kind, attempt, status FROM dead
 """
 
 
-def rescue(conn: Conn, queue: str, limit: int) -> list[tuple[int, str, int, str]]:
+def rescue(conn: Conn, queue: str, limit: int, spread_seconds: float = 0) -> list[tuple[int, str, int, str]]:
     """Take back up to *limit* batches whose lease ran out; return id, kind, attempt and new status of each.
 
-    The attempt stays counted: a batch that kills its worker ends as failed when its attempts are used up.
+    The attempt stays counted: a batch that kills its worker ends as failed when its attempts are used up. One that is
+    rescued for the first time is ready at once; one whose worker died again waits for a random part of *spread_seconds*
+    * 2^attempt: so those that were in hand beside a batch that kills its worker are not beside it every time.
     """
-    return every(conn, RESCUE, {"queue": queue, "limit": limit})
+    return every(conn, RESCUE, {"queue": queue, "limit": limit, "spread_seconds": spread_seconds})
 
 
 def status_of(conn: Conn, queue: str, batch_id: int) -> str | None:

@@ -567,12 +567,16 @@ def test_a_stop_gives_back_what_has_not_begun_without_charging_an_attempt(
 
 def test_what_a_slow_batch_keeps_waiting_goes_back_after_a_second(dsn: str, conn: psycopg.Connection) -> None:
     blocked = Blocked(conn)
-    with running_worker(blocked.app, dsn, concurrency=1, shutdown_seconds=1):
+    with running_worker(blocked.app, dsn, concurrency=1, shutdown_seconds=1) as worker:
+        [lane] = worker.lanes
         blocked.wait_for_many_in_hand()
         wait_until(lambda: blocked.in_hand() == 1, 10, "all but the running one to be given back, while it runs")
         assert values(conn, "SELECT DISTINCT attempt FROM batchq.batches WHERE status = 'pending'") == [0]
-        step("another worker takes them")
+        step("they are not taken again: another worker has them all")
+        claimed = lane.claimed
+        assert lane.wanted() == 1
         drain(blocked.app, dsn)
+        assert lane.claimed == claimed
         assert sorted(blocked.runs) == list(range(2000))
         blocked.release.set()
 

@@ -282,6 +282,23 @@ def test_a_batch_that_kills_its_worker_ends_as_failed_with_its_attempts(conn: Co
     assert claim(conn) == []
 
 
+def test_what_is_rescued_again_is_spread_out_so_that_a_killer_has_other_neighbours(conn: Conn) -> None:
+    for _ in range(8):
+        insert(conn)
+    waits = "SELECT greatest(extract(epoch FROM run_at - now()), 0)::float8 FROM batchq.batches ORDER BY id"
+    for _ in range(2):
+        change_all = "UPDATE batchq.batches_live SET run_at = now() - interval '1 s' WHERE status = 'pending'"
+        conn.execute(change_all)
+        assert len(claim(conn, 8)) == 8
+        conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() - interval '1 s'")
+        step("rescued for the first time: ready at once; again: each at a time of its own")
+        queries.rescue(conn, "default", 10, spread_seconds=30)
+        seen = values(conn, waits)
+        assert (max(seen) == 0) == (value(conn, "SELECT max(attempt) FROM batchq.batches") == 1)
+    assert max(seen) <= 4 * 30
+    assert len({round(seconds) for seconds in seen}) > 3
+
+
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("attempts", [1, 5])
 def test_a_rescued_batch_takes_nothing_more_from_its_old_worker(conn: Conn, attempts: int, write: Write) -> None:

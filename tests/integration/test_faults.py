@@ -267,8 +267,10 @@ def test_a_stop_while_the_pooler_stands_still_ends_in_time(
         worker = processes.worker(**SETTINGS | {"shutdown_seconds": 1})
         wait_until(lambda: admin.execute("SELECT FROM executions").rowcount, 10, "a batch to begin")
         pgbouncer.freeze()
+        frozen = time.monotonic()
         try:
-            worker.wait_for("database trouble")
+            wait_until(lambda: time.monotonic() - frozen > DEADLINE_SECONDS + 2, 10, "it to try to connect again")
+            assert worker.lines("database trouble")
             step("when it is stopped, then it gives up, says so, and exits 1")
             began = time.monotonic()
             code = worker.stop(30)
