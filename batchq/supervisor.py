@@ -84,7 +84,8 @@ class Supervisor:
         lived = time.monotonic() - place.started_at
         self.is_proven = self.is_proven or lived > SHORT_LIFE_SECONDS
         if self.stopping.is_set() or (self.drain and code == 0):
-            self.exit_code = self.exit_code or (0 if code == 0 else 1)
+            ended_well = code in (0, -signal.SIGTERM)  # it was told to stop before it could listen: it had nothing yet
+            self.exit_code = self.exit_code or (0 if ended_well else 1)
             place.is_done = True
         elif code == EXIT_MISTAKE and not self.is_proven:
             self.exit_code = EXIT_MISTAKE  # its settings or its schema are wrong, and so would be the next one's
