@@ -426,7 +426,7 @@ def test_batches_run_when_they_should(batches: psycopg.Connection[Any], processe
     wait_until(lambda: row_of(batches, flaky)[0] == "completed", 10, "the flaky batch to succeed")
     assert row_of(batches, flaky)[1] == 3
     gaps = "SELECT extract(epoch FROM at - lag(at) OVER (ORDER BY at)) FROM executions WHERE batch_id = %s OFFSET 1"
-    assert all(0.1 <= gap < 1.5 for gap in values(batches, gaps, flaky))
+    assert all(0.1 <= gap < 5 for gap in values(batches, gaps, flaky))
 
     step("then the scheduled one runs at its time")
     wait_until(lambda: row_of(batches, scheduled)[0] == "completed", 10, "the scheduled batch to run")
