@@ -52,11 +52,18 @@ DECLARE
   b batchq.batches;
 BEGIN
   UPDATE batchq.batches_live l
-  SET run_at = least(l.run_at, now())
+  SET run_at = least(l.run_at, now()),
+      items_done = CASE WHEN whole THEN 0 ELSE l.items_done END,
+      items_failed = CASE WHEN whole THEN 0 ELSE l.items_failed END,
+      cursor = CASE WHEN whole THEN NULL ELSE l.cursor END
   WHERE l.id = retry.batch_id
     AND l.queue = (SELECT q.queue FROM batchq.batches_live q WHERE q.id = retry.batch_id)
     AND l.status = 'pending';
   IF FOUND THEN
+    DELETE FROM batchq.failed_items f
+    WHERE whole
+      AND f.batch_id = retry.batch_id
+      AND f.queue = (SELECT q.queue FROM batchq.batches_live q WHERE q.id = retry.batch_id);
     RETURN 'pending';
   END IF;
   DELETE FROM batchq.batches_finished f

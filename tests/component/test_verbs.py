@@ -218,6 +218,17 @@ def test_a_pending_batch_runs_at_once_and_its_place_in_the_order_stays(conn: Con
     assert {row.id for row in claim(conn)} == {waiting, ready}
 
 
+def test_a_whole_retry_of_a_pending_batch_starts_from_nothing_too(conn: Conn) -> None:
+    taken = processing(conn, items=[1, 2, 3])
+    checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0, keeps_cursor=False, cursor="7"))
+    queries.requeue(conn, "default", [Requeue(*taken, 3600, False)])
+    assert retry(conn, taken.id, whole=True) == "pending"
+    row = batch(conn, taken.id)
+    assert (row["items_done"], row["items_failed"], row["cursor"]) == (0, 0, None)
+    assert value(conn, "SELECT count(*) FROM batchq.failed_items") == 0
+    assert [claimed.id for claimed in claim(conn)] == [taken.id]
+
+
 def test_a_batch_that_is_processing_is_left_alone(conn: Conn) -> None:
     taken = processing(conn)
     before = batch(conn, taken.id)
