@@ -94,7 +94,10 @@ class Claimer:
             room = lane.room() if claimed == 0 else lane.wanted() - lane.unwritten
             if room <= 0 or self.runtime.stopping.is_set():
                 break
-            claimed += self.claim(queue, priority, lane, room)
+            found = self.claim(queue, priority, lane, room)
+            claimed += found
+            if found == room:  # there may be more of this priority, and a slot that is free by now is for those
+                break
         return claimed
 
     def claim(self, queue: str, priority: int, lane: Lane, room: int) -> int:

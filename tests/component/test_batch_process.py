@@ -11,7 +11,9 @@ from pydantic import BaseModel
 
 import batchq
 from batchq import testing
+from batchq.lanes import Lane
 from batchq.testing import running_worker
+from batchq.worker import Worker
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, await_status, drain, look, put, register, values
 from tests.support.steps import step
@@ -488,6 +490,35 @@ def test_lower_priorities_first_then_the_earlier(dsn: str, conn: psycopg.Connect
     drain(app, dsn, concurrency=1, async_concurrency=1)
 
     assert order == ["a", "b", "d", "c", "e"]
+
+
+class SlowlyFreedLane(Lane):
+    """A lane with room for one, and for more as soon as that one is claimed."""
+
+    def room(self) -> int:
+        """Return the room that the claim begins with."""
+        return 1
+
+    def wanted(self) -> int:
+        """Return the room that there is then."""
+        return 100
+
+    def begin(self, batches: list[batchq.Batch]) -> None:
+        """Run nothing."""
+
+
+def test_a_slot_that_becomes_free_during_a_claim_is_not_for_a_lower_priority(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    app = batchq.App()
+    register(app, "def", "work", print)
+    for name, priority in [("first", 5), ("second", 5), ("lower", 9)]:
+        put(conn, "work", name, priority=priority)
+    worker = Worker(app, batchq.Settings.load(dsn=dsn))
+    lane = SlowlyFreedLane(app.handlers, 1, lambda *_: None)
+    worker.claimer.claim_from("default", lane)
+    assert [batch.payload for batch in lane.in_hand()] == ["first"]
+    worker.claimer.link.close()
 
 
 @both_styles
