@@ -59,7 +59,6 @@ class Batch:
         "completed",
         "id",
         "interrupt",
-        "items_bytes",
         "items_done",
         "items_failed",
         "items_total",
@@ -79,7 +78,6 @@ class Batch:
         self.id, self.kind, self.attempt, self.max_attempts = row[:4]
         (
             self.items_total,
-            self.items_bytes,
             self.items_done,
             self.items_failed,
             self.max_failed_items,

@@ -114,7 +114,6 @@ class ClaimedRow(NamedTuple):
     payload: str | None
     cursor: str | None
     items_total: int | None
-    items_bytes: int | None
     items_done: int
     items_failed: int
     max_failed_items: int
@@ -193,7 +192,7 @@ RETURNING b.id, b.kind, b.attempt, b.max_attempts,
   CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= 1000
         AND num_nonnulls(pg_column_compression(b.payload), pg_column_compression(b.cursor)) = 0
        THEN b.cursor::text END,
-  b.items_total, pg_column_size(b.items), b.items_done, b.items_failed, b.max_failed_items, b.timeout_seconds
+  b.items_total, b.items_done, b.items_failed, b.max_failed_items, b.timeout_seconds
 """
 
 

@@ -210,7 +210,7 @@ def test_what_is_public_is_there_and_explains_itself() -> None:
 FOLDERS = ("batchq", "migrations", "tests", "bin", "docs", ".ci", ".github")
 PATHS = re.compile(r"(?<![\w.$}*-])/(?:home|root|work|mnt|Users)/")
 REGISTRIES = re.compile(
-    r"(index-url|extra-index-url|trusted-host|registry|mirror|proxy)\S*\s*[=:]\s*\S*(https?://|\d+\.\d+\.\d+\.\d+)",
+    r"(index[-_]url|trusted[-_]host|registry|mirror|proxy)\S*\s*[=:]\s*\S*(https?://|\d+\.\d+\.\d+\.\d+)",
     re.I,
 )
 

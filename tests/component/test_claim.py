@@ -118,11 +118,7 @@ def test_a_claim_returns_what_the_handler_needs(conn: Conn) -> None:
     )
     change(conn, batch_id, items_done=1, items_failed=1, cursor={"at": 2})
     [row] = claim(conn)
-    assert row._replace(items_bytes=None) == queries.ClaimedRow(
-        batch_id, KIND, 2, 4, '{"a": 1}', '{"at": 2}', 3, None, 1, 1, 2, 9
-    )
-    assert row.items_bytes is not None
-    assert 0 < row.items_bytes < 100
+    assert row == queries.ClaimedRow(batch_id, KIND, 2, 4, '{"a": 1}', '{"at": 2}', 3, 1, 1, 2, 9)
 
 
 @pytest.mark.parametrize(
