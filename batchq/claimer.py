@@ -5,6 +5,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from operator import attrgetter
 
 from batchq import queries
 from batchq.batch import Batch, Claim, Runtime
@@ -12,11 +13,34 @@ from batchq.database import Link
 from batchq.errors import OutcomeUnknown
 from batchq.lanes import Lane
 from batchq.outage import Outage
+from batchq.positions import MOST_PRIORITIES, Source, Track
+from batchq.queries import END, ClaimedRow, Position, Turn
 
-POLLS_A_SECOND = 50  # of all idle workers together
+POLLS_A_SECOND = 54  # of all idle workers together
 MOST_IDLE_SECONDS = 5.0
 FULL_SECONDS = 0.5
 DEAR_POLL_FACTOR = 20
+MOST_A_CLAIM = 2000
+IN_ORDER = attrgetter("run_at", "id")
+SETTINGS = queries.BY_INDEX | queries.WITHOUT_WAITING_FOR_THE_DISK
+
+
+class Turns:
+    """When it is this worker's turn to poll: the idle workers of a queue poll in turn, by the database's clock.
+
+    So a batch is found within 1/54 s, whatever the number of workers. If each polled at times of its own, there would
+    be as many polls, but at times none for five times as long. *known_at*: the monotonic time when it was *turn.now*.
+    """
+
+    def __init__(self, turn: Turn, known_at: float) -> None:
+        self.period_seconds = min(max(turn.workers, 1) / POLLS_A_SECOND, MOST_IDLE_SECONDS)
+        share = turn.number / max(turn.workers, 1)
+        self.turn_at = known_at - turn.now % self.period_seconds + share * self.period_seconds
+
+    def wait_seconds(self) -> float:
+        """Return how long it is until the next turn; the one that has just been, or comes at once, does not count."""
+        left = (self.turn_at - time.monotonic()) % self.period_seconds
+        return left if left > self.period_seconds / 10 else left + self.period_seconds
 
 
 class Claimer:
@@ -26,30 +50,34 @@ class Claimer:
         self, link: Link, queues: Sequence[str], lanes: Sequence[Lane], worker_id: str, runtime: Runtime
     ) -> None:
         self.link = link
-        self.queues = list(queues)
         self.lanes = lanes
+        self.sources = [Source(queue, lane) for queue in queues for lane in lanes]
         self.worker_id = worker_id
         self.runtime = runtime
-        self.live_workers = 1
-        self.fastest_poll_seconds = float("inf")
-        self.poll_cost_seconds = 0.0
+        self.turns = Turns(Turn(1, 0, 0.0), 0.0)
         self.nudged = threading.Event()
         self.outage = Outage("claimer")
         self.unknown: list[tuple[str, uuid.UUID]] = []
 
     def run(self, drain: bool) -> None:
         """Claim until the worker stops or, with *drain*, until nothing is ready and all that was claimed is written."""
+        from_start = True
         while not self.runtime.stopping.is_set():
             all_written = not any(lane.unwritten for lane in self.lanes)  # looked at before the poll, which comes after
             try:
-                found = self.timed_round()
+                found = self.round()
                 self.outage.over()
             except Exception as error:
                 self.runtime.stopping.wait(self.outage.failed(error))
                 continue
+            if found or not (drain and all_written):
+                from_start = False
+            elif from_start:
+                return
+            else:
+                from_start = self.forget_positions()
+                continue
             if not found:
-                if drain and all_written:
-                    return
                 self.wait()
 
     def nudge(self) -> None:
@@ -63,56 +91,105 @@ class Claimer:
         self.nudged.clear()
 
     def idle_seconds(self) -> float:
-        """Return this worker's share of the idle polling, with jitter; more where a poll is dear to the database."""
-        share = max(self.live_workers / POLLS_A_SECOND, DEAR_POLL_FACTOR * self.poll_cost_seconds)
-        return min(share, MOST_IDLE_SECONDS) * random.uniform(0.5, 1.5)  # noqa: S311 (spreads load; not a secret)
+        """Return how long to wait for this worker's turn to poll; longer where a poll is dear to the database."""
+        dear_seconds = DEAR_POLL_FACTOR * sum(source.look_cost_seconds for source in self.sources)
+        dear_seconds *= random.uniform(0.5, 1.5)  # noqa: S311 (spreads load; not a secret)
+        return min(max(self.turns.wait_seconds(), dear_seconds), MOST_IDLE_SECONDS)
 
-    def timed_round(self) -> int:
-        """Do a round, and note how much longer than the fastest (a round trip to the network) it took.
+    def forget_positions(self) -> bool:
+        """Start from the beginning everywhere; return True."""
+        for source in self.sources:
+            source.forget()
+        return True
 
-        A poll is dear where many batches are ready of kinds that this worker does not know: it passes over each.
-        """
-        began_at = time.monotonic()
-        found = self.round()
-        took = time.monotonic() - began_at
-        self.fastest_poll_seconds = min(self.fastest_poll_seconds, took)
-        self.poll_cost_seconds = took - self.fastest_poll_seconds
-        return found
+    # ---------------------------------------------------------------------------------------------------- a round
 
     def round(self) -> int:
         """Claim for every queue and lane that has room; return how many batches were claimed."""
         self.give_back_unknown()
-        self.queues.append(self.queues.pop(0))
-        return sum(self.claim_from(queue, lane) for queue in self.queues for lane in self.lanes if lane.room())
+        self.sources.append(self.sources.pop(0))
+        return sum(self.claim_from(source) for source in self.sources if source.lane.room())
 
-    def claim_from(self, queue: str, lane: Lane) -> int:
-        """Claim what is ready for one lane, the most urgent priority first; return how many."""
-        with self.link.reading() as conn:
-            priorities = queries.ready_priorities(conn, queue, lane.kinds)
-        claimed = 0
-        for priority in priorities:
-            room = lane.room() if claimed == 0 else lane.wanted() - lane.unwritten
+    def claim_from(self, source: Source) -> int:
+        """Claim what is ready of one source, the most urgent priority first; return how many."""
+        claimed = self.sweep(source)
+        for priority, start in self.look(source):
+            room = self.room(source.lane, claimed)
             if room <= 0 or self.runtime.stopping.is_set():
                 break
-            found = self.claim(queue, priority, lane, room)
-            claimed += found
-            if found == room:  # there may be more of this priority, and a slot that is free by now is for those
+            rows = self.claim(source, priority, room, start, END)
+            source.tracks[priority].claimed(rows, start, is_full=len(rows) == room)
+            source.busy_priority = priority if len(rows) == room else None
+            claimed += len(rows)
+            if len(rows) == room:  # there may be more of this priority, and a slot that is free by now is for those
                 break
         return claimed
 
-    def claim(self, queue: str, priority: int, lane: Lane, room: int) -> int:
-        """Claim up to *room* batches of one priority, and hand them to the lane; return how many."""
-        claim = Claim(queue, uuid.uuid4(), self.runtime, began_at=time.monotonic())
-        try:
-            with self.link.transaction() as conn:
-                rows = queries.claim(
-                    conn, queue, priority, lane.kinds, room, self.worker_id, claim.token, self.runtime.lease_seconds
-                )
-        except OutcomeUnknown:
-            self.unknown.append((queue, claim.token))
-            raise
-        lane.take([Batch(row, claim) for row in rows])
+    def room(self, lane: Lane, claimed: int) -> int:
+        """Return how many batches to claim in one statement, when *claimed* were in this round."""
+        return min(lane.room() if claimed == 0 else lane.wanted() - lane.unwritten, MOST_A_CLAIM)
+
+    def look(self, source: Source) -> list[tuple[int, Position]]:
+        """Return the priorities that have something ready, the most urgent first, and where to start in each."""
+        if (position := source.goes_on()) is not None and source.busy_priority is not None:
+            return [(source.busy_priority, position)]
+        if len(source.tracks) > MOST_PRIORITIES:
+            source.forget()
+        if source.learns_now():
+            self.learn(source)
+        starts = source.starts()
+        began_at = time.monotonic()
+        with self.link.reading() as conn:
+            ready = queries.ready_priorities(conn, source.queue, source.lane.kinds, starts)
+        source.looked(starts, time.monotonic() - began_at)
+        return [(priority, starts[priority]) for priority in ready]
+
+    def learn(self, source: Source) -> None:
+        """Begin a track for each priority that was never seen before."""
+        with self.link.reading() as conn:
+            if not queries.has_unknown_priority(conn, source.queue, source.tracks):
+                return
+        with self.link.reading() as conn:
+            for priority in queries.priorities(conn, source.queue):
+                source.tracks.setdefault(priority, Track())
+
+    def sweep(self, source: Source) -> int:
+        """Claim what landed behind a position, in the part whose turn it is, if one is due; return how many."""
+        if (priority := source.due_part()) is None:
+            return 0
+        track = source.tracks[priority]
+        number, after, until = track.next_part()
+        began_at = time.monotonic()
+        with self.link.reading() as conn:
+            found = queries.has_ready_between(conn, source.queue, priority, source.lane.kinds, after, until)
+        track.was_swept(source.cost(time.monotonic() - began_at), source.busy_priority is not None, number)
+        room = self.room(source.lane, 0)
+        if not found or room <= 0:
+            return 0
+        rows = self.claim(source, priority, room, after, until)
+        if len(rows) == room:
+            track.sweep_again()
         return len(rows)
+
+    def claim(self, source: Source, priority: int, room: int, after: Position, until: Position) -> list[ClaimedRow]:
+        """Claim up to *room* batches of one priority, and hand them to the lane; return their rows.
+
+        Its COMMIT does not wait for the disk: should the server crash and forget it, the batches are pending still, or
+        finished (what was written later is lost before this is), and no write of a handler matches the token.
+        """
+        claim = Claim(source.queue, uuid.uuid4(), self.runtime, began_at=time.monotonic())
+        lease_seconds = self.runtime.lease_seconds
+        statement = queries.claim(
+            source.queue, priority, source.lane.kinds, room, self.worker_id, claim.token, lease_seconds, after, until
+        )
+        try:
+            rows = self.link.run(statement, SETTINGS)
+        except OutcomeUnknown:
+            self.unknown.append((source.queue, claim.token))
+            raise
+        claimed = sorted(map(ClaimedRow._make, rows), key=IN_ORDER)
+        source.lane.take([Batch(row, claim) for row in claimed])
+        return claimed
 
     def give_back_unknown(self) -> None:
         """Give back what a claim whose COMMIT was cut off may have claimed."""

@@ -92,7 +92,8 @@ def enqueue_many(
     texts = payload_rows(payloads) if payloads is not None else item_rows(items or (), items_per_batch, payload)
     given = check_options(kind=kind, **(DEFAULTS | known(options)))
     with conn.transaction():
-        return queries.copy_batches(conn, *columns_and_rows(conn, given, texts))
+        columns, same = columns_and_values(conn, given)
+        return queries.copy_batches(conn, [*columns, "payload", "items"], same, texts)
 
 
 DEFAULTS: dict[str, Any] = {
@@ -189,12 +190,9 @@ def item_rows(items: Iterable[Any], size: int, payload: Any) -> Texts:
     return ((text, items_text(part)) for part in iter(lambda: list(islice(source, size)), []))
 
 
-def columns_and_rows(
-    conn: psycopg.Connection[Any], options: dict[str, Any], texts: Texts
-) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
-    """Return the columns and rows to copy: what differs from the defaults, then payload and items."""
+def columns_and_values(conn: psycopg.Connection[Any], options: dict[str, Any]) -> tuple[list[str], list[Any]]:
+    """Return the columns that differ from the defaults, and their values: the same for each batch."""
     given = {name: value for name, value in options.items() if name not in DEFAULTS or value != DEFAULTS[name]}
     if delay_seconds := given.pop("delay_seconds", None):
         given["run_at"] = queries.now_plus(conn, delay_seconds)
-    same = tuple(given.values())
-    return [*given, "payload", "items"], ((*same, *row) for row in texts)
+    return list(given), list(given.values())

@@ -98,7 +98,7 @@ def returned(batch: Batch, handler: Handler, result: Any) -> Outcome:
         return with_failed_items(batch, handler, result)
     if batch.used_chunks and not batch.all_items_worked:
         return left_early(batch, handler)
-    all_done = batch.items_total is not None and not batch.used_chunks
+    all_done = batch.items_total is not None and (batch.ends_with_finish or not batch.used_chunks)
     if result is None and not all_done:
         return COMPLETED
     return Outcome("completed", None if result is None else result_text(result), all_done=all_done)

@@ -4,7 +4,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import psycopg
 
@@ -12,15 +12,15 @@ from batchq import queries
 from batchq.batch import Batch
 from batchq.database import Link
 from batchq.errors import OutcomeUnknown
-from batchq.execution import Outcome
+from batchq.execution import COMPLETED, Outcome
 from batchq.lanes import Lane
 from batchq.log import get_logger
 from batchq.outage import Outage
-from batchq.queries import Conn, Finish, Requeue
+from batchq.queries import Finish, Requeue, Statement
 from batchq.text import message_object, one_line
 
 MOST_A_GROUP = 1000
-FEW = 100
+FEW = 500
 GATHER_SECONDS = 0.003
 PUT_BACK_SECONDS = 0.5
 ABOUT_CONTENT = (
@@ -33,8 +33,7 @@ ABOUT_CONTENT = (
 log = get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """A batch that has ended, and how."""
 
     lane: Lane
@@ -47,9 +46,10 @@ class Ended:
 class Finisher:
     """Writes outcomes. *nudge* is called after each group that is written."""
 
-    def __init__(self, link: Link, nudge: Callable[[], None]) -> None:
+    def __init__(self, link: Link, nudge: Callable[[], None], keep_completed: bool = True) -> None:
         self.link = link
         self.nudge = nudge
+        self.keep_completed = keep_completed
         self.todo: deque[Ended] = deque()
         self.filled = threading.Event()
         self.closing = threading.Event()
@@ -85,7 +85,7 @@ class Finisher:
         """Write the oldest outcomes, however often it takes."""
         group = [self.todo.popleft() for _ in range(min(len(self.todo), MOST_A_GROUP))]
         self.count([entry for entry in group if entry.outcome.written])
-        for (queue, _), entries in by_target(group).items():
+        for (queue, _), entries in self.by_target(group).items():
             self.write_stubbornly(queue, entries)
         self.nudge()
         if self.put_back:
@@ -129,7 +129,7 @@ class Finisher:
             if not entries[0].is_put_back:
                 log.warning("outcome put off", batch_id=entries[0].batch.id, error=one_line(error))
             self.put_back = True
-            self.todo.append(replace(entries[0], is_put_back=True))
+            self.todo.append(entries[0]._replace(is_put_back=True))
 
     def fail(self, queue: str, entry: Ended, error: Exception) -> None:
         """Have a batch fail whose outcome Postgres cannot store. If it cannot store that either, its lease runs out."""
@@ -139,16 +139,43 @@ class Finisher:
             self.count([entry])
             return
         outcome = Outcome("failed", error=message_object(message))
-        self.write_stubbornly(queue, [replace(entry, outcome=outcome, is_last_word=True)])
+        self.write_stubbornly(queue, [entry._replace(outcome=outcome, is_last_word=True)])
 
     def write(self, queue: str, entries: Sequence[Ended]) -> list[Ended]:
-        """Write entries that are all final, or all pending again, in one transaction; return those no longer ours."""
-        with self.link.transaction() as conn:
-            if entries[0].outcome.status == "pending":
-                ours = write_pending(conn, queue, entries)
-            else:
-                ours = write_final(conn, queue, entries)
+        """Write entries of one queue that are written alike, in one transaction; return those no longer ours."""
+        rows = self.link.run(self.statement(queue, entries))
+        if len(rows) == len(entries):
+            return []
+        ours = {batch_id for (batch_id,) in rows}
         return [entry for entry in entries if entry.batch.id not in ours]
+
+    def statement(self, queue: str, entries: Sequence[Ended]) -> Statement:
+        """Return the statement that writes entries that are written alike."""
+        match self.way(entries[0].outcome):
+            case "complete":
+                ids = [entry.batch.id for entry in entries]
+                tokens = [entry.batch.claim.token_text for entry in entries]
+                return queries.complete(queue, ids, tokens, self.keep_completed)
+            case "finish":
+                return queries.finish(queue, list(map(as_finish, entries)))
+            case _:
+                return queries.requeue(queue, list(map(as_requeue, entries)))
+
+    def way(self, outcome: Outcome) -> str:
+        """Return how an outcome is written."""
+        if outcome is COMPLETED:
+            return "complete"
+        if outcome.status == "completed":
+            return "finish" if self.keep_completed else "complete"
+        return "requeue" if outcome.status == "pending" else "finish"
+
+    def by_target(self, group: Iterable[Ended]) -> dict[tuple[str, str], list[Ended]]:
+        """Return the entries that are to be written, by queue and by how they are written."""
+        targets: dict[tuple[str, str], list[Ended]] = defaultdict(list)
+        for entry in group:
+            if not entry.outcome.written:
+                targets[entry.batch.claim.queue, self.way(entry.outcome)].append(entry)
+        return targets
 
     def count(self, entries: Iterable[Ended]) -> None:
         """Count what is settled: for the lanes, and for the worker's last words."""
@@ -157,31 +184,16 @@ class Finisher:
             self.counts[entry.outcome.status] += 1
 
 
-def by_target(group: Iterable[Ended]) -> dict[tuple[str, bool], list[Ended]]:
-    """Return the entries that are to be written, by queue and by whether they are pending again."""
-    targets: dict[tuple[str, bool], list[Ended]] = defaultdict(list)
-    for entry in group:
-        if not entry.outcome.written:
-            targets[entry.batch.queue, entry.outcome.status == "pending"].append(entry)
-    return targets
+def as_finish(entry: Ended) -> Finish:
+    """Return an entry as the statement takes it that moves batches to their final status."""
+    batch, outcome = entry.batch, entry.outcome
+    return Finish(batch.id, batch.claim.token, outcome.status, outcome.result, outcome.error, outcome.all_done)
 
 
-def write_final(conn: Conn, queue: str, entries: Sequence[Ended]) -> set[int]:
-    """Move batches to their final status; return the ids of those that were still ours."""
-    finishes = [
-        Finish(e.batch.id, e.batch.claim.token, e.outcome.status, e.outcome.result, e.outcome.error, e.outcome.all_done)
-        for e in entries
-    ]
-    return {row[0] for row in conn.execute(*queries.finish(queue, finishes))}
-
-
-def write_pending(conn: Conn, queue: str, entries: Sequence[Ended]) -> set[int]:
-    """Make batches pending again; return the ids of those that were still ours."""
-    requeues = [
-        Requeue(e.batch.id, e.batch.claim.token, e.outcome.delay_seconds, e.outcome.give_back, e.outcome.error)
-        for e in entries
-    ]
-    return queries.requeue(conn, queue, requeues)
+def as_requeue(entry: Ended) -> Requeue:
+    """Return an entry as the statement takes it that makes batches pending again."""
+    batch, outcome = entry.batch, entry.outcome
+    return Requeue(batch.id, batch.claim.token, outcome.delay_seconds, outcome.give_back, outcome.error)
 
 
 def report_lost(lost: Sequence[Ended]) -> None:

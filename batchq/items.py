@@ -7,8 +7,8 @@ chunk, also when several run at once: so "how many" is all that a checkpoint has
 import asyncio
 import contextvars
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import psycopg
@@ -81,6 +81,10 @@ class ChunkRun:
         begun = next(self.positions, len(self.chunk))
         self.chunk.end_at(begun if self.ended_by is None else self.ended_by[0])
 
+    def can_end_batch(self) -> bool:
+        """Whether the finish of the batch may count this chunk, so that it needs no checkpoint."""
+        return self.ended_by is None and self.chunk.can_end_batch()
+
     def raise_end(self) -> None:
         """Raise the Snooze or Cancel that an item raised, now that the items before it are committed."""
         if self.ended_by is not None:
@@ -90,16 +94,29 @@ class ChunkRun:
 
     def work(self, conn: psycopg.Connection[Any] | None = None) -> None:
         """Work items until the chunk is over."""
-        if self.handler.wants_conn:
-            self.arguments["conn"] = conn
+        call = self.caller(conn)
         for position in self.positions:
             try:
-                with savepoint(conn):
-                    self.handler.function(self.item(position), **self.arguments)
+                call(position)
             except BaseException as error:
                 self.failed(position, error, conn)
             if self.is_over():
                 return
+
+    def caller(self, conn: psycopg.Connection[Any] | None) -> Callable[[int], Any]:
+        """Return what calls the handler with the item at a position: for plain items, with nothing in between."""
+        function, items, arguments = self.handler.function, self.chunk.items, self.arguments
+        if conn is not None:
+            return lambda position: self.call_in_savepoint(position, conn)
+        if self.handler.item_model is not None or arguments:
+            return lambda position: function(self.item(position), **arguments)
+        return lambda position: function(items[position])
+
+    def call_in_savepoint(self, position: int, conn: psycopg.Connection[Any]) -> None:
+        """Call the handler with an item, in a savepoint of the chunk's transaction."""
+        with_conn = {"conn": conn} if self.handler.wants_conn else {}
+        with conn.transaction():
+            self.handler.function(self.item(position), **self.arguments, **with_conn)
 
     def work_concurrently(self) -> None:
         """Work items in as many threads as the handler's concurrency says."""
@@ -133,11 +150,6 @@ class ChunkRun:
         await asyncio.gather(*(self.work_async() for _ in range(self.handler.concurrency)))
 
 
-def savepoint(conn: psycopg.Connection[Any] | None) -> AbstractContextManager[Any]:
-    """Return a savepoint of the chunk's transaction, nothing where there is none."""
-    return nullcontext() if conn is None else conn.transaction()
-
-
 def run_items(batch: Batch, handler: ItemHandler) -> None:
     """Work the items that are left. Raises what ends the batch early, after the commit of what was worked."""
     for chunk in batch.chunks(handler.chunk_size):
@@ -149,7 +161,7 @@ def run_items(batch: Batch, handler: ItemHandler) -> None:
         else:
             run.work() if handler.concurrency == 1 else run.work_concurrently()
             run.close()
-            chunk.commit()
+            chunk.end_batch() if run.can_end_batch() else chunk.commit()
         run.raise_end()
 
 
@@ -164,5 +176,8 @@ async def run_items_async(batch: Batch, handler: ItemHandler) -> None:
         else:
             await run.work_concurrently_async()
             run.close()
-            await chunk.commit_async()
+            if run.can_end_batch():
+                chunk.end_batch()
+            else:
+                await chunk.commit_async()
         run.raise_end()

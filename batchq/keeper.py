@@ -7,13 +7,14 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import psycopg
 
 from batchq import queries
 from batchq.batch import Batch
-from batchq.claimer import Claimer
+from batchq.claimer import Claimer, Turns
 from batchq.database import Link
 from batchq.execution import WRITTEN, failed_attempt, safely, timed_out
 from batchq.lanes import Lane
@@ -25,6 +26,8 @@ from batchq.text import one_line
 RESCUES_A_ROUND = 100
 HEARTBEAT_SECONDS = 5.0
 MAINTENANCE_SECONDS = 3600.0
+PAUSE_FACTOR = 20
+LONG_AGO_SECONDS = 600.0
 WAITING_SECONDS = 1.0
 PARTITIONS_AHEAD_DAYS = 8
 
@@ -51,6 +54,7 @@ class Keeper:
         self.lease_seconds = lease_seconds
         self.keep_finished_days = keep_finished_days
         self.claimer = claimer
+        self.expiries = {queue: Expiries() for queue in queues}
         self.closing = threading.Event()
         self.tick_seconds = min(lease_seconds / 10, 0.5)
         self.duties: list[Duty] = [
@@ -95,10 +99,8 @@ class Keeper:
         """Extend leases of one queue in one statement; stop what is no longer ours."""
         now = time.monotonic()
         batches = [batch for _, batch in held]
-        with self.link.transaction() as conn:
-            leases = queries.extend(
-                conn, queue, [b.id for b in batches], [b.claim.token for b in batches], self.lease_seconds
-            )
+        statement = queries.extend(queue, [b.id for b in batches], [b.claim.token for b in batches], self.lease_seconds)
+        leases = queries.leases(self.link.run(statement))
         for lane, batch in held:
             key = (batch.id, batch.claim.token)
             if key in leases.extended:
@@ -139,19 +141,25 @@ class Keeper:
 
     def rescue(self) -> None:
         """Take back batches whose lease ran out, of any worker."""
-        for queue in self.queues:
-            with self.link.transaction() as conn:
-                rescued = queries.rescue(conn, queue, RESCUES_A_ROUND, spread_seconds=self.lease_seconds / 2)
+        for queue, expiries in self.expiries.items():
+            with expiries.passing() as after, self.link.transaction() as conn:
+                now = queries.now(conn)
+                expiries.skip_to(now - LONG_AGO_SECONDS)
+                rescued = queries.rescue(conn, queue, RESCUES_A_ROUND, self.lease_seconds / 2, after)
+            if len(rescued) < RESCUES_A_ROUND:
+                expiries.passed_until = now
             for batch_id, kind, attempt, status in rescued:
                 log.warning("batch rescued", batch_id=batch_id, kind=kind, attempt=attempt, status=status)
 
     def heartbeat(self) -> None:
-        """Show a sign of life, and tell the claimer among how many workers the idle polling is shared."""
+        """Show a sign of life, and tell the claimer when it is its turn to poll."""
         in_hand = sum(lane.unwritten for lane in self.lanes)
         with self.link.transaction() as conn:
-            self.claimer.live_workers = queries.heartbeat(
-                conn, self.row, in_hand, self.claimer.runtime.stopping.is_set()
-            )
+            queries.heartbeat(conn, self.row, in_hand, self.claimer.runtime.stopping.is_set())
+        began_at = time.monotonic()
+        with self.link.reading() as conn:
+            turn = queries.turn(conn, self.row.id, self.queues, 3 * HEARTBEAT_SECONDS)
+        self.claimer.turns = Turns(turn, (began_at + time.monotonic()) / 2)
 
     def maintain(self) -> None:
         """Create the partitions of the next days, drop those that are too old. What is refused waits for the next time.
@@ -168,6 +176,33 @@ class Keeper:
             if self.link.conn is None:  # lost: done again when the database is back
                 raise
             log.warning("maintenance put off", error=one_line(error))
+
+
+class Expiries:
+    """Until when leases that ran out were looked for; from there the next look goes on.
+
+    From the beginning too, for one that was locked then, but only so often that it takes a twentieth of the time: while
+    a snapshot is held, every lease that was ever given is in the way.
+    """
+
+    def __init__(self) -> None:
+        self.passed_until = float("-inf")
+        self.whole_at = 0.0
+
+    def skip_to(self, time_passed: float) -> None:
+        """Let looks that are not from the beginning start there at the earliest: one from the beginning may not end."""
+        self.passed_until = max(self.passed_until, time_passed)
+
+    @contextmanager
+    def passing(self) -> Iterator[float]:
+        """Give the time to look from, for the block, which looks."""
+        began_at = time.monotonic()
+        is_whole = began_at >= self.whole_at
+        try:
+            yield float("-inf") if is_whole else self.passed_until
+        finally:
+            if is_whole:
+                self.whole_at = began_at + PAUSE_FACTOR * (time.monotonic() - began_at)
 
 
 class Duty:

@@ -1,6 +1,8 @@
 """Apply migrations/: forward only, one transaction a file, through any pooler, any number of migrators at once."""
 
+import random
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ FILE_NAME = re.compile(r"(\d{4})_(\w+)\.sql")
 BREAKING_MARK = "-- breaking"
 LEDGER = "0000_ledger.sql"
 SECONDS_A_FILE = 600
+PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,32 @@ def migrate(dsn: str) -> list[str]:
     """
     with connect(dsn) as conn:
         try:
-            return [name for migration in all_migrations() if (name := apply(conn, migration))]
+            return [name for migration in all_migrations() if (name := apply_patiently(conn, migration))]
         except psycopg.Error as error:
             raise ConfigError(f"migration failed: {hide_password(' '.join(str(error).split()))}") from error
 
 
+def apply_patiently(conn: psycopg.Connection[Any], migration: Migration) -> str | None:
+    """Apply one migration beside working clients: give way where a lock is not free, and try again, for a minute.
+
+    Waiting for a lock, it would hold up all who come after it. And it gives way before Postgres looks for deadlocks
+    (after 1 s), whose victim might be a client.
+    """
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return apply(conn, migration)
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            if time.monotonic() > until:
+                raise
+            time.sleep(random.uniform(0.2, 1.0))  # noqa: S311 (spreads load; not a secret)
+
+
 def apply(conn: psycopg.Connection[Any], migration: Migration) -> str | None:
-    """Apply one migration, unless somebody has; return its name if it was applied here."""
+    """Apply one migration, unless somebody has; return its name if it was applied here. Raises LockNotAvailable."""
     with bounded(conn, SECONDS_A_FILE), conn.transaction():
         queries.take_migration_lock(conn)
+        queries.wait_briefly_for_locks(conn, 500)
         if not queries.has_ledger(conn):
             run_file(conn, (directory() / LEDGER).read_text(encoding="utf-8"))
         if migration.version in queries.applied_migrations(conn):

@@ -32,6 +32,10 @@ class Settings(BaseSettings):
     migration_dsn: SecretStr = Field(
         SecretStr(""), description="For `batchq migrate` alone, where another role owns the schema. Default: the DSN."
     )
+    listen_dsn: SecretStr = Field(
+        SecretStr(""),
+        description="A direct connection (no pooler) on which to hear of new batches at once; see `batchq.bell`.",
+    )
     queues: Annotated[tuple[str, ...], NoDecode] = Field(
         ("default",), description="Queues that a worker serves, in turn; separated by commas."
     )
@@ -64,6 +68,9 @@ class Settings(BaseSettings):
     )
     keep_finished_days: int = Field(
         30, ge=1, le=36_500, description="Finished batches older than this are dropped, a whole day at a time."
+    )
+    keep_completed: bool = Field(
+        True, description="`no`: a batch that completes is deleted at once; failed and cancelled ones are kept."
     )
     log_format: Literal["console", "json"] = Field("console", description="`console` for people, `json` for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -23,7 +23,7 @@ def json_text(value: Any, what: str) -> str:
     Raises InvalidInput that begins with *what*, for NaN, NUL characters, lone surrogates and what is no JSON.
     """
     try:
-        text = json.dumps(value, default=model_value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        text = encoder.encode(value)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidInput(f"{what} cannot be stored as JSON: {cut(clean(str(error)), 300)}") from None
@@ -37,6 +37,9 @@ def model_value(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
+encoder = json.JSONEncoder(default=model_value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 
 
 def clean(text: str) -> str:

@@ -2,15 +2,18 @@
 
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 from batchq import queries
 from batchq.app import App
 from batchq.batch import Runtime
+from batchq.bell import Bell
 from batchq.claimer import Claimer
 from batchq.database import HandlerConnections, Link, bounded, check_server, connect
 from batchq.errors import ConfigError, StopRequested
@@ -23,6 +26,8 @@ from batchq.migrate import check_schema
 from batchq.queries import WorkerRow
 from batchq.settings import Settings
 from batchq.text import one_line
+
+SWITCH_SECONDS = 0.001
 
 log = get_logger()
 
@@ -46,11 +51,13 @@ class Worker:
         timeouts = (settings.database_timeout_seconds, settings.database_timeout_seconds, keeper_seconds)
         self.links = [Link(self.dsn, timeout_seconds) for timeout_seconds in timeouts]
         self.is_broken = False
-        self.finisher = Finisher(self.links[0], lambda: self.claimer.nudge())
+        self.finisher = Finisher(self.links[0], lambda: self.claimer.nudge(), settings.keep_completed)
         self.lanes = self.make_lanes(app)
-        runtime = Runtime(self.connections, settings.lease_seconds, self.stopping)
+        runtime = Runtime(self.connections, settings.lease_seconds, self.stopping, settings.keep_completed)
         self.claimer = Claimer(self.links[1], settings.queues, self.lanes, self.id, runtime)
         self.keeper = self.make_keeper(app)
+        listen_dsn = settings.listen_dsn.get_secret_value()
+        self.bell = Bell(listen_dsn, self.claimer.nudge) if listen_dsn else None
 
     def make_lanes(self, app: App) -> list[Lane]:
         """Make a lane for each style of handler that the app has."""
@@ -103,11 +110,18 @@ class Worker:
         Raises ConfigError if the database, its schema or the DSN will not do.
         """
         check_database(self.dsn, self.settings.database_timeout_seconds)
+        with switching_quickly():
+            return self.work()
+
+    def work(self) -> bool:
+        """Start everything, claim until the end, and end everything; return whether every outcome was written."""
         self.connections.open()
         for lane in self.lanes:
             lane.start()
         keeping = self.start_service(self.keeper.run, "batchq-keeper")
         finishing = self.start_service(self.finisher.run, "batchq-finisher")
+        if self.bell:
+            self.start_service(self.bell.run, "batchq-bell")
         log.info("worker started", worker=self.id, queues=self.settings.queues, kinds=self.keeper.row.kinds)
         try:
             self.claimer.run(self.drain)
@@ -137,6 +151,8 @@ class Worker:
     def shut_down(self, keeping: threading.Thread, finishing: threading.Thread) -> bool:
         """End everything, in the order in which nothing is lost; return whether every outcome was written."""
         self.stopping.set()
+        if self.bell:
+            self.bell.close()
         self.give_back_claims()
         self.wait_for_handlers()
         self.give_back_running()
@@ -197,6 +213,17 @@ class Worker:
                 queries.forget_worker(conn, self.id)
         except Exception:
             log.info("the worker's row stays behind until somebody tidies up", worker=self.id)
+
+
+@contextmanager
+def switching_quickly() -> Iterator[None]:
+    """Let threads take turns each millisecond, not each five: so long an answer of the database waits for handlers."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def check_database(dsn: str, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Rows of batchq.batches for the component tests: insert, claim, end, age and read them."""
+"""Rows of batchq.batches for the tests: insert, claim, end, age and read them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from psycopg.rows import dict_row, tuple_row
 from psycopg.types.json import Jsonb
 
 from batchq import queries
-from batchq.queries import ClaimedRow, Finish
+from batchq.queries import END, START, ClaimedRow, Finish, Leases, Position, Requeue, Statement
 
 Conn = psycopg.Connection[Any]
 KIND = "work"
@@ -70,6 +70,11 @@ def batch(conn: Conn, batch_id: int) -> dict[str, Any]:
     return row
 
 
+def run(conn: Conn, statement: Statement) -> list[Any]:
+    """Run a statement of batchq's on a connection, whatever transaction that is in; return its rows."""
+    return conn.cursor(row_factory=tuple_row).execute(*statement).fetchall()
+
+
 def claim(
     conn: Conn,
     limit: int = 100,
@@ -80,10 +85,14 @@ def claim(
     worker: str = "worker-1",
     token: UUID | None = None,
     lease_seconds: float = 60,
+    after: Position = START,
+    until: Position = END,
 ) -> list[ClaimedRow]:
     """Claim as a worker does."""
-    with conn.transaction():
-        return queries.claim(conn, queue, priority, kinds, limit, worker, token or uuid4(), lease_seconds)
+    statement = queries.claim(
+        queue, priority, kinds, limit, worker, token or uuid4(), lease_seconds, after=after, until=until
+    )
+    return [ClaimedRow(*row) for row in run(conn, statement)]
 
 
 def processing(conn: Conn, *, lease_seconds: float = 60, worker: str = "worker-1", **columns: Any) -> Taken:
@@ -104,8 +113,24 @@ def processing(conn: Conn, *, lease_seconds: float = 60, worker: str = "worker-1
 
 def finish(conn: Conn, *finishes: Finish, queue: str = "default") -> set[int]:
     """Finish batches as a worker does; return the ids of those that were still its own."""
-    with conn.transaction():
-        return {row[0] for row in conn.execute(*queries.finish(queue, finishes))}
+    return {batch_id for (batch_id,) in run(conn, queries.finish(queue, finishes))}
+
+
+def complete(conn: Conn, *taken: Taken, queue: str = "default", keep: bool = True) -> set[int]:
+    """Complete batches without a result as a worker does; return the ids of those that were still its own."""
+    statement = queries.complete(queue, [one.id for one in taken], [str(one.token) for one in taken], keep)
+    return {batch_id for (batch_id,) in run(conn, statement)}
+
+
+def requeue(conn: Conn, *requeues: Requeue, queue: str = "default") -> set[int]:
+    """Make batches pending again as a worker does; return the ids of those that were still its own."""
+    return {batch_id for (batch_id,) in run(conn, queries.requeue(queue, requeues))}
+
+
+def extend(conn: Conn, *taken: Taken, queue: str = "default", lease_seconds: float = 60) -> Leases:
+    """Extend leases as a keeper does; return what became of them."""
+    ids, tokens = [one.id for one in taken], [one.token for one in taken]
+    return queries.leases(run(conn, queries.extend(queue, ids, tokens, lease_seconds)))
 
 
 def finished(conn: Conn, status: str = "completed", *, error: str | None = None, **columns: Any) -> int:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 import batchq
 from batchq import testing
 from batchq.lanes import Lane
+from batchq.positions import Source
 from batchq.testing import running_worker
 from batchq.worker import Worker
 from tests.support.alone import run_alone
@@ -516,7 +517,7 @@ def test_a_slot_that_becomes_free_during_a_claim_is_not_for_a_lower_priority(
         put(conn, "work", name, priority=priority)
     worker = Worker(app, batchq.Settings.load(dsn=dsn))
     lane = SlowlyFreedLane(app.handlers, 1, lambda *_: None)
-    worker.claimer.claim_from("default", lane)
+    worker.claimer.claim_from(Source("default", lane))
     assert [batch.payload for batch in lane.in_hand()] == ["first"]
     worker.claimer.link.close()
 

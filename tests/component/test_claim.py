@@ -2,19 +2,38 @@
 
 from collections.abc import Iterator
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import psycopg
 import pytest
 from psycopg import sql
 
 from batchq import queries
-from batchq.queries import Finish, Progress, Requeue
-from tests.component.rows import KIND, Conn, Taken, batch, change, claim, insert, processing, values
+from batchq.queries import END, START, Finish, Position, Progress, Requeue, Statement
+from tests.component.rows import (
+    KIND,
+    Conn,
+    Taken,
+    batch,
+    change,
+    claim,
+    insert,
+    processing,
+    requeue,
+    run,
+    value,
+    values,
+)
 from tests.support.alone import run_alone
 from tests.support.steps import step
 
+NO = '{"error": "no"}'
 STATUSES = "SELECT status FROM batchq.batches ORDER BY id"
+
+
+def ready(conn: Conn, *, kind: str = KIND, queue: str = "default") -> list[int]:
+    """Return the priorities in which something is ready, the most urgent first."""
+    return queries.ready_priorities(conn, queue, [kind], dict.fromkeys(queries.priorities(conn, queue), START))
 
 
 def ids(rows: list[queries.ClaimedRow]) -> list[int]:
@@ -42,9 +61,70 @@ def test_the_priorities_in_which_a_batch_is_ready_come_most_urgent_first(conn: C
     conn.execute("UPDATE batchq.batches SET run_at = now() + interval '1 hour' WHERE priority = 7")
     conn.execute("UPDATE batchq.batches SET kind = 'other' WHERE priority = 8")
     claim(conn, priority=9)
-    assert queries.ready_priorities(conn, "default", [KIND]) == [-2, 0, 5]
-    assert queries.ready_priorities(conn, "default", ["other"]) == [8]
-    assert queries.ready_priorities(conn, "elsewhere", [KIND]) == []
+    assert ready(conn) == [-2, 0, 5]
+    assert ready(conn, kind="other") == [8]
+    assert ready(conn, queue="elsewhere") == []
+
+
+def test_every_priority_of_a_queue_is_told_whether_or_not_it_is_ready(conn: Conn) -> None:
+    levels = [-32768, -7, 1, 3, 5, 32767]
+    for priority in (*levels, 3, 3):
+        insert(conn, priority=priority)
+    conn.execute("UPDATE batchq.batches SET run_at = now() + interval '1 hour'")
+    insert(conn, priority=4, queue="elsewhere")
+    processing(conn, priority=2)
+    assert queries.priorities(conn, "default") == levels
+    assert queries.priorities(conn, "nowhere") == []
+
+
+@pytest.mark.parametrize("unknown", [-32768, -7, 1, 3, 5, 32767])
+def test_one_priority_that_is_not_known_is_noticed_wherever_it_lies(conn: Conn, unknown: int) -> None:
+    levels = {-32768, -7, 1, 3, 5, 32767}
+    for priority in levels - {unknown}:
+        insert(conn, priority=priority)
+    assert not queries.has_unknown_priority(conn, "default", levels)
+    assert not queries.has_unknown_priority(conn, "default", levels - {unknown})
+    insert(conn, priority=unknown)
+    assert queries.has_unknown_priority(conn, "default", levels - {unknown})
+    assert queries.has_unknown_priority(conn, "default", [])
+    assert not queries.has_unknown_priority(conn, "default", levels)
+
+
+def test_a_priority_is_ready_only_behind_its_position(conn: Conn) -> None:
+    batch_id = insert(conn)
+    [row] = claim(conn, 1)
+    requeue(conn, Requeue(batch_id, value(conn, "SELECT claim_token FROM batchq.batches"), None, True))
+    before = Position(row.run_at, batch_id - 1)
+    assert queries.ready_priorities(conn, "default", [KIND], {0: before}) == [0]
+    assert queries.ready_priorities(conn, "default", [KIND], {0: row.position}) == []
+    step("and up to another, the end of the part included")
+    for after, until, is_found in ((before, row.position, True), (START, before, False), (row.position, END, False)):
+        assert queries.has_ready_between(conn, "default", 0, [KIND], after, until) is is_found
+        with conn.transaction(force_rollback=True):
+            assert len(claim(conn, after=after, until=until)) == is_found
+
+
+@pytest.mark.parametrize("run_at", ["now()", "timestamptz '1999-12-31 23:59:59.999999'", "now() - interval '1 us'"])
+def test_a_position_is_exact_to_the_microsecond(conn: Conn, run_at: str) -> None:
+    step("of batches that differ by a microsecond, or by their id alone, a claim goes on with the next")
+    inserted = [insert(conn) for _ in range(4)]
+    conn.execute(f"UPDATE batchq.batches SET run_at = {run_at} - (id / 2) * interval '1 us'".encode())
+    order = values(conn, "SELECT id FROM batchq.batches ORDER BY run_at, id")
+    after, found = START, []
+    while rows := claim(conn, 1, after=after):
+        found += ids(rows)
+        after = rows[0].position
+    assert found == order
+    assert sorted(found) == inserted
+
+
+def test_a_batch_of_long_ago_is_claimed(conn: Conn) -> None:
+    batch_id = insert(conn)
+    conn.execute("UPDATE batchq.batches SET run_at = '4713-01-01 00:00:00.123456 BC'")
+    assert ready(conn) == [0]
+    [row] = claim(conn)
+    assert row.id == batch_id
+    assert claim(conn, after=row.position) == []
 
 
 def test_a_claim_takes_one_queue_and_one_priority(conn: Conn) -> None:
@@ -82,17 +162,17 @@ def test_two_claims_at_once_take_different_batches_and_neither_waits(conn: Conn,
     with psycopg.connect(dsn, prepare_threshold=None) as other:
         other.execute(queries.limits(5))
         step("one claims 4 and has not committed, the other claims all it can get")
-        first = queries.claim(other, "default", 0, [KIND], 4, "worker-2", uuid4(), 60)
+        first = claim(other, 4, worker="worker-2")
         with conn.transaction():
             conn.execute("SELECT set_config('lock_timeout', '500ms', true)")
-            second = queries.claim(conn, "default", 0, [KIND], 10, "worker-1", uuid4(), 60)
+            second = claim(conn, 10)
     assert (ids(first), ids(second)) == (inserted[:4], inserted[4:])
 
 
 def test_a_claim_that_rolls_back_took_nothing(conn: Conn) -> None:
     batch_id = insert(conn)
     with conn.transaction(force_rollback=True):
-        assert ids(queries.claim(conn, "default", 0, [KIND], 1, "worker-1", uuid4(), 60)) == [batch_id]
+        assert ids(claim(conn, 1)) == [batch_id]
     assert batch(conn, batch_id)["attempt"] == 0
     assert ids(claim(conn)) == [batch_id]
 
@@ -118,7 +198,9 @@ def test_a_claim_returns_what_the_handler_needs(conn: Conn) -> None:
     )
     change(conn, batch_id, items_done=1, items_failed=1, cursor={"at": 2})
     [row] = claim(conn)
-    assert row == queries.ClaimedRow(batch_id, KIND, 2, 4, '{"a": 1}', '{"at": 2}', 3, 1, 1, 2, 9)
+    run_at = batch(conn, batch_id)["run_at"].timestamp()
+    assert row == queries.ClaimedRow(batch_id, KIND, 2, 4, '{"a": 1}', '{"at": 2}', 3, 1, 1, 2, 9, run_at)
+    assert row.position == Position(run_at, batch_id)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +262,7 @@ class ExplainingCursor(psycopg.Cursor[Any]):
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> "ExplainingCursor":
         text = query.as_string(self) if isinstance(query, sql.Composable) else query
+        text = text.decode() if isinstance(text, bytes) else text
         super().execute(f"EXPLAIN (FORMAT JSON) {text}".encode(), params)
         [(explained,)] = [tuple(row) for row in self.fetchall()]
         self.plans.append(explained[0]["Plan"])
@@ -219,55 +302,92 @@ def has_sort(plans: list[dict[str, Any]]) -> bool:
     return any("Sort" in node["Node Type"] for plan in plans for node in nodes(plan))
 
 
-def test_the_claim_goes_by_the_order_of_its_index_without_a_sort(conn: Conn, backlog: list[dict[str, Any]]) -> None:
-    for limit in (1, 300):
-        assert len(claim(conn, limit)) == limit
-    assert indexes(backlog) == {"batches_live_ready", "batches_live_id"}
-    assert not has_sort(backlog)
+def plan_of(conn: Conn, statement: Statement) -> dict[str, Any]:
+    """Run a statement as Link.run does, and undo it; return its plan."""
+    text, parameters = statement
+    with conn.transaction(force_rollback=True):
+        conn.cursor_factory = psycopg.Cursor
+        conn.execute(queries.limits(60, settings=queries.BY_INDEX))
+        cursor = psycopg.ClientCursor(conn).execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {text}".encode(), parameters)
+        row = cursor.fetchone()
+        assert row
+        return row[0][0]["Plan"]
 
 
-def test_the_look_for_ready_priorities_goes_by_the_index_of_the_claim(
-    conn: Conn, backlog: list[dict[str, Any]]
-) -> None:
-    assert queries.ready_priorities(conn, "default", [KIND]) == [0, 1]
-    assert indexes(backlog) == {"batches_live_ready"}
+def check_plan(conn: Conn, name: str, statement: Statement, rows: int, by: set[str]) -> None:
+    """Fail unless a statement returns *rows* rows, goes by the indexes *by*, sorts nothing, and meets few others."""
+    plan = plan_of(conn, statement)
+    step("%s: by %s with %s", name, indexes([plan]), sorted({node["Node Type"] for node in nodes(plan)}))
+    assert plan["Actual Rows"] == rows, name
+    assert indexes([plan]) == by, name
+    assert not has_sort([plan]), name
+    for node in nodes(plan):
+        met = node["Actual Rows"] + node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Join Filter", 0)
+        assert met * node["Actual Loops"] <= 2 * rows + 100 or name.startswith("claim"), (
+            f"{name} meets too many: {node}"
+        )
 
 
-@pytest.mark.parametrize("count", [1, 300])
-def test_what_is_written_for_claimed_batches_goes_by_their_id(
-    conn: Conn, backlog: list[dict[str, Any]], count: int
-) -> None:
+@pytest.fixture(params=["with statistics", "without statistics"])
+def any_backlog(request: pytest.FixtureRequest, conn: Conn, admin_dsn: str) -> None:
+    """Make 50,000 live batches, with statistics; or with those of a table that was empty."""
+    with psycopg.connect(admin_dsn, autocommit=True) as admin:
+        admin.execute("ALTER TABLE batchq.batches_live SET (autovacuum_enabled = false)")
+        admin.execute("ANALYZE batchq.batches_live")
+        admin.execute(BACKLOG)
+        if request.param == "with statistics":
+            admin.execute("ANALYZE batchq.batches_live")
+
+
+@pytest.mark.usefixtures("any_backlog")
+@pytest.mark.parametrize("limit", [1, 300, 1000, 2000])
+def test_the_claim_goes_by_the_order_of_its_index_without_a_sort(conn: Conn, limit: int) -> None:
+    middle = Position(value(conn, "SELECT extract(epoch FROM now() - interval '25000 s')::float8"), 0)
+    for after, until in ((START, END), (middle, END), (START, middle)):
+        statement = queries.claim("default", 0, [KIND, "other"], limit, "worker-1", uuid4(), 60, after, until)
+        check_plan(conn, f"claim of {limit}", statement, limit, {"batches_live_ready", "batches_live_id"})
+
+
+@pytest.mark.usefixtures("any_backlog")
+@pytest.mark.parametrize("count", [1, 300, 1000, 2000, 4000])
+def test_what_is_written_for_claimed_batches_goes_by_their_id(conn: Conn, count: int) -> None:
     taken = take(conn, count)
-    for name, write in (("finish", write_finish), ("requeue", write_requeue), ("extend", write_extend)):
-        backlog.clear()
-        with conn.transaction(force_rollback=True):
-            write(conn, taken)
-        step("%s of %s: %s", name, count, indexes(backlog))
-        assert indexes(backlog) == {"batches_live_id"}, name
+    given_ids, tokens = [one.id for one in taken], [one.token for one in taken]
+    texts = [str(token) for token in tokens]
+    writes = {
+        "complete": queries.complete("default", given_ids, texts),
+        "complete and forget": queries.complete("default", given_ids, texts, keep=False),
+        "finish": queries.finish("default", [Finish(*one, "completed", "1", NO, True) for one in taken]),
+        "requeue": queries.requeue("default", [Requeue(*one, 1.0, True, NO) for one in taken]),
+        "extend": queries.extend("default", given_ids, tokens, 60),
+    }
+    for name, statement in writes.items():
+        check_plan(conn, f"{name} of {count}", statement, count, {"batches_live_id"})
 
 
 def take(conn: Conn, count: int) -> list[Taken]:
     """Claim *count* batches."""
     token = uuid4()
-    return [Taken(row.id, token) for row in claim(conn, count, token=token)]
+    rows = run(conn, queries.claim("default", 0, [KIND, "other"], count, "worker-1", token, 60))
+    assert len(rows) == count
+    return [Taken(row[0], token) for row in rows]
 
 
-def write_finish(conn: Conn, taken: list[Taken]) -> None:
-    """Finish batches."""
-    statement = queries.finish("default", [Finish(*one, "completed") for one in taken])
-    assert len(conn.execute(*statement).fetchall()) == len(taken)
+LEVELS = [[0], [0, 1], list(range(1000))]
 
 
-def write_requeue(conn: Conn, taken: list[Taken]) -> None:
-    """Requeue batches."""
-    assert len(queries.requeue(conn, "default", [Requeue(*one, 1.0, True) for one in taken])) == len(taken)
-
-
-def write_extend(conn: Conn, taken: list[Taken]) -> None:
-    """Extend leases."""
-    given_ids: list[int] = [one.id for one in taken]
-    tokens: list[UUID] = [one.token for one in taken]
-    assert queries.extend(conn, "default", given_ids, tokens, 60).lost == set()
+@pytest.mark.parametrize("levels", LEVELS, ids=["one", "two", "a thousand"])
+def test_the_look_for_ready_priorities_goes_by_the_index_of_the_claim(
+    conn: Conn, backlog: list[dict[str, Any]], levels: list[int]
+) -> None:
+    known = dict.fromkeys(levels, START)
+    assert queries.ready_priorities(conn, "default", [KIND], known) == levels[:2]
+    near_the_end = Position(value(conn, "SELECT extract(epoch FROM now() - interval '60 s')::float8"), 0)
+    assert queries.ready_priorities(conn, "default", ["nobody"], dict.fromkeys(levels, near_the_end)) == []
+    assert queries.has_unknown_priority(conn, "default", levels) is (levels == [0])
+    assert queries.priorities(conn, "default") == [0, 1]
+    assert queries.has_ready_between(conn, "default", 0, [KIND], START, END)
+    assert indexes(backlog) == {"batches_live_ready"}
 
 
 def test_what_is_written_and_read_for_one_batch_goes_by_its_id(conn: Conn, backlog: list[dict[str, Any]]) -> None:

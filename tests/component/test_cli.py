@@ -91,7 +91,9 @@ def test_the_version_is_told(nowhere: CommandLine) -> None:
 SAMPLES = {
     "dsn": "postgresql://host/db",
     "migration_dsn": "postgresql://host/db",
+    "listen_dsn": "postgresql://host/db",
     "queues": "mail, default",
+    "keep_completed": "no",
     "log_format": "JSON",
     "log_level": "Debug",
 }

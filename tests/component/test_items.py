@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 import batchq
+from batchq import queries
 from batchq.testing import running_worker
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, await_status, drain, failed_items, look, put, register_items, values
@@ -284,6 +285,102 @@ def test_a_checkpoint_follows_every_chunk_size_items(dsn: str, conn: psycopg.Con
     drain(app, dsn)
 
     assert committed == [0] * 10 + [10] * 10 + [20] * 5
+
+
+@pytest.fixture
+def checkpoints(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Return how many items each checkpoint from now on counts as done, and as failed."""
+    seen: list[tuple[int, int]] = []
+    make = queries.checkpoint
+
+    def recording(queue: str, batch_id: int, token: Any, lease_seconds: float, progress: queries.Progress) -> Any:
+        seen.append((progress.done, progress.failed))
+        return make(queue, batch_id, token, lease_seconds, progress)
+
+    monkeypatch.setattr(queries, "checkpoint", recording)
+    return seen
+
+
+@both_styles
+@pytest.mark.parametrize(
+    ("items", "bad", "written"),
+    [
+        ([1], set(), []),
+        ([*range(10)], set(), []),
+        ([*range(25)], set(), [(10, 0), (10, 0)]),
+        ([*range(20)], set(), [(10, 0)]),
+        ([*range(15)], {3}, [(9, 1), (5, 0)]),
+        ([*range(15)], {14}, [(10, 0), (4, 1)]),
+        ([1], {1}, [(0, 1)]),
+    ],
+    ids=[
+        "one item",
+        "one chunk",
+        "three chunks",
+        "two full chunks",
+        "a failure before",
+        "a failure at the end",
+        "no good",
+    ],
+)
+def test_the_finish_counts_the_last_chunk_where_nothing_has_failed(
+    dsn: str,
+    conn: psycopg.Connection,
+    checkpoints: list[tuple[int, int]],
+    style: str,
+    items: list[int],
+    bad: set[int],
+    written: list[tuple[int, int]],
+) -> None:
+    app = batchq.App()
+    register_items(app, style, "work", Flaky(bad), chunk_size=10)
+    batch_id = put(conn, "work", items=items, max_attempts=1, max_failed_items=1)
+    drain(app, dsn)
+    assert checkpoints == written
+    assert look(conn, batch_id).status == "completed"
+    assert counters(conn, batch_id) == (len(items) - len(bad), len(bad))
+
+
+@both_styles
+def test_a_last_chunk_without_a_checkpoint_is_worked_again_if_its_finish_does_not_come(
+    dsn: str, conn: psycopg.Connection, style: str
+) -> None:
+    app, body, calls = batchq.App(), Flaky(set()), []
+    rob = (
+        "UPDATE batchq.batches_live SET status = 'pending', claimed_by = NULL, claim_token = NULL, claimed_at = NULL, "
+    )
+
+    def lose(item: int, batch: batchq.Batch) -> None:
+        body(item, batch)
+        calls.append((batch.attempt, item))
+        if (batch.attempt, item) == (1, 14):
+            with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as thief:
+                thief.execute(f"{rob} lease_expires_at = NULL".encode())
+
+    register_items(app, style, "work", lose, chunk_size=10)
+    batch_id = put(conn, "work", items=[*range(15)])
+    drain(app, dsn)
+    assert calls == [(1, n) for n in range(15)] + [(2, n) for n in range(10, 15)]
+    assert look(conn, batch_id).status == "completed"
+    assert counters(conn, batch_id) == (15, 0)
+
+
+@both_styles
+def test_a_batch_that_is_cancelled_in_its_last_chunk_keeps_the_counters_of_its_last_checkpoint(
+    dsn: str, conn: psycopg.Connection, style: str
+) -> None:
+    app = batchq.App()
+
+    def body(item: int, batch: batchq.Batch) -> None:
+        if item == 14:
+            with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as person:
+                person.execute("SELECT batchq.cancel(%s)", [batch.id])
+
+    register_items(app, style, "work", body, chunk_size=10)
+    batch_id = put(conn, "work", items=[*range(15)])
+    drain(app, dsn)
+    assert look(conn, batch_id).status == "cancelled"
+    assert counters(conn, batch_id) == (10, 0)
 
 
 @both_styles

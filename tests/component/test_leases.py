@@ -18,11 +18,14 @@ from tests.component.rows import (
     change,
     checkpoint,
     claim,
+    complete,
     expire_lease,
+    extend,
     failure,
     finish,
     insert,
     processing,
+    requeue,
     value,
     values,
 )
@@ -50,14 +53,24 @@ def write_finish(conn: Conn, queue: str, taken: Taken) -> bool:
     return finish(conn, Finish(*taken, "completed", "1", '{"error": "no"}', True), queue=queue) == {taken.id}
 
 
+def write_complete(conn: Conn, queue: str, taken: Taken) -> bool:
+    """Complete the batch, without a result."""
+    return complete(conn, taken, queue=queue) == {taken.id}
+
+
+def write_complete_and_forget(conn: Conn, queue: str, taken: Taken) -> bool:
+    """Complete the batch, and keep nothing of it."""
+    return complete(conn, taken, queue=queue, keep=False) == {taken.id}
+
+
 def write_requeue(conn: Conn, queue: str, taken: Taken) -> bool:
     """Make the batch pending again."""
-    return queries.requeue(conn, queue, [Requeue(*taken, 5.0, True, '{"error": "no"}')]) == {taken.id}
+    return requeue(conn, Requeue(*taken, 5.0, True, '{"error": "no"}'), queue=queue) == {taken.id}
 
 
 def write_extend(conn: Conn, queue: str, taken: Taken) -> bool:
     """Extend the lease."""
-    leases = queries.extend(conn, queue, [taken.id], [taken.token], 600)
+    leases = extend(conn, taken, queue=queue, lease_seconds=600)
     assert (leases.extended, leases.lost) in [({taken}, set()), (set(), {taken})]
     return leases.extended == {taken}
 
@@ -67,7 +80,15 @@ def give_back(conn: Conn, queue: str, taken: Taken) -> bool:
     return queries.give_back_claim(conn, queue, taken.token) == 1
 
 
-WRITES = [write_checkpoint, write_finish, write_requeue, write_extend, give_back]
+WRITES = [
+    write_checkpoint,
+    write_finish,
+    write_complete,
+    write_complete_and_forget,
+    write_requeue,
+    write_extend,
+    give_back,
+]
 
 
 def everything(conn: Conn) -> list[Any]:
@@ -107,7 +128,7 @@ def test_a_write_in_another_queue_changes_nothing_and_says_so(conn: Conn, taken:
 
 
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("end", [write_finish, write_requeue])
+@pytest.mark.parametrize("end", [write_finish, write_complete, write_complete_and_forget, write_requeue])
 def test_a_write_after_the_end_changes_nothing_and_says_so(conn: Conn, taken: Taken, end: Write, write: Write) -> None:
     assert end(conn, "default", taken)
     before = everything(conn)
@@ -138,7 +159,7 @@ def test_a_requeue_gives_the_attempt_back_only_if_told_to(
     conn: Conn, taken: Taken, gives_back: bool, delay_seconds: float | None, attempt: int
 ) -> None:
     run_at = batch(conn, taken.id)["run_at"]
-    queries.requeue(conn, "default", [Requeue(*taken, delay_seconds, gives_back)])
+    requeue(conn, Requeue(*taken, delay_seconds, gives_back))
     row = batch(conn, taken.id)
     assert (row["status"], row["attempt"], row["claimed_by"]) == ("pending", attempt, None)
     assert (row["run_at"] == run_at) is gives_back
@@ -165,7 +186,7 @@ def test_a_checkpoint_at_the_end_of_a_long_transaction_does_not_shorten_the_leas
     unchanged = Progress(done_before=1, failed_before=1)
     with psycopg.connect(conn.info.dsn, password=conn.info.password, prepare_threshold=None) as handler:
         handler.execute("SELECT now()")
-        queries.extend(conn, "default", [taken.id], [taken.token], 60)
+        extend(conn, taken)
         kept = batch(conn, taken.id)["lease_expires_at"]
         handler.execute(*queries.checkpoint("default", *taken, 30, unchanged))
     assert batch(conn, taken.id)["lease_expires_at"] == kept
@@ -200,7 +221,7 @@ def test_a_failed_item_is_stored_with_its_value_and_its_attempt(conn: Conn) -> N
 
 
 def test_an_item_that_fails_again_has_its_newest_error(conn: Conn, taken: Taken) -> None:
-    queries.requeue(conn, "default", [Requeue(*taken, 0, False)])
+    requeue(conn, Requeue(*taken, 0, False))
     again = taken._replace(token=uuid4())
     claim(conn, token=again.token)
     progress = Progress(failures=[failure(0, "KeyError: still no")], done_before=1, failed_before=1)
@@ -333,9 +354,8 @@ def test_an_extension_names_only_those_that_are_lost(conn: Conn) -> None:
     mine, finished, stolen = processing(conn), processing(conn), processing(conn)
     finish(conn, Finish(*finished, "completed"))
     change(conn, stolen.id, claim_token=uuid4())
-    ids, tokens = [[one[field] for one in (mine, finished, stolen)] for field in (0, 1)]
     unknown = Taken(987, uuid4())
-    leases_of = queries.extend(conn, "default", [*ids, unknown.id], [*tokens, unknown.token], 600)
+    leases_of = extend(conn, mine, finished, stolen, unknown, lease_seconds=600)
     assert (leases_of.extended, leases_of.lost) == ({mine}, {finished, stolen, unknown})
     kept, not_mine = leases(conn)
     assert kept > 590
@@ -344,17 +364,16 @@ def test_an_extension_names_only_those_that_are_lost(conn: Conn) -> None:
 
 def test_an_extension_passes_over_a_locked_row_and_does_not_call_it_lost(conn: Conn, dsn: str) -> None:
     locked, free = processing(conn), processing(conn)
-    ids, tokens = [locked.id, free.id], [locked.token, free.token]
     with psycopg.connect(dsn, prepare_threshold=None) as own_finisher:
         own_finisher.execute(queries.limits(5))
         own_finisher.execute(*queries.finish("default", [Finish(*locked, "completed")]))
         with conn.transaction():
             conn.execute("SELECT set_config('lock_timeout', '500ms', true)")
-            assert queries.extend(conn, "default", ids, tokens, 600) == queries.Leases({free}, set())
+            assert extend(conn, locked, free, lease_seconds=600) == queries.Leases({free}, set())
         own_finisher.rollback()
     assert leases(conn)[0] <= 60
     assert leases(conn)[1] > 590
-    assert queries.extend(conn, "default", ids, tokens, 600) == queries.Leases({free, locked}, set())
+    assert extend(conn, locked, free, lease_seconds=600) == queries.Leases({free, locked}, set())
     assert min(leases(conn)) > 590
 
 
@@ -365,8 +384,7 @@ def test_finishes_and_extensions_in_opposite_orders_do_not_deadlock(conn: Conn, 
         try:
             with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as keeper:
                 while keeping:
-                    with keeper.transaction():
-                        queries.extend(keeper, "default", [t.id for t in taken], [t.token for t in taken], 60)
+                    extend(keeper, *taken)
         except psycopg.Error as error:
             failures.append(error)
 

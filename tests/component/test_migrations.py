@@ -1,6 +1,8 @@
 """Migrations: any number of migrators at once, all of a file or nothing, and messages that say what to do."""
 
+import re
 import shutil
+import time
 from pathlib import Path
 from threading import Thread
 
@@ -13,7 +15,21 @@ from batchq import migrate as migrations
 from batchq import queries
 from batchq.errors import ConfigError
 from batchq.migrate import all_migrations, check_schema, migrate
-from tests.component.rows import KIND, Conn, Taken, claim, failure, finished, insert, processing, value, values
+from tests.component.rows import (
+    KIND,
+    Conn,
+    Taken,
+    claim,
+    complete,
+    extend,
+    failure,
+    finished,
+    insert,
+    processing,
+    requeue,
+    value,
+    values,
+)
 from tests.support.alone import run_alone
 from tests.support.databases import MIGRATIONS
 from tests.support.servers import Server
@@ -88,6 +104,29 @@ def test_a_new_file_is_applied_to_a_database_with_data(dsn: str, conn: Conn, fil
     assert values(conn, "SELECT DISTINCT more FROM batchq.batches") == [7]
 
 
+def test_a_migration_gives_way_while_its_lock_is_not_free_and_holds_up_nobody(
+    dsn: str, admin_dsn: str, conn: Conn, files: Path
+) -> None:
+    (files / "0090_more.sql").write_text("ALTER TABLE batchq.batches ADD COLUMN more integer;")
+    applied: list[str] = []
+    thread = Thread(target=lambda: applied.extend(migrate(dsn)))
+    with psycopg.connect(admin_dsn) as person:
+        person.execute("SELECT count(*) FROM batchq.batches")
+        thread.start()
+        waits = []
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:
+            began_at = time.monotonic()
+            insert(conn)
+            waits.append(time.monotonic() - began_at)
+        step("%s inserts beside it, the longest took %.2f s", len(waits), max(waits))
+        assert max(waits) < 0.8
+        assert applied == []
+        person.rollback()
+    thread.join(10)
+    assert applied == ["0090_more"]
+
+
 def test_a_file_that_fails_leaves_nothing_of_itself_and_those_before_it_stay(dsn: str, conn: Conn, files: Path) -> None:
     (files / "0090_good.sql").write_text("CREATE TABLE batchq.good ();")
     (files / "0091_bad.sql").write_text("CREATE TABLE batchq.half ();\nSELECT 1 / 0;")
@@ -132,7 +171,11 @@ def check_every_statement(conn: Conn) -> None:
     check_schema(conn)
     batchq.enqueue(conn, KIND)
     batchq.enqueue_many(conn, KIND, items=[1, 2], items_per_batch=1, delay_seconds=-1)
-    assert queries.ready_priorities(conn, "default", [KIND]) == [0]
+    assert queries.priorities(conn, "default") == [0]
+    assert queries.has_unknown_priority(conn, "default", [1])
+    assert queries.ready_priorities(conn, "default", [KIND], {0: queries.START}) == [0]
+    assert queries.ready_priorities(conn, "default", [KIND], {0: queries.START, 1: queries.START}) == [0]
+    assert queries.has_ready_between(conn, "default", 0, [KIND], queries.START, queries.END)
     assert len(claim(conn, 2, token=(token := processing(conn, kind="other").token))) == 2
     assert queries.give_back_claim(conn, "default", token) == 3
     taken = processing(conn, kind="third", items=[1, 2])
@@ -143,6 +186,7 @@ def check_every_statement(conn: Conn) -> None:
     read_everything(conn, failed)
     with conn.transaction():
         queries.heartbeat(conn, queries.WorkerRow("w", "h", 1, "1", ["default"], [KIND], 1), 0, False)
+        assert queries.turn(conn, "w", ["default"], 60)[:2] == (1, 0)
         queries.forget_worker(conn, "w")
         assert queries.create_finished_partitions(conn, 20) > 0
         assert queries.prune(conn, 1) == 0
@@ -152,12 +196,15 @@ def write_everything(conn: Conn, taken: Taken) -> None:
     """Run every fenced write on a batch with two items."""
     progress = queries.Progress(1, 1, [failure(1)], first_index=0)
     assert conn.execute(*queries.checkpoint("default", *taken, 60, progress)).rowcount == 1
-    assert queries.extend(conn, "default", [taken.id], [taken.token], 60).lost == set()
+    assert extend(conn, taken).lost == set()
     queries.large_input(conn, "default", *taken)
     queries.items_page(conn, "default", *taken, 0, 1)
     assert len(queries.failed_page(conn, "default", taken.id, 2, 10)) == 1
     queries.retryable_items(conn, "default", taken.id)
-    assert queries.requeue(conn, "default", [queries.Requeue(*taken, 1, False, '{"error": "no"}')]) == {taken.id}
+    assert requeue(conn, queries.Requeue(*taken, 1, False, '{"error": "no"}')) == {taken.id}
+    for keep in (True, False):
+        done = processing(conn, kind="done")
+        assert complete(conn, done, keep=keep) == {done.id}
     silent = processing(conn, kind="silent")
     conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() - interval '1 s' WHERE id = %s", [silent.id])
     assert len(queries.rescue(conn, "default", 10)) == 1
@@ -180,11 +227,29 @@ def test_a_file_is_small_enough_for_every_pooler(file: Path) -> None:
     assert file.stat().st_size < 16 * 1024
 
 
+SETS_SEARCH_PATH = re.compile(
+    r"(^|;|\bBEGIN\b)\s*SET\s+((SESSION|LOCAL)\s+)?SEARCH_PATH|SET_CONFIG\W+SEARCH_PATH", re.M
+)
+
+
+def test_a_search_path_is_seen_where_it_is_set_for_the_session() -> None:
+    for statement in (
+        "SET SEARCH_PATH = X;",
+        "SELECT 1; SET LOCAL SEARCH_PATH TO X",
+        "SELECT SET_CONFIG('SEARCH_PATH', '')",
+    ):
+        assert SETS_SEARCH_PATH.search(statement)
+    assert not SETS_SEARCH_PATH.search(
+        "CREATE FUNCTION F() LANGUAGE PLPGSQL SECURITY DEFINER SET SEARCH_PATH = X AS ''"
+    )
+
+
 @pytest.mark.parametrize("file", sorted(MIGRATIONS.glob("*.sql")), ids=lambda file: file.name)
 def test_a_file_is_known_by_its_name_and_runs_within_a_transaction(file: Path) -> None:
     assert migrations.FILE_NAME.fullmatch(file.name)
     text = file.read_text().upper()
-    assert not any(word in text for word in ("CONCURRENTLY", "COMMIT;", "VACUUM;", "SET SEARCH_PATH"))
+    assert not any(word in text for word in ("CONCURRENTLY", "COMMIT;", "VACUUM;"))
+    assert not SETS_SEARCH_PATH.search(text), "a statement; as a clause of CREATE FUNCTION it is of the function alone"
 
 
 def test_versions_have_no_gap_and_no_twin() -> None:

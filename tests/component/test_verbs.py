@@ -19,11 +19,14 @@ from tests.component.rows import (
     change,
     checkpoint,
     claim,
+    extend,
     failure,
     finish,
     finished,
     insert,
     processing,
+    requeue,
+    run,
     value,
     values,
 )
@@ -68,8 +71,8 @@ def test_a_cancelled_batch_takes_nothing_more_from_its_worker(conn: Conn) -> Non
     before = batch(conn, taken.id)
     assert finish(conn, Finish(*taken, "completed")) == set()
     assert checkpoint(conn, taken, Progress()) == 0
-    assert queries.requeue(conn, "default", [Requeue(*taken, 0, True)]) == set()
-    assert queries.extend(conn, "default", [taken.id], [taken.token], 60).lost == {taken}
+    assert requeue(conn, Requeue(*taken, 0, True)) == set()
+    assert extend(conn, taken).lost == {taken}
     assert batch(conn, taken.id) == before
 
 
@@ -127,7 +130,7 @@ def test_a_cancel_that_meets_a_write_in_flight_waits_and_then_tells_the_truth(
         if ends:
             worker.execute(*queries.finish("default", [Finish(*taken, "completed")]))
         else:
-            queries.claim(worker, "default", 0, [KIND], 1, "worker-1", taken.token, 60)
+            run(worker, queries.claim("default", 0, [KIND], 1, "worker-1", taken.token, 60))
         person = Thread(target=lambda: found.append(cancel(conn, taken.id)))
         person.start()
         with psycopg.connect(admin_dsn, autocommit=True) as admin:
@@ -221,7 +224,7 @@ def test_a_pending_batch_runs_at_once_and_its_place_in_the_order_stays(conn: Con
 def test_a_whole_retry_of_a_pending_batch_starts_from_nothing_too(conn: Conn) -> None:
     taken = processing(conn, items=[1, 2, 3])
     checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0, keeps_cursor=False, cursor="7"))
-    queries.requeue(conn, "default", [Requeue(*taken, 3600, False)])
+    requeue(conn, Requeue(*taken, 3600, False))
     assert retry(conn, taken.id, whole=True) == "pending"
     row = batch(conn, taken.id)
     assert (row["items_done"], row["items_failed"], row["cursor"]) == (0, 0, None)
@@ -272,7 +275,7 @@ def test_only_the_newest_ten_errors_are_kept(conn: Conn) -> None:
     for number in range(1, 13):
         token = uuid4()
         claim(conn, token=token)
-        queries.requeue(conn, "default", [Requeue(batch_id, token, 0, False, f'{{"error": "number {number}"}}')])
+        requeue(conn, Requeue(batch_id, token, 0, False, f'{{"error": "number {number}"}}'))
     row = batch(conn, batch_id)
     assert errors(row) == [f"number {number}" for number in range(3, 13)]
     assert [error["attempt"] for error in row["errors"]] == list(range(3, 13))

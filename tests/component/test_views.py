@@ -20,6 +20,7 @@ from tests.component.rows import (
     finished,
     insert,
     processing,
+    requeue,
     value,
     values,
 )
@@ -59,7 +60,7 @@ def scheduled(conn: Conn) -> int:
 
 def retrying(conn: Conn) -> int:
     taken = processing(conn)
-    queries.requeue(conn, "default", [Requeue(*taken, 60, False, NO)])
+    requeue(conn, Requeue(*taken, 60, False, NO))
     return taken.id
 
 
@@ -154,18 +155,20 @@ def test_the_last_error_is_the_newest(conn: Conn) -> None:
     for number in (1, 2):
         token = uuid4()
         claim(conn, token=token)
-        queries.requeue(conn, "default", [Requeue(batch_id, token, 0, False, f'{{"error": "number {number}"}}')])
+        requeue(conn, Requeue(batch_id, token, 0, False, f'{{"error": "number {number}"}}'))
     assert status(conn, batch_id)["last_error"] == "number 2"
 
 
 # ---------------------------------------------------------------------------------------------------- batchq.queues
 
 
-def heartbeat(conn: Conn, worker_id: str, kinds: list[str], queues: list[str] | None = None) -> int:
-    """Let a worker show itself; return how many live."""
+def heartbeat(
+    conn: Conn, worker_id: str, kinds: list[str], queues: list[str] | None = None, stopping: bool = False
+) -> None:
+    """Let a worker show itself."""
     with conn.transaction():
         row = WorkerRow(worker_id, "host", 1, "1", queues or ["default"], kinds, 8)
-        return queries.heartbeat(conn, row, in_hand=0, stopping=False)
+        queries.heartbeat(conn, row, in_hand=0, stopping=stopping)
 
 
 def test_a_queue_shows_how_many_batches_are_where(conn: Conn) -> None:
@@ -225,16 +228,37 @@ def test_the_rate_is_of_the_last_minute(conn: Conn) -> None:
 # ---------------------------------------------------------------------------------------------------------- workers
 
 
-def test_a_heartbeat_counts_the_workers_that_live_and_drops_the_long_dead(conn: Conn) -> None:
+def turn(conn: Conn, worker_id: str, *queue_names: str) -> tuple[int, int]:
+    """Return a worker's number among those that live and serve one of its queues, and how many those are."""
+    found = queries.turn(conn, worker_id, queue_names or ["default"], silent_seconds=60)
+    return found.number, found.workers
+
+
+def test_a_heartbeat_drops_the_long_dead(conn: Conn) -> None:
     for worker_id in ("silent", "dead"):
         heartbeat(conn, worker_id, [KIND])
     conn.execute("UPDATE batchq.workers SET heartbeat_at = now() - interval '2 minutes' WHERE id = 'silent'")
     conn.execute("UPDATE batchq.workers SET heartbeat_at = now() - interval '61 minutes' WHERE id = 'dead'")
-    assert heartbeat(conn, "one", [KIND]) == 1
-    assert heartbeat(conn, "two", [KIND]) == 2
+    for worker_id in ("one", "two"):
+        heartbeat(conn, worker_id, [KIND])
     assert values(conn, "SELECT id FROM batchq.workers ORDER BY id") == ["one", "silent", "two"]
+    step("the silent one has no turn")
+    assert [turn(conn, "one"), turn(conn, "two")] == [(0, 2), (1, 2)]
     queries.forget_worker(conn, "one")
-    assert heartbeat(conn, "two", [KIND]) == 1
+    assert turn(conn, "two") == (0, 1)
+
+
+def test_turns_are_shared_by_those_that_serve_the_same_queue_and_do_not_stop(conn: Conn) -> None:
+    heartbeat(conn, "a", [KIND], ["mail"])
+    heartbeat(conn, "b", [KIND], ["mail", "default"])
+    heartbeat(conn, "c", [KIND])
+    heartbeat(conn, "d", [KIND])
+    assert [turn(conn, name) for name in ("b", "c", "d")] == [(0, 3), (1, 3), (2, 3)]
+    assert turn(conn, "a", "mail") == (0, 2)
+    assert turn(conn, "b", "mail", "default") == (1, 4)
+    step("one stops: its turn is another's")
+    heartbeat(conn, "c", [KIND], stopping=True)
+    assert [turn(conn, name) for name in ("b", "d")] == [(0, 2), (1, 2)]
 
 
 if __name__ == "__main__":

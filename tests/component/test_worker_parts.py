@@ -1,8 +1,10 @@
 """The parts of a worker on their own: nothing that one batch does may stop a slot, the finisher or the keeper."""
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -10,21 +12,24 @@ import psycopg
 import pytest
 
 import batchq
-from batchq import finisher, queries
+from batchq import claimer, finisher, keeper
 from batchq.batch import Batch, Runtime
-from batchq.claimer import Claimer
+from batchq.claimer import POLLS_A_SECOND, Claimer, Turns
 from batchq.database import HandlerConnections, Link
 from batchq.errors import DatabaseAway, OutcomeUnknown
 from batchq.execution import COMPLETED, Outcome
 from batchq.finisher import Finisher
 from batchq.keeper import Keeper
 from batchq.lanes import ThreadLane
-from batchq.queries import WorkerRow
+from batchq.positions import Source
+from batchq.queries import END, START, Turn, WorkerRow
 from batchq.settings import Settings
 from batchq.testing import drain
-from tests.component.rows import Conn, value, values
+from tests.component.rows import Conn, claim, expire_lease, insert, value, values
+from tests.support import supasim
 from tests.support.alone import run_alone
 from tests.support.steps import step
+from tests.support.supasim import SupaSim
 from tests.support.waiting import wait_until
 
 app = batchq.App()
@@ -68,7 +73,7 @@ class Parts:
 
     def claim(self, count: int) -> list[Batch]:
         """Claim *count* batches, which wait in the lane."""
-        assert self.claimer.claim("default", 0, self.lane, count) == count
+        assert len(self.claimer.claim(Source("default", self.lane), 0, count, START, END)) == count
         return sorted(self.lane.in_hand(), key=lambda batch: batch.id)
 
     def write(self) -> None:
@@ -265,7 +270,7 @@ def test_the_keeper_stops_only_the_claim_that_is_lost_not_a_newer_one_of_the_sam
         "lease_expires_at = NULL"
     )
     parts.lane.claimed -= 1
-    assert parts.claimer.claim("default", 0, parts.lane, 1) == 1
+    assert len(parts.claimer.claim(Source("default", parts.lane), 0, 1, START, END)) == 1
     (new,) = [batch for batch in parts.lane.in_hand() if batch is not old]
     old.leased_at = new.leased_at = time.monotonic() - 60
     parts.keeper.extend()
@@ -287,6 +292,73 @@ def test_a_lease_on_a_locked_row_is_extended_at_the_next_round(conn: Conn, admin
     assert parts.lane.in_hand() == [batch]
 
 
+def expired(conn: Conn, seconds_ago: float) -> int:
+    """Insert and claim a batch whose lease ran out so long ago; return its id."""
+    batch_id = insert(conn, priority=9)
+    claim(conn, priority=9)
+    expire_lease(conn, batch_id, seconds_ago)
+    return batch_id
+
+
+def test_a_rescue_goes_on_behind_the_last_one_and_from_the_beginning_only_so_often(
+    conn: Conn, admin_dsn: str, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "PAUSE_FACTOR", 1e9)
+    first = expired(conn, 3600)
+    parts.keeper.rescue()
+    assert status(conn, first) == "pending"
+    step("a lease that ran out since then is found; one from before, which came late, when it is time for a whole look")
+    late, new = expired(conn, 3600), expired(conn, 0.001)
+    parts.keeper.rescue()
+    assert (status(conn, late), status(conn, new)) == ("processing", "pending")
+    parts.keeper.expiries["default"].whole_at = 0.0
+    parts.keeper.rescue()
+    assert status(conn, late) == "pending"
+
+
+def test_a_cheap_rescue_is_always_from_the_beginning(conn: Conn, admin_dsn: str, parts: Parts) -> None:
+    parts.keeper.rescue()
+    stuck = expired(conn, 3600)
+    with psycopg.connect(admin_dsn) as person:
+        person.execute("SELECT FROM batchq.batches_live WHERE id = %s FOR UPDATE", [stuck])
+        parts.keeper.rescue()
+        assert status(conn, stuck) == "processing", "it is locked"
+        person.rollback()
+    wait_until(lambda: parts.keeper.rescue() or status(conn, stuck) == "pending", 5, "it to be rescued")
+
+
+def test_a_rescue_that_fails_looks_again_where_it_was(conn: Conn, admin_dsn: str, parts: Parts) -> None:
+    parts.keeper.rescue()
+    before = parts.keeper.expiries["default"].passed_until
+    terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'batchq'"
+    with psycopg.connect(admin_dsn, autocommit=True) as admin:
+        admin.execute(f"{terminate} AND datname = current_database()".encode())
+    stuck = expired(conn, 0.001)
+    if parts.links[2].conn is not None:
+        with suppress(psycopg.Error):
+            parts.keeper.rescue()
+    assert parts.keeper.expiries["default"].passed_until >= before
+    wait_until(lambda: parts.keeper.rescue() or status(conn, stuck) == "pending", 5, "it to be rescued")
+
+
+def test_more_leases_than_a_round_takes_are_all_rescued(
+    conn: Conn, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "RESCUES_A_ROUND", 3)
+    monkeypatch.setattr(keeper, "PAUSE_FACTOR", 1e9)
+    parts.keeper.rescue()
+    for seconds in range(8):
+        expired(conn, seconds / 1000)
+    for _ in range(3):
+        parts.keeper.rescue()
+    assert statuses(conn) == ["pending"] * 8
+
+
+def status(conn: Conn, batch_id: int) -> str:
+    """Return a batch's status."""
+    return str(value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [batch_id]))
+
+
 def test_a_service_that_fails_stops_the_worker_instead_of_leaving_half_of_it(
     dsn: str, conn: Conn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,8 +377,7 @@ def test_a_claim_of_unknown_outcome_is_given_back_also_at_a_stop(conn: Conn, dsn
     enqueue(conn, 2)
     worker = batchq.Worker(app, Settings.load(dsn=dsn))
     token = uuid4()
-    with conn.transaction():
-        queries.claim(conn, "default", 0, ["work"], 2, worker.id, token, 60)
+    assert len(claim(conn, 2, worker=worker.id, token=token)) == 2
     worker.claimer.unknown.append(("default", token))
     worker.give_back_claims()
     assert conn.execute("SELECT DISTINCT status, attempt FROM batchq.batches").fetchall() == [("pending", 0)]
@@ -314,24 +385,86 @@ def test_a_claim_of_unknown_outcome_is_given_back_also_at_a_stop(conn: Conn, dsn
         link.close()
 
 
-def test_a_dear_poll_is_made_less_often(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = []
-    for seconds in (0.01, 0.11):
-        monkeypatch.setattr(parts.claimer, "round", lambda seconds=seconds: time.sleep(seconds) or 0)
-        parts.claimer.timed_round()
-        waits.append(min(parts.claimer.idle_seconds() for _ in range(20)))
-    cheap, dear = waits
-    assert cheap < 0.05
-    assert dear > 1
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_what_a_claim_of_unknown_outcome_has_claimed_comes_back_by_its_token(
+    conn: Conn, sim: SupaSim, monkeypatch: pytest.MonkeyPatch, carried_out: bool
+) -> None:
+    relay, armed, cut = supasim.Client._relay, threading.Event(), []
+
+    async def cutting(client: supasim.Client, kind: bytes, body: bytes) -> None:
+        if b"claim_token" not in body or not armed.is_set():
+            await relay(client, kind, body)
+            return
+        armed.clear()
+        cut.append(body)
+        if carried_out:
+            with psycopg.connect(conn.info.dsn, password=conn.info.password, autocommit=True) as own:
+                own.execute(body[:-1])
+        raise supasim.DisconnectError
+
+    monkeypatch.setattr(supasim.Client, "_relay", cutting)
+    parts = Parts(sim.dsn())
+    enqueue(conn, 3)
+    parts.claimer.round()
+    (first,) = parts.lane.in_hand()
+    parts.lane.written += 1
+    armed.set()
+    with pytest.raises(OutcomeUnknown):
+        parts.claimer.round()
+    assert statuses(conn).count("processing") == 1 + carried_out
+    parts.claimer.round()
+    assert len(cut) == 1
+    assert parts.claimer.unknown == []
+    assert values(conn, "SELECT attempt FROM batchq.batches ORDER BY id") == [1, 1, 0]
+    _, second = sorted(parts.lane.in_hand(), key=lambda batch: batch.id)
+    step("the batch that comes next is the same one, under the token of a claim of which the outcome is known")
+    found = values(conn, "SELECT claim_token FROM batchq.batches WHERE status = 'processing' ORDER BY id")
+    assert found == [first.claim.token, second.claim.token]
+    parts.close()
 
 
-def test_idle_polling_is_shared_by_the_live_workers(parts: Parts) -> None:
-    def middle(workers: int) -> float:
-        parts.claimer.live_workers = workers
-        return sum(parts.claimer.idle_seconds() for _ in range(400)) / 400
+def test_a_dear_look_is_made_less_often_but_not_for_one_that_met_a_busy_machine(parts: Parts) -> None:
+    (source,) = parts.claimer.sources
 
-    assert middle(1) == pytest.approx(1 / 50, rel=0.1)
-    assert middle(20) == pytest.approx(20 / 50, rel=0.1)
+    def least_wait(*looks: float) -> float:
+        source.look_costs.clear()
+        for seconds in (0.001, *looks):
+            source.looked({}, seconds)
+        return min(parts.claimer.idle_seconds() for _ in range(50))
+
+    assert least_wait(0.001, 0.001, 0.001) < 0.05
+    assert least_wait(0.101, 0.001, 0.101) < 0.05
+    assert least_wait(0.111, 0.111, 0.111) >= 0.1 * 20 / 2
+
+
+def test_idle_workers_poll_in_turn_by_the_databases_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    step("20 workers whose heartbeats came at different times each know when it is their turn")
+    clock = 1000.0
+    monkeypatch.setattr(claimer.time, "monotonic", lambda: clock)
+    epoch = 1.7e9
+    known = [clock - 0.37 * number for number in range(20)]
+    turns = [Turns(Turn(20, number, epoch + at - clock), at) for number, at in enumerate(known)]
+    at = sorted(one.wait_seconds() for one in turns)
+    gaps = [after - before for before, after in itertools.pairwise(at)]
+    assert gaps == pytest.approx([1 / POLLS_A_SECOND] * 19, abs=1e-4)
+    assert {one.period_seconds for one in turns} == {20 / POLLS_A_SECOND}
+
+
+def test_a_turn_that_has_just_been_or_comes_at_once_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    period = 1 / POLLS_A_SECOND
+    turns = Turns(Turn(1, 0, 0.0), 1000.0)
+    for since, wait in ((0.0, 1.0), (0.01, 0.99), (0.5, 0.5), (0.89, 0.11), (0.95, 1.05)):
+        monkeypatch.setattr(claimer.time, "monotonic", lambda since=since: 1000.0 + since * period)
+        assert turns.wait_seconds() == pytest.approx(wait * period, abs=1e-6), since
+
+
+def test_the_heartbeat_tells_the_claimer_its_turn(conn: Conn, parts: Parts) -> None:
+    conn.execute(
+        "INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, in_hand, stopping) "
+        "VALUES ('a worker', 'h', 1, '0', '{default}', '{work}', 1, 0, false)"
+    )
+    parts.keeper.heartbeat()
+    assert parts.claimer.turns.period_seconds == 2 / POLLS_A_SECOND
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Connections: what the contract of the poolers demands of each, and how they survive what happens to them."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -32,7 +33,9 @@ from batchq.database import (
     transaction_async,
 )
 from batchq.errors import ConfigError, DatabaseAway, OutcomeUnknown
+from batchq.queries import Finish, Requeue
 from batchq.settings import Settings, dsn_problems, hide_password
+from tests.support import supasim
 from tests.support.alone import run_alone
 from tests.support.poolers import PgBouncer
 from tests.support.servers import free_port
@@ -124,10 +127,10 @@ def test_no_statement_is_prepared_however_often_it_runs(admin_dsn: str) -> None:
     for _ in range(8):
         with link.transaction() as conn:
             batchq.enqueue(conn, "work")
-            queries.claim(conn, "default", 0, ["work"], 1, "w", uuid4(), 60)
             queries.rescue(conn, "default", 1)
+        link.run(queries.claim("default", 0, ["work"], 1, "w", uuid4(), 60))
         with link.reading() as conn:
-            queries.ready_priorities(conn, "default", ["work"])
+            queries.ready_priorities(conn, "default", ["work"], {0: queries.START})
     with link.reading() as conn:
         assert value(conn, "SELECT count(*) FROM pg_prepared_statements") == 0
     link.close()
@@ -334,6 +337,193 @@ def terminate(admin: Conn, conn: Conn) -> None:
     pid = value(conn, "SELECT pg_backend_pid()")
     assert value(admin, f"SELECT pg_terminate_backend({pid})")
     wait_until(lambda: not value(admin, f"SELECT count(*) FROM pg_stat_activity WHERE pid = {pid}"), 5, "its end")
+
+
+# ------------------------------------------------------------------------------- a whole transaction in one message
+
+
+def made(text: str, **parameters: Any) -> Any:
+    """Return a statement."""
+    return text, parameters
+
+
+@pytest.fixture(params=["in one message", "too long for one"])
+def running(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, link: Link) -> Link:
+    """Return a link that runs every statement in one message, or none."""
+    monkeypatch.setattr(database, "LONGEST_TEXT", 10**9 if request.param == "in one message" else 0)
+    return link
+
+
+@pytest.fixture
+def messages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
+    """Return what reaches the simulator of Supavisor from now on."""
+    seen: list[tuple[bytes, bytes]] = []
+    relay = supasim.Client._relay
+
+    async def recording(client: supasim.Client, kind: bytes, body: bytes) -> None:
+        seen.append((kind, body))
+        await relay(client, kind, body)
+
+    monkeypatch.setattr(supasim.Client, "_relay", recording)
+    return seen
+
+
+def test_a_statement_goes_as_one_message_with_its_transaction(
+    sim: SupaSim, messages: list[tuple[bytes, bytes]]
+) -> None:
+    link = Link(sim.dsn(), 10)
+    with link.reading() as conn:
+        conn.execute("SELECT 1")
+    messages.clear()
+    assert link.run(made("SELECT %(word)s || '!'", word="it's")) == [("it's!",)]
+    [(kind, body)] = messages
+    assert kind == b"Q"
+    assert body.startswith(b"BEGIN; SELECT set_config(")
+    assert body.endswith(b"'it''s' || '!'; COMMIT\0")
+    link.close()
+    assert sim.settled() == []
+
+
+def test_no_text_is_longer_than_every_pooler_takes(sim: SupaSim, messages: list[tuple[bytes, bytes]]) -> None:
+    link = Link(sim.dsn(), 10)
+    for count in (1, 100, 200, 300, 400, 500, 1000, 2000):
+        ids, tokens = list(range(count)), [uuid4() for _ in range(count)]
+        given = [(number, token) for number, token in zip(ids, tokens, strict=True)]
+        assert link.run(queries.complete("default", ids, [str(tokens[0])] * count)) == []
+        assert link.run(queries.complete("default", ids, list(map(str, tokens)))) == []
+        assert (
+            link.run(queries.finish("default", [Finish(*one, "failed", "1", '{"error": ""}') for one in given])) == []
+        )
+        assert link.run(queries.requeue("default", [Requeue(*one, 1.0, False) for one in given])) == []
+        assert len(link.run(queries.extend("default", ids, tokens, 60))) == count
+    link.close()
+    assert sim.settled() == []
+    longest = max(len(body) for kind, body in messages if kind in b"QP")
+    step("the longest text: %s bytes", longest)
+    assert 10_000 < longest < 16_384
+
+
+SETTINGS_SEEN = [
+    "statement_timeout",
+    "lock_timeout",
+    "idle_in_transaction_session_timeout",
+    "client_connection_check_interval",
+    *queries.BY_INDEX,
+    "synchronous_commit",
+]
+
+
+def test_limits_and_settings_of_a_statement_hold_within_it_and_are_gone_after_it(running: Link) -> None:
+    seen = "SELECT " + ", ".join(f"current_setting('{name}')" for name in SETTINGS_SEEN)
+    defaults = ("0", "0", "0", "0", *("on" for _ in queries.BY_INDEX), "on")
+    off = queries.BY_INDEX | queries.WITHOUT_WAITING_FOR_THE_DISK
+    for _ in range(3):
+        assert running.run(made(seen), off) == [("10s", "5s", "10s", "2s", *queries.BY_INDEX.values(), "off")]
+        durably = running.run(made(seen))
+        assert durably == [("10s", "5s", "10s", "2s", *queries.BY_INDEX.values(), "on")], "unless told otherwise"
+        with running.reading() as conn:
+            assert conn.execute(seen.encode()).fetchone() == defaults
+
+
+def test_a_statement_that_fails_leaves_nothing_and_the_connection_usable(running: Link) -> None:
+    running.run(made("SELECT 1"))
+    kept = running.conn
+    insert = (
+        "WITH new AS (INSERT INTO batchq.batches (kind) VALUES ('work') RETURNING id) SELECT 1 / (id - id) FROM new"
+    )
+    failures = [
+        (insert, psycopg.errors.DivisionByZero),
+        ("SELEC 1", psycopg.errors.SyntaxError),
+        ("SELECT %(word)s::text", psycopg.DataError),
+    ]
+    for text, error in failures * 2:
+        with pytest.raises(error):
+            running.run(made(text, word="a\0b"))
+        assert running.run(made("SELECT count(*) FROM batchq.batches")) == [(0,)]
+    assert running.conn is kept is not None
+    assert running.conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+
+
+def test_a_statement_whose_commit_is_refused_leaves_nothing_and_the_connection_usable(
+    running: Link, admin: Conn
+) -> None:
+    admin.execute("CREATE TABLE public.twice (id integer UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        running.run(made("INSERT INTO public.twice VALUES (1), (1) RETURNING id"))
+    assert running.run(made("SELECT count(*) FROM public.twice")) == [(0,)]
+
+
+def test_a_statement_of_one_message_that_takes_too_long_is_cancelled_by_the_server(dsn: str) -> None:
+    link = Link(dsn, 0.2)
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        link.run(made("SELECT pg_sleep(30)"))
+    assert link.run(made("SELECT 1")) == [(1,)]
+    link.close()
+
+
+def test_a_statement_whose_connection_is_lost_in_commit_has_an_unknown_outcome(running: Link, admin: Conn) -> None:
+    admin.execute(DIES_IN_COMMIT)
+    with pytest.raises(OutcomeUnknown):
+        running.run(made(f"{INSERT_FATAL} RETURNING id"))
+    assert running.conn is None
+    assert running.run(made("SELECT count(*) FROM public.fatal")) == [(0,)]
+
+
+def test_of_one_message_it_cannot_be_told_where_the_connection_was_lost(link: Link) -> None:
+    with pytest.raises(OutcomeUnknown):
+        link.run(made("SELECT pg_terminate_backend(pg_backend_pid()), pg_sleep(5)"))
+    assert link.conn is None
+    assert link.run(made("SELECT 1")) == [(1,)]
+
+
+def test_a_frozen_pooler_holds_a_statement_of_one_message_no_longer_than_the_bound(
+    pgbouncer: PgBouncer, database: str
+) -> None:
+    link = Link(pgbouncer.dsn(database), 1)
+    assert link.run(made("SELECT 1")) == [(1,)]
+    pgbouncer.freeze()
+    try:
+        began_at = time.monotonic()
+        with pytest.raises(OutcomeUnknown):
+            link.run(made("SELECT 1"))
+        assert time.monotonic() - began_at < 3
+    finally:
+        pgbouncer.thaw()
+    assert link.run(made("SELECT 1")) == [(1,)]
+    link.close()
+
+
+WORDS = [
+    *("it's", "''", 'say "x"', "back\\slash", "\\", "\\'", "\\\\'; DROP SCHEMA batchq CASCADE; --", "E'\\x41'", "\\N"),
+    *("%", "%s", "%(word)s", "100%%", "$1", "$$", "$a$x$a$", "; COMMIT; SELECT 1", "-- x", "/* x */", "{1,2}", "NULL"),
+    *("\n\r\t\x1b", "\x7f\x80\u2028", "👩🏽\u200d🚀", "é" * 3000, "x" * 20_000, "", " ", "\\u0000"),
+]
+
+
+@pytest.mark.parametrize("standard", ["on", "off"])
+def test_every_text_arrives_as_it_is(admin_dsn: str, database: str, admin: Conn, standard: str) -> None:
+    admin.execute(f"ALTER DATABASE {database} SET standard_conforming_strings = {standard}".encode())
+    link = Link(admin_dsn, 10)
+    assert link.run(made("SHOW standard_conforming_strings")) == [(standard,)]
+    text = "SELECT %(word)s::text, (%(words)s::text[])[1], %(document)s::jsonb ->> 'word', '100%%'"
+    for word in WORDS:
+        parameters = {"word": word, "words": [word, None], "document": json.dumps({"word": word})}
+        assert link.run(made(text, **parameters)) == [(word, word, word, "100%")]
+    link.close()
+
+
+def test_payloads_results_and_errors_are_stored_as_they_are(running: Link) -> None:
+    for number, word in enumerate(WORDS):
+        worker, token = word[:50] or "w", uuid4()
+        with running.transaction() as conn:
+            batch_id = batchq.enqueue(conn, f"kind {number}", {"word": word})
+        [row] = running.run(queries.claim("default", 0, [f"kind {number}"], 1, worker, token, 60))
+        assert json.loads(row[4] or "null") in ({"word": word}, None)
+        end = Finish(row[0], token, "failed", json.dumps({"word": word}), json.dumps({"error": word}))
+        assert running.run(queries.finish("default", [end])) == [(batch_id,)]
+        stored = "SELECT result ->> 'word', errors -> 0 ->> 'error', claimed_by FROM batchq.batches WHERE id = %s"
+        with running.reading() as conn:
+            assert conn.execute(stored, [batch_id]).fetchone() == (word, word, worker)
 
 
 # ------------------------------------------------------------------------------------------------- a new connection

@@ -7,6 +7,7 @@ import asyncio
 import random
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,8 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import batchq
+from batchq import claimer, queries
+from batchq.database import Link
 from batchq.testing import running_worker
 from tests.e2e import apps
 from tests.support import supasim
@@ -191,6 +194,106 @@ def test_a_crash_of_the_server_loses_and_doubles_nothing(
             check_recovery(load, "the restart of the server")
 
 
+@pytest.fixture
+def slow_wal_writer(admin_dsn: str) -> Iterator[None]:
+    """Have what is committed without waiting for the disk stay in memory for 10 s."""
+    with psycopg.connect(admin_dsn, autocommit=True) as conn:
+        conn.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")
+        conn.execute("SELECT pg_reload_conf()")
+    yield
+    with psycopg.connect(admin_dsn, autocommit=True) as conn:
+        conn.execute("ALTER SYSTEM RESET wal_writer_delay")
+        conn.execute("SELECT pg_reload_conf()")
+
+
+def claim_one(link: Link, token: uuid.UUID) -> int:
+    """Claim a batch of kind "lost" as a claimer does; return its id."""
+    [row] = link.run(queries.claim("default", 0, ["lost"], 1, "worker-1", token, 600), claimer.SETTINGS)
+    return int(row[0])
+
+
+@pytest.mark.usefixtures("slow_wal_writer")
+def test_a_claim_that_a_crash_forgets_is_made_again_and_its_token_writes_nothing(
+    admin: psycopg.Connection[Any], admin_dsn: str, crash_server: Callable[[], None]
+) -> None:
+    link = Link(admin_dsn, 10)
+    batchq.enqueue(admin, "lost", max_attempts=1)
+    forgotten = 0
+    for _ in range(5):
+        step("given a claim, when the server crashes at once")
+        token = uuid.uuid4()
+        batch_id = claim_one(link, token)
+        crash_server()
+        link.close()
+        with psycopg.connect(admin_dsn, autocommit=True) as conn:
+            held = conn.execute("SELECT status, attempt, claim_token FROM batchq.batches").fetchone()
+            assert held
+            if held[0] == "pending":
+                forgotten += 1
+                assert held[1] == 0
+                step("then it is as if it had never been claimed, and what its worker writes comes to nothing")
+                assert link.run(queries.complete("default", [batch_id], [str(token)])) == []
+                assert link.run(queries.requeue("default", [queries.Requeue(batch_id, token, None, True)])) == []
+                assert queries.leases(link.run(queries.extend("default", [batch_id], [token], 60))).lost
+            else:
+                queries.give_back_claim(conn, "default", held[2])
+    link.close()
+    assert forgotten > 0, "no crash has forgotten a claim, so this test proves nothing"
+
+
+@pytest.mark.usefixtures("slow_wal_writer")
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_is_finished_is_finished_after_a_crash(
+    admin: psycopg.Connection[Any], admin_dsn: str, crash_server: Callable[[], None], keep: bool
+) -> None:
+    link = Link(admin_dsn, 10)
+    for _ in range(3):
+        batchq.enqueue(admin, "lost")
+    tokens = [uuid.uuid4() for _ in range(3)]
+    ids = [claim_one(link, token) for token in tokens]
+    assert len(link.run(queries.complete("default", ids[:1], [str(tokens[0])], keep))) == 1
+    assert len(link.run(queries.finish("default", [queries.Finish(ids[1], tokens[1], "failed")]))) == 1
+    assert len(link.run(queries.requeue("default", [queries.Requeue(ids[2], tokens[2], 3600, False)]))) == 1
+    crash_server()
+    link.close()
+    with psycopg.connect(admin_dsn, autocommit=True) as conn:
+        found = conn.execute("SELECT status, attempt FROM batchq.batches ORDER BY id").fetchall()
+    assert found == [("completed", 1)] * keep + [("failed", 1), ("pending", 1)]
+
+
+@pytest.mark.usefixtures("slow_wal_writer")
+@pytest.mark.parametrize("style", ["def", "async def"])
+def test_a_handler_whose_claim_a_crash_forgets_writes_its_rows_once(
+    admin: psycopg.Connection[Any], admin_dsn: str, crash_server: Callable[[], None], style: str
+) -> None:
+    app, began, gate = batchq.App(), threading.Event(), threading.Event()
+    note = "INSERT INTO ledger (seq, batch_id, pid, attempt) VALUES (1, %s, 0, %s)"
+
+    @app.handler("def", backoff=batchq.Backoff(0, 0))
+    def write(batch: batchq.Batch) -> None:
+        began.set()
+        gate.wait(20)
+        with batch.transaction() as conn:
+            conn.execute(note, [batch.id, batch.attempt])
+
+    @app.handler("async def", backoff=batchq.Backoff(0, 0))
+    async def write_async(batch: batchq.Batch) -> None:
+        began.set()
+        await asyncio.to_thread(gate.wait, 20)
+        async with batch.transaction() as conn:
+            await conn.execute(note, [batch.id, batch.attempt])
+
+    with running_worker(app, admin_dsn, lease_seconds=60):
+        batchq.enqueue_many(admin, style, [{"seq": seq} for seq in range(8)])
+        assert began.wait(10)
+        crash_server()
+        gate.set()
+        with psycopg.connect(admin_dsn, autocommit=True) as conn:
+            wait_until(lambda: statuses(conn) == {"completed"}, 20, "completion")
+            rows = conn.execute("SELECT batch_id, count(*) FROM ledger GROUP BY 1 ORDER BY 1").fetchall()
+    assert [count for _, count in rows] == [1] * 8
+
+
 def test_terminated_backends_lose_and_double_nothing(load: Load, admin_dsn: str) -> None:
     terminate = """
     SELECT count(pg_terminate_backend(pid))
@@ -311,10 +414,14 @@ def test_a_commit_whose_answer_is_lost_loses_and_doubles_nothing(
         step("%s of %s COMMITs were cut", cutter.cut, cutter.seen)
         check_recovery(load, "the last cut")
         assert "lost during COMMIT" in worker.text()
+        assert "lost during a transaction" in worker.text()
 
 
 class CommitCutter:
-    """Makes the simulator cut every n-th COMMIT: before the server has it, or after it was carried out."""
+    """Makes the simulator cut every n-th COMMIT: before the server has it, or after it was carried out.
+
+    Also one that comes in one message with its whole transaction.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, carried_out: bool) -> None:
         self.carried_out = carried_out
@@ -323,7 +430,7 @@ class CommitCutter:
         relay, cutter = supasim.Client._relay, self
 
         async def cutting(client: supasim.Client, kind: bytes, body: bytes) -> None:
-            if kind == b"Q" and body == b"COMMIT\0" and cutter.is_next():
+            if kind == b"Q" and body.endswith(b"COMMIT\0") and cutter.is_next():
                 await cutter.cut_now(client, kind, body)
             await relay(client, kind, body)
 

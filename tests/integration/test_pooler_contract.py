@@ -225,18 +225,18 @@ def test_two_claimers_through_a_pooler_claim_disjoint_batches(
 
 def claim(conn: psycopg.Connection[Any]) -> set[int]:
     """Claim 10 batches; return their ids."""
-    return {row.id for row in queries.claim(conn, "default", 0, ["quick"], 10, "worker", uuid.uuid4(), 60)}
+    statement = queries.claim("default", 0, ["quick"], 10, "worker", uuid.uuid4(), 60)
+    return {row[0] for row in conn.execute(*statement)}
 
 
 def claim_all(link: Link) -> list[int]:
     """Claim until nothing is left; return the ids."""
     claimed: list[int] = []
     while True:
-        with link.transaction() as conn:
-            found = claim(conn)
+        found = link.run(queries.claim("default", 0, ["quick"], 10, "worker", uuid.uuid4(), 60))
         if not found:
             return claimed
-        claimed += found
+        claimed += [row[0] for row in found]
 
 
 # Migrations, names

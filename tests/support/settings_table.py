@@ -26,6 +26,8 @@ def default(field: FieldInfo) -> str:
     """Return a setting's default as it would be written in the environment."""
     if isinstance(field.default, SecretStr):
         return "none"
+    if isinstance(field.default, bool):
+        return "`yes`" if field.default else "`no`"
     return f"`{','.join(field.default) if isinstance(field.default, tuple) else field.default}`"
 
 

@@ -1,0 +1,320 @@
+"""The lane of threads: brief batches stay with one slot, and no batch waits behind a slow one while a slot is idle."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from uuid import uuid4
+
+import pytest
+
+import batchq
+from batchq import lanes
+from batchq.batch import Batch, Claim, Runtime
+from batchq.execution import RELEASED, Outcome
+from batchq.lanes import MOST_PREFETCHED, Lane, Spurt, ThreadLane
+from batchq.queries import ClaimedRow
+from batchq.worker import switching_quickly
+from tests.support.alone import run_alone
+from tests.support.steps import step
+from tests.support.waiting import wait_until
+
+SLOTS = 8
+GATE = '"gate"'
+numbers = itertools.count(1)
+
+
+class Work:
+    """A lane of eight slots, without a database, whose handler does what the payload says; who did what, and when."""
+
+    def __init__(self) -> None:
+        self.app = batchq.App()
+        self.gate = threading.Event()
+        self.did: list[tuple[int, str, float]] = []
+        self.outcomes: dict[int, Outcome] = {}
+        self.app.handler("work")(self.handle)
+        self.lane = ThreadLane(self.app.handlers, SLOTS, self.ended)
+        self.lane.start()
+
+    def handle(self, batch: batchq.Batch) -> None:
+        """Do what the payload says: nothing, sleep so many seconds, or wait for the gate."""
+        if batch.payload == "gate":
+            self.gate.wait(20)
+        elif batch.payload:
+            time.sleep(batch.payload)
+        self.did.append((batch.id, threading.current_thread().name, time.monotonic()))
+
+    def ended(self, lane: Lane, batch: Batch, outcome: Outcome) -> None:
+        """Note the outcome; the finisher would write it."""
+        self.outcomes[batch.id] = outcome
+        lane.written += 1
+
+    def take(self, *payloads: str) -> list[Batch]:
+        """Have batches of these payloads claimed at once."""
+        claim = Claim("default", uuid4(), Runtime(None, 60, threading.Event()), time.monotonic())  # type: ignore[arg-type]
+        rows = [ClaimedRow(next(numbers), "work", 1, 5, one, None, None, 0, 0, 0, None, 0.0) for one in payloads]
+        batches = [Batch(row, claim) for row in rows]
+        self.lane.take(batches)
+        return batches
+
+    def wait(self, seconds: float = 10) -> None:
+        """Wait until nothing is in hand."""
+        wait_until(lambda: not self.lane.hand, seconds, "all to end")
+
+    def warm_up(self) -> None:
+        """Let the lane learn that batches are brief."""
+        for _ in range(20):
+            self.take(*["0"] * 200)
+            self.wait()
+            if self.lane.mean_seconds < lanes.BRIEF_SECONDS / 2:
+                break
+        assert self.lane.mean_seconds < lanes.BRIEF_SECONDS
+        wait_until(lambda: self.lane.awake == 0, 5, "all slots to be idle")
+        self.did.clear()
+
+    def threads(self) -> set[str]:
+        """Return the slots that have worked."""
+        return {name for _, name, _ in self.did}
+
+
+def slots_alive() -> set[str]:
+    """Return the names of the slots that there are, of any lane."""
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("batchq-slot-")}
+
+
+@pytest.fixture
+def work() -> Iterator[Work]:
+    """Return a lane that is started; at the end it must be told to stop, and every slot must end."""
+    assert slots_alive() == set()
+    work = Work()
+    with switching_quickly():
+        yield work
+    work.gate.set()
+    work.lane.stop()
+    wait_until(lambda: not slots_alive(), 5, f"every slot to end, not {slots_alive()}")
+
+
+def test_brief_batches_stay_with_one_slot(work: Work) -> None:
+    work.warm_up()
+    assert least_busy(work, lambda: work.take(*["0"] * 2000)) <= 2
+    step("also where they come in several claims")
+    assert least_busy(work, lambda: [work.take(*["0"] * 200) for _ in range(10)]) <= 2
+
+
+def test_after_a_hiccup_one_slot_does_the_work_again(work: Work) -> None:
+    work.warm_up()
+    assert least_busy(work, lambda: work.take(*["0"] * 500, "0.05", *["0"] * 10_000)) <= 2
+
+
+def least_busy(work: Work, take: Callable[[], object]) -> int:
+    """Return how many slots did the last 1000 of what *take* claims; the least of five tries, on a busy machine."""
+    counts = []
+    for _ in range(5):
+        work.did.clear()
+        take()
+        work.wait()
+        counts.append(len({name for _, name, _ in work.did[-1000:]}))
+    step("the last 1000 batches were done by so many slots: %s", counts)
+    return min(counts)
+
+
+def test_one_slow_batch_amid_brief_ones_holds_nobody_up(work: Work) -> None:
+    work.warm_up()
+    began_at = time.monotonic()
+    slow = work.take(*["0"] * 100, "1", *["0"] * 100)[100]
+    wait_until(lambda: len(work.did) == 200, 5, "the brief ones to end")
+    took = max(when for _, _, when in work.did) - began_at
+    step("the brief ones took %.1f ms", 1000 * took)
+    assert took < 0.1
+    assert work.lane.hand == {slow}
+    step("nor those that come while it runs")
+    began_at = time.monotonic()
+    work.take(*["0"] * 100)
+    wait_until(lambda: len(work.did) == 300, 5, "those that came later to end")
+    assert time.monotonic() - began_at < 0.1
+    assert work.lane.hand == {slow}
+    work.wait()
+
+
+def test_several_slow_batches_amid_brief_ones_hold_nobody_up_while_a_slot_is_idle(work: Work) -> None:
+    work.warm_up()
+    began_at = time.monotonic()
+    work.take(*(["0"] * 30 + ["1"]) * (SLOTS - 1), *["0"] * 30)
+    wait_until(lambda: len(work.did) == 30 * SLOTS, 5, "the brief ones to end")
+    assert time.monotonic() - began_at < 0.3
+    assert len(work.lane.hand) == SLOTS - 1
+    work.wait()
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["at the start", "after brief ones"])
+def test_slow_batches_use_every_slot(work: Work, warm: bool) -> None:
+    if warm:
+        work.warm_up()
+    began_at = time.monotonic()
+    work.take(*["0.1"] * 3 * SLOTS)
+    work.wait()
+    took = time.monotonic() - began_at
+    step("3 rounds of 0.1 s took %.2f s", took)
+    assert len(work.threads()) == SLOTS
+    assert took < 0.45
+
+
+def test_a_batch_that_comes_alone_begins_at_once(work: Work) -> None:
+    for is_warm in (False, True):
+        if is_warm:
+            work.warm_up()
+        waits = []
+        for _ in range(20):
+            began_at = time.monotonic()
+            work.take("0")
+            work.wait()
+            waits.append(work.did[-1][2] - began_at)
+        assert sorted(waits)[10] < 0.003, waits
+
+
+def test_no_slot_spins_while_there_is_nothing_to_do(work: Work) -> None:
+    work.warm_up()
+    began = time.process_time()
+    work.gate.wait(0.5)
+    assert time.process_time() - began < 0.1
+    step("nor while all wait for slow ones")
+    work.take(*[GATE] * SLOTS, *["0"] * 10)
+    wait_until(lambda: work.lane.awake == SLOTS, 5, "every slot to be at work")
+    began = time.process_time()
+    threading.Event().wait(0.5)
+    assert time.process_time() - began < 0.1
+    work.gate.set()
+    work.wait()
+
+
+def test_each_batch_is_begun_in_the_order_of_its_claim(work: Work) -> None:
+    work.warm_up()
+    ids = [batch.id for _ in range(5) for batch in work.take(*["0"] * 100)]
+    work.wait()
+    one_slots = [batch_id for batch_id, _, _ in work.did]
+    assert sorted(one_slots) == ids
+    if len(work.threads()) == 1:
+        assert one_slots == ids
+
+
+def test_a_slot_lost_to_a_handler_is_replaced_and_all_slots_are_counted(work: Work) -> None:
+    stuck = work.take(*[GATE] * SLOTS)
+    wait_until(lambda: all(batch.begun_at is not None for batch in stuck), 5, "all to begin")
+    for batch in stuck:
+        assert work.lane.end_from_outside(batch, RELEASED)
+    work.take(*["0.05"] * SLOTS)
+    work.wait()
+    assert len(work.threads()) == SLOTS
+    assert work.lane.abandoned == SLOTS
+    wait_until(lambda: work.lane.awake == 0, 5, f"no slot to be counted as awake, not {work.lane.awake}")
+    work.gate.set()
+    wait_until(lambda: len(slots_alive()) == SLOTS, 5, "the lost slots to end")
+    step("and those that return late are not counted either")
+    assert work.lane.awake == 0
+    work.warm_up()
+
+
+def test_what_waits_is_given_back_and_what_came_meanwhile_is_kept(work: Work) -> None:
+    old = work.take(*[GATE] * SLOTS, *["0"] * 5)
+    wait_until(lambda: len(work.lane.waiting) == 5, 5, "the slots to be taken")
+    assert work.lane.give_back_waiting(60) == 0
+    assert len(work.lane.waiting) == 5
+    for batch in old:
+        batch.claim.began_at -= 60
+    new = work.take("0", "0")
+    assert work.lane.give_back_waiting(30) == 5
+    assert [work.outcomes[batch.id] for batch in old[SLOTS:]] == [RELEASED] * 5
+    work.gate.set()
+    work.wait()
+    assert {batch.id for batch in new} <= {batch_id for batch_id, _, _ in work.did}
+    assert not {batch.id for batch in old[SLOTS:]} & {batch_id for batch_id, _, _ in work.did}
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "at work"])
+def test_a_stop_ends_every_slot(work: Work, busy: bool) -> None:
+    if busy:
+        work.take(*["0.2"] * SLOTS)
+    wait_until(lambda: len(slots_alive()) == SLOTS, 5, "every slot to be there")
+    work.lane.stop()
+    wait_until(lambda: not slots_alive(), 2, "every slot to end")
+
+
+# ------------------------------------------------------------------------------------------------- how much to claim
+
+
+@pytest.fixture
+def still() -> ThreadLane:
+    """Return a lane whose slots were never started."""
+    return ThreadLane({}, SLOTS, lambda *_: None)
+
+
+def test_the_prefetch_is_what_ends_in_a_fifth_of_a_second(still: ThreadLane, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = at(monkeypatch, still)
+    for batches, wanted in ((0, SLOTS), (10, SLOTS), (1000, 100), (1000, 150), (1_000_000, MOST_PREFETCHED)):
+        still.run_count += batches
+        clock(1.0)
+        assert still.wanted() == wanted
+
+
+def at(monkeypatch: pytest.MonkeyPatch, lane: ThreadLane) -> Callable[[float], None]:
+    """Return what moves the lane's clock."""
+    now = [lane.paced_at]
+
+    class Clock:
+        """A clock that stands still."""
+
+        @staticmethod
+        def monotonic() -> float:
+            """Return its time."""
+            return now[0]
+
+    def move(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(lanes, "time", Clock)
+    return move
+
+
+def test_a_spurt_tells_what_the_lane_can_do_though_claims_come_rarely(
+    still: ThreadLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step("8 batches of 1 ms, then nothing for a second: the pace is that of the batches, not that of the claims")
+    clock = at(monkeypatch, still)
+    for _ in range(3):
+        still.spurt.begin(SLOTS, goes_on=False)
+        clock(0.008)
+        still.run_count += SLOTS
+        still.spurt.end()
+        clock(1.0)
+        assert still.wanted() == 200
+    step("and what it could do once is forgotten")
+    for _ in range(8):
+        clock(1.0)
+        wanted = still.wanted()
+    assert wanted == SLOTS
+
+
+def test_a_spurt_goes_on_while_there_is_anything_in_hand(monkeypatch: pytest.MonkeyPatch, still: ThreadLane) -> None:
+    clock = at(monkeypatch, still)
+    spurt = Spurt()
+    spurt.begin(10, goes_on=False)
+    clock(0.5)
+    spurt.begin(30, goes_on=True)
+    clock(0.5)
+    spurt.end()
+    assert (spurt.take_pace(), spurt.take_pace()) == (pytest.approx(40), 0.0)
+
+
+def test_claims_are_large_where_batches_are_brief(still: ThreadLane) -> None:
+    still.wanted = lambda: 2000  # type: ignore[method-assign]
+    for unwritten, room in ((0, 2000), (900, 1100), (1000, 1000), (1001, 0), (1999, 0), (2500, 0)):
+        still.claimed = unwritten
+        assert still.room() == room
+    still.wanted = lambda: SLOTS  # type: ignore[method-assign]
+    for unwritten, room in ((0, SLOTS), (SLOTS - 1, 1), (SLOTS, 0)):
+        still.claimed = unwritten
+        assert still.room() == room
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
