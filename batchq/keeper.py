@@ -156,10 +156,9 @@ class Keeper:
         in_hand = sum(lane.unwritten for lane in self.lanes)
         with self.link.transaction() as conn:
             queries.heartbeat(conn, self.row, in_hand, self.claimer.runtime.stopping.is_set())
-        began_at = time.monotonic()
-        with self.link.reading() as conn:
+            began_at = time.monotonic()
             turn = queries.turn(conn, self.row.id, self.queues, 3 * HEARTBEAT_SECONDS)
-        self.claimer.turns = Turns(turn, (began_at + time.monotonic()) / 2)
+            self.claimer.turns = Turns(turn, (began_at + time.monotonic()) / 2)
 
     def maintain(self) -> None:
         """Create the partitions of the next days, drop those that are too old. What is refused waits for the next time.

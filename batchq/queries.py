@@ -30,7 +30,13 @@ OWN_LOCK_SECONDS = 5.0  # how long a statement of our own waits for a lock
 # and what is left to join, that list with itself, by hash. Left alone, the planner reads the whole table from some
 # hundred ids on (claim of 1,000 of 50,000: 19 ms, by the index 9 ms); with nested loops only, a list that meets
 # statistics of an empty table becomes quadratic (1,000 ids: 5 s).
-BY_INDEX = {"enable_seqscan": "off", "enable_bitmapscan": "off", "enable_nestloop": "off", "enable_mergejoin": "off"}
+BY_INDEX = {
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_nestloop": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",  # what is off but unavoidable counts as dear before PostgreSQL 18, and dear plans are compiled: 1 s
+}
 WITHOUT_WAITING_FOR_THE_DISK = {"synchronous_commit": "off"}
 
 

@@ -393,8 +393,8 @@ def test_the_look_for_ready_priorities_goes_by_the_index_of_the_claim(
 def test_what_is_written_and_read_for_one_batch_goes_by_its_id(conn: Conn, backlog: list[dict[str, Any]]) -> None:
     batch_id, token = take(conn, 1)[0]
     backlog.clear()
-    progress = Progress(keeps_cursor=False, cursor="1")
-    assert conn.execute(*queries.checkpoint("default", batch_id, token, 60, progress)).rowcount == 1
+    for progress in (Progress(keeps_cursor=False, cursor="1"), Progress(recovered=[1, 2])):
+        assert conn.execute(*queries.checkpoint("default", batch_id, token, 60, progress)).rowcount == 1
     assert queries.large_input(conn, "default", batch_id, token) is not None
     queries.items_page(conn, "default", batch_id, token, 0, 10)
     queries.status_of(conn, "default", batch_id)

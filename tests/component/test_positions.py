@@ -26,7 +26,19 @@ from batchq.positions import (
 )
 from batchq.queries import END, START, ClaimedRow, Position, Requeue, Statement
 from batchq.testing import drain
-from tests.component.rows import KIND, Conn, claim, expire_lease, finished, insert, requeue, value, values
+from tests.component.rows import (
+    KIND,
+    Conn,
+    Taken,
+    claim,
+    complete,
+    expire_lease,
+    finished,
+    insert,
+    requeue,
+    value,
+    values,
+)
 from tests.support.alone import run_alone
 from tests.support.steps import step
 from tests.support.waiting import wait_until
@@ -251,8 +263,8 @@ def test_of_several_priorities_that_are_due_the_one_that_has_waited_longest_is_s
 # --------------------------------------------------------------------------------------------------- what it costs
 
 
-def pages_met(conn: Conn, statement: Statement) -> int:
-    """Run a statement as Link.run does, and undo it; return how many pages its scan of the ready batches met.
+def pages_met(conn: Conn, statement: Statement, index: str = "batches_live_ready") -> int:
+    """Run a statement as Link.run does, and undo it; return how many pages its scan by *index* met.
 
     Where a function scans them: how many it met in all, when it has run ten times.
     """
@@ -265,7 +277,7 @@ def pages_met(conn: Conn, statement: Statement) -> int:
         cursor.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {text}".encode(), parameters)
         [(explained,)] = cursor.fetchall()
     plan = explained[0]["Plan"]
-    [scan] = [node for node in nodes(plan) if node.get("Index Name") == "batches_live_ready"] or [plan]
+    [scan] = [node for node in nodes(plan) if node.get("Index Name") == index] or [plan]
     return scan["Shared Hit Blocks"] + scan["Shared Read Blocks"]
 
 
@@ -315,6 +327,22 @@ def test_a_look_does_not_walk_over_what_was_claimed_while_a_snapshot_is_held(
     step("from the beginning %s pages, from the position %s", from_start, from_position)
     assert min(from_start) > 30, "the snapshot does not matter here, so this test proves nothing"
     assert max(from_position) <= 10
+
+
+def test_a_rescue_does_not_walk_over_the_leases_of_what_has_ended_while_a_snapshot_is_held(
+    conn: Conn, person: Conn
+) -> None:
+    token = uuid4()
+    taken = [Taken(row.id, token) for row in claim(conn, 5000, lease_seconds=0, token=token)]
+    assert len(complete(conn, *taken)) == 5000
+    now = queries.now(conn)
+    met = []
+    for after in (float("-inf"), now):
+        parameters = {"queue": "default", "limit": 100, "spread_seconds": 0, "after": after}
+        met.append(pages_met(conn, (queries.RESCUE, parameters), "batches_live_lease"))
+    step("from the beginning %s pages, behind the last look %s", *met)
+    assert met[0] > 30, "the snapshot does not matter here, so this test proves nothing"
+    assert met[1] <= 10
 
 
 @pytest.mark.parametrize("filled", ["before its plan is kept", "after its plan is kept"])
