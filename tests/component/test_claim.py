@@ -9,6 +9,7 @@ import pytest
 from psycopg import sql
 
 from batchq import queries
+from batchq.database import LONGEST_TEXT
 from batchq.queries import END, START, Finish, Position, Progress, Requeue, Statement
 from tests.component.rows import (
     KIND,
@@ -308,8 +309,10 @@ def plan_of(conn: Conn, statement: Statement) -> dict[str, Any]:
     with conn.transaction(force_rollback=True):
         conn.cursor_factory = psycopg.Cursor
         conn.execute(queries.limits(60, settings=queries.BY_INDEX))
-        cursor = psycopg.ClientCursor(conn).execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {text}".encode(), parameters)
-        row = cursor.fetchone()
+        explain = f"EXPLAIN (ANALYZE, FORMAT JSON) {text}".encode()
+        client = psycopg.ClientCursor(conn)
+        is_short = len(client.mogrify(explain, parameters)) <= LONGEST_TEXT
+        row = (client if is_short else psycopg.Cursor(conn)).execute(explain, parameters).fetchone()
         assert row
         return row[0][0]["Plan"]
 
