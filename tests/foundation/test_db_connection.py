@@ -349,8 +349,9 @@ def made(text: str, **parameters: Any) -> Any:
 
 @pytest.fixture(params=["in one message", "too long for one"])
 def running(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, link: Link) -> Link:
-    """Return a link that runs every statement in one message, or none."""
-    monkeypatch.setattr(database, "LONGEST_TEXT", 10**9 if request.param == "in one message" else 0)
+    """Return a link that runs every statement in one message, if that is short enough, or none."""
+    if request.param == "too long for one":
+        monkeypatch.setattr(database, "LONGEST_TEXT", 0)
     return link
 
 
