@@ -75,7 +75,8 @@ class Claimer:
             elif from_start:
                 return
             else:
-                from_start = self.forget_positions()
+                self.forget_positions()
+                from_start = True
                 continue
             if not found:
                 self.wait()
@@ -96,11 +97,10 @@ class Claimer:
         dear_seconds *= random.uniform(0.5, 1.5)  # noqa: S311 (spreads load; not a secret)
         return min(max(self.turns.wait_seconds(), dear_seconds), MOST_IDLE_SECONDS)
 
-    def forget_positions(self) -> bool:
-        """Start from the beginning everywhere; return True."""
+    def forget_positions(self) -> None:
+        """Start from the beginning everywhere."""
         for source in self.sources:
             source.forget()
-        return True
 
     # ---------------------------------------------------------------------------------------------------- a round
 

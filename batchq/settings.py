@@ -125,6 +125,15 @@ class Settings(BaseSettings):
             raise ConfigError(f"{name}: {'; '.join(problems)}")
         return dsn
 
+    def checked_listen_dsn(self) -> str:
+        """Return the DSN of the bell, "" if none is set. Raises ConfigError, without its text, if it is no DSN."""
+        dsn = self.listen_dsn.get_secret_value()
+        try:
+            conninfo_to_dict(dsn)
+        except ProgrammingError as error:
+            raise ConfigError(f"BATCHQ_LISTEN_DSN: {not_a_dsn(str(error))}") from None
+        return dsn
+
 
 def describe_problem(error: ValidationError) -> str:
     """Say in one line which setting is wrong and why, without its value where that may be secret."""

@@ -56,7 +56,7 @@ class Worker:
         runtime = Runtime(self.connections, settings.lease_seconds, self.stopping, settings.keep_completed)
         self.claimer = Claimer(self.links[1], settings.queues, self.lanes, self.id, runtime)
         self.keeper = self.make_keeper(app)
-        listen_dsn = settings.listen_dsn.get_secret_value()
+        listen_dsn = settings.checked_listen_dsn()
         self.bell = Bell(listen_dsn, self.claimer.nudge) if listen_dsn else None
 
     def make_lanes(self, app: App) -> list[Lane]:

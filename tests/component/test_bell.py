@@ -33,6 +33,16 @@ from tests.support.steps import step
 from tests.support.waiting import wait_until
 
 
+@pytest.mark.parametrize("wrong", ["what?", "mysql://me:secret-word@host/db", "host=h passwort=secret-word"])
+def test_a_listen_dsn_that_is_none_is_refused_at_once_and_not_shown(wrong: str) -> None:
+    app = batchq.App()
+    app.handler("work")(len)
+    settings = batchq.Settings.load(dsn="postgresql://localhost/db", listen_dsn=wrong)
+    with pytest.raises(batchq.ConfigError, match="BATCHQ_LISTEN_DSN: not a Postgres DSN") as refused:
+        batchq.Worker(app, settings)
+    assert "secret-word" not in str(refused.value)
+
+
 @pytest.fixture
 def ear(admin_dsn: str) -> Iterator[Callable[[], int]]:
     """Return what counts how often the bell has rung since it was last asked."""
