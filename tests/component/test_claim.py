@@ -314,6 +314,7 @@ def plan_of(conn: Conn, statement: Statement) -> dict[str, Any]:
         is_short = len(client.mogrify(explain, parameters)) <= LONGEST_TEXT
         row = (client if is_short else psycopg.Cursor(conn)).execute(explain, parameters).fetchone()
         assert row
+        assert "JIT" not in row[0][0], "compiled: that takes a second"
         return row[0][0]["Plan"]
 
 
