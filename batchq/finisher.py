@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import psycopg
@@ -19,7 +20,8 @@ from batchq.outage import Outage
 from batchq.queries import Finish, Requeue, Statement
 from batchq.text import message_object, one_line
 
-MOST_A_GROUP = 1000
+MOST_A_GROUP = 2000
+MOST_RUNS = 900  # of ids that follow each other: the text of so many still travels as one message
 FEW = 500
 GATHER_SECONDS = 0.003
 PUT_BACK_SECONDS = 0.5
@@ -85,8 +87,9 @@ class Finisher:
         """Write the oldest outcomes, however often it takes."""
         group = [self.todo.popleft() for _ in range(min(len(self.todo), MOST_A_GROUP))]
         self.count([entry for entry in group if entry.outcome.written])
-        for (queue, _), entries in self.by_target(group).items():
-            self.write_stubbornly(queue, entries)
+        for (queue, way), entries in self.by_target(group).items():
+            for piece in pieces(entries) if way == "complete" else [entries]:
+                self.write_stubbornly(queue, piece)
         self.nudge()
         if self.put_back:
             self.put_back = False
@@ -182,6 +185,17 @@ class Finisher:
         for entry in entries:
             entry.lane.written += 1
             self.counts[entry.outcome.status] += 1
+
+
+def pieces(entries: list[Ended]) -> Iterator[list[Ended]]:
+    """Yield the entries in the order of their ids, at most MOST_RUNS runs of ids at a time."""
+    entries.sort(key=lambda entry: entry.batch.id)
+    ids = [entry.batch.id for entry in entries]
+    tokens = [entry.batch.claim.token_text for entry in entries]
+    starts = [place for place, is_start in enumerate(queries.starts_of_runs(ids, tokens)) if is_start]
+    cuts = [*starts[::MOST_RUNS], len(entries)]
+    for first, end in pairwise(cuts):
+        yield entries[first:end]
 
 
 def as_finish(entry: Ended) -> Finish:

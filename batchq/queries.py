@@ -8,8 +8,8 @@ Times are the database's; durations are passed in seconds. JSON goes in and come
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, pairwise
 from types import MappingProxyType
 from typing import Any, LiteralString, NamedTuple
 from uuid import UUID
@@ -635,14 +635,15 @@ RETURNING id
 # The same for batches that just completed, without anything to tell: most, and a fifth cheaper.
 COMPLETE: LiteralString = """
 WITH given AS (
-  SELECT %(ids)s::bigint[] AS ids, %(numbers)s::integer[] AS numbers
+  SELECT generate_series(first, first + length - 1) AS id, number
+  FROM unnest(%(firsts)s::bigint[], %(lengths)s::integer[], %(numbers)s::integer[]) AS run(first, length, number)
 ), gone AS (
   DELETE FROM batchq.batches_live b
-  USING (SELECT unnest(ids) AS id, unnest(numbers) AS number FROM given) AS u
+  USING given
   WHERE b.queue = %(queue)s
-    AND b.id = ANY ((SELECT ids FROM given)::bigint[])
-    AND b.id = u.id
-    AND b.claim_token = (%(tokens)s::uuid[])[u.number]
+    AND b.id = ANY ((SELECT array_agg(id) FROM given)::bigint[])
+    AND b.id = given.id
+    AND b.claim_token = (%(tokens)s::uuid[])[given.number]
   RETURNING b.*
 )
 INSERT INTO batchq.batches_finished (id, queue, kind, status, payload, items, priority, run_at, unique_key,
@@ -659,14 +660,15 @@ RETURNING id
 # For who keeps no completed batches. A batch may complete with failed items, within its tolerance.
 COMPLETE_AND_FORGET: LiteralString = """
 WITH given AS (
-  SELECT %(ids)s::bigint[] AS ids, %(numbers)s::integer[] AS numbers
+  SELECT generate_series(first, first + length - 1) AS id, number
+  FROM unnest(%(firsts)s::bigint[], %(lengths)s::integer[], %(numbers)s::integer[]) AS run(first, length, number)
 ), gone AS (
   DELETE FROM batchq.batches_live b
-  USING (SELECT unnest(ids) AS id, unnest(numbers) AS number FROM given) AS u
+  USING given
   WHERE b.queue = %(queue)s
-    AND b.id = ANY ((SELECT ids FROM given)::bigint[])
-    AND b.id = u.id
-    AND b.claim_token = (%(tokens)s::uuid[])[u.number]
+    AND b.id = ANY ((SELECT array_agg(id) FROM given)::bigint[])
+    AND b.id = given.id
+    AND b.claim_token = (%(tokens)s::uuid[])[given.number]
   RETURNING b.id, b.queue, b.items_failed
 ), forgotten AS (
   DELETE FROM batchq.failed_items f
@@ -709,15 +711,31 @@ def finish(queue: str, finishes: Sequence[Finish]) -> Statement:
 def complete(queue: str, ids: Sequence[int], tokens: Sequence[str], keep: bool = True) -> Statement:
     """Return the fenced statement that completes batches without a result or, unless *keep*, that deletes them.
 
-    It returns the ids that were still ours. Tokens as text; few are different, so each is sent once.
+    It returns the ids that were still ours. Tokens as text; few are different, so each is sent once. Ids that follow
+    each other go as one run, so that thousands fit one message: give them in their order.
     """
     numbers = {token: number for number, token in enumerate(dict.fromkeys(tokens), 1)}
+    starts = [place for place, is_start in enumerate(starts_of_runs(ids, tokens)) if is_start]
     return COMPLETE if keep else COMPLETE_AND_FORGET, {
         "queue": queue,
-        "ids": f"{{{','.join(map(str, ids))}}}",
-        "numbers": f"{{{','.join(str(numbers[token]) for token in tokens)}}}",
-        "tokens": f"{{{','.join(numbers)}}}",
+        "firsts": array_text(ids[place] for place in starts),
+        "lengths": array_text(end - start for start, end in pairwise([*starts, len(ids)])),
+        "numbers": array_text(numbers[tokens[place]] for place in starts),
+        "tokens": array_text(numbers),
     }
+
+
+def starts_of_runs(ids: Sequence[int], tokens: Sequence[str]) -> Iterator[bool]:
+    """Tell of each batch whether it begins a run: it does not have the id that follows the last one's, or its token."""
+    expected, same = None, None
+    for batch_id, token in zip(ids, tokens, strict=True):
+        yield batch_id != expected or token != same
+        expected, same = batch_id + 1, token
+
+
+def array_text(values: Iterable[object]) -> str:
+    """Return an array of numbers or uuids as Postgres reads it."""
+    return f"{{{','.join(map(str, values))}}}"
 
 
 class Requeue(NamedTuple):

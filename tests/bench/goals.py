@@ -85,7 +85,9 @@ def history_ratio(medians: Medians) -> float | None:
     """Return the slowest rate beside a history through that without one."""
     rate = "executed_per_s"
     beside = [
-        figures[rate] for (work, name), figures in medians.items() if work == "history" and not name.startswith("0 ")
+        figures.get(rate)
+        for (work, name), figures in medians.items()
+        if work == "history" and not name.startswith(("0 ", "broken"))
     ]
     none = medians.get(("history", "0 finished"), {}).get(rate)
     return min(value for value in beside if value is not None) / none if beside and none else None

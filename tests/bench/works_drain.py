@@ -66,7 +66,7 @@ def backlog(bench: Bench) -> Iterator[Run]:
 FILL_HISTORY = """
 INSERT INTO batchq.batches (kind, status, attempt, created_at, run_at, claimed_at, finished_at)
 SELECT 'history', 'completed', 1, at, at, at, at
-FROM (SELECT %(start)s::timestamptz + n * (%(end)s::timestamptz - %(start)s) / %(total)s AS at
+FROM (SELECT %(start)s::timestamptz + n / %(total)s::float8 * (%(end)s::timestamptz - %(start)s) AS at
       FROM generate_series(%(first)s::bigint, %(last)s::bigint) AS n) AS past
 """
 HISTORY_DAYS = 30
