@@ -21,7 +21,7 @@ from batchq.queries import Finish, Requeue, Statement
 from batchq.text import message_object, one_line
 
 MOST_A_GROUP = 2000
-MOST_RUNS = 900  # of ids that follow each other: the text of so many still travels as one message
+MOST_RUNS = 800  # of ids that follow each other: the text of so many still travels as one message
 FEW = 500
 GATHER_SECONDS = 0.003
 PUT_BACK_SECONDS = 0.5
