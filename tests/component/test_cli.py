@@ -82,6 +82,35 @@ def test_arguments_that_cannot_be_are_refused_with_the_usage(nowhere: CommandLin
     assert "Traceback" not in ended.err
 
 
+SAME: dict[str, tuple[list[str], int]] = {
+    "help": (["--help"], 0),
+    "a mistake": (["dance"], 2),
+    "bytes that are no text": (["enqueue", "caf\udce9"], 2),
+    "an import that fails": (["worker", "failing:app"], 2),
+    "a table": (["status"], 0),
+    "JSON": (["status", "--json"], 0),
+    "what is not there": (["show", "999"], 1),
+    "an answer of no": (["cancel", "999"], 1),
+    "standard input": (["enqueue", "good", "--lines", "-"], 0),
+    "a worker": (["worker", "tasks:app", "--drain", "--log-level", "error"], 0),
+    "two workers": (["workers", "2", "tasks:app", "--drain", "--log-level", "error"], 0),
+    "a crash": (["worker", "crashing:app"], -signal.SIGKILL),
+    "an exit": (["worker", "leaving:app"], 7),
+}
+
+
+@pytest.mark.parametrize("what", SAME)
+def test_a_program_does_what_the_command_server_does(batchq: CommandLine, what: str) -> None:
+    arguments, code = SAME[what]
+    (batchq.directory / "failing.py").write_text("import nowhere")
+    (batchq.directory / "crashing.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    (batchq.directory / "leaving.py").write_text("import os; os.write(2, os.environ['WORD'].encode()); os._exit(7)")
+    program = batchq.run_program(*arguments, stdin=b"one\ntwo\n", WORD="left")
+    forked = batchq(*arguments, stdin=b"one\ntwo\n", WORD="left")
+    assert program == forked
+    assert program.code == code
+
+
 def test_the_version_is_told(nowhere: CommandLine) -> None:
     from importlib.metadata import version
 
