@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.support.servers import NoServerError, running_server  # noqa: E402
-from tests.support.through import WAYS  # noqa: E402
+from tests.support.through import POOLED, WAYS  # noqa: E402
 
 LAYERS = ("foundation", "component", "integration", "e2e")
+NAMES = f"layers ({', '.join(LAYERS)}), pooled (what a pooler may make a difference to)"
 FILE_TIMEOUT_SECONDS = 900
 INTERRUPT_SECONDS = 20
 
@@ -71,7 +72,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Run batchq's tests, layer by layer.")
-    parser.add_argument("what", nargs="*", help=f"layers ({', '.join(LAYERS)}) or test files; default: all")
+    parser.add_argument("what", nargs="*", help=f"{NAMES}, or test files; default: all")
     parser.add_argument("--server", choices=["container", "embedded", "dsn"], help="which Postgres to test on")
     parser.add_argument("--through", choices=list(WAYS), default="direct", help="which pooler to test through")
     return parser.parse_args()
@@ -84,12 +85,14 @@ def find_files(what: list[str]) -> list[Path]:
 
 
 def files_of(name: str) -> list[Path]:
-    """Return the test files of one layer, or the one file *name*."""
+    """Return the test files of one layer, those of POOLED, or the one file *name*."""
+    if name == "pooled":
+        return [ROOT / "tests" / file for file in POOLED]
     if name in LAYERS:
         return list((ROOT / "tests" / name).glob("test_*.py"))
     file = Path(name).resolve()
     if not file.is_file() or layer_of(file) not in LAYERS:
-        sys.exit(f"{name} is neither a layer ({', '.join(LAYERS)}) nor a test file in one")
+        sys.exit(f"{name} is none of these: {NAMES}, test files in a layer")
     return [file]
 
 

@@ -58,3 +58,28 @@ WAYS: dict[str, Callable[[Server], AbstractContextManager[Way]]] = {
     "pgbouncer-b": lambda server: _pgbouncer(server, reset_always=True),
     "sim": _sim,
 }
+
+POOLED = {
+    "foundation/test_db_connection.py": "connections, deadlines, transactions, and what they make of errors",
+    "component/test_batch_create.py": "enqueue in a caller's transaction, and COPY",
+    "component/test_batch_process.py": "a worker's three connections: claims, finishes, releases",
+    "component/test_bell.py": "a connection past the pooler beside those through it",
+    "component/test_claim.py": "the claim's locks, and the limits that its transaction sets for itself",
+    "component/test_finisher.py": "texts of many sizes; some poolers mind",
+    "component/test_items.py": "transactions of chunks, savepoints, the pools of handlers' connections",
+    "component/test_keep_completed.py": "the finish that deletes",
+    "component/test_leases.py": "the fence, between two sessions",
+    "component/test_migrations.py": "DDL, and its lock, in transactions",
+    "component/test_retention.py": "DDL of partitions, with its lock_timeout",
+    "component/test_transactions.py": "handlers' own statements, in sync and async transactions",
+    "component/test_verbs.py": "cancel and retry, against a worker's transactions",
+    "component/test_worker_parts.py": "the parts' connections lost, and had again",
+    "integration/test_faults.py": "what dies while it works",
+    "integration/test_monitor.py": "long polling, and connections lost",
+    "e2e/test_batch_e2e.py": "all of it",
+}
+"""Files for which it matters what lies between a test and its database, and why: `bin/test pooled --through ...`.
+
+The others look at code without a database, start their own poolers, or ask the database what no pooler changes (plans,
+triggers, views); one that opens connections or transactions in a way of its own belongs here.
+"""
