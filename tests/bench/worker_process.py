@@ -26,10 +26,18 @@ class Stalled(Exception):
 
 
 class Workers:
-    """*count* processes of `batchq worker` on *dsn*; *settings* as in BATCHQ_NAME. As a context manager they wait at
-    the gate within, and are gone at the end."""
+    """*count* processes of `batchq worker APP` on *dsn*; *settings* as in BATCHQ_NAME. As a context manager they wait
+    at the gate within, and are gone at the end. The app imports `tests.bench.apps`."""
 
-    def __init__(self, dsn: str, count: int, directory: Path, settings: dict[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        count: int,
+        directory: Path,
+        settings: dict[str, object] | None = None,
+        app: str = "tests.bench.apps:app",
+    ) -> None:
+        self.app = app
         given = {"dsn": dsn} | (settings or {})
         self.environment = os.environ | {f"BATCHQ_{name.upper()}": str(value) for name, value in given.items()}
         self.environment["BATCHQ_BENCH_DIRECTORY"] = str(directory)
@@ -57,7 +65,7 @@ class Workers:
         """Start one process; what it says goes to a file."""
         with (self.directory / f"worker-{number}.log").open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "batchq", "worker", "tests.bench.apps:app", "--log-level", "warning"],
+                [sys.executable, "-m", "batchq", "worker", self.app, "--log-level", "warning"],
                 cwd=ROOT,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
