@@ -32,6 +32,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     _forget_own_settings()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where only what is `pooled` is asked for, leave out the tests that have no use for the way to their database."""
+    if os.environ.get("BATCHQ_TEST_POOLED"):
+        direct = [item for item in items if "way" not in getattr(item, "fixturenames", [])]
+        config.hook.pytest_deselected(items=direct)
+        items[:] = [item for item in items if item not in direct]
+
+
 def _forget_own_settings() -> None:
     """Remove the settings of whoever runs the tests, which would reach batchq."""
     for name in list(os.environ):

@@ -57,6 +57,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = parse_arguments()
     os.environ["BATCHQ_TEST_THROUGH"] = arguments.through
+    if "pooled" in arguments.what:
+        os.environ["BATCHQ_TEST_POOLED"] = "yes"
     if arguments.server:
         os.environ["BATCHQ_TEST_SERVER"] = arguments.server
     started = time.monotonic()
