@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from batchq.log import get_logger
@@ -56,8 +57,17 @@ class Supervisor:
         while not all(place.is_done for place in self.places):
             for place in self.places:
                 self.tend(place)
+            if os.getpid() == 1:
+                self.bury_orphans()
             time.sleep(POLL_SECONDS)
         return self.exit_code
+
+    def bury_orphans(self) -> None:
+        """As the first process of a container: let go of ended processes that are ours because their parents died."""
+        own = {place.process.pid for place in self.places if place.process is not None}
+        with suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in own:
+                os.waitpid(ended.si_pid, 0)
 
     def tend(self, place: Place) -> None:
         """Start, replace or close one place."""

@@ -28,6 +28,7 @@ from batchq.settings import Settings
 from batchq.text import one_line
 
 SWITCH_SECONDS = 0.001
+WRITING_SECONDS = 2.0
 
 log = get_logger()
 
@@ -51,6 +52,7 @@ class Worker:
         timeouts = (settings.database_timeout_seconds, settings.database_timeout_seconds, keeper_seconds)
         self.links = [Link(self.dsn, timeout_seconds) for timeout_seconds in timeouts]
         self.is_broken = False
+        self.told_at = float("inf")  # when the end was asked for
         self.finisher = Finisher(self.links[0], lambda: self.claimer.nudge(), settings.keep_completed)
         self.lanes = self.make_lanes(app)
         runtime = Runtime(self.connections, settings.lease_seconds, self.stopping, settings.keep_completed)
@@ -96,6 +98,7 @@ class Worker:
 
     def stop(self) -> None:
         """Claim no more; give back what has not begun; let the rest end, for shutdown_seconds at most."""
+        self.told_at = min(self.told_at, time.monotonic())
         self.stopping.set()
         self.claimer.nudge()
 
@@ -150,6 +153,7 @@ class Worker:
 
     def shut_down(self, keeping: threading.Thread, finishing: threading.Thread) -> bool:
         """End everything, in the order in which nothing is lost; return whether every outcome was written."""
+        self.told_at = min(self.told_at, time.monotonic())
         self.stopping.set()
         if self.bell:
             self.bell.close()
@@ -179,8 +183,11 @@ class Worker:
             log.warning("a claim could not be given back; its lease will run out", error=one_line(error))
 
     def wait_for_handlers(self) -> None:
-        """Wait until no batch is in hand, for shutdown_seconds at most; not at all when leaving."""
-        until = time.monotonic() + self.settings.shutdown_seconds
+        """Wait until no batch is in hand, until shutdown_seconds have passed; not at all when leaving.
+
+        Counted from when the end was asked for: the claimer may have waited long for the database since.
+        """
+        until = self.told_at + self.settings.shutdown_seconds
         while any(lane.hand for lane in self.lanes) and time.monotonic() < until:
             if self.leaving.wait(0.02):
                 return
@@ -194,8 +201,13 @@ class Worker:
                     log.info("batch given back while it ran", batch_id=batch.id, kind=batch.kind)
 
     def finish_writing(self, finishing: threading.Thread) -> bool:
-        """Wait until the finisher has written everything; return False if the database did not let it."""
-        until = time.monotonic() + self.settings.database_timeout_seconds
+        """Wait until the finisher has written everything; return False if the database did not let it.
+
+        For a while after the handlers' time at most: the platform is about to kill the process.
+        """
+        now = time.monotonic()
+        last = now if self.leaving.is_set() else max(now, self.told_at + self.settings.shutdown_seconds)
+        until = min(now + self.settings.database_timeout_seconds, last + WRITING_SECONDS)
         while any(lane.unwritten for lane in self.lanes) and time.monotonic() < until:
             time.sleep(0.01)  # an outcome may still be on its way to the finisher
         self.finisher.close()

@@ -2,8 +2,6 @@
 
 import json
 import os
-import queue
-import signal
 import sys
 import threading
 import time
@@ -20,6 +18,7 @@ from batchq import log, queries
 from batchq import migrate as migrations
 from batchq.app import load_app
 from batchq.cli import enqueue_file, show_tables
+from batchq.cli.signals import StopSignals
 from batchq.database import check_server, connect, transaction
 from batchq.enqueue import enqueue as enqueue_batch
 from batchq.errors import ConfigError, InvalidInput
@@ -110,11 +109,12 @@ def demo(options: Namespace) -> int:
 
 
 def worker(options: Namespace) -> int:
-    """Work batches until SIGTERM or SIGINT; a second one gives back what runs and leaves at once."""
+    """Work batches until SIGTERM, SIGINT or SIGHUP; a second one gives back what runs and leaves at once."""
     settings = settings_of(options)
     log.configure(settings.log_format, settings.log_level)
+    signals = StopSignals()
     process = Worker(load_app(options.app), settings, drain=options.drain)
-    on_signals(process.stop, process.stop_now)
+    signals.follow(process.stop, process.stop_now, settings.shutdown_seconds)
     return leave(0 if process.run() else 1)
 
 
@@ -131,16 +131,17 @@ def leave(code: int) -> int:
 
 
 def workers(options: Namespace) -> int:
-    """Run several workers until SIGTERM or SIGINT."""
+    """Run several workers until SIGTERM, SIGINT or SIGHUP."""
     settings = settings_of(options)
     if options.processes < 1:
         raise InvalidInput(f"the number of processes starts at 1, not {options.processes}")
     dsn = settings.require_dsn()
     log.configure(settings.log_format, settings.log_level)
+    signals = StopSignals()
     load_app(options.app)
     check_database(dsn, settings.database_timeout_seconds)  # here once, instead of in each process
     supervisor = Supervisor(options.processes, worker_arguments(options), {"BATCHQ_DSN": dsn}, options.drain)
-    on_signals(supervisor.stop, supervisor.stop)
+    signals.follow(supervisor.stop, supervisor.stop)
     return supervisor.run()
 
 
@@ -152,25 +153,6 @@ def worker_arguments(options: Namespace) -> list[str]:
         if name.startswith("set_") and value is not None and name != "set_dsn":
             arguments += ["--" + name.removeprefix("set_").replace("_", "-"), value]
     return arguments
-
-
-def on_signals(first: Callable[[], None], second: Callable[[], None]) -> None:
-    """Call *first* at the first SIGTERM or SIGINT, *second* at each further one.
-
-    In a thread of its own: a signal handler runs in the middle of whatever the main thread does, and would wait for
-    ever for a lock that the main thread holds. Putting into a SimpleQueue is safe there.
-    """
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def follow() -> None:
-        signals.get()
-        first()
-        while signals.get():
-            second()
-
-    threading.Thread(target=follow, name="batchq-signals", daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.put(number))
 
 
 # ----------------------------------------------------------------------------------------------------------- enqueue

@@ -51,9 +51,10 @@ ALLOWED: dict[str, set[str]] = {
     "demo.tasks": {"batchq"},
     "cli.show_tables": set(),
     "cli.enqueue_file": {"enqueue", "errors"},
+    "cli.signals": {"log"},
     "cli.commands": {
-        "app", "cli.enqueue_file", "cli.show_tables", "database", "demo", "enqueue", "errors", "log", "migrate",
-        "monitor", "queries", "settings", "supervisor", "worker",
+        "app", "cli.enqueue_file", "cli.show_tables", "cli.signals", "database", "demo", "enqueue", "errors", "log",
+        "migrate", "monitor", "queries", "settings", "supervisor", "worker",
     },
     "cli": {"cli.commands", "errors", "settings"},
     "batchq": {"app", "batch", "enqueue", "errors", "retry", "settings", "worker"},
