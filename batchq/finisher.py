@@ -19,6 +19,7 @@ from batchq.log import get_logger
 from batchq.outage import Outage
 from batchq.queries import Finish, Requeue, Statement
 from batchq.text import message_object, one_line
+from batchq.throughput import MOST_TIMED, Throughput, run_times_of
 
 MOST_A_GROUP = 2000
 MOST_RUNS = 800  # of ids that follow each other: the text of so many still travels as one message
@@ -41,6 +42,7 @@ class Ended(NamedTuple):
     lane: Lane
     batch: Batch
     outcome: Outcome
+    ended_at: float  # monotonic
     is_last_word: bool = False
     is_put_back: bool = False
 
@@ -59,10 +61,11 @@ class Finisher:
         self.outage = Outage("finisher")
         self.put_back = False
         self.counts: dict[str, int] = defaultdict(int)
+        self.throughput = Throughput()
 
     def put(self, lane: Lane, batch: Batch, outcome: Outcome) -> None:
         """Have the outcome of a batch written, soon."""
-        self.todo.append(Ended(lane, batch, outcome))
+        self.todo.append(Ended(lane, batch, outcome, time.monotonic()))
         if not self.filled.is_set():
             self.filled.set()
 
@@ -86,7 +89,9 @@ class Finisher:
     def write_group(self) -> None:
         """Write the oldest outcomes, however often it takes."""
         group = [self.todo.popleft() for _ in range(min(len(self.todo), MOST_A_GROUP))]
-        self.count([entry for entry in group if entry.outcome.written])
+        if written := [entry for entry in group if entry.outcome.written]:
+            self.count(written)
+            self.tally([entry for entry in written if entry.batch.completed])
         for (queue, way), entries in self.by_target(group).items():
             for piece in pieces(entries) if way == "complete" else [entries]:
                 self.write_stubbornly(queue, piece)
@@ -113,7 +118,12 @@ class Finisher:
             else:
                 self.outage.over()
                 self.count(entries)
-                report_lost([] if unknown else lost)
+                if unknown or not lost:
+                    self.tally(entries)
+                else:
+                    report_lost(lost)
+                    late = {entry.batch for entry in lost}
+                    self.tally([entry for entry in entries if entry.batch not in late])
                 return
 
     def write_apart(self, queue: str, entries: list[Ended], error: psycopg.Error) -> None:
@@ -185,6 +195,43 @@ class Finisher:
         for entry in entries:
             entry.lane.written += 1
             self.counts[entry.outcome.status] += 1
+
+    def tally(self, entries: Sequence[Ended]) -> None:
+        """Count what is written, for batchq.throughput."""
+        for entry in entries:
+            if entry.batch.items_total is not None:
+                self.throughput.progress(entry.batch, items_worked(entry), is_last=True)
+        for (queue, kind, end), alike in by_end(entries).items():
+            timed = alike[:: len(alike) // MOST_TIMED + 1]
+            run_times = run_times_of((entry.batch, entry.ended_at) for entry in timed)
+            self.throughput.ended(queue, kind, end, len(alike), run_times)
+
+
+def items_worked(entry: Ended) -> int:
+    """Return how many items of a batch have been worked, those that its end counts included."""
+    batch = entry.batch
+    is_whole = entry.outcome.all_done or batch.completed
+    return batch.items_total or 0 if is_whole else batch.items_done + batch.items_failed
+
+
+def by_end(entries: Sequence[Ended]) -> dict[tuple[str, str, str], Sequence[Ended]]:
+    """Return the entries by queue, kind and how they ended, leaving out those that were only given back."""
+    if entries and entries[0].outcome is COMPLETED and len({entry.batch.kind for entry in entries}) == 1:
+        return {(entries[0].batch.queue, entries[0].batch.kind, "completed"): entries}  # all are written alike
+    found: dict[tuple[str, str, str], list[Ended]] = defaultdict(list)
+    for entry in entries:
+        if end := end_of(entry.outcome):
+            found[entry.batch.queue, entry.batch.kind, end].append(entry)
+    return dict(found)
+
+
+def end_of(outcome: Outcome) -> str | None:
+    """Return how an attempt has ended: completed, failed, cancelled, retried; None if it was only given back."""
+    if outcome.written:
+        return "completed"
+    if outcome.status == "pending":
+        return "retried" if outcome.error is not None else None
+    return outcome.status
 
 
 def pieces(entries: list[Ended]) -> Iterator[list[Ended]]:

@@ -22,10 +22,13 @@ from batchq.log import current_batch, get_logger
 from batchq.outage import Outage
 from batchq.queries import WorkerRow
 from batchq.text import one_line
+from batchq.throughput import Throughput
 
 RESCUES_A_ROUND = 100
 HEARTBEAT_SECONDS = 5.0
 MAINTENANCE_SECONDS = 3600.0
+THROUGHPUT_SECONDS = 1.0
+MERGING_SECONDS = 60.0
 PAUSE_FACTOR = 20
 LONG_AGO_SECONDS = 600.0
 WAITING_SECONDS = 1.0
@@ -46,6 +49,7 @@ class Keeper:
         lease_seconds: float,
         keep_finished_days: int,
         claimer: Claimer,
+        throughput: Throughput,
     ) -> None:
         self.link = link
         self.queues = queues
@@ -54,6 +58,7 @@ class Keeper:
         self.lease_seconds = lease_seconds
         self.keep_finished_days = keep_finished_days
         self.claimer = claimer
+        self.throughput = throughput
         self.expiries = {queue: Expiries() for queue in queues}
         self.closing = threading.Event()
         self.tick_seconds = min(lease_seconds / 10, 0.5)
@@ -63,6 +68,8 @@ class Keeper:
             Duty("leases", self.extend, self.tick_seconds),
             Duty("rescue", self.rescue, lease_seconds / 10),
             Duty("heartbeat", self.heartbeat, min(HEARTBEAT_SECONDS, lease_seconds)),
+            Duty("throughput", self.write_throughput, THROUGHPUT_SECONDS),
+            Duty("merging", self.merge_throughput, MERGING_SECONDS),
             Duty("maintenance", self.maintain, MAINTENANCE_SECONDS),
         ]
 
@@ -159,6 +166,19 @@ class Keeper:
             began_at = time.monotonic()
             turn = queries.turn(conn, self.row.id, self.queues, 3 * HEARTBEAT_SECONDS)
             self.claimer.turns = Turns(turn, (began_at + time.monotonic()) / 2)
+
+    def write_throughput(self) -> None:
+        """Write what was counted, the progress of what runs included."""
+        for lane in self.lanes:
+            for batch in lane.in_hand():
+                if batch.items_total is not None and batch.begun_at is not None:
+                    self.throughput.progress(batch, batch.items_done + batch.items_failed)
+        self.throughput.write(self.link, self.row.id)
+
+    def merge_throughput(self) -> None:
+        """Merge what all workers have counted in the minutes that are over."""
+        with self.link.transaction() as conn:
+            queries.merge_throughput(conn)
 
     def maintain(self) -> None:
         """Create the partitions of the next days, drop those that are too old. What is refused waits for the next time.

@@ -942,11 +942,12 @@ class WorkerRow(NamedTuple):
     concurrency: int
 
 
-def heartbeat(conn: Conn, worker: WorkerRow, in_hand: int, stopping: bool) -> None:
-    """Show a sign of life; drop workers silent for an hour."""
+def heartbeat(conn: Conn, worker: WorkerRow, in_hand: int, stopping: bool) -> bool:
+    """Show a sign of life; drop workers silent for an hour. Returns whether the worker is asked to drain."""
     parameters = worker._asdict() | {"in_hand": in_hand, "stopping": stopping}
     wait_briefly_for_locks(conn)  # leases are kept by the same thread
-    conn.execute(
+    [is_asked] = one(
+        conn,
         """
         INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, in_hand, stopping)
         VALUES (%(id)s, %(hostname)s, %(pid)s, %(version)s, %(queues)s, %(kinds)s, %(concurrency)s, %(in_hand)s,
@@ -955,6 +956,7 @@ def heartbeat(conn: Conn, worker: WorkerRow, in_hand: int, stopping: bool) -> No
         SET in_hand = excluded.in_hand,
             stopping = excluded.stopping,
             heartbeat_at = now()
+        RETURNING drain_asked_at IS NOT NULL
         """,
         parameters,
     )
@@ -967,6 +969,7 @@ def heartbeat(conn: Conn, worker: WorkerRow, in_hand: int, stopping: bool) -> No
                      FOR UPDATE SKIP LOCKED)
         """
     )
+    return bool(is_asked)
 
 
 class Turn(NamedTuple):
@@ -996,6 +999,76 @@ def turn(conn: Conn, worker_id: str, queues: Sequence[str], silent_seconds: floa
 def forget_worker(conn: Conn, worker_id: str) -> None:
     """Remove a worker that has ended."""
     conn.execute("DELETE FROM batchq.workers WHERE id = %(id)s", {"id": worker_id})
+
+
+class Tally(NamedTuple):
+    """What a worker has counted of one queue and kind: ends of batches, *items* worked, the sum of run times in
+    seconds, and *run_times*, how many lasted how long (see batchq.throughput_minutes.run_times)."""
+
+    queue: str
+    kind: str
+    completed: int
+    failed: int
+    cancelled: int
+    retried: int
+    items: int
+    run_seconds: float
+    run_times: Sequence[int]
+
+
+COUNT_THROUGHPUT: LiteralString = """
+INSERT INTO batchq.throughput_minutes AS t (minute, queue, kind, worker, completed, failed, cancelled, retried, items,
+  run_seconds, run_times)
+SELECT date_trunc('minute', now()), queue, kind, %(worker)s, completed, failed, cancelled, retried, items, run_seconds,
+  run_times::integer[]
+FROM unnest(%(queues)s::text[], %(kinds)s::text[], %(completed)s::bigint[], %(failed)s::bigint[],
+            %(cancelled)s::bigint[], %(retried)s::bigint[], %(items)s::bigint[], %(run_seconds)s::float8[],
+            %(run_times)s::text[])
+  AS u(queue, kind, completed, failed, cancelled, retried, items, run_seconds, run_times)
+ON CONFLICT (minute, queue, kind, worker) DO UPDATE
+SET completed = t.completed + excluded.completed,
+    failed = t.failed + excluded.failed,
+    cancelled = t.cancelled + excluded.cancelled,
+    retried = t.retried + excluded.retried,
+    items = t.items + excluded.items,
+    run_seconds = t.run_seconds + excluded.run_seconds,
+    run_times = batchq.add_counts(t.run_times, excluded.run_times)
+RETURNING t.queue
+"""
+
+
+def count_throughput(worker_id: str, tallies: Sequence[Tally]) -> Statement:
+    """Return the statement that adds what a worker has counted to its rows of this minute."""
+    queues, kinds, completed, failed, cancelled, retried, items, run_seconds, run_times = zip(*tallies, strict=True)
+    return COUNT_THROUGHPUT, {
+        "worker": worker_id,
+        "queues": list(queues),
+        "kinds": list(kinds),
+        "completed": list(completed),
+        "failed": list(failed),
+        "cancelled": list(cancelled),
+        "retried": list(retried),
+        "items": list(items),
+        "run_seconds": list(run_seconds),
+        "run_times": [array_text(counts) for counts in run_times],
+    }
+
+
+def pauses(conn: Conn) -> list[tuple[str | None, str | None]]:
+    """Return queue and kind of each pause; None stands for any."""
+    return every(conn, "SELECT queue, kind FROM batchq.pauses WHERE until IS NULL OR until > now()", {})
+
+
+def prune_records(conn: Conn) -> int:
+    """Drop old rows of batchq.audit and pauses that have ended; return how many rows of batchq.audit."""
+    pruned: int = one(conn, "SELECT batchq.prune_records()", {})[0]
+    return pruned
+
+
+def merge_throughput(conn: Conn) -> int:
+    """Make one row of the rows of all workers, for each minute that is over; return how many were made."""
+    merged: int = one(conn, "SELECT batchq.merge_throughput()", {})[0]
+    return merged
 
 
 def create_finished_partitions(conn: Conn, days: int) -> int:

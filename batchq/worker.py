@@ -92,6 +92,7 @@ class Worker:
             self.settings.lease_seconds,
             self.settings.keep_finished_days,
             self.claimer,
+            self.finisher.throughput,
         )
 
     # ----------------------------------------------------------------------------------------------- from outside
@@ -219,8 +220,9 @@ class Worker:
         return False
 
     def say_goodbye(self) -> None:
-        """Remove our row of batchq.workers, if the database answers."""
+        """Write what was counted last, and remove our row of batchq.workers, if the database answers."""
         try:
+            self.finisher.throughput.write(self.links[1], self.id)
             with self.links[1].transaction() as conn:
                 queries.forget_worker(conn, self.id)
         except Exception:

@@ -37,8 +37,9 @@ ALLOWED: dict[str, set[str]] = {
     "positions": {"lanes", "queries"},
     "bell": {"database", "outage", "queries"},
     "claimer": {"batch", "database", "errors", "lanes", "outage", "positions", "queries"},
-    "finisher": {"batch", "database", "errors", "execution", "lanes", "log", "outage", "queries", "text"},
-    "keeper": {"batch", "claimer", "database", "execution", "lanes", "log", "outage", "queries", "text"},
+    "throughput": {"batch", "database", "errors", "queries"},
+    "finisher": {"batch", "database", "errors", "execution", "lanes", "log", "outage", "queries", "text", "throughput"},
+    "keeper": {"batch", "claimer", "database", "execution", "lanes", "log", "outage", "queries", "text", "throughput"},
     "worker": {
         "app", "batch", "bell", "claimer", "database", "errors", "execution", "finisher", "keeper", "lanes", "log",
         "migrate", "queries", "settings", "text",

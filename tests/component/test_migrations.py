@@ -257,6 +257,13 @@ def test_versions_have_no_gap_and_no_twin() -> None:
 
 
 OBVIOUS_COLUMNS = {
+    "audit": {"id", "at", "reason"},
+    "pauses": {"paused_at", "reason"},
+    "failures": {"kind", "latest_at"},
+    "throughput": {"minute", "queue", "kind"},
+    "throughput_minutes": {
+        *("minute", "queue", "kind", "completed", "failed", "cancelled", "retried", "items"),
+    },
     "batches": {"id", "claimed_at", "created_at", "finished_at"},
     "failed_items": {"queue", "failed_at"},
     "migrations": {"version", "name", "applied_at"},

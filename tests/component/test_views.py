@@ -1,13 +1,15 @@
-"""What people look at: batchq.status and batchq.queues."""
+"""What people look at: batchq.status, batchq.queues and batchq.failures."""
 
+import json
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
 
 from batchq import queries
-from batchq.queries import Finish, Progress, Requeue, WorkerRow
+from batchq.queries import Finish, Progress, Requeue, Tally, WorkerRow
 from tests.component.rows import (
     KIND,
     Conn,
@@ -21,6 +23,7 @@ from tests.component.rows import (
     insert,
     processing,
     requeue,
+    run,
     value,
     values,
 )
@@ -180,7 +183,7 @@ def test_a_queue_shows_how_many_batches_are_where(conn: Conn) -> None:
     row = queue_row(conn, "all")
     counted = {name: row[name] for name in ("ready", "scheduled", "processing", "stalled", "failed")}
     assert counted == {"ready": 1, "scheduled": 2 + 3, "processing": 4 + 5, "stalled": 5, "failed": 7}
-    assert float(row["finished_per_second"]) == round((6 + 7 + 8) / 60, 2)
+    assert row["estimated"] == []
 
 
 def test_each_queue_and_kind_has_a_row_of_its_own(conn: Conn) -> None:
@@ -188,7 +191,8 @@ def test_each_queue_and_kind_has_a_row_of_its_own(conn: Conn) -> None:
         for kind in ("x", "y"):
             insert(conn, queue=queue, kind=kind)
     finished(conn, "failed", queue="c", kind="x")
-    finished(conn, "completed", queue="d", kind="x")
+    finished(conn, "completed", queue="gone", kind="x")
+    ended(conn, 1, queue="d", kind="x")
     rows = values(conn, "SELECT queue || kind FROM batchq.queues ORDER BY 1")
     assert rows == ["ax", "ay", "bx", "by", "cx", "dx"]
 
@@ -218,11 +222,131 @@ def test_the_longest_wait_is_of_the_batch_that_has_been_ready_for_longest(conn: 
     assert queue_row(conn, "other")["oldest_wait"] is None
 
 
-def test_the_rate_is_of_the_last_minute(conn: Conn) -> None:
-    ids = [finished(conn, status) for status in ("completed", "failed", "cancelled") * 5]
-    assert float(queue_row(conn)["finished_per_second"]) == 0.25
-    conn.execute("UPDATE batchq.batches SET finished_at = now() - interval '61 seconds' WHERE id = ANY (%s)", [ids[:9]])
-    assert float(queue_row(conn)["finished_per_second"]) == 0.1
+def ended(conn: Conn, count: int, queue: str = "default", kind: str = KIND) -> None:
+    """Count batches that have ended, as a worker does: a third each completed, failed and cancelled."""
+    each, rest = divmod(count, 3)
+    tally = Tally(queue, kind, each + rest, each, each, 0, 0, 1.0, [count])
+    assert run(conn, queries.count_throughput("worker-1", [tally])) == [(queue,)]
+
+
+def test_the_rate_is_of_the_last_minute_as_the_workers_counted(conn: Conn) -> None:
+    with conn.transaction():  # its now() is the view's
+        ended(conn, 15)
+        assert float(queue_row(conn)["finished_per_second"]) == 0.25
+        step("of the minute before, the share that is still within the last 60 s")
+        conn.execute("UPDATE batchq.throughput_minutes SET minute = minute - interval '1 minute'")
+        seconds = float(value(conn, "SELECT extract(second FROM now())"))
+        assert float(queue_row(conn)["finished_per_second"]) == pytest.approx(0.25 * (1 - seconds / 60), abs=0.006)
+        ended(conn, 45)
+        assert float(queue_row(conn)["finished_per_second"]) == pytest.approx(1 - 0.25 * seconds / 60, abs=0.006)
+        step("nothing of those before it")
+        conn.execute("UPDATE batchq.throughput_minutes SET minute = minute - interval '3 minutes'")
+        assert float(queue_row(conn)["finished_per_second"]) == 0
+
+
+def test_counts_beyond_the_bound_are_estimates_and_say_so(conn: Conn) -> None:
+    fill = "INSERT INTO batchq.batches (kind, queue, run_at) SELECT %s, %s, now() + %s * interval '1 hour' "
+    fill += "FROM generate_series(1, %s)"
+    for kind, queue, hours, count in (
+        ("many", "large", -1, 21_000),
+        ("later", "large", 1, 15_000),
+        ("few", "small", -2, 30),
+    ):
+        conn.execute(fill.encode(), [kind, queue, hours, count])
+    many, later, few = (
+        queue_row(conn, "many", "large"),
+        queue_row(conn, "later", "large"),
+        queue_row(conn, "few", "small"),
+    )
+    step("36,030 batches: %s, %s", many, later)
+    assert (many["estimated"], later["estimated"]) == (["ready"], ["scheduled"])
+    assert many["ready"] == pytest.approx(21_000, rel=0.2)
+    assert later["scheduled"] == pytest.approx(15_000, rel=0.2)
+    assert round(many["oldest_wait"].total_seconds() / 3600) == 1
+    assert (few["ready"], few["estimated"]) == (30, [])
+
+
+def test_a_kind_that_lies_behind_the_bound_is_estimated_with_its_wait(conn: Conn) -> None:
+    fill = "INSERT INTO batchq.batches (kind, run_at) SELECT %s, now() - %s * interval '1 hour' "
+    fill += "FROM generate_series(1, %s)"
+    for kind, hours, count in (("first", 3, 25_000), ("second", 2, 25_000)):
+        conn.execute(fill.encode(), [kind, hours, count])
+    first, second = queue_row(conn, "first"), queue_row(conn, "second")
+    assert (first["estimated"], second["estimated"]) == (["ready"], ["ready", "oldest_wait"])
+    assert [first["ready"], second["ready"]] == pytest.approx([25_000, 25_000], rel=0.2)
+    assert round(second["oldest_wait"].total_seconds() / 3600) == 2
+
+
+def test_failed_batches_beyond_the_bound_are_told_as_at_least_so_many(conn: Conn) -> None:
+    conn.execute(
+        "INSERT INTO batchq.batches (kind, status, finished_at) "
+        "SELECT 'bad', 'failed', now() - n * interval '1 minute' FROM generate_series(1, 10050) n"
+    )
+    row = queue_row(conn, "bad")
+    assert (row["failed"], row["estimated"]) == (10_000, ["failed"])
+    conn.execute("DELETE FROM batchq.batches WHERE id <= 50")
+    row = queue_row(conn, "bad")
+    assert (row["failed"], row["estimated"]) == (10_000, [])
+
+
+# -------------------------------------------------------------------------------------------------- batchq.failures
+
+
+def failures(conn: Conn) -> list[tuple[Any, ...]]:
+    """Return kind, error, count and example of each row, the latest first."""
+    query = "SELECT kind, error, failures, example_id FROM batchq.failures ORDER BY latest_at DESC"
+    return conn.execute(query).fetchall()
+
+
+def failed(conn: Conn, kind: str, error: str, minutes_ago: int) -> int:
+    """Return the id of a batch that failed some time ago."""
+    batch_id = finished(conn, "failed", kind=kind, error=json.dumps({"error": error}))
+    query = "UPDATE batchq.batches SET finished_at = now() - %s * interval '1 minute' WHERE id = %s"
+    conn.execute(query, [minutes_ago, batch_id])
+    return batch_id
+
+
+def test_failures_are_grouped_by_kind_and_first_line(conn: Conn) -> None:
+    assert failures(conn) == []
+    finished(conn, "completed")
+    finished(conn, "cancelled", error=NO)
+    failed(conn, "mail", "no route\nto host a", 50)
+    same = failed(conn, "mail", "no route\nto host b", 40)
+    other = failed(conn, "sms", "no route", 30)
+    long = failed(conn, "sms", "x" * 1000, 20)
+    silent = finished(conn, "failed", kind="sms")
+    assert failures(conn) == [
+        ("sms", "", 1, silent),
+        ("sms", "x" * 300, 1, long),
+        ("sms", "no route", 1, other),
+        ("mail", "no route", 2, same),
+    ]
+
+
+def test_failures_are_the_latest_500_however_old(conn: Conn) -> None:
+    conn.execute("SELECT batchq.create_finished_partitions((now() - interval '9 days')::date, 10)")
+    insert_failed = (
+        "INSERT INTO batchq.batches (kind, status, finished_at, errors) "
+        "SELECT %s, 'failed', now() - %s * interval '1 hour' - n * interval '1 second', %s "
+        "FROM generate_series(1, %s) n"
+    )
+    for kind, hours, count in (("ancient", 200, 100), ("old", 100, 300), ("yesterday", 12, 300), ("now", 0, 30)):
+        conn.execute(insert_failed.encode(), [kind, hours, Jsonb([{"error": "no"}]), count])
+        step("%s: %s", kind, failures(conn))
+    assert [(row[0], row[2]) for row in failures(conn)] == [("now", 30), ("yesterday", 300), ("old", 170)]
+    conn.execute("DELETE FROM batchq.batches WHERE kind IN ('old', 'yesterday')")
+    assert [(row[0], row[2]) for row in failures(conn)] == [("now", 30), ("ancient", 100)]
+
+
+def test_partitions_of_later_days_have_the_index_of_the_newest_failures(conn: Conn) -> None:
+    conn.execute("SELECT batchq.create_finished_partitions(((now() AT TIME ZONE 'UTC') + interval '30 days')::date, 1)")
+    without = values(
+        conn,
+        "SELECT p.inhrelid::regclass::text FROM pg_inherits p WHERE p.inhparent = 'batchq.batches_finished'::regclass "
+        "AND NOT EXISTS (SELECT FROM pg_index i JOIN pg_inherits h ON h.inhrelid = i.indexrelid "
+        "WHERE i.indrelid = p.inhrelid AND h.inhparent = 'batchq.batches_finished_failed_at'::regclass)",
+    )
+    assert without == []
 
 
 # ---------------------------------------------------------------------------------------------------------- workers

@@ -69,7 +69,9 @@ class Parts:
         self.lane = ThreadLane(app.handlers, 1, self.finisher.put)
         self.claimer = Claimer(self.links[1], ["default"], [self.lane], "worker-1", self.runtime)
         row = WorkerRow("worker-1", "here", 1, "0", ["default"], ["work"], 1)
-        self.keeper = Keeper(self.links[2], ["default"], [self.lane], row, 60, 30, self.claimer)
+        self.keeper = Keeper(
+            self.links[2], ["default"], [self.lane], row, 60, 30, self.claimer, self.finisher.throughput
+        )
 
     def claim(self, count: int) -> list[Batch]:
         """Claim *count* batches, which wait in the lane."""
