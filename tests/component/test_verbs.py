@@ -1,4 +1,4 @@
-"""What a person may do from any SQL client: batchq.cancel and batchq.retry."""
+"""What a person may do from any SQL client: batchq.cancel, batchq.retry, and the other verbs for one batch."""
 
 from collections.abc import Callable
 from threading import Thread
@@ -265,6 +265,135 @@ def test_verbs_join_the_callers_transaction(conn: Conn) -> None:
         cancel(conn, live)
         retry(conn, failed)
     assert (batch(conn, live)["status"], batch(conn, failed)["status"]) == ("pending", "failed")
+
+
+@pytest.mark.parametrize("status", ["failed", "completed", "cancelled"])
+def test_retrying_items_works_the_failed_items_alone(conn: Conn, status: str) -> None:
+    batch_id = half_done(conn, status, max_failed_items=2)
+    assert value(conn, "SELECT batchq.retry_items(%s)", [batch_id]) == "pending"
+    [claimed] = claim(conn)
+    assert queries.failed_page(conn, "default", batch_id, claimed.attempt, 10) == [(1, "1"), (2, "2")]
+
+
+def test_retrying_items_leaves_alone_what_has_no_failed_items(conn: Conn) -> None:
+    ids = [insert(conn), processing(conn, kind="other").id, finished(conn, "failed", kind="third", items=[1])]
+    before = [batch(conn, batch_id) for batch_id in ids]
+    statuses = [value(conn, "SELECT batchq.retry_items(%s)", [batch_id]) for batch_id in (*ids, 404)]
+    assert statuses == ["pending", "processing", "failed", None]
+    assert [batch(conn, batch_id) for batch_id in ids] == before
+    assert audit(conn) == []
+
+
+# ------------------------------------------------------------------------------------------ snooze, priority, queue
+
+CHANGES = {
+    "snooze": ("SELECT batchq.snooze(%s, until => '2100-01-01')", "run_at"),
+    "set_priority": ("SELECT batchq.set_priority(%s, -5)", "priority"),
+    "move": ("SELECT batchq.move(%s, 'slow')", "queue"),
+}
+
+
+@pytest.mark.parametrize("verb", CHANGES)
+def test_a_change_of_a_pending_batch_changes_that_alone_and_once(conn: Conn, verb: str) -> None:
+    query, column = CHANGES[verb]
+    batch_id = insert(conn, payload={"a": 1})
+    before = batch(conn, batch_id)
+    assert [value(conn, query, [batch_id]) for _ in range(2)] == ["pending", "pending"]
+    after = batch(conn, batch_id)
+    assert {name for name in before if before[name] != after[name]} == {column}
+    assert [row[:2] for row in audit(conn)] == [(verb, batch_id)]
+
+
+@pytest.mark.parametrize("verb", CHANGES)
+def test_a_change_leaves_alone_what_is_not_pending(conn: Conn, verb: str) -> None:
+    query, _ = CHANGES[verb]
+    ids = [finished(conn, status) for status in ("completed", "failed", "cancelled")] + [processing(conn).id]
+    before = [batch(conn, batch_id) for batch_id in ids]
+    statuses = [value(conn, query, [batch_id]) for batch_id in (*ids, 404)]
+    assert statuses == ["completed", "failed", "cancelled", "processing", None]
+    assert [batch(conn, batch_id) for batch_id in ids] == before
+    assert audit(conn) == []
+
+
+def test_a_snoozed_batch_waits_for_so_long(conn: Conn) -> None:
+    batch_id = insert(conn)
+    conn.execute("SELECT batchq.snooze(%s, '2 hours')", [batch_id])
+    hours = value(
+        conn, "SELECT extract(epoch FROM run_at - now()) / 3600 FROM batchq.batches WHERE id = %s", [batch_id]
+    )
+    assert 1.9 < hours <= 2
+    assert claim(conn) == []
+
+
+@pytest.mark.parametrize("given", ["", ", '1 hour', '2100-01-01'"])
+def test_a_snooze_needs_a_delay_or_a_time(conn: Conn, given: str) -> None:
+    with pytest.raises(psycopg.errors.RaiseException, match="takes a delay, or a time with until"):
+        value(conn, f"SELECT batchq.snooze(%s{given})", [insert(conn)])
+
+
+def test_a_batch_is_claimed_by_its_new_priority(conn: Conn) -> None:
+    batch_id = insert(conn, priority=9)
+    conn.execute("SELECT batchq.set_priority(%s, 1)", [batch_id])
+    assert (claim(conn, priority=9), [row.id for row in claim(conn, priority=1)]) == ([], [batch_id])
+
+
+def test_a_moved_batch_takes_its_failed_items_with_it(conn: Conn) -> None:
+    batch_id = half_done(conn, "failed")
+    retry(conn, batch_id)
+    conn.execute("SELECT batchq.move(%s, 'slow')", [batch_id])
+    [claimed] = claim(conn, queue="slow")
+    assert queries.failed_page(conn, "slow", batch_id, claimed.attempt, 10) == [(1, "1"), (2, "2")]
+
+
+def test_a_batch_is_not_moved_beside_another_of_its_key(conn: Conn) -> None:
+    batch_id = insert(conn, unique_key="daily")
+    insert(conn, unique_key="daily", queue="slow")
+    message = f'batch {batch_id} cannot be moved: another batch of kind "work" with unique_key "daily" is pending'
+    with pytest.raises(psycopg.errors.UniqueViolation, match=message):
+        conn.execute("SELECT batchq.move(%s, 'slow')", [batch_id])
+    assert batch(conn, batch_id)["queue"] == "default"
+
+
+# ------------------------------------------------------------------------------------------------------------ audit
+
+
+def audit(conn: Conn) -> list[tuple[Any, ...]]:
+    """Return verb, batch, how many, queue, kind, details, reason, actor of each row of the audit."""
+    query = "SELECT verb, batch_id, batches, queue, kind, details, reason, actor FROM batchq.audit ORDER BY id"
+    return conn.execute(query).fetchall()
+
+
+def test_each_verb_that_changes_something_notes_who_and_why(conn: Conn) -> None:
+    live, failed = insert(conn), finished(conn, "failed", kind="mail", queue="other")
+    conn.execute("SELECT batchq.cancel(%s, 'too dear', actor => 'ann')", [live])
+    conn.execute("SELECT batchq.retry(%s, reason => 'fixed', actor => 'bob')", [failed])
+    assert audit(conn) == [
+        ("cancel", live, 1, "default", KIND, {}, "too dear", "ann"),
+        ("retry", failed, 1, "other", "mail", {"whole": False}, "fixed", "bob"),
+    ]
+    assert values(conn, "SELECT DISTINCT role = current_user FROM batchq.audit") == [True]
+
+
+def test_a_verb_that_changes_nothing_notes_nothing(conn: Conn) -> None:
+    batch_id = insert(conn)
+    for _ in range(2):
+        conn.execute("SELECT batchq.cancel(%s)", [batch_id])
+    retry(conn, insert(conn))
+    assert [row[0] for row in audit(conn)] == ["cancel"]
+    step("and a transaction that is rolled back leaves none")
+    with conn.transaction(force_rollback=True):
+        retry(conn, batch_id)
+    assert [row[0] for row in audit(conn)] == ["cancel"]
+
+
+def test_old_rows_of_the_audit_are_dropped(conn: Conn) -> None:
+    for _ in range(2):
+        cancel(conn, insert(conn))
+    conn.execute(
+        "UPDATE batchq.audit SET at = now() - interval '91 days' WHERE id = (SELECT min(id) FROM batchq.audit)"
+    )
+    assert [value(conn, "SELECT batchq.prune_records()") for _ in range(2)] == [1, 0]
+    assert len(audit(conn)) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
