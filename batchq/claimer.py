@@ -12,17 +12,21 @@ from batchq.batch import Batch, Claim, Runtime
 from batchq.database import Link
 from batchq.errors import OutcomeUnknown
 from batchq.lanes import Lane
+from batchq.log import get_logger
 from batchq.outage import Outage
-from batchq.positions import MOST_PRIORITIES, Source, Track
+from batchq.positions import MOST_PRIORITIES, Pauses, Source, Track
 from batchq.queries import END, ClaimedRow, Position, Turn
 
 POLLS_A_SECOND = 54  # of all idle workers together
 MOST_IDLE_SECONDS = 5.0
+PAUSES_SECONDS = 1.0
 FULL_SECONDS = 0.5
 DEAR_POLL_FACTOR = 20
 MOST_A_CLAIM = 2000
 IN_ORDER = attrgetter("run_at", "id")
 SETTINGS = queries.BY_INDEX | queries.WITHOUT_WAITING_FOR_THE_DISK
+
+log = get_logger()
 
 
 class Turns:
@@ -58,12 +62,20 @@ class Claimer:
         self.nudged = threading.Event()
         self.outage = Outage("claimer")
         self.unknown: list[tuple[str, uuid.UUID]] = []
+        self.pauses: Pauses = frozenset()
+        self.pauses_read_at = float("-inf")
+        self.draining = threading.Event()
 
     def run(self, drain: bool) -> None:
         """Claim until the worker stops or, with *drain*, until nothing is ready and all that was claimed is written."""
         from_start = True
         while not self.runtime.stopping.is_set():
             all_written = not any(lane.unwritten for lane in self.lanes)  # looked at before the poll, which comes after
+            if self.draining.is_set():
+                if all_written:
+                    return
+                self.wait(FULL_SECONDS)
+                continue
             try:
                 found = self.round()
                 self.outage.over()
@@ -79,16 +91,24 @@ class Claimer:
                 from_start = True
                 continue
             if not found:
-                self.wait()
+                self.wait(self.idle_seconds() if any(lane.room() for lane in self.lanes) else FULL_SECONDS)
+
+    def drain(self) -> None:
+        """Claim no more: give back what has not begun, and let `run` end when all that runs has ended."""
+        if not self.draining.is_set():
+            log.info("asked to drain: the worker ends when what it runs has ended", worker=self.worker_id)
+        self.draining.set()
+        for lane in self.lanes:
+            lane.give_back_waiting(0)
+        self.nudge()
 
     def nudge(self) -> None:
         """Say that a lane may have room."""
         self.nudged.set()
 
-    def wait(self) -> None:
-        """Wait for room if the lanes are full; else until it is this worker's turn to poll."""
-        is_full = not any(lane.room() for lane in self.lanes)
-        self.nudged.wait(FULL_SECONDS if is_full else self.idle_seconds())
+    def wait(self, seconds: float) -> None:
+        """Wait for so long, or until there may be room."""
+        self.nudged.wait(seconds)
         self.nudged.clear()
 
     def idle_seconds(self) -> float:
@@ -107,8 +127,22 @@ class Claimer:
     def round(self) -> int:
         """Claim for every queue and lane that has room; return how many batches were claimed."""
         self.give_back_unknown()
+        self.heed_pauses()
         self.sources.append(self.sources.pop(0))
-        return sum(self.claim_from(source) for source in self.sources if source.lane.room())
+        return sum(self.claim_from(source) for source in self.sources if source.kinds and source.lane.room())
+
+    def heed_pauses(self) -> None:
+        """Leave out what is paused, as known for a second at most: one small read a second, beside the claims."""
+        if time.monotonic() - self.pauses_read_at < PAUSES_SECONDS:
+            return
+        with self.link.reading() as conn:
+            pauses = frozenset(queries.pauses(conn))
+        self.pauses_read_at = time.monotonic()
+        if pauses != self.pauses:
+            log.info("pauses", paused=[f"{queue or '*'}/{kind or '*'}" for queue, kind in sorted(pauses, key=str)])
+            self.pauses = pauses
+            for source in self.sources:
+                source.leave_out(pauses)
 
     def claim_from(self, source: Source) -> int:
         """Claim what is ready of one source, the most urgent priority first; return how many."""
@@ -140,7 +174,7 @@ class Claimer:
         starts = source.starts()
         began_at = time.monotonic()
         with self.link.reading() as conn:
-            ready = queries.ready_priorities(conn, source.queue, source.lane.kinds, starts)
+            ready = queries.ready_priorities(conn, source.queue, source.kinds, starts)
         source.looked(starts, time.monotonic() - began_at)
         return [(priority, starts[priority]) for priority in ready]
 
@@ -161,7 +195,7 @@ class Claimer:
         number, after, until = track.next_part()
         began_at = time.monotonic()
         with self.link.reading() as conn:
-            found = queries.has_ready_between(conn, source.queue, priority, source.lane.kinds, after, until)
+            found = queries.has_ready_between(conn, source.queue, priority, source.kinds, after, until)
         track.was_swept(source.cost(time.monotonic() - began_at), source.busy_priority is not None, number)
         room = self.room(source.lane, 0)
         if not found or room <= 0:
@@ -180,7 +214,7 @@ class Claimer:
         claim = Claim(source.queue, uuid.uuid4(), self.runtime, began_at=time.monotonic())
         lease_seconds = self.runtime.lease_seconds
         statement = queries.claim(
-            source.queue, priority, source.lane.kinds, room, self.worker_id, claim.token, lease_seconds, after, until
+            source.queue, priority, source.kinds, room, self.worker_id, claim.token, lease_seconds, after, until
         )
         try:
             rows = self.link.run(statement, SETTINGS)

@@ -159,13 +159,16 @@ class Keeper:
                 log.warning("batch rescued", batch_id=batch_id, kind=kind, attempt=attempt, status=status)
 
     def heartbeat(self) -> None:
-        """Show a sign of life, and tell the claimer when it is its turn to poll."""
+        """Show a sign of life, and tell the claimer when it is its turn to poll, or that it is asked to drain."""
         in_hand = sum(lane.unwritten for lane in self.lanes)
+        stopping = self.claimer.runtime.stopping.is_set() or self.claimer.draining.is_set()
         with self.link.transaction() as conn:
-            queries.heartbeat(conn, self.row, in_hand, self.claimer.runtime.stopping.is_set())
+            is_asked_to_drain = queries.heartbeat(conn, self.row, in_hand, stopping)
             began_at = time.monotonic()
             turn = queries.turn(conn, self.row.id, self.queues, 3 * HEARTBEAT_SECONDS)
             self.claimer.turns = Turns(turn, (began_at + time.monotonic()) / 2)
+        if is_asked_to_drain:
+            self.claimer.drain()
 
     def write_throughput(self) -> None:
         """Write what was counted, the progress of what runs included."""
@@ -191,6 +194,8 @@ class Keeper:
             with self.link.transaction() as conn:
                 if dropped := queries.prune(conn, self.keep_finished_days):
                     log.info("pruned", partitions=dropped, older_than_days=self.keep_finished_days)
+            with self.link.transaction() as conn:
+                queries.prune_records(conn)
         except psycopg.Error as error:
             if self.link.conn is None:  # lost: done again when the database is back
                 raise

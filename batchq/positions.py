@@ -8,7 +8,7 @@ sweeps: of everything while that is cheap, else of one part after another, with 
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from batchq.lanes import Lane
 from batchq.queries import START, ClaimedRow, Position
@@ -23,6 +23,8 @@ LOOK_SECONDS = 0.1
 LOOKS = 3
 LEARN_SECONDS = 0.25
 NOISE_SECONDS = 0.002
+
+Pauses = Set[tuple[str | None, str | None]]  # queue and kind; None: any
 
 
 class Track:
@@ -92,12 +94,25 @@ class Source:
     def __init__(self, queue: str, lane: Lane) -> None:
         self.queue = queue
         self.lane = lane
+        self.kinds = lane.kinds  # without those that are paused
         self.tracks: dict[int, Track] = {}
         self.busy_priority: int | None = None  # of the last claim, if that was full
         self.looked_at = 0.0
         self.learns_at = 0.0
         self.fastest_look_seconds = float("inf")
         self.look_costs: deque[float] = deque([0.0] * LOOKS, maxlen=LOOKS)
+
+    def leave_out(self, pauses: Pauses) -> None:
+        """Leave out what is paused: queue and kind, None for any. Where a kind goes on, start from the beginning."""
+        before = self.kinds
+        is_queue_paused = (self.queue, None) in pauses
+        self.kinds = [
+            kind
+            for kind in self.lane.kinds
+            if not is_queue_paused and (None, kind) not in pauses and (self.queue, kind) not in pauses
+        ]
+        if set(self.kinds) - set(before):
+            self.forget()
 
     def forget(self) -> None:
         """Start from the beginning everywhere."""

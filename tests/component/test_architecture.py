@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "lanes": {"app", "batch", "database", "execution", "log"},
     "positions": {"lanes", "queries"},
     "bell": {"database", "outage", "queries"},
-    "claimer": {"batch", "database", "errors", "lanes", "outage", "positions", "queries"},
+    "claimer": {"batch", "database", "errors", "lanes", "log", "outage", "positions", "queries"},
     "throughput": {"batch", "database", "errors", "queries"},
     "finisher": {"batch", "database", "errors", "execution", "lanes", "log", "outage", "queries", "text", "throughput"},
     "keeper": {"batch", "claimer", "database", "execution", "lanes", "log", "outage", "queries", "text", "throughput"},
