@@ -1,0 +1,74 @@
+-- One function for all verbs in bulk, a chunk at a time.
+
+CREATE FUNCTION batchq.bulk(verb text, filter jsonb DEFAULT '{}', change jsonb DEFAULT '{}', place jsonb DEFAULT NULL,
+  dry_run boolean DEFAULT false, most integer DEFAULT 1000, reason text DEFAULT NULL, actor text DEFAULT NULL,
+  audit_id bigint DEFAULT NULL)
+RETURNS TABLE (matched integer, changed integer, next_place jsonb, audit bigint)
+LANGUAGE plpgsql
+AS $$
+#variable_conflict use_variable
+DECLARE
+  whole       boolean := coalesce((change ->> 'whole')::boolean, false);
+  known       text[];
+  from_status text;
+  found       record;
+BEGIN
+  known := CASE
+    WHEN verb = 'cancel' THEN '{live,pending,processing}'
+    WHEN verb IN ('snooze', 'set_priority', 'move') THEN '{pending}'
+    WHEN verb IN ('retry', 'retry_items') THEN '{failed,cancelled,completed}'
+  END;
+  IF known IS NULL THEN
+    RAISE EXCEPTION 'batchq.bulk knows no verb %', quote_nullable(verb)
+      USING HINT = 'cancel, retry, retry_items, snooze, set_priority, move';
+  END IF;
+  IF filter - '{queue,kind,status,error_like,older_than_seconds}'::text[] <> '{}' THEN
+    RAISE EXCEPTION 'batchq.bulk knows no filter %', filter - '{queue,kind,status,error_like,older_than_seconds}'::text[]
+      USING HINT = 'queue, kind, status, error_like, older_than_seconds';
+  END IF;
+  IF num_nonnulls(change ->> 'delay_seconds', change ->> 'until') <> (verb = 'snooze')::integer
+     OR (change ->> 'priority' IS NOT NULL) <> (verb = 'set_priority')
+     OR (change ->> 'to_queue' IS NOT NULL) <> (verb = 'move') THEN
+    RAISE EXCEPTION 'batchq.bulk: % does not fit the verb %', change, verb
+      USING HINT = 'snooze takes delay_seconds or until, set_priority takes priority, move takes to_queue';
+  END IF;
+  from_status := coalesce(filter ->> 'status', known[1]);
+  IF NOT from_status = ANY (known) THEN
+    RAISE EXCEPTION 'batchq.bulk: % takes no batches that are %', verb, from_status
+      USING HINT = 'It takes those that are ' || array_to_string(array_remove(known, 'live'), ' or ');
+  END IF;
+
+  found := batchq.bulk_find(filter, from_status,
+    verb = 'retry_items' OR (verb = 'retry' AND from_status = 'completed' AND NOT whole),
+    coalesce((place ->> 0)::timestamptz, '-infinity'), coalesce((place ->> 1)::bigint, 0), most);
+  matched := cardinality(found.ids);
+  changed := 0;
+  IF NOT dry_run AND matched > 0 THEN
+    changed := CASE
+      WHEN verb = 'cancel' THEN batchq.bulk_cancel(found.ids,
+        CASE from_status WHEN 'live' THEN '{pending,processing}' ELSE ARRAY[from_status] END, coalesce(reason, 'in bulk'))
+      WHEN verb IN ('retry', 'retry_items') THEN batchq.bulk_retry(found.ids, from_status, found.first_at, found.last_at, whole)
+      ELSE batchq.bulk_change(found.ids,
+        coalesce((change ->> 'until')::timestamptz, now() + (change ->> 'delay_seconds')::float8 * interval '1 second'),
+        (change ->> 'priority')::integer, change ->> 'to_queue')
+    END;
+  END IF;
+  IF changed > 0 AND audit_id IS NULL THEN
+    audit_id := batchq.note_verb(verb, changed, NULL, filter ->> 'queue', filter ->> 'kind',
+                                 jsonb_build_object('filter', filter) || change, reason, actor);
+  ELSIF changed > 0 THEN
+    UPDATE batchq.audit a SET batches = a.batches + changed WHERE a.id = audit_id;
+  END IF;
+  next_place := CASE WHEN NOT found.is_end THEN jsonb_build_array(found.next_at, found.next_id) END;
+  audit := audit_id;
+  RETURN NEXT;
+END
+$$;
+
+COMMENT ON FUNCTION batchq.bulk(text, jsonb, jsonb, jsonb, boolean, integer, text, text, bigint) IS
+  'Does a verb for the next batches that a filter matches: "most" of them, among 20,000 that are looked at. verb: cancel, '
+  'retry, retry_items, snooze, set_priority, move. filter: queue, kind, status, error_like (part of the last error, or a '
+  'pattern with %), older_than_seconds (since it finished or, while it is live, was inserted). change: whole; delay_seconds or '
+  'until; priority; to_queue. Go on with the next_place and audit that it returns, until next_place is null; each call in '
+  'a transaction of its own. Batches that are locked, or would meet a live one of their unique_key, are left out: they '
+  'count in matched, and not in changed. With dry_run, nothing is changed.';

@@ -1,0 +1,274 @@
+"""Verbs in bulk: batchq.bulk, chunk by chunk, and the commands that go through all of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.types.json import Jsonb
+
+from batchq import queries
+from batchq.queries import Progress
+from tests.component.rows import (
+    KIND,
+    Conn,
+    batch,
+    checkpoint,
+    claim,
+    failure,
+    finish,
+    finished,
+    insert,
+    processing,
+    values,
+)
+from tests.support.alone import run_alone
+from tests.support.steps import step
+
+AUDIT = "SELECT verb, batches, queue, kind, reason, actor FROM batchq.audit ORDER BY id"
+
+
+def bulk(conn: Conn, verb: str, filter_: dict[str, Any] | None = None, most: int = 1000, **given: Any) -> int:
+    """Do a verb in bulk to its end; return how many batches it changed."""
+    return sum(changed for _, changed in chunks(conn, verb, filter_ or {}, most, **given))
+
+
+def chunks(
+    conn: Conn, verb: str, filter_: dict[str, Any], most: int, *, dry_run: bool = False, **change: Any
+) -> Iterator[tuple[int, int]]:
+    """Do a verb in bulk; yield of each chunk how many batches matched, and how many were changed."""
+    place, audit = None, None
+    while True:
+        row = conn.execute(
+            "SELECT matched, changed, next_place, audit FROM batchq.bulk(%s, %s, %s, %s, %s, %s, 'why', 'ann', %s)",
+            [verb, Jsonb(filter_), Jsonb(change), place, dry_run, most, audit],
+        ).fetchone()
+        assert row
+        yield row[0], row[1]
+        place, audit = row[2] and Jsonb(row[2]), row[3]
+        if row[2] is None:
+            return
+
+
+def add(conn: Conn, count: int, status: str = "pending", **columns: Any) -> list[int]:
+    """Insert *count* batches, each a second older than the one before; return their ids."""
+    given = {"kind": KIND, "queue": "default", "error": "no", "hours": 0} | columns
+    is_final = status in ("failed", "completed", "cancelled")
+    given |= {"status": status, "count": count, "is_final": is_final}
+    return values_of(
+        conn.execute(
+            "INSERT INTO batchq.batches (kind, queue, status, errors, created_at, finished_at) "
+            "SELECT %(kind)s, %(queue)s, %(status)s, jsonb_build_array(jsonb_build_object('error', %(error)s::text)), "
+            "now() - %(hours)s * interval '1 hour' - n * interval '1 second', "
+            "CASE WHEN %(is_final)s THEN now() - %(hours)s * interval '1 hour' - n * interval '1 second' END "
+            "FROM generate_series(1, %(count)s) n RETURNING id",
+            given,
+        ).fetchall()
+    )
+
+
+def values_of(rows: list[tuple[Any, ...]]) -> list[Any]:
+    """Return the first value of each row."""
+    return [row[0] for row in rows]
+
+
+def statuses(conn: Conn) -> dict[str, int]:
+    """Return how many batches have each status."""
+    return dict(conn.execute("SELECT status, count(*) FROM batchq.batches GROUP BY status").fetchall())
+
+
+# ------------------------------------------------------------------------------------------------------ all verbs
+
+
+@pytest.mark.parametrize("most", [7, 1000])
+def test_a_retry_in_bulk_makes_all_failed_batches_pending(conn: Conn, most: int) -> None:
+    ids = add(conn, 50, "failed", kind="mail")
+    add(conn, 3, "cancelled")
+    add(conn, 3, "completed")
+    found = list(chunks(conn, "retry", {}, most))
+    assert [changed for _, changed in found if changed] == ([7] * 7 + [1] if most == 7 else [50])
+    assert {row.id for row in claim(conn, kinds=["mail"])} == set(ids)
+    assert statuses(conn) == {"processing": 50, "cancelled": 3, "completed": 3}
+    step("one row of the audit for all chunks")
+    assert conn.execute(AUDIT).fetchall() == [("retry", 50, None, None, "why", "ann")]
+    assert bulk(conn, "retry") == 0
+    assert conn.execute(AUDIT).fetchall() == [("retry", 50, None, None, "why", "ann")]
+
+
+def test_a_batch_retried_in_bulk_is_as_one_retried_alone(conn: Conn) -> None:
+    def half_done() -> int:
+        taken = processing(conn, items=[0, 1, 2, 3], payload={"a": 1}, priority=3, max_attempts=2, max_failed_items=1)
+        failures = [failure(1), failure(2, retryable=False)]
+        checkpoint(conn, taken, Progress(2, 2, failures, first_index=0, keeps_cursor=False, cursor='"here"'))
+        finish(conn, queries.Finish(*taken, "failed", error='{"error": "no"}'))
+        return taken.id
+
+    for whole in (False, True):
+        alone, in_bulk = half_done(), half_done()
+        conn.execute("SELECT batchq.retry(%s, %s)", [alone, whole])
+        assert bulk(conn, "retry", whole=whole) == 1
+        for name, expected in batch(conn, alone).items():
+            if name not in ("id", "run_at", "created_at", "errors"):
+                assert batch(conn, in_bulk)[name] == expected, name
+        items = "SELECT item_index, attempt, retryable FROM batchq.failed_items WHERE batch_id = %s ORDER BY 1"
+        assert conn.execute(items, [in_bulk]).fetchall() == conn.execute(items, [alone]).fetchall()
+        conn.execute("DELETE FROM batchq.batches")
+
+
+def test_a_retry_in_bulk_leaves_what_would_meet_a_live_batch_of_its_key(conn: Conn) -> None:
+    for number in range(4):
+        finished(conn, "failed", unique_key=f"key {number // 2}")
+    finished(conn, "failed", unique_key="live")
+    insert(conn, unique_key="live")
+    assert list(chunks(conn, "retry", {}, 1000)) == [(5, 2)]
+    assert statuses(conn) == {"pending": 3, "failed": 3}
+    assert values(conn, "SELECT unique_key FROM batchq.batches_live ORDER BY 1") == ["key 0", "key 1", "live"]
+
+
+def test_a_retry_of_completed_batches_takes_those_with_failed_items_or_whole_ones(conn: Conn) -> None:
+    add(conn, 3, "completed")
+    taken = processing(conn, items=[1, 2], max_failed_items=1)
+    checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0))
+    finish(conn, queries.Finish(*taken, "completed"))
+    assert bulk(conn, "retry", {"status": "completed"}) == 1
+    assert [row.id for row in claim(conn)] == [taken.id]
+    assert bulk(conn, "retry", {"status": "completed"}, whole=True) == 3
+
+
+def test_retrying_items_in_bulk_takes_those_with_failed_items(conn: Conn) -> None:
+    add(conn, 3, "failed")
+    taken = processing(conn, items=[1, 2])
+    checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0))
+    finish(conn, queries.Finish(*taken, "failed"))
+    assert bulk(conn, "retry_items") == 1
+    assert [row.id for row in claim(conn)] == [taken.id]
+
+
+def test_a_cancel_in_bulk_takes_what_waits_and_what_runs(conn: Conn) -> None:
+    add(conn, 20)
+    taken = processing(conn, kind="other")
+    assert bulk(conn, "cancel", {"status": "processing"}) == 1
+    assert bulk(conn, "cancel", most=6) == 20
+    assert statuses(conn) == {"cancelled": 21}
+    assert finish(conn, queries.Finish(*taken, "completed")) == set()
+    assert batch(conn, taken.id)["errors"][-1]["error"] == "cancelled: why"
+
+
+def test_snooze_priority_and_queue_change_in_bulk_what_is_pending(conn: Conn) -> None:
+    ids = add(conn, 20)
+    other = processing(conn, kind="other").id
+    assert [bulk(conn, "snooze", most=6, delay_seconds=3600), claim(conn)] == [20, []]
+    assert [bulk(conn, "snooze", most=6, until="2001-01-01") for _ in range(2)] == [20, 0]
+    assert [bulk(conn, "set_priority", most=6, priority=-1) for _ in range(2)] == [20, 0]
+    assert [bulk(conn, "move", most=6, to_queue="slow") for _ in range(2)] == [20, 0]
+    assert {row.id for row in claim(conn, queue="slow", priority=-1)} == set(ids)
+    assert batch(conn, other)["queue"] == "default"
+    assert values_of(conn.execute(AUDIT).fetchall()) == ["snooze", "snooze", "set_priority", "move"]
+
+
+def test_a_move_in_bulk_leaves_what_would_meet_its_key_and_takes_failed_items_along(conn: Conn) -> None:
+    insert(conn, unique_key="a", queue="slow")
+    stays = insert(conn, unique_key="a")
+    for queue in ("default", "other"):
+        insert(conn, unique_key="b", queue=queue)
+    taken = processing(conn, items=[1, 2], priority=1)
+    checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0))
+    finish(conn, queries.Finish(*taken, "failed"))
+    conn.execute("SELECT batchq.retry(%s)", [taken.id])
+    assert list(chunks(conn, "move", {}, 1000, to_queue="slow")) == [(5, 2)]
+    assert batch(conn, stays)["queue"] == "default"
+    assert values(conn, "SELECT queue FROM batchq.failed_items") == ["slow"]
+
+
+# --------------------------------------------------------------------------------------------------------- filters
+
+FILTERS: list[tuple[dict[str, Any], str]] = [
+    ({}, "abcdef"),
+    ({"kind": "mail"}, "acdf"),
+    ({"queue": "slow"}, "cd"),
+    ({"error_like": "TIME"}, "bdf"),
+    ({"error_like": "%out"}, "bd"),
+    ({"older_than_seconds": 5 * 3600}, "def"),
+    ({"kind": "mail", "queue": "slow", "error_like": "no", "older_than_seconds": 60}, "c"),
+    ({"kind": "none"}, ""),
+]
+
+
+@pytest.mark.parametrize(("filter_", "expected"), FILTERS, ids=lambda given: "-".join(given) or "none")
+@pytest.mark.parametrize("status", ["failed", "cancelled", "pending"])
+def test_a_filter_takes_what_fits_all_of_it(conn: Conn, status: str, filter_: dict[str, Any], expected: str) -> None:
+    kinds = {"a": "mail", "b": "sms", "c": "mail", "d": "mail", "e": "sms", "f": "mail"}
+    names = {}
+    for number, (name, kind) in enumerate(kinds.items()):
+        queue = "slow" if name in "cd" else "default"
+        error = {"b": "time out", "d": "Time out", "f": "time over"}.get(name, "no")
+        [batch_id] = add(conn, 1, status, kind=kind, queue=queue, error=error, hours=2 * number)
+        names[batch_id] = name
+    verb = "snooze" if status == "pending" else "retry"
+    change = {"until": "2100-01-01"} if status == "pending" else {}
+    given = filter_ if status in ("failed", "pending") else filter_ | {"status": status}
+    expected_count = len(expected)
+    assert [found for found, _ in chunks(conn, verb, given, 1000, dry_run=True, **change)] == [expected_count]
+    assert bulk(conn, verb, given, most=2, **change) == expected_count
+    changed = "SELECT id FROM batchq.batches_live WHERE run_at > now() OR errors <> '[]' AND %s"
+    live = values(conn, changed, [status != "pending"])
+    assert "".join(sorted(names[batch_id] for batch_id in live)) == expected
+
+
+@pytest.mark.parametrize(
+    ("verb", "filter_", "change", "message"),
+    [
+        ("dance", {}, {}, "knows no verb 'dance'"),
+        ("cancel", {"colour": "red"}, {}, 'knows no filter {"colour": "red"}'),
+        ("cancel", {"status": "failed"}, {}, "cancel takes no batches that are failed"),
+        ("retry", {"status": "pending"}, {}, "retry takes no batches that are pending"),
+        ("snooze", {}, {}, "does not fit the verb snooze"),
+        ("cancel", {}, {"priority": 1}, "does not fit the verb cancel"),
+        ("move", {}, {"until": "2100-01-01"}, "does not fit the verb move"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    conn: Conn, verb: str, filter_: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(psycopg.errors.RaiseException, match=message):
+        bulk(conn, verb, filter_, **change)
+
+
+# ---------------------------------------------------------------------------------------------------------- chunks
+
+
+def test_a_dry_run_counts_and_changes_nothing(conn: Conn) -> None:
+    add(conn, 30, "failed")
+    assert list(chunks(conn, "retry", {}, 1000, dry_run=True)) == [(30, 0)]
+    assert statuses(conn) == {"failed": 30}
+    assert conn.execute(AUDIT).fetchall() == []
+
+
+def test_what_is_locked_is_left_and_not_waited_for(conn: Conn, dsn: str) -> None:
+    failed, pending = add(conn, 5, "failed"), add(conn, 5)
+    with psycopg.connect(dsn, prepare_threshold=None) as other:
+        other.execute("SELECT FROM batchq.batches WHERE id = ANY (%s) FOR UPDATE", [[failed[0], pending[0]]])
+        with conn.transaction():
+            conn.execute("SET LOCAL statement_timeout = '5s'")
+            assert list(chunks(conn, "retry", {}, 1000)) == [(5, 4)]
+            assert list(chunks(conn, "cancel", {"status": "pending"}, 1000)) == [(9, 8)]
+    assert statuses(conn) == {"failed": 1, "pending": 1, "cancelled": 8}
+
+
+def test_few_that_match_among_many_are_found_in_bounded_looks(conn: Conn) -> None:
+    add(conn, 45_000, kind="many")
+    add(conn, 3, kind="few")
+    looks = list(chunks(conn, "cancel", {"kind": "few"}, 1000))
+    assert looks == [(0, 0), (0, 0), (3, 3)]
+
+
+def test_batches_of_all_days_are_found(conn: Conn) -> None:
+    conn.execute("SELECT batchq.create_finished_partitions((now() - interval '4 days')::date, 3)")
+    for days in range(5):
+        add(conn, 4, "failed", hours=24 * days)
+    assert bulk(conn, "retry", {"older_than_seconds": 36 * 3600}, most=3) == 12
+    assert bulk(conn, "retry", most=3) == 8
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
