@@ -184,15 +184,18 @@ class Keeper:
             queries.merge_throughput(conn)
 
     def maintain(self) -> None:
-        """Create the partitions of the next days, drop those that are too old. What is refused waits for the next time.
+        """Create the partitions of the next days, drop those that are too old, unless another worker is at it.
 
-        Refused when a lock is not free at once, when the schema belongs to another role, when a view needs a partition.
+        What is refused waits for the next time: when a lock is not free at once, when the schema belongs to another
+        role, when a view needs a partition.
         """
         try:
             with self.link.transaction() as conn:
+                if not queries.take_maintenance(conn):
+                    return
                 queries.create_finished_partitions(conn, PARTITIONS_AHEAD_DAYS)
             with self.link.transaction() as conn:
-                if dropped := queries.prune(conn, self.keep_finished_days):
+                if queries.take_maintenance(conn) and (dropped := queries.prune(conn, self.keep_finished_days)):
                     log.info("pruned", partitions=dropped, older_than_days=self.keep_finished_days)
             with self.link.transaction() as conn:
                 queries.prune_records(conn)

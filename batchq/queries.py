@@ -1071,6 +1071,12 @@ def merge_throughput(conn: Conn) -> int:
     return merged
 
 
+def take_maintenance(conn: Conn) -> bool:
+    """Take the lock of maintenance, until the end of the transaction, if it is free: else another worker is at it."""
+    taken: bool = one(conn, "SELECT pg_try_advisory_xact_lock(hashtextextended('batchq.partitions', 0))", {})[0]
+    return taken
+
+
 def create_finished_partitions(conn: Conn, days: int) -> int:
     """Create the missing partitions of today and the next days (UTC); return how many.
 
@@ -1128,6 +1134,56 @@ def status_rows(
         LIMIT %(limit)s
         """,
         {"queue": queue, "kind": kind, "status": status, "limit": limit},
+    )
+
+
+def status_row(conn: Conn, batch_id: int) -> dict[str, Any] | None:
+    """Return a batch's row of batchq.status as a JSON object."""
+    found = objects(conn, "SELECT to_jsonb(s) FROM batchq.status s WHERE s.id = %(id)s", {"id": batch_id})
+    return found[0] if found else None
+
+
+def running_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) -> list[dict[str, Any]]:
+    """Return rows of batchq.status of batches that are being worked, or stalled, as JSON objects."""
+    return objects(
+        conn,
+        """
+        WITH running AS (
+          SELECT id, queue
+          FROM batchq.batches_live
+          WHERE status = 'processing'
+            AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+            AND (%(kind)s::text IS NULL OR kind = %(kind)s)
+          LIMIT %(limit)s
+        )
+        SELECT to_jsonb(s)
+        FROM running
+        JOIN batchq.status s USING (id, queue)
+        """,
+        {"queue": queue, "kind": kind, "limit": limit},
+    )
+
+
+def failed_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) -> list[dict[str, Any]]:
+    """Return rows of batchq.status of the batches that failed last, of the last day, as JSON objects."""
+    return objects(
+        conn,
+        """
+        WITH failed AS (
+          SELECT id, queue
+          FROM batchq.batches_finished
+          WHERE status = 'failed'
+            AND finished_at > now() - interval '1 day'
+            AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+            AND (%(kind)s::text IS NULL OR kind = %(kind)s)
+          ORDER BY finished_at DESC
+          LIMIT %(limit)s
+        )
+        SELECT to_jsonb(s)
+        FROM failed
+        JOIN batchq.status s USING (id, queue)
+        """,
+        {"queue": queue, "kind": kind, "limit": limit},
     )
 
 

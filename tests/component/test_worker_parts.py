@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 import batchq
-from batchq import claimer, finisher, keeper
+from batchq import claimer, finisher, keeper, queries
 from batchq.batch import Batch, Runtime
 from batchq.claimer import POLLS_A_SECOND, Claimer, Turns
 from batchq.database import HandlerConnections, Link
@@ -467,6 +467,22 @@ def test_the_heartbeat_tells_the_claimer_its_turn(conn: Conn, parts: Parts) -> N
     )
     parts.keeper.heartbeat()
     assert parts.claimer.turns.period_seconds == 2 / POLLS_A_SECOND
+
+
+def test_maintenance_is_left_to_the_worker_that_is_at_it(
+    conn: Conn, admin_dsn: str, parts: Parts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partitions = "SELECT count(*) FROM pg_inherits WHERE inhparent = 'batchq.batches_finished'::regclass"
+    conn.execute("SELECT batchq.create_finished_partitions((now() AT TIME ZONE 'UTC')::date - 60, 1)")
+    before = values(conn, partitions)
+    with psycopg.connect(admin_dsn) as other:
+        assert queries.take_maintenance(other)
+        parts.keeper.maintain()
+        assert values(conn, partitions) == before
+        assert "maintenance" not in capsys.readouterr().out
+        other.rollback()
+    parts.keeper.maintain()
+    assert values(conn, partitions) == [before[0] - 1], "that of 60 days ago is dropped"
 
 
 if __name__ == "__main__":
