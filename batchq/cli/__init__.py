@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 
-from batchq.cli import commands
+from batchq.cli import commands, one_batch
 from batchq.errors import BatchqError, DatabaseAway, OutcomeUnknown
 from batchq.settings import Settings, hide_password
 
@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"batchq {version('batchq')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_setup, add_workers, add_enqueue, add_looking, add_verbs):
+    for add in (add_setup, add_workers, add_enqueue, add_looking, add_watching, add_verbs):
         add(subparsers)
     return parser
 
@@ -193,6 +193,25 @@ def add_looking(subparsers: Any) -> None:
     show.add_argument("id", type=batch_id)
     show.add_argument("--limit", type=natural, default=20, help="how many failed items (default: 20)")
     show.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_watching(subparsers: Any) -> None:
+    """Add what shows as it happens: one batch, its past, or everything on a full screen."""
+    watch = add_command(
+        subparsers, "watch", one_batch.watch, "follow one batch to its end; exit 1 when it fails", settings=READING
+    )
+    logs = add_command(subparsers, "logs", one_batch.logs, "tell one batch's attempts and errors", settings=READING)
+    for parser in (watch, logs):
+        parser.add_argument("id", type=batch_id)
+        parser.add_argument("--json", action="store_true", help="print a JSON object a line")
+    top = add_command(
+        subparsers, "top", commands.top, "show everything on a full screen, live; needs batchq[top]", settings=READING
+    )
+    top.add_argument("--queue", help="of this queue only")
+    top.add_argument("--kind", help="of this kind only")
+    top.add_argument("--json", action="store_true", help="print JSON once")
+    watch.add_argument("--every-seconds", type=some_seconds, default=0.5, help="(default: 0.5)")
+    top.add_argument("--every-seconds", type=some_seconds, default=1.0, help="(default: 1)")
 
 
 def add_verbs(subparsers: Any) -> None:

@@ -19,7 +19,7 @@ from batchq import migrate as migrations
 from batchq.app import load_app
 from batchq.cli import enqueue_file, show_tables
 from batchq.cli.signals import StopSignals
-from batchq.database import check_server, connect, transaction
+from batchq.database import Link, check_server, connect, transaction
 from batchq.enqueue import enqueue as enqueue_batch
 from batchq.errors import ConfigError, InvalidInput
 from batchq.monitor import Monitor
@@ -216,6 +216,54 @@ def read_status(options: Namespace) -> dict[str, Any]:
             "workers": queries.worker_objects(conn),
             "batches": queries.status_rows(conn, options.queue, options.kind, options.status, options.limit),
         }
+
+
+MOST_IN_TOP = 200
+
+
+def top(options: Namespace) -> int:
+    """Show queues, workers, running batches and failures on a full screen; into a pipe, once and plain."""
+    settings = settings_of(options)
+    with database(options):
+        pass
+    link = Link(settings.require_dsn(), settings.database_timeout_seconds)
+
+    def look() -> dict[str, list[dict[str, Any]]]:
+        with link.transaction() as conn:
+            return read_top(conn, options)
+
+    def show_one(batch_id: int) -> Any:
+        with link.transaction() as conn:
+            batch, failed_items = read_batch(conn, batch_id), queries.failed_item_objects(conn, batch_id, MOST_IN_TOP)
+        return show_tables.one_batch(batch, failed_items) if batch else None
+
+    if options.json:
+        print_json(look())
+    elif not console.is_terminal:
+        found = look()
+        console.print(show_tables.overview(found | {"batches": found["running"] + found["failures"]}))
+    else:
+        load_top().run(options, look, show_one)
+    return 0
+
+
+def read_top(conn: psycopg.Connection[Any], options: Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Read what `top` shows."""
+    return {
+        "queues": queries.queue_rows(conn, options.queue, options.kind),
+        "running": queries.running_rows(conn, options.queue, options.kind, MOST_IN_TOP),
+        "failures": queries.failed_rows(conn, options.queue, options.kind, MOST_IN_TOP),
+        "workers": queries.worker_objects(conn),
+    }
+
+
+def load_top() -> Any:
+    """Return the module of the full screen. Raises ConfigError where its extra is not installed."""
+    try:
+        from batchq.cli import top as screen
+    except ImportError as error:
+        raise ConfigError(f'batchq top needs an extra ({error}): pip install "batchq[top]"') from None
+    return screen
 
 
 def show(options: Namespace) -> int:

@@ -53,11 +53,14 @@ ALLOWED: dict[str, set[str]] = {
     "cli.show_tables": set(),
     "cli.enqueue_file": {"enqueue", "errors"},
     "cli.signals": {"log"},
+    "cli.pace": set(),
+    "cli.top": {"cli.pace", "cli.show_tables", "settings"},
+    "cli.one_batch": {"cli.commands", "cli.pace", "cli.show_tables", "queries"},
     "cli.commands": {
-        "app", "cli.enqueue_file", "cli.show_tables", "cli.signals", "database", "demo", "enqueue", "errors", "log",
-        "migrate", "monitor", "queries", "settings", "supervisor", "worker",
+        "app", "cli.enqueue_file", "cli.show_tables", "cli.signals", "cli.top", "database", "demo", "enqueue", "errors",
+        "log", "migrate", "monitor", "queries", "settings", "supervisor", "worker",
     },
-    "cli": {"cli.commands", "errors", "settings"},
+    "cli": {"cli.commands", "cli.one_batch", "errors", "settings"},
     "batchq": {"app", "batch", "enqueue", "errors", "retry", "settings", "worker"},
     "__main__": {"cli"},
 }  # fmt: skip

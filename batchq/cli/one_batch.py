@@ -1,0 +1,131 @@
+"""Commands about one batch: `watch` follows it to its end, `logs` tells its attempts."""
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from batchq import queries
+from batchq.cli import show_tables
+from batchq.cli.commands import database, patiently
+from batchq.cli.pace import Pace, clock
+
+EXIT_CODES = {"completed": 0, "failed": 1, "cancelled": 3}
+NO_SUCH_BATCH = 2
+
+
+# ------------------------------------------------------------------------------------------------------------- watch
+
+
+def watch(options: Namespace) -> int:
+    """Follow one batch until its end; return 0 when it completed, 1 when it failed, 3 when it was cancelled, 2 if
+    there is no such batch. A bar on a terminal; else a line, or with --json a JSON object, for each change."""
+    looks = look_until_the_end(options)
+    console = Console(highlight=False)
+    last = show_bar(looks, console) if console.is_terminal and not options.json else print_changes(looks, options.json)
+    if last is None:
+        print(f"batchq: there is no batch {options.id}", file=sys.stderr)
+        return NO_SUCH_BATCH
+    if last["last_error"] and last["status"] != "completed":
+        print(f"batchq: batch {options.id}: {show_tables.first_line(last['last_error'])}", file=sys.stderr)
+    return EXIT_CODES[last["status"]]
+
+
+def look_until_the_end(options: Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the batch's row of batchq.status each --every-seconds, until it is in a final status or gone."""
+
+    def look() -> dict[str, Any] | None:
+        with database(options) as conn:
+            return queries.status_row(conn, options.id)
+
+    while (row := patiently(look)) is not None:
+        yield row
+        if row["status"] in EXIT_CODES:
+            return
+        time.sleep(options.every_seconds)
+
+
+def print_changes(looks: Iterator[dict[str, Any]], as_json: bool) -> dict[str, Any] | None:
+    """Print a line for each change; return the last row."""
+    line, last = "", None
+    for last in looks:
+        before, line = line, show_tables.change_line(last)
+        if line != before:
+            print(json.dumps(last) if as_json else line, flush=True)
+    return last
+
+
+def show_bar(looks: Iterator[dict[str, Any]], console: Console) -> dict[str, Any] | None:
+    """Show a progress bar that moves with the batch; return the last row."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(40), TextColumn("{task.fields[told]}"))
+    pace, last = Pace(), None
+    with Progress(*columns, console=console) as progress:
+        bar: TaskID | None = None
+        for last in looks:
+            worked = (last["items_done"] or 0) + (last["items_failed"] or 0)
+            pace.see(worked, time.monotonic())
+            if bar is None:
+                bar = progress.add_task("", total=None, told="")
+            total = last["items_total"] or (1 if last["status"] in EXIT_CODES else None)
+            done = worked if last["items_total"] else int(last["status"] in EXIT_CODES)
+            progress.update(bar, description=heading(last), total=total, completed=done, told=told(last, pace))
+    return last
+
+
+def heading(row: dict[str, Any]) -> str:
+    """Return what stands before the bar."""
+    return show_tables.plain(f"batch {row['id']} {row['kind']}: {row['status']}")
+
+
+def told(row: dict[str, Any], pace: Pace) -> str:
+    """Return what stands behind the bar: items, pace and time left, attempt."""
+    parts = [show_tables.items(row)]
+    if row["status"] == "processing" and row["items_total"]:
+        per_second, left = pace.per_second(), clock(pace.seconds_left(row["items_total"]))
+        parts += [f"{per_second:,.0f}/s" if per_second else "", f"{left} left" if left else ""]
+    if row["attempt"] > 1:
+        parts.append(f"attempt {row['attempt']} of {row['max_attempts']}")
+    return ", ".join(part for part in parts if part)
+
+
+# -------------------------------------------------------------------------------------------------------------- logs
+
+
+def logs(options: Namespace) -> int:
+    """Tell the attempts of one batch, with their errors, oldest first; 2 if there is no such batch."""
+    with database(options) as conn:
+        batch = queries.batch_object(conn, options.id, inputs_as_text=True)
+    if batch is None:
+        print(f"batchq: there is no batch {options.id}", file=sys.stderr)
+        return NO_SUCH_BATCH
+    for event in history(batch):
+        print(json.dumps(event, ensure_ascii=False) if options.json else event_text(event))
+    return 0
+
+
+def history(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what is known of a batch's life, in its order: *at*, *event*; of a failed attempt, error and traceback."""
+    yield {"at": batch["created_at"], "event": "enqueued"}
+    for error in batch["errors"]:
+        yield {"at": error.get("at"), "event": f"attempt {error.get('attempt')} failed"} | {
+            name: error.get(name) for name in ("error", "traceback")
+        }
+    if batch["status"] in ("processing", "stalled"):
+        who = f"attempt {batch['attempt']} runs, claimed by {batch['claimed_by']}"
+        yield {"at": batch["claimed_at"], "event": who}
+    elif batch["finished_at"]:
+        yield {"at": batch["finished_at"], "event": f"{batch['status']} in attempt {batch['attempt']}"}
+    else:
+        yield {"at": batch["next_run_at"], "event": f"{batch['status']}, to run from then on"}
+
+
+def event_text(event: dict[str, Any]) -> str:
+    """Return an event in a line, with its traceback below it."""
+    error = f": {event['error']}" if event.get("error") else ""
+    trace = "".join(f"\n    {line}" for line in (event.get("traceback") or "").rstrip().splitlines())
+    return show_tables.plain(f"{event['at']}  {event['event']}{error}{trace}")
