@@ -517,8 +517,9 @@ class Chunks:
             self.batch.raise_if_interrupted()
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
+        in_thread = self.batch.claim.runtime.connections.in_thread
         self.batch.raise_if_interrupted()
-        while (chunk := await asyncio.to_thread(self.next_chunk)) is not None:
+        while (chunk := await in_thread(self.next_chunk)) is not None:
             yield chunk
             if not chunk.committed:
                 await chunk.commit_async()

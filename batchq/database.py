@@ -7,11 +7,13 @@ acknowledges, so neither keep-alives nor asyncio time-outs end a wait.
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
@@ -372,6 +374,7 @@ class HandlerConnections:
             dsn, connection_class=Connection, name="handlers", **self.options
         )
         self.async_pool: AsyncConnectionPool[Any] | None = None
+        self.threads = ThreadPoolExecutor(size, thread_name_prefix="batchq-reads")  # for the event loop
 
     def open(self) -> None:
         """Open the pool, and wait until it has a connection. Raises PoolTimeout."""
@@ -437,7 +440,7 @@ class HandlerConnections:
         """Give a connection of the pool, and take it back; drain the pool if it comes back broken."""
         conn = self.borrow()
         try:
-            yield conn
+            yield as_new(conn)
         finally:
             if is_lost(conn):
                 self.pool.drain()  # its idle siblings are probably dead too
@@ -454,16 +457,28 @@ class HandlerConnections:
                     raise DatabaseAway(f"no connection for {self.borrow_seconds:g} s: {error}") from error
 
     async def open_async(self) -> None:
-        """Open the event loop's pool; call it in that loop, once."""
+        """Open the event loop's pool; call it in that loop, again if the tasks of the last one are dead."""
+        old = self.async_pool
         self.async_pool = AsyncConnectionPool(
             self.dsn, connection_class=AsyncConnection, name="async-handlers", **(self.options | {"min_size": 0})
         )
         await self.async_pool.open()
+        if old is not None:
+            await old.close(timeout=0)
 
     async def close_async(self) -> None:
         """Close the event loop's pool."""
+        self.threads.shutdown(wait=False)
         if self.async_pool is not None:
             await self.async_pool.close(timeout=1)
+
+    async def in_thread(self, look: Callable[[], Result]) -> Result:
+        """Return what *look* returns, which asks the database in a thread while the event loop goes on.
+
+        Not by asyncio.to_thread: handlers may have lost all of its threads.
+        """
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: context.run(look))
 
     @asynccontextmanager
     async def transaction_async(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
@@ -490,15 +505,15 @@ class HandlerConnections:
     @asynccontextmanager
     async def borrowed_async(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         """Do as `borrowed` does, in the event loop."""
-        if self.async_pool is None:
+        if (pool := self.async_pool) is None:
             raise RuntimeError("no event loop runs here: `async with` is for `async def` handlers")
-        conn = await self.borrow_async(self.async_pool)
+        conn = await self.borrow_async(pool)
         try:
-            yield conn
+            yield as_new(conn)
         finally:
             if is_lost(conn):
-                await self.async_pool.drain()
-            await self.async_pool.putconn(conn)
+                await pool.drain()
+            await pool.putconn(conn)
 
     async def borrow_async(self, pool: AsyncConnectionPool[Any]) -> Any:
         """Do as `borrow` does, in the event loop."""
@@ -509,6 +524,14 @@ class HandlerConnections:
             except PoolTimeout as error:
                 if time.monotonic() > until:
                     raise DatabaseAway(f"no connection for {self.borrow_seconds:g} s: {error}") from error
+
+
+def as_new(conn: Any) -> Any:
+    """Return a pool's connection without what an earlier handler has set on it: how rows come, how values go."""
+    conn.row_factory = tuple_row
+    conn.cursor_factory = psycopg.AsyncCursor if isinstance(conn, psycopg.AsyncConnection) else psycopg.Cursor
+    conn.prepare_threshold = None
+    return conn
 
 
 def raise_if_lost(conn: AnyConnection, error: psycopg.Error) -> None:

@@ -61,7 +61,7 @@ async def run_async(batch: Batch, handler: Handler) -> Outcome:
     result = None
     try:
         if batch.row.payload is None:
-            await asyncio.to_thread(batch.load)
+            await batch.claim.runtime.connections.in_thread(batch.load)
         prepare(batch, handler)
         if isinstance(handler, ItemHandler):
             await run_items_async(batch, handler)
@@ -76,7 +76,7 @@ async def run_async(batch: Batch, handler: Handler) -> Outcome:
 async def off_the_loop(batch: Batch, decide: Callable[[], Outcome]) -> Outcome:
     """Decide on the outcome, in a thread where that asks the database (failed items, a lost lease)."""
     if batch.items_failed or batch.interrupt is not None:
-        return await asyncio.shield(asyncio.to_thread(decide))
+        return await asyncio.shield(batch.claim.runtime.connections.in_thread(decide))
     return decide()
 
 

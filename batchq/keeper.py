@@ -38,7 +38,11 @@ log = get_logger()
 
 
 class Keeper:
-    """Does each duty when it is due."""
+    """Does each duty when it is due.
+
+    *told_seconds*: how long a handler may take to end once it is told to; then its slot counts as lost. *worn_out* is
+    called when half of a lane's slots are lost.
+    """
 
     def __init__(
         self,
@@ -50,6 +54,8 @@ class Keeper:
         keep_finished_days: int,
         claimer: Claimer,
         throughput: Throughput,
+        told_seconds: float = 25,
+        worn_out: Callable[[], None] = lambda: None,
     ) -> None:
         self.link = link
         self.queues = queues
@@ -59,12 +65,16 @@ class Keeper:
         self.keep_finished_days = keep_finished_days
         self.claimer = claimer
         self.throughput = throughput
+        self.told_seconds = told_seconds
+        self.worn_out = worn_out
+        self.lost = dict.fromkeys(lanes, 0)
         self.expiries = {queue: Expiries() for queue in queues}
         self.closing = threading.Event()
         self.tick_seconds = min(lease_seconds / 10, 0.5)
         self.duties: list[Duty] = [
             Duty("time limits", self.end_overdue, self.tick_seconds),
             Duty("waiting batches", self.give_back_waiting, self.tick_seconds),
+            Duty("lost slots", self.look_for_lost_slots, self.tick_seconds),
             Duty("leases", self.extend, self.tick_seconds),
             Duty("rescue", self.rescue, lease_seconds / 10),
             Duty("heartbeat", self.heartbeat, min(HEARTBEAT_SECONDS, lease_seconds)),
@@ -141,10 +151,18 @@ class Keeper:
         """End an attempt as failed; its handler is told at its next checkpoint, or cancelled."""
         error = timed_out(batch, limit)
         current_batch.set(batch)
-        if lane.end(batch, safely(failed_attempt, batch, lane.handlers[batch.kind], error)):
-            batch.interrupt = error  # only now: a handler that saw it before would end the batch, and say nothing of it
-            lane.abandon(batch)
+        lane.end_from_outside(batch, safely(failed_attempt, batch, lane.handlers[batch.kind], error), error)
         current_batch.set(None)
+
+    def look_for_lost_slots(self) -> None:
+        """Tell of slots whose handlers were told to end and do not; have the process replaced before it runs dry."""
+        for lane in self.lanes:
+            lost = lane.lost_slots(self.told_seconds)
+            if lost > self.lost[lane]:
+                log.warning("slots lost to handlers that do not end", lost=lost, slots=lane.concurrency)
+            self.lost[lane] = lost
+            if 2 * lost >= lane.concurrency:
+                self.worn_out()
 
     def rescue(self) -> None:
         """Take back batches whose lease ran out, of any worker."""
@@ -163,7 +181,7 @@ class Keeper:
         in_hand = sum(lane.unwritten for lane in self.lanes)
         stopping = self.claimer.runtime.stopping.is_set() or self.claimer.draining.is_set()
         with self.link.transaction() as conn:
-            is_asked_to_drain = queries.heartbeat(conn, self.row, in_hand, stopping)
+            is_asked_to_drain = queries.heartbeat(conn, self.row, in_hand, stopping, sum(self.lost.values()))
             began_at = time.monotonic()
             turn = queries.turn(conn, self.row.id, self.queues, 3 * HEARTBEAT_SECONDS)
             self.claimer.turns = Turns(turn, (began_at + time.monotonic()) / 2)

@@ -8,15 +8,21 @@ late, and dropped.
 import asyncio
 import contextlib
 import itertools
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import FrameType
 
 from batchq.app import Handler
 from batchq.batch import Batch
 from batchq.database import HandlerConnections
-from batchq.execution import RELEASED, Outcome, run, run_async
+from batchq.errors import Interrupted
+from batchq.execution import RELEASED, Outcome, failed_attempt, run, run_async, safely
 from batchq.log import get_logger
 
 PREFETCH_SECONDS = 0.2
@@ -26,6 +32,8 @@ BRIEF_SECONDS = 0.0001
 MOST_SECONDS = 4 * BRIEF_SECONDS
 STANDBY_SECONDS = 0.005
 PACE_WINDOW_SECONDS = 0.05
+BLOCKED_SECONDS = 2.0
+FRAMES_TOLD = 3
 
 log = get_logger()
 Ended = Callable[["Lane", Batch, Outcome], None]
@@ -64,7 +72,8 @@ class Lane:
         self.concurrency = concurrency
         self.ended = ended
         self.hand: set[Batch] = set()
-        self.lock = threading.Lock()  # of the hand
+        self.lost: dict[Batch, float] = {}  # given up while they ran, and running still; since when
+        self.lock = threading.Lock()  # of the hand, and of what is lost
         self.claimed = 0  # counted by the claimer's thread alone
         self.written = 0  # counted by the finisher's thread alone
         self.run_count = 0  # batches that have run and ended, counted under the lock
@@ -104,24 +113,46 @@ class Lane:
             batch.begun_at = time.monotonic()
             return True
 
-    def end(self, batch: Batch, outcome: Outcome) -> bool:
-        """Take a batch out of the hand and report its outcome; False if somebody else has done so before."""
+    def end(self, batch: Batch, outcome: Outcome, *, is_given_up: bool = False, unless_begun: bool = False) -> bool:
+        """Take a batch out of the hand and report its outcome; False if somebody else has done so before.
+
+        *is_given_up*: whoever runs it may never come to its end, so that its slot is lost. *unless_begun*: only if
+        nobody runs it.
+        """
         with self.lock:
-            if batch not in self.hand:
+            if batch not in self.hand or (unless_begun and batch.begun_at is not None):
                 return False
             self.hand.remove(batch)
             self.run_count += batch.begun_at is not None
+            if is_given_up and batch.begun_at is not None:
+                self.lost[batch] = time.monotonic()
             if not self.hand:
                 self.spurt.end()
         self.ended(self, batch, outcome)
         return True
 
-    def end_from_outside(self, batch: Batch, outcome: Outcome) -> bool:
-        """Do as `end` does, for whoever does not run the batch; its handler, if it runs, is abandoned."""
-        ended = self.end(batch, outcome)
+    def end_from_outside(self, batch: Batch, outcome: Outcome, interrupt: Interrupted | None = None) -> bool:
+        """Do as `end` does, for whoever does not run the batch; its handler, if it runs, is abandoned.
+
+        *interrupt*: what to tell the handler, only now: one that saw it before would end the batch, and say nothing.
+        """
+        ended = self.end(batch, outcome, is_given_up=True)
+        if ended and interrupt is not None:
+            batch.interrupt = interrupt
         if ended and batch.begun_at is not None:
             self.abandon(batch)
         return ended
+
+    def came_back(self, batch: Batch) -> None:
+        """Note that a handler has ended whose batch was given up while it ran."""
+        with self.lock:
+            self.lost.pop(batch, None)
+
+    def lost_slots(self, for_seconds: float) -> int:
+        """Return how many slots have been lost for as long: their handlers were told to end, and have not."""
+        since = time.monotonic() - for_seconds
+        with self.lock:
+            return sum(lost_at <= since for lost_at in self.lost.values())
 
     def begin(self, batches: list[Batch]) -> None:
         """Hand batches to those who run them."""
@@ -166,7 +197,6 @@ class ThreadLane(Lane):
         self.mean_seconds = MOST_SECONDS  # of a batch, lately
         self.stopped = False
         self.numbers = itertools.count(1)
-        self.abandoned = 0
         self.pace = 0.0  # batches a second
         self.paced_at = time.monotonic()
         self.paced_run_count = 0
@@ -215,6 +245,7 @@ class ThreadLane(Lane):
                 continue
             outcome = run(batch, self.handlers[batch.kind])
             if not self.end(batch, outcome):
+                self.came_back(batch)
                 return  # abandoned while it ran: another slot has taken this one's place
             self.note_duration(batch)
 
@@ -307,13 +338,24 @@ class ThreadLane(Lane):
 
     def abandon(self, batch: Batch) -> None:
         """Start another slot in place of the one that *batch* still holds."""
-        self.abandoned += 1
-        log.warning(
-            "thread lost to a handler that does not end", batch_id=batch.id, kind=batch.kind, lost=self.abandoned
-        )
         self.stuck.discard(batch)
         self.count_awake(-1)
         self.start_slot()
+        log.warning(
+            "thread lost to a handler that does not end",
+            batch_id=batch.id,
+            kind=batch.kind,
+            lost=len(self.lost),
+            at=self.place_of(batch),
+        )
+
+    def place_of(self, batch: Batch) -> str:
+        """Return where the thread that runs *batch* is, "" if it has ended."""
+        for frame in sys._current_frames().values():
+            for outer, _ in traceback.walk_stack(frame):
+                if outer.f_code is ThreadLane.slot.__code__ and outer.f_locals.get("batch") is batch:
+                    return place(frame)
+        return ""
 
     def stop(self) -> None:
         """Let idle slots end."""
@@ -321,8 +363,19 @@ class ThreadLane(Lane):
         self.wake.set()
 
 
+def place(frame: FrameType | None) -> str:
+    """Return where a thread is: file, line and function, of its innermost calls."""
+    frames = itertools.islice(traceback.walk_stack(frame), FRAMES_TOLD)
+    told = (f"{Path(outer.f_code.co_filename).name}:{line} in {outer.f_code.co_name}" for outer, line in frames)
+    return " < ".join(told)
+
+
 class LoopLane(Lane):
-    """One event loop, in a thread of its own, for all ``async def`` handlers: a task a batch."""
+    """One event loop, in a thread of its own, for all ``async def`` handlers: a task a batch.
+
+    A handler that blocks the loop holds up every other one. While the loop does not answer, nothing more is claimed,
+    and what has not begun is given back.
+    """
 
     def __init__(
         self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended, connections: HandlerConnections
@@ -332,6 +385,8 @@ class LoopLane(Lane):
         self.tasks: dict[Batch, asyncio.Task[None]] = {}
         self.ready = threading.Event()
         self.thread = threading.Thread(target=self.run_loop, name="batchq-event-loop", daemon=True)
+        self.asked_at: float | None = None  # since when the loop has not answered
+        self.blocked_is_told = False
 
     def start(self) -> None:
         """Start the event loop, and wait until it runs."""
@@ -339,21 +394,28 @@ class LoopLane(Lane):
         self.ready.wait()
 
     def run_loop(self) -> None:
-        """Run the event loop until `stop`; a task of a handler's own that raises SystemExit would end it before."""
+        """Run the event loop until `stop`, whatever handlers do to it.
+
+        A task of a handler's own that raises SystemExit would end it before, and so would loop.stop().
+        """
         with asyncio.Runner() as runner:
             loop = runner.get_loop()
             main = loop.create_task(self.main())
             while not main.done():
-                with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                with contextlib.suppress(SystemExit, KeyboardInterrupt, RuntimeError):
                     loop.run_until_complete(main)
 
     async def main(self) -> None:
         """Keep the loop and its connections open until `stop`."""
         self.loop = asyncio.get_running_loop()
         self.stopped = asyncio.Event()
-        await self.connections.open_async()
-        self.ready.set()
-        await self.stopped.wait()
+        while not self.stopped.is_set():
+            try:
+                await self.connections.open_async()
+                self.ready.set()
+                await self.stopped.wait()
+            except asyncio.CancelledError:  # a handler has cancelled every task there is: the pool's as well
+                log.warning("every task of the event loop was cancelled", tasks=len(self.tasks))
         await self.connections.close_async()
 
     def begin(self, batches: list[Batch]) -> None:
@@ -363,15 +425,68 @@ class LoopLane(Lane):
     def begin_tasks(self, batches: list[Batch]) -> None:
         """Begin a task for each batch; in the loop."""
         for batch in batches:
-            self.tasks[batch] = self.loop.create_task(self.run_task(batch))
+            self.tasks[batch] = task = self.loop.create_task(self.run_task(batch))
+            task.add_done_callback(partial(self.task_ended, batch))
 
     async def run_task(self, batch: Batch) -> None:
         """Run one batch."""
-        try:
-            if self.begins(batch):
-                self.end(batch, await run_async(batch, self.handlers[batch.kind]))
-        finally:
-            self.tasks.pop(batch, None)
+        if self.begins(batch):
+            self.end(batch, await run_async(batch, self.handlers[batch.kind]))
+
+    def task_ended(self, batch: Batch, task: asyncio.Task[None]) -> None:
+        """Forget a task; end its batch if it was cancelled by another one before it began, or as its end was told."""
+        self.tasks.pop(batch, None)
+        if self.lost:
+            self.came_back(batch)
+        error = asyncio.CancelledError("its task was cancelled") if task.cancelled() else task.exception()
+        if error is not None:
+            handler = self.handlers[batch.kind]
+            has_begun = batch.begun_at is not None
+            self.end(batch, safely(failed_attempt, batch, handler, error) if has_begun else RELEASED)
+
+    # ------------------------------------------------------------------------------------------------ whether it runs
+
+    def room(self) -> int:
+        """Return how many batches to claim now: none while the loop does not answer."""
+        return 0 if self.blocked_seconds() > BLOCKED_SECONDS else super().room()
+
+    def blocked_seconds(self) -> float:
+        """Return for how long the loop has not answered."""
+        asked_at = self.asked_at
+        return 0.0 if asked_at is None else time.monotonic() - asked_at
+
+    def ask(self) -> None:
+        """Have the loop answer, when it comes to it; tell of one that does not."""
+        if self.asked_at is None:
+            self.asked_at = time.monotonic()
+            self.loop.call_soon_threadsafe(self.answer)
+        elif (seconds := self.blocked_seconds()) > BLOCKED_SECONDS and not self.blocked_is_told:
+            self.blocked_is_told = True
+            where = place(sys._current_frames().get(self.thread.ident or 0))
+            log.warning("event loop blocked by a handler", for_seconds=round(seconds, 1), at=where)
+
+    def answer(self) -> None:
+        """Say that the loop runs; in the loop."""
+        if self.blocked_is_told:
+            log.info("event loop runs again", after_seconds=round(self.blocked_seconds(), 1))
+        self.asked_at = None
+        self.blocked_is_told = False
+
+    def lost_slots(self, for_seconds: float) -> int:
+        """Return how many slots have been lost for as long: all, while a handler that was to end blocks the loop."""
+        lost = super().lost_slots(for_seconds)
+        return self.concurrency if lost and self.blocked_seconds() > for_seconds else lost
+
+    def give_back_waiting(self, for_seconds: float) -> int:
+        """Give back what a blocked loop keeps waiting; with 0 seconds all that has not begun."""
+        self.ask()
+        if for_seconds and self.blocked_seconds() < BLOCKED_SECONDS:
+            return 0
+        since = time.monotonic() - for_seconds
+        waiting = [batch for batch in self.in_hand() if batch.begun_at is None and batch.claim.began_at <= since]
+        return sum(self.end(batch, RELEASED, unless_begun=True) for batch in waiting)
+
+    # ---------------------------------------------------------------------------------------------------- its end
 
     def abandon(self, batch: Batch) -> None:
         """Cancel the batch's task."""

@@ -942,19 +942,21 @@ class WorkerRow(NamedTuple):
     concurrency: int
 
 
-def heartbeat(conn: Conn, worker: WorkerRow, in_hand: int, stopping: bool) -> bool:
+def heartbeat(conn: Conn, worker: WorkerRow, in_hand: int, stopping: bool, lost_slots: int = 0) -> bool:
     """Show a sign of life; drop workers silent for an hour. Returns whether the worker is asked to drain."""
-    parameters = worker._asdict() | {"in_hand": in_hand, "stopping": stopping}
+    parameters = worker._asdict() | {"in_hand": in_hand, "stopping": stopping, "lost_slots": lost_slots}
     wait_briefly_for_locks(conn)  # leases are kept by the same thread
     [is_asked] = one(
         conn,
         """
-        INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, in_hand, stopping)
+        INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, in_hand, stopping,
+                                    lost_slots)
         VALUES (%(id)s, %(hostname)s, %(pid)s, %(version)s, %(queues)s, %(kinds)s, %(concurrency)s, %(in_hand)s,
-                %(stopping)s)
+                %(stopping)s, %(lost_slots)s)
         ON CONFLICT (id) DO UPDATE
         SET in_hand = excluded.in_hand,
             stopping = excluded.stopping,
+            lost_slots = excluded.lost_slots,
             heartbeat_at = now()
         RETURNING drain_asked_at IS NOT NULL
         """,

@@ -29,6 +29,7 @@ from batchq.text import one_line
 
 SWITCH_SECONDS = 0.001
 WRITING_SECONDS = 2.0
+LEAST_TOLD_SECONDS = 1.0
 
 log = get_logger()
 
@@ -53,6 +54,8 @@ class Worker:
         self.links = [Link(self.dsn, timeout_seconds) for timeout_seconds in timeouts]
         self.is_broken = False
         self.told_at = float("inf")  # when the end was asked for
+        self.is_told_to_stop = False
+        self.is_worn_out = False  # half of its slots are lost: it ends in order to be replaced
         self.finisher = Finisher(self.links[0], lambda: self.claimer.nudge(), settings.keep_completed)
         self.lanes = self.make_lanes(app)
         runtime = Runtime(self.connections, settings.lease_seconds, self.stopping, settings.keep_completed)
@@ -93,12 +96,19 @@ class Worker:
             self.settings.keep_finished_days,
             self.claimer,
             self.finisher.throughput,
+            max(self.settings.shutdown_seconds, LEAST_TOLD_SECONDS),
+            self.wear_out,
         )
 
     # ----------------------------------------------------------------------------------------------- from outside
 
     def stop(self) -> None:
         """Claim no more; give back what has not begun; let the rest end, for shutdown_seconds at most."""
+        self.is_told_to_stop = True
+        self.end()
+
+    def end(self) -> None:
+        """Do as `stop` does, unasked."""
         self.told_at = min(self.told_at, time.monotonic())
         self.stopping.set()
         self.claimer.nudge()
@@ -107,6 +117,11 @@ class Worker:
         """Give back what runs, too, and leave at once."""
         self.leaving.set()
         self.stop()
+
+    @property
+    def wants_replacement(self) -> bool:
+        """Whether it has ended for the loss of its slots, and not because it was told to stop or to drain."""
+        return self.is_worn_out and not self.is_told_to_stop and not self.claimer.draining.is_set()
 
     def run(self) -> bool:
         """Work until stopped or, with drain, until nothing is ready. Returns True if every outcome was written.
@@ -144,11 +159,18 @@ class Worker:
             except BaseException as error:
                 log.error("a service has failed; the worker stops", service=name, error=one_line(error))
                 self.is_broken = True
-                self.stop()
+                self.end()
 
         thread = threading.Thread(target=guarded, name=name, daemon=True)
         thread.start()
         return thread
+
+    def wear_out(self) -> None:
+        """Stop in order to be replaced: lost threads hold memory and connections, a blocked event loop runs nothing."""
+        if not self.stopping.is_set():
+            log.error("half of the slots are lost; the worker stops to be replaced", worker=self.id)
+            self.is_worn_out = True
+            self.end()
 
     # ---------------------------------------------------------------------------------------------------- ending
 
@@ -171,7 +193,8 @@ class Worker:
         self.connections.close()
         for link in self.links:
             link.close()
-        log.info("worker stopped", worker=self.id, **self.finisher.counts)
+        lost_slots = sum(self.keeper.lost.values())
+        log.info("worker stopped", worker=self.id, lost_slots=lost_slots, **self.finisher.counts)
         return written
 
     def give_back_claims(self) -> None:

@@ -7,7 +7,8 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -24,7 +25,8 @@ from batchq.enqueue import enqueue as enqueue_batch
 from batchq.errors import ConfigError, InvalidInput
 from batchq.monitor import Monitor
 from batchq.settings import Settings, hide_password
-from batchq.supervisor import Supervisor
+from batchq.signs import Signs
+from batchq.supervisor import EXIT_REPLACE, Supervisor, command
 from batchq.worker import Worker, check_database
 
 console = Console(highlight=False)
@@ -112,10 +114,35 @@ def worker(options: Namespace) -> int:
     """Work batches until SIGTERM, SIGINT or SIGHUP; a second one gives back what runs and leaves at once."""
     settings = settings_of(options)
     log.configure(settings.log_format, settings.log_level)
-    signals = StopSignals()
+    signs, signals, started_in = Signs(os.environ), StopSignals(), Path.cwd()
+    signs.start()
     process = Worker(load_app(options.app), settings, drain=options.drain)
     signals.follow(process.stop, process.stop_now, settings.shutdown_seconds)
-    return leave(0 if process.run() else 1)
+    code = 0 if process.run() else 1
+    if process.wants_replacement:
+        code = EXIT_REPLACE
+        if not signs.is_supervised:
+            start_again(options, settings, started_in)
+    return leave(code)
+
+
+def start_again(options: Namespace, settings: Settings, directory: Path) -> None:
+    """Become a fresh worker process, of the same id: no thread is left. Returns only if that cannot be."""
+    flush()
+    environment = os.environ | {"BATCHQ_DSN": settings.require_dsn()}
+    words = command(worker_arguments(options))
+    try:
+        os.chdir(directory)
+        os.execve(words[0], words, environment)  # noqa: S606 (the command is this one)
+    except OSError as error:
+        print(f"batchq: the worker cannot start again: {error}", file=sys.stderr)
+
+
+def flush() -> None:
+    """Let nothing that was printed be lost with the process, whatever handlers have done to its streams."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
 
 
 def leave(code: int) -> int:
@@ -124,8 +151,7 @@ def leave(code: int) -> int:
     Their batches were given back: what they still do writes nothing, and the platform is waiting for us to go.
     """
     if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         os._exit(code)
     return code
 
@@ -140,7 +166,8 @@ def workers(options: Namespace) -> int:
     signals = StopSignals()
     load_app(options.app)
     check_database(dsn, settings.database_timeout_seconds)  # here once, instead of in each process
-    supervisor = Supervisor(options.processes, worker_arguments(options), {"BATCHQ_DSN": dsn}, options.drain)
+    arguments, environment = worker_arguments(options), {"BATCHQ_DSN": dsn}
+    supervisor = Supervisor(options.processes, arguments, environment, options.drain, settings.lease_seconds)
     signals.follow(supervisor.stop, supervisor.stop)
     return supervisor.run()
 

@@ -205,11 +205,12 @@ def test_a_slot_lost_to_a_handler_is_replaced_and_all_slots_are_counted(work: Wo
     work.take(*["0.05"] * SLOTS)
     work.wait()
     assert len(work.threads()) == SLOTS
-    assert work.lane.abandoned == SLOTS
+    assert work.lane.lost_slots(0) == SLOTS
     wait_until(lambda: work.lane.awake == 0, 5, f"no slot to be counted as awake, not {work.lane.awake}")
     work.gate.set()
     wait_until(lambda: len(slots_alive()) == SLOTS, 5, "the lost slots to end")
     step("and those that return late are not counted either")
+    assert work.lane.lost_slots(0) == 0
     assert work.lane.awake == 0
     work.warm_up()
 

@@ -200,7 +200,7 @@ def test_a_batch_lost_while_it_waits_is_not_begun_and_its_slot_works_on(conn: Co
     parts.claim(1)
     wait_until(lambda: len(worked) == 3, 5, "the slot to work on")
     assert batches[1].id not in worked
-    assert parts.lane.abandoned == 0
+    assert parts.lane.lost == {}
     parts.lane.stop()
 
 
