@@ -1,0 +1,55 @@
+"""What is enqueued: for each kind its style, its share, its payloads or items, and how it must end."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+LATE_ITEM, BAD_ITEM = 100, 200  # added to an item: fails in the first attempt; is refused for good
+ITEMS = 10
+PATIENT = 30_000  # attempts: whoever stands beside a worker that dies loses one each time
+
+
+@dataclass(frozen=True)
+class Order:
+    """A kind of batch. *share*: how many of it in each lot. It must end as *ends_as*."""
+
+    kind: str
+    style: str
+    share: int
+    has_items: bool = False
+    max_attempts: int = PATIENT
+    ends_as: str = "completed"
+
+
+ORDERS = {
+    order.kind: order
+    for order in (
+        Order("tx", "sync", 8),
+        Order("plain", "sync", 8),
+        Order("failing", "sync", 1, max_attempts=2, ends_as="failed"),
+        Order("hungry", "sync", 0, max_attempts=2, ends_as="failed"),
+        Order("tx_async", "async", 8),
+        Order("plain_async", "async", 8),
+        Order("steps", "chunks", 4),
+        Order("chunks", "chunks", 2, has_items=True),
+        Order("chunks_async", "chunks", 2, has_items=True),
+        Order("items", "items", 3, has_items=True),
+        Order("items_async", "items", 3, has_items=True),
+        Order("items_tx", "items", 2, has_items=True),
+        Order("items_tx_async", "items", 2, has_items=True),
+    )
+}
+STYLES = ("sync", "async", "items", "chunks")
+
+
+def payload(order: Order, seq: int) -> dict[str, Any]:
+    """Return the payload of the batch number *seq*."""
+    return {"seq": seq, "fails_at_first": order.kind == "tx" and seq % 10 == 0}
+
+
+def items(seq: int) -> Iterator[int]:
+    """Yield the items of the batch number *seq*: in each tenth one fails at first, in each tenth one is bad."""
+    for index in range(ITEMS):
+        late = LATE_ITEM if seq % 10 == 3 and index in (2, 7) else 0
+        bad = BAD_ITEM if seq % 10 == 6 and index == 5 else 0
+        yield index + late + bad

@@ -1,0 +1,30 @@
+"""The schedule: which faults come when, by a seed."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from tests.chaos.faults import FAULTS
+
+MOST_AT_ONCE = 3
+SINGLE_SHARE = 0.3
+
+
+def schedule(seed: int, names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield for ever what comes at once; each fault once in each round, some alone, some beside others."""
+    dice = random.Random(seed)
+    while True:
+        left = dice.sample(sorted(names), len(names))
+        while left:
+            chosen = [left.pop()]
+            if dice.random() > SINGLE_SHARE:
+                fill(chosen, left, dice.randint(2, MOST_AT_ONCE))
+            yield chosen
+
+
+def fill(chosen: list[str], left: list[str], count: int) -> None:
+    """Move faults from *left* to *chosen* that do not get in each other's way, up to *count*."""
+    for name in reversed(left[:]):
+        touched = frozenset().union(*(FAULTS[each].touches for each in chosen))
+        if len(chosen) < count and not touched & FAULTS[name].touches:
+            left.remove(name)
+            chosen.append(name)
