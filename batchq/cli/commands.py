@@ -355,38 +355,6 @@ def patiently(look: Callable[[], Any]) -> Any:
 # ------------------------------------------------------------------------------------------------------------- verbs
 
 
-def cancel(options: Namespace) -> int:
-    """Cancel batches."""
-    return each_batch(options, lambda conn, batch_id: queries.cancel(conn, batch_id, options.reason))
-
-
-def retry(options: Namespace) -> int:
-    """Make finished batches pending again."""
-    return each_batch(options, lambda conn, batch_id: queries.retry(conn, batch_id, options.whole))
-
-
-def each_batch(options: Namespace, verb: Callable[[psycopg.Connection[Any], int], str | None]) -> int:
-    """Apply *verb* to each batch in a transaction of its own, and say how each stands; 1 if one was refused."""
-    results: dict[int, str] = {}
-    refused = False
-    for batch_id in options.ids:
-        try:
-            with database(options) as conn:
-                results[batch_id] = verb(conn, batch_id) or "there is no such batch"
-        except psycopg.errors.RaiseException as error:
-            results[batch_id] = refusal(error)
-            refused = True
-        except psycopg.errors.UniqueViolation as error:
-            results[batch_id] = refusal(error)
-            refused = True
-    if options.json:
-        print_json(results)
-    else:
-        for batch_id, text in results.items():
-            print(f"batch {batch_id}: {text}")
-    return 1 if refused or "there is no such batch" in results.values() else 0
-
-
 def refusal(error: psycopg.Error) -> str:
     """Return why the database refused, with what it advises."""
     return "; ".join(text for text in (error.diag.message_primary, error.diag.message_hint) if text)

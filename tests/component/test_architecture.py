@@ -45,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
         "migrate", "queries", "settings", "text",
     },
     "testing": {"app", "settings", "worker"},
+    "bulk": {"database", "errors", "queries"},
     "monitor": {"database", "queries", "settings"},
     "signs": set(),
     "supervisor": {"log", "signs"},
@@ -61,7 +62,8 @@ ALLOWED: dict[str, set[str]] = {
         "app", "cli.enqueue_file", "cli.show_tables", "cli.signals", "cli.top", "database", "demo", "enqueue", "errors",
         "log", "migrate", "monitor", "queries", "settings", "signs", "supervisor", "worker",
     },
-    "cli": {"cli.commands", "cli.one_batch", "errors", "settings"},
+    "cli.verbs": {"bulk", "cli.commands", "cli.show_tables", "database", "errors", "queries"},
+    "cli": {"cli.commands", "cli.one_batch", "cli.verbs", "errors", "settings"},
     "batchq": {"app", "batch", "enqueue", "errors", "retry", "settings", "worker"},
     "__main__": {"cli"},
 }  # fmt: skip

@@ -1,6 +1,9 @@
 """Verbs in bulk: batchq.bulk, chunk by chunk, and the commands that go through all of them."""
 
+import json
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -20,10 +23,13 @@ from tests.component.rows import (
     finished,
     insert,
     processing,
+    value,
     values,
 )
 from tests.support.alone import run_alone
+from tests.support.commands import CommandLine
 from tests.support.steps import step
+from tests.support.waiting import wait_until
 
 AUDIT = "SELECT verb, batches, queue, kind, reason, actor FROM batchq.audit ORDER BY id"
 
@@ -268,6 +274,124 @@ def test_batches_of_all_days_are_found(conn: Conn) -> None:
         add(conn, 4, "failed", hours=24 * days)
     assert bulk(conn, "retry", {"older_than_seconds": 36 * 3600}, most=3) == 12
     assert bulk(conn, "retry", most=3) == 8
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+@pytest.fixture
+def batchq(dsn: str, tmp_path: Path) -> CommandLine:
+    """Return what runs commands on the test's database."""
+    return CommandLine(dsn, tmp_path)
+
+
+def test_a_dry_run_says_how_many(batchq: CommandLine, conn: Conn) -> None:
+    add(conn, 1500, "failed", kind="mail")
+    add(conn, 30, "failed", hours=3)
+    ended = batchq("retry", "--kind", "mail", "--dry-run")
+    assert (ended.code, ended.out) == (0, "1,500 batches would be made pending again\n"), ended.err
+    assert batchq("retry", "--older-than", "2h", "--dry-run", "--json").json["matched"] == 30
+    assert statuses(conn) == {"failed": 1530}
+
+
+def test_a_retry_by_filter_says_what_it_did_and_notes_it(batchq: CommandLine, conn: Conn) -> None:
+    add(conn, 1500, "failed", error="time out")
+    add(conn, 30, "failed")
+    ended = batchq("retry", "--error-like", "time out", "--reason", "mended", "--actor", "ann")
+    assert (ended.code, ended.out) == (0, "1,500 batches made pending again\n"), ended.err
+    assert statuses(conn) == {"failed": 30, "pending": 1500}
+    assert conn.execute(AUDIT).fetchall() == [("retry", 1500, None, None, "mended", "ann")]
+    assert batchq("retry", "--error-like", "time out").out == "0 batches made pending again\n"
+
+
+def test_what_is_left_out_is_said_and_makes_the_exit_code(batchq: CommandLine, conn: Conn) -> None:
+    for key in ("a", "b"):
+        finished(conn, "failed", unique_key=key)
+    insert(conn, unique_key="a")
+    ended = batchq("retry", "--all")
+    assert ended.code == 1
+    assert ended.out.startswith("1 batches made pending again; 1 left as they are: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "column", "expected"),
+    [
+        (["cancel", "--reason", "no more"], "errors -> -1 ->> 'error'", "cancelled: no more"),
+        (["snooze", "--until", "2100-01-01 00:00+00"], "run_at::date", "2100-01-01"),
+        (["priority", "--to", "-3"], "priority", "-3"),
+        (["move", "--to", "slow"], "queue", "slow"),
+    ],
+    ids=lambda given: given[0] if isinstance(given, list) else "",
+)
+def test_each_verb_takes_ids_or_a_filter(
+    batchq: CommandLine, conn: Conn, arguments: list[str], column: str, expected: str
+) -> None:
+    alone, many = add(conn, 1)[0], add(conn, 5, kind="many")
+    others = add(conn, 2)
+    one, bulk_ = batchq(*arguments, str(alone)), batchq(*arguments, "--kind", "many")
+    assert (one.code, bulk_.code) == (0, 0), one.err + bulk_.err
+    query = f"SELECT id FROM batchq.batches WHERE ({column})::text = %s ORDER BY id"
+    assert values(conn, query, [expected]) == sorted([alone, *many])
+    assert {batch(conn, other)["status"] for other in others} == {"pending"}
+
+
+def test_batches_must_be_named_one_way(batchq: CommandLine) -> None:
+    assert "which batches?" in batchq("retry").complaint
+    assert "not both" in batchq("retry", "7", "--kind", "x").complaint
+    assert "goes with a filter" in batchq("retry", "7", "--dry-run").complaint
+    assert "choose one" in batchq("retry", "--all", "--items", "--whole").complaint
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_bulk_that_is_interrupted_leaves_what_is_done_and_says_how_many(
+    batchq: CommandLine, conn: Conn, number: signal.Signals
+) -> None:
+    add(conn, 30_000, "failed")
+    pending = "SELECT count(*) FROM batchq.batches_live"
+    with batchq.start("retry", "--all", "--json") as process:
+        wait_until(lambda: value(conn, pending) > 1000, 20, "the first chunks")
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "")
+    said = json.loads(out)
+    step("%s", said)
+    assert 1000 < said["changed"] == value(conn, pending) < 30_000
+    assert said["left"] == 30_000 - said["changed"]
+    assert values(conn, "SELECT batches FROM batchq.audit") == [said["changed"]]
+
+
+def test_pauses_from_the_command_line(batchq: CommandLine) -> None:
+    assert batchq("pause").out == "nothing is paused\n"
+    given = ["--queue", "mail", "--for", "2h", "--reason", "too dear", "--actor", "ann"]
+    assert [batchq("pause", *given).out, batchq("pause", "--queue", "mail", "--kind", "x").out] == ["paused\n"] * 2
+    listed = {(row["queue"], row["kind"], row["reason"], row["actor"]) for row in batchq("pause", "--json").json}
+    assert ("mail", None, "too dear", "ann") in listed
+    assert len(listed) == 2
+    assert "too dear" in batchq("pause").out
+    assert [batchq("resume", "--queue", "mail").out for _ in range(2)] == ["resumed\n", "there was no such pause\n"]
+    assert "resume needs" in batchq("resume").complaint
+    noted = [(row["verb"], row["queue"]) for row in batchq("audit", "--json").json]
+    assert noted == [("resume", "mail"), ("pause", "mail"), ("pause", "mail")]
+    assert "too dear" in batchq("audit").out
+
+
+def test_a_worker_is_drained_from_the_command_line(batchq: CommandLine, conn: Conn) -> None:
+    with batchq.start("worker", "tasks:app") as worker:
+        ids = "SELECT id FROM batchq.workers"
+        wait_until(lambda: len(values(conn, ids)) == 1, 20, "the worker's row")
+        [worker_id] = values(conn, ids)
+        assert batchq("drain", worker_id).out == f"{worker_id}: draining\n"
+        _, err = worker.communicate(timeout=25)
+    assert worker.returncode == 0, err
+    assert values(conn, ids) == []
+    assert batchq("drain", worker_id).code == 1
+
+
+def test_the_audit_of_one_batch(batchq: CommandLine, conn: Conn) -> None:
+    first, second = add(conn, 2)
+    batchq("cancel", str(first), str(second), "--actor", "ann")
+    [row] = batchq("audit", "--id", str(second), "--json").json
+    assert (row["verb"], row["batch_id"], row["actor"]) == ("cancel", second, "ann")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tests.support.waiting import wait_until
 
 COMMANDS = ("migrate", "check", "demo", "worker", "workers", "enqueue", "status", "monitor", "show", "cancel", "retry")
 COMMANDS += ("prune", "watch", "logs", "top")
+COMMANDS += ("prune", "snooze", "priority", "move", "pause", "resume", "drain", "audit")
 TODAY = "(now() AT TIME ZONE 'UTC')::date"
 
 
@@ -61,7 +62,11 @@ def test_help_of_a_command_needs_no_database(nowhere: CommandLine, command: str)
         ["show"],
         ["show", "seven"],
         ["show", "9" * 30],
-        ["cancel"],
+        ["snooze", "1"],
+        ["snooze", "1", "--for", "soon"],
+        ["priority", "1"],
+        ["cancel", "--status", "failed"],
+        ["drain"],
         ["cancel", "1", "9" * 5_000],
         ["retry", "0"],
         ["worker"],
