@@ -126,6 +126,8 @@ def check_arguments(kind: str, function: Callable[..., Any], expected: str) -> l
     """Return the names of a handler's arguments. Raises ConfigError unless it takes at least one."""
     if not callable(function):
         raise ConfigError(f"the handler of {kind!r} is no function: {function!r}")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigError(f"the handler of {kind!r}, {name_of(function)}(), is a generator: nobody would run its body")
     names = list(inspect.signature(function).parameters)
     if not names:
         raise ConfigError(f"the handler of {kind!r}, {name_of(function)}(), must take an argument, the {expected}")

@@ -11,10 +11,12 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
+from psycopg.pq import TransactionStatus
 
 from batchq import queries
-from batchq.database import HandlerConnections
+from batchq.database import AnyConnection, HandlerConnections
 from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested
+from batchq.forks import end_if_forked
 from batchq.queries import ClaimedRow, Finish, ItemFailure, Progress, Statement
 from batchq.text import MOST_ERROR_BYTES, clean, cut, json_text, one_line
 
@@ -64,6 +66,7 @@ class Batch:
         "claim",
         "completed",
         "ends_with_finish",
+        "entered",
         "id",
         "interrupt",
         "items_done",
@@ -95,6 +98,7 @@ class Batch:
         self.begun_at: float | None = None
         self.interrupt: Interrupted | None = None
         self.open_transaction: BatchTransaction | None = None
+        self.entered: FencedTransaction | None = None  # whose block has begun, and not ended
         self.completed = False
         self.used_chunks = False
         self.ends_with_finish = False  # its last chunk has no checkpoint of its own: the finish counts it
@@ -302,17 +306,25 @@ class FencedTransaction:
     def __enter__(self) -> psycopg.Connection[Any]:
         refuse_in_event_loop("`with ...transaction()`", "`async with ...transaction()`")
         self.context = self.run()
-        return self.context.__enter__()
+        conn = self.context.__enter__()
+        self.batch.entered = self
+        return conn
 
     def __exit__(self, *error: Any) -> bool | None:
+        end_if_forked()
+        self.batch.entered = None
         assert self.context is not None  # noqa: S101 (for the type checker)
         return self.context.__exit__(*error)
 
     async def __aenter__(self) -> psycopg.AsyncConnection[Any]:
         self.async_context = self.run_async()
-        return await self.async_context.__aenter__()
+        conn = await self.async_context.__aenter__()
+        self.batch.entered = self
+        return conn
 
     async def __aexit__(self, *error: Any) -> bool | None:
+        end_if_forked()
+        self.batch.entered = None
         assert self.async_context is not None  # noqa: S101 (for the type checker)
         return await self.async_context.__aexit__(*error)
 
@@ -322,6 +334,7 @@ class FencedTransaction:
         with self.opened():
             with self.batch.claim.runtime.connections.transaction() as conn:
                 yield conn
+                self.refuse_if_ended(conn)
                 written_at = time.monotonic()
                 if conn.execute(*self.write()).rowcount == 0:
                     raise self.batch.lost()
@@ -333,10 +346,19 @@ class FencedTransaction:
         with self.opened():
             async with self.batch.claim.runtime.connections.transaction_async() as conn:
                 yield conn
+                self.refuse_if_ended(conn)
                 written_at = time.monotonic()
                 if (await conn.execute(*self.write())).rowcount == 0:
                     raise self.batch.lost()
             self.committed(written_at)
+
+    def refuse_if_ended(self, conn: AnyConnection) -> None:
+        """Raise InvalidInput if the handler has ended the transaction by a statement: nothing is fenced then."""
+        if conn.info.transaction_status == TransactionStatus.IDLE:
+            raise InvalidInput(
+                f"the handler of batch {self.batch.id} has ended its transaction by COMMIT or ROLLBACK; leave that to "
+                "the end of the block, which writes the batch's state in the same transaction"
+            )
 
     @contextmanager
     def opened(self) -> Iterator[None]:

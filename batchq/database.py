@@ -24,6 +24,7 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
 from batchq import queries
 from batchq.errors import ConfigError, ConnectionLost, DatabaseAway, OutcomeUnknown
+from batchq.forks import end_if_forked
 from batchq.queries import Statement
 from batchq.settings import hide_password
 
@@ -448,6 +449,7 @@ class HandlerConnections:
 
     def borrow(self) -> Any:
         """Take a connection out of the pool; ask again each half second, since only asking makes the pool try."""
+        end_if_forked()
         until = time.monotonic() + self.borrow_seconds
         while True:
             try:
@@ -517,6 +519,7 @@ class HandlerConnections:
 
     async def borrow_async(self, pool: AsyncConnectionPool[Any]) -> Any:
         """Do as `borrow` does, in the event loop."""
+        end_if_forked()
         until = time.monotonic() + self.borrow_seconds
         while True:
             try:

@@ -1,6 +1,7 @@
 """Run one batch: call its handler, and say how it ended."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,11 @@ from batchq import queries
 from batchq.app import Handler, ItemHandler
 from batchq.batch import Batch
 from batchq.errors import Cancel, DatabaseAway, InvalidInput, LeaseLost, Snooze, StopRequested, TimedOut
+from batchq.forks import end_if_forked
 from batchq.items import run_items, run_items_async, validate
 from batchq.log import current_batch, get_logger
 from batchq.retry import Backoff
-from batchq.text import MOST_RESULT_BYTES, error_object, json_text, message_object, one_line
+from batchq.text import MOST_RESULT_BYTES, error_object, json_text, message_object, message_of, one_line
 
 log = get_logger()
 
@@ -50,8 +52,14 @@ def run(batch: Batch, handler: Handler) -> Outcome:
             run_items(batch, handler)
         else:
             result = handler.function(batch)
+        end_if_forked()
+        refuse_open_transaction(batch)
         return returned(batch, handler, result)
     except BaseException as error:
+        end_if_forked()
+        if batch.entered is not None:
+            with contextlib.suppress(BaseException):
+                batch.entered.__exit__(type(error), error, error.__traceback__)
         return safely(raised, batch, handler, error)
 
 
@@ -67,8 +75,14 @@ async def run_async(batch: Batch, handler: Handler) -> Outcome:
             await run_items_async(batch, handler)
         else:
             result = await handler.function(batch)
+        end_if_forked()
+        refuse_open_transaction(batch)
         return await off_the_loop(batch, lambda: returned(batch, handler, result))
     except BaseException as error:
+        end_if_forked()
+        if batch.entered is not None:
+            with contextlib.suppress(BaseException):
+                await batch.entered.__aexit__(type(error), error, error.__traceback__)
         ended_by = error  # the name that `except` binds is gone when the thread would look it up
         return await off_the_loop(batch, lambda: safely(raised, batch, handler, ended_by))
 
@@ -78,6 +92,12 @@ async def off_the_loop(batch: Batch, decide: Callable[[], Outcome]) -> Outcome:
     if batch.items_failed or batch.interrupt is not None:
         return await asyncio.shield(batch.claim.runtime.connections.in_thread(decide))
     return decide()
+
+
+def refuse_open_transaction(batch: Batch) -> None:
+    """Raise InvalidInput if the handler has begun the block of a transaction by hand, and has not ended it."""
+    if batch.entered is not None:
+        raise InvalidInput(f"the handler of batch {batch.id} has left its transaction open; use it by `with`")
 
 
 def prepare(batch: Batch, handler: Handler) -> None:
@@ -107,8 +127,9 @@ def returned(batch: Batch, handler: Handler, result: Any) -> Outcome:
 def result_text(result: Any) -> str:
     """Return the result as JSON text. Raises InvalidInput for what is no JSON, or too large."""
     text = json_text(result, "what the handler returned")
-    if len(text) > MOST_RESULT_BYTES:
-        raise InvalidInput(f"what the handler returned is {len(text):,} bytes of JSON; at most {MOST_RESULT_BYTES:,}")
+    size = len(text.encode())
+    if size > MOST_RESULT_BYTES:
+        raise InvalidInput(f"what the handler returned is {size:,} bytes of JSON; at most {MOST_RESULT_BYTES:,}")
     return text
 
 
@@ -169,8 +190,9 @@ def raised(batch: Batch, handler: Handler, error: BaseException) -> Outcome:
             log.info("batch snoozed", seconds=error.seconds)
             return Outcome("pending", delay_seconds=error.seconds, give_back=True)
         case Cancel():
-            log.info("batch cancelled", reason=str(error))
-            return Outcome("cancelled", error=message_object(f"cancelled: {error}"))
+            reason = message_of(error)
+            log.info("batch cancelled", reason=reason)
+            return Outcome("cancelled", error=message_object(f"cancelled: {reason}"))
         case InvalidInput():
             return failed(one_line(error), error_object(error))
     return failed_attempt(batch, handler, error)

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import MutableMapping
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -84,6 +85,31 @@ def last_processors(log_format: str) -> list[Any]:
     return [*first, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
 
 
-def get_logger() -> Any:
+def get_logger() -> "SafeLogger":
     """Return batchq's own logger."""
-    return structlog.get_logger("batchq")
+    return SafeLogger()
+
+
+class SafeLogger:
+    """Writes batchq's own lines; one that cannot be written stops nothing.
+
+    A handler may have closed standard error, or put something else in its place.
+    """
+
+    def __init__(self) -> None:
+        self.logger: Any = structlog.get_logger("batchq")
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Write a line of what happened."""
+        with suppress(Exception):
+            self.logger.info(event, **fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Write a line of what somebody should know."""
+        with suppress(Exception):
+            self.logger.warning(event, **fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        """Write a line of what somebody should do something about."""
+        with suppress(Exception):
+            self.logger.error(event, **fields)
