@@ -127,27 +127,36 @@ class Claimer:
     def round(self) -> int:
         """Claim for every queue and lane that has room; return how many batches were claimed."""
         self.give_back_unknown()
-        self.heed_pauses()
+        if self.pauses:
+            self.heed_pauses()
         self.sources.append(self.sources.pop(0))
         return sum(self.claim_from(source) for source in self.sources if source.kinds and source.lane.room())
 
-    def heed_pauses(self) -> None:
-        """Leave out what is paused, as known for a second at most: one small read a second, beside the claims."""
+    def heed_pauses(self) -> bool:
+        """Leave out what is paused, as known for a second at most; tell whether that has changed.
+
+        One small read a second, before a claim or while something is paused: who is idle reads nothing.
+        """
         if time.monotonic() - self.pauses_read_at < PAUSES_SECONDS:
-            return
+            return False
         with self.link.reading() as conn:
             pauses = frozenset(queries.pauses(conn))
         self.pauses_read_at = time.monotonic()
-        if pauses != self.pauses:
-            log.info("pauses", paused=[f"{queue or '*'}/{kind or '*'}" for queue, kind in sorted(pauses, key=str)])
-            self.pauses = pauses
-            for source in self.sources:
-                source.leave_out(pauses)
+        if pauses == self.pauses:
+            return False
+        log.info("pauses", paused=[f"{queue or '*'}/{kind or '*'}" for queue, kind in sorted(pauses, key=str)])
+        self.pauses = pauses
+        for source in self.sources:
+            source.leave_out(pauses)
+        return True
 
     def claim_from(self, source: Source) -> int:
         """Claim what is ready of one source, the most urgent priority first; return how many."""
         claimed = self.sweep(source)
-        for priority, start in self.look(source):
+        ready = self.look(source)
+        if ready and self.heed_pauses():
+            ready = self.look(source) if source.kinds else []
+        for priority, start in ready:
             room = self.room(source.lane, claimed)
             if room <= 0 or self.runtime.stopping.is_set():
                 break
@@ -198,7 +207,7 @@ class Claimer:
             found = queries.has_ready_between(conn, source.queue, priority, source.kinds, after, until)
         track.was_swept(source.cost(time.monotonic() - began_at), source.busy_priority is not None, number)
         room = self.room(source.lane, 0)
-        if not found or room <= 0:
+        if not found or room <= 0 or self.heed_pauses():  # what has changed is swept with the next part
             return 0
         rows = self.claim(source, priority, room, after, until)
         if len(rows) == room:

@@ -140,7 +140,7 @@ def test_a_running_worker_heeds_a_pause_and_its_end(conn: Conn, dsn: str) -> Non
         insert(conn, kind="a")
         wait_until(lambda: left(conn) == set(), 20, "the first to end")
         call(conn, "pause", kind="a")
-        wait_until(lambda: worker.claimer.pauses == {(None, "a")}, 20, "the worker to know")
+        worker.claimer.pauses_read_at -= PAUSES_SECONDS  # what was read is a second old
         step("old ones too, which lie behind the position")
         old = insert(conn, kind="a")
         conn.execute("UPDATE batchq.batches SET run_at = now() - interval '1 hour' WHERE id = %s", [old])
@@ -166,10 +166,32 @@ def test_what_is_claimed_when_the_pause_comes_runs_to_its_end(conn: Conn, dsn: s
     with running_worker(app, dsn) as worker:
         assert began.wait(20)
         call(conn, "pause", queue="default")
+        worker.claimer.pauses_read_at -= PAUSES_SECONDS  # what was read is a second old
+        insert(conn, kind="a")
         wait_until(lambda: bool(worker.claimer.pauses), 20, "the worker to know")
         gate.set()
-        wait_until(lambda: left(conn) == set(), 20, "the batch to end")
+        wait_until(lambda: left(conn) == {("default", "a")}, 20, "the batch to end")
     assert value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [batch_id]) == "completed"
+
+
+def test_an_idle_worker_reads_no_pauses_and_heeds_one_before_its_next_claim(
+    conn: Conn, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[float] = []
+    really = batchq.queries.pauses
+    monkeypatch.setattr(batchq.queries, "pauses", lambda given: read.append(1) or really(given))
+    worker = Worker(app, Settings.load(dsn=dsn))
+    for _ in range(3):
+        assert worker.claimer.round() == 0
+    assert read == []
+    call(conn, "pause", kind="a")
+    insert(conn, kind="a")
+    insert(conn, kind="slow")
+    assert sum(worker.claimer.round() for _ in range(3)) == 1
+    assert left(conn) == {("default", "a"), ("default", "slow")}
+    assert values(conn, "SELECT kind FROM batchq.batches_live WHERE status = 'processing'") == ["slow"]
+    for link in worker.links:
+        link.close()
 
 
 def test_pauses_are_read_once_a_second_however_much_is_claimed(
