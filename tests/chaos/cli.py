@@ -55,6 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--programs", type=Path, metavar="DIR", help="the private server's programs (default: a wheel's)"
     )
+    parser.add_argument("--alone", action="store_true", help="no two faults at once")
     parser.add_argument("--direct", action="store_true", help="without PgBouncer in between")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of each style (default: 2)")
     parser.add_argument("--backlog", type=int, default=60, help="batches of each style that are ready (default: 60)")
@@ -82,7 +83,7 @@ def chaos(options: argparse.Namespace) -> int:
     ):
         print(f"{server.describe()}; seed {options.seed}, {len(its.fleet.places)} workers", flush=True)
         run = Run(its, options.seed, options.compare_seconds, lambda window: tell(window, out))
-        run.work(schedule(options.seed, possible(its, options.faults)), options.minutes * 60)
+        run.work(schedule(options.seed, possible(its, options.faults), options.alone), options.minutes * 60)
         return conclude(run, out)
 
 

@@ -3,10 +3,12 @@
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,7 +17,7 @@ from psycopg import sql
 
 from tests.chaos.fleet import ChaosWorker
 from tests.chaos.points import POINTS
-from tests.chaos.server import as_role
+from tests.chaos.server import DISK_BYTES, as_role
 from tests.chaos.two_schemas import migrate_under_load
 from tests.chaos.world import OLD_CODE, OLDER_CODE, POOL_SIZE, World
 from tests.support.waiting import wait_until
@@ -280,20 +282,29 @@ def postmaster(world: World, dice: random.Random) -> None:
 def disk_full(world: World, dice: random.Random) -> None:
     """The disk of the database is full for two seconds."""
     assert world.server.disk is not None
-    filler = world.server.disk / "filler"
     refused = 0
     try:
         until = time.monotonic() + 2.0
-        with filler.open("wb") as file:
-            while time.monotonic() < until:
-                fill(file.fileno(), world.server.disk)
-                refused += is_out_of_disk(world)
-                world.hold(0.02)
+        while time.monotonic() < until:
+            resize(world.server.disk, used_bytes(world.server.disk))
+            refused += is_out_of_disk(world)
+            world.hold(0.05)
     finally:
-        filler.unlink(missing_ok=True)
+        resize(world.server.disk, DISK_BYTES)
         world.server.ensure_up()
     if not refused:
         raise NotInjected("the server had room all the same")
+
+
+def used_bytes(disk: Path) -> int:
+    """Return how much of a file system is used."""
+    figures = os.statvfs(disk)
+    return (figures.f_blocks - figures.f_bfree) * figures.f_frsize
+
+
+def resize(disk: Path, size: int) -> None:
+    """Change the size of a file system in memory; one that has grown meanwhile cannot be made as small."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], capture_output=True, check=False)
 
 
 def is_out_of_disk(world: World) -> bool:
@@ -304,14 +315,6 @@ def is_out_of_disk(world: World) -> bool:
     except (psycopg.OperationalError, psycopg.errors.DiskFull):
         return True
     return False
-
-
-def fill(descriptor: int, disk: Any) -> None:
-    """Take what is free of a file system."""
-    free = os.statvfs(disk)
-    if size := free.f_bavail * free.f_bsize:
-        with suppress(OSError):
-            os.posix_fallocate(descriptor, os.fstat(descriptor).st_size, size)
 
 
 @fault("password", "server", "line")

@@ -19,6 +19,7 @@ class Order:
     has_items: bool = False
     max_attempts: int = PATIENT
     ends_as: str = "completed"
+    priority: int = 0
 
 
 ORDERS = {
@@ -27,7 +28,7 @@ ORDERS = {
         Order("tx", "sync", 8),
         Order("plain", "sync", 8),
         Order("failing", "sync", 1, max_attempts=2, ends_as="failed"),
-        Order("hungry", "sync", 0, max_attempts=2, ends_as="failed"),
+        Order("hungry", "sync", 0, max_attempts=2, ends_as="failed", priority=-1),
         Order("tx_async", "async", 8),
         Order("plain_async", "async", 8),
         Order("steps", "chunks", 4),

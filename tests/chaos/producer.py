@@ -80,7 +80,7 @@ class Producer:
             self.next_seq += count
         conn.execute("INSERT INTO produced (kind, first, count) VALUES (%s, %s, %s)", [order.kind, first, count])
         payloads = [payload(order, seq) | more for seq in range(first, first + count)]
-        options: dict[str, Any] = {"max_attempts": order.max_attempts}
+        options: dict[str, Any] = {"max_attempts": order.max_attempts, "priority": order.priority}
         if not order.has_items:
             batchq.enqueue_many(conn, order.kind, payloads, **options)
             return first, count

@@ -5,18 +5,18 @@ from collections.abc import Iterator, Sequence
 
 from tests.chaos.faults import FAULTS
 
-MOST_AT_ONCE = 3
-SINGLE_SHARE = 0.3
+MOST_AT_ONCE = 4
+SINGLE_SHARE = 0.25
 
 
-def schedule(seed: int, names: Sequence[str]) -> Iterator[list[str]]:
-    """Yield for ever what comes at once; each fault once in each round, some alone, some beside others."""
+def schedule(seed: int, names: Sequence[str], alone: bool = False) -> Iterator[list[str]]:
+    """Yield for ever what comes at once; each fault once in each round, some or all *alone*."""
     dice = random.Random(seed)
     while True:
         left = dice.sample(sorted(names), len(names))
         while left:
             chosen = [left.pop()]
-            if dice.random() > SINGLE_SHARE:
+            if not alone and dice.random() > SINGLE_SHARE:
                 fill(chosen, left, dice.randint(2, MOST_AT_ONCE))
             yield chosen
 
