@@ -107,7 +107,9 @@ def conclude(run: Run, out: Path | None) -> int:
     """Print and keep table and verdict; return the exit code."""
     began_at = time.strftime("%Y-%m-%d %H:%M")
     rates = f"rate at first {run.first_rate:.0f}/s, at last {run.last_rate:.0f}/s"
-    text = f"{report.table(run.windows)}\n\n{rates}\n{report.violations(run.violations)}\n{report.verdict(run)}"
+    notes = "".join(f"note: {note}\n" for note in run.world.fleet.notes)
+    found = f"{notes}{report.violations(run.violations)}"
+    text = f"{report.table(run.windows)}\n\n{rates}\n{found}\n{report.verdict(run)}"
     print(f"\n{text}", flush=True)
     if out:
         (out / "result.md").write_text(f"{began_at}, seed {run.seed}\n\n{text}\n", encoding="utf-8")

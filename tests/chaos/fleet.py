@@ -137,7 +137,8 @@ class Fleet:
         self.ending.set()
         self.thread.join()
         for place in self.places:
-            place.worker.end()
+            with place.lock:
+                place.worker.end()
 
     def launch(self, style: str) -> ChaosWorker:
         """Start a worker with the code that is due."""
@@ -162,7 +163,7 @@ class Fleet:
         elif place.again_at == 0.0:
             self.notes.append(f"could not start: {last_line(old)}")
             place.again_at = time.monotonic() + AGAIN_SECONDS
-        if time.monotonic() >= place.again_at:
+        if time.monotonic() >= place.again_at and not self.ending.is_set():
             place.worker, place.again_at = self.launch(place.style), 0.0
             old.hang_up()
 

@@ -89,7 +89,7 @@ class Run:
         ended_at = time.time()
         window.lasted_seconds = ended_at - began_at
         window.recovery_seconds = self.wait_until_flowing(window.violations, ended_at)
-        self.world.fleet.wait_until_complete(RECOVERY_SECONDS)
+        self.wait_for_workers(window)
         window.rate_after = self.measure()
         window.violations += self.check()
         self.violations += window.violations
@@ -99,7 +99,7 @@ class Run:
     def inject(self, window: Window) -> None:
         """Have the faults of a window come, all at once, and end."""
         threads = [
-            threading.Thread(target=self.inject_one, args=(window, name), name=f"fault {name}")
+            threading.Thread(target=self.inject_one, args=(window, name), name=f"fault {name}", daemon=True)
             for name in window.faults
         ]
         for thread in threads:
@@ -131,6 +131,13 @@ class Run:
                 continue
         violations.append(Violation("stuck", None, f"{FLOWS} batches have not finished in {RECOVERY_SECONDS:g} s"))
         return None
+
+    def wait_for_workers(self, window: Window) -> None:
+        """Wait until every worker that has ended is replaced by one that works; a violation if that does not come."""
+        try:
+            self.world.fleet.wait_until_complete(RECOVERY_SECONDS)
+        except TimeoutError as error:
+            window.violations.append(Violation("stuck", None, str(error)))
 
     def measure(self) -> float:
         """Return how many batches finish in a second, from now on."""

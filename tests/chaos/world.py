@@ -102,6 +102,7 @@ def world(
         its = World(server, dbname, role, password, directory, pooler, proxy, fleet, producer)
         stack.enter_context(fleet)
         stack.enter_context(producer)
+        stack.callback(its.stopping.set)
         yield its
 
 
