@@ -29,7 +29,7 @@ from tests.support.waiting import wait_until
 
 APP = "tests.e2e.apps:app"
 RESTARTS = int(os.environ.get("BATCHQ_TEST_RESTARTS", "6"))
-MOST_GAP_SECONDS = 2.0
+MOST_GAP_SECONDS = 1.0
 SHUTDOWN_SECONDS = 2
 ODD_SECONDS = 2.0  # for a machine that is busy
 MOST_SECONDS = SHUTDOWN_SECONDS + SPARE_SECONDS + ODD_SECONDS

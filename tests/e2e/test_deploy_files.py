@@ -1,0 +1,181 @@
+"""The files of docs/deploy parse, and the commands, flags and settings in them exist and work."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import yaml
+
+import batchq
+from batchq.cli import make_parser
+from batchq.cli.signals import SPARE_SECONDS
+from batchq.settings import Settings
+from tests.support.alone import run_alone
+from tests.support.commands import CommandLine
+from tests.support.processes import ROOT
+from tests.support.steps import step
+from tests.support.waiting import wait_until
+
+FOLDER = ROOT / "docs" / "deploy"
+UNITS = sorted(FOLDER.glob("*.service"))
+YAML = sorted(FOLDER.glob("*.yaml"))
+SETTINGS = {f"BATCHQ_{name.upper()}" for name in Settings.model_fields}
+BATCHQ = Path(sys.executable).with_name("batchq")
+
+
+def unit(file: Path) -> dict[str, list[str]]:
+    """Return what a unit sets, by name."""
+    found: dict[str, list[str]] = {}
+    for line in file.read_text().splitlines():
+        name, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def objects(file: Path) -> list[Any]:
+    """Return the documents of a YAML file."""
+    return [document for document in yaml.safe_load_all(file.read_text()) if document]
+
+
+def every(value: Any, name: str) -> Iterator[Any]:
+    """Yield each value of that name, however deep."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == name:
+                yield inner
+            yield from every(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from every(inner, name)
+
+
+def commands(file: Path) -> list[list[str]]:
+    """Return the commands of batchq in a file, each in words."""
+    if file.suffix == ".service":
+        words = [
+            shlex.split(value) for name, values in unit(file).items() if name.startswith("Exec") for value in values
+        ]
+    elif file.suffix == ".yaml":
+        words = [command for document in objects(file) for command in every(document, "command")]
+    else:
+        words = [json.loads(found) for found in re.findall(r"CMD (\[.*\])", file.read_text())]
+    return [command for command in words if Path(command[0]).name == "batchq"]
+
+
+FILES = [*UNITS, *YAML, FOLDER / "Dockerfile"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_commands_and_flags_exist(file: Path) -> None:
+    found = commands(file)
+    assert found, "no command of batchq"
+    for words in found:
+        step("%s", " ".join(words))
+        make_parser().parse_args(words[1:])  # leaves by SystemExit for what it does not know
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_names_in_the_environment_are_settings(file: Path) -> None:
+    named = set(re.findall(r"\bBATCHQ_[A-Z_]+\b", file.read_text()))
+    assert named <= SETTINGS
+    assert named or file.name == "Dockerfile"
+
+
+def test_the_platform_waits_for_longer_than_a_worker_may_take() -> None:
+    graces: dict[str, tuple[float, float]] = {}
+    for file in UNITS:
+        shutdown = re.search(r"BATCHQ_SHUTDOWN_SECONDS=(\d+)", file.read_text())
+        assert shutdown
+        graces[file.name] = float(unit(file)["TimeoutStopSec"][0]), float(shutdown[1])
+    [deployment] = [each for each in objects(FOLDER / "kubernetes.yaml") if each["kind"] == "Deployment"]
+    [environment] = every(deployment, "env")
+    shutdown_text = next(each["value"] for each in environment if each["name"] == "BATCHQ_SHUTDOWN_SECONDS")
+    graces["kubernetes"] = next(every(deployment, "terminationGracePeriodSeconds")), float(shutdown_text)
+    workers = objects(FOLDER / "compose.yaml")[0]["services"]["workers"]
+    shutdown_seconds = float(workers["environment"]["BATCHQ_SHUTDOWN_SECONDS"])
+    graces["compose"] = float(workers["stop_grace_period"].removesuffix("s")), shutdown_seconds
+    step("%s", graces)
+    assert all(grace >= shutdown + SPARE_SECONDS + 2 for grace, shutdown in graces.values())
+
+
+@pytest.mark.parametrize("file", UNITS, ids=lambda file: file.name)
+def test_a_unit_stops_its_processes_as_they_want_it(file: Path) -> None:
+    its = unit(file)
+    assert its["KillMode"] == ["mixed"], "SIGTERM to the main process alone; the rest is killed at the end"
+    assert its["Restart"] == ["always"]
+    assert its["StartLimitIntervalSec"] == ["0"], "else systemd gives up while the database is away"
+
+
+@pytest.mark.parametrize("file", UNITS, ids=lambda file: file.name)
+def test_systemd_takes_a_unit(file: Path, tmp_path: Path) -> None:
+    text = file.read_text().replace("/opt/app/.venv/bin/batchq", str(BATCHQ))
+    (tmp_path / file.name).write_text(text)
+    sections = re.findall(r"^\[(\w+)\]$", text, re.M)
+    assert sections == ["Unit", "Service", "Install"]
+    if program := shutil.which("systemd-analyze"):
+        step("systemd-analyze verify %s", file.name)
+        done = subprocess.run([program, "verify", tmp_path / file.name], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_kubernetes_objects_belong_together() -> None:
+    by_kind = {each["kind"]: each for each in objects(FOLDER / "kubernetes.yaml")}
+    deployment, scaler = by_kind["Deployment"], by_kind["HorizontalPodAutoscaler"]
+    labels = deployment["spec"]["selector"]["matchLabels"]
+    assert deployment["spec"]["template"]["metadata"]["labels"] == labels
+    assert by_kind["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    assert scaler["spec"]["minReplicas"] == deployment["spec"]["replicas"]
+    rolling = deployment["spec"]["strategy"]["rollingUpdate"]
+    assert rolling == {"maxSurge": 1, "maxUnavailable": 0}, "a new one comes before an old one leaves"
+
+
+def test_the_probes_pass_while_the_database_answers_and_fail_while_it_does_not(
+    conn: psycopg.Connection[Any], dsn: str, tmp_path: Path
+) -> None:
+    probes = [words for name in ("kubernetes.yaml", "Dockerfile") for words in commands(FOLDER / name)]
+    probes = [words[1:] for words in probes if words[1] == "status"]
+    assert len(probes) == 3
+    batchq.enqueue(conn, "unknown")  # nobody works it: the business of an alarm, and none of a probe's
+    for words in probes:
+        assert CommandLine(dsn, tmp_path)(*words).code == 0
+        assert CommandLine("host=127.0.0.1 port=1 dbname=away", tmp_path)(*words).code != 0
+
+
+@pytest.mark.parametrize("file", UNITS, ids=lambda file: file.name)
+def test_the_command_of_a_unit_works_and_stops(
+    conn: psycopg.Connection[Any], dsn: str, tmp_path: Path, file: Path
+) -> None:
+    [words] = commands(file)
+    commandline = CommandLine(dsn, tmp_path)  # leaves a tasks.py there
+    variables = dict(word.split("=", 1) for line in unit(file)["Environment"] for word in line.split())
+    step("given %s", " ".join(words))
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [BATCHQ, *words[1:]], cwd=tmp_path, env=commandline.environment | variables,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        batchq.enqueue(conn, "good")
+        status = "SELECT status FROM batchq.batches"
+        wait_until(lambda: conn.execute(status).fetchall() == [("completed",)], 60, "completion")
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(30) == 0, (tmp_path / "log").read_text()[-2000:]
+    finally:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
