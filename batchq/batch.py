@@ -573,6 +573,8 @@ class Chunks:
         count = min(self.page_length, (self.batch.items_total or 0) - first)
         text = read_items(self.batch, first, count)
         self.page, self.page_first = parse(text, "items"), first
+        if not self.page:
+            raise InvalidInput(f"batch {self.batch.id} has fewer items than when it was claimed: somebody changed them")
         self.page_length = max(self.size, PAGE_BYTES * count // max(len(text), 1))
 
     def next_retry(self) -> Chunk | None:
