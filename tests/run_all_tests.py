@@ -143,6 +143,8 @@ def run_file(file: Path, environment: dict[str, str]) -> Outcome:
 def run_pytest(file: Path, results: Path, environment: dict[str, str]) -> int | None:
     """Return the exit code of pytest, or None when it was ended after FILE_TIMEOUT_SECONDS."""
     options = ["-o", "log_cli=true", "-o", "faulthandler_timeout=120", f"--junit-xml={results}"]
+    if "hypothesis" not in file.read_text():
+        options += ["-p", "no:hypothesispytest"]  # it imports hypothesis to say that nothing has used it
     command = [sys.executable, "-m", "pytest", str(file), *options]
     own_session = True  # Ctrl-C reaches this process only, which passes it on once
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=own_session) as process:
