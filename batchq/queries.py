@@ -10,7 +10,9 @@ Times are the database's; durations are passed in seconds. JSON goes in and come
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import islice, pairwise
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, LiteralString, NamedTuple
 from uuid import UUID
@@ -39,6 +41,7 @@ BY_INDEX = {
     "jit": "off",  # what is off but unavoidable counts as dear before PostgreSQL 18, and dear plans are compiled: 1 s
 }
 WITHOUT_WAITING_FOR_THE_DISK = {"synchronous_commit": "off"}
+READ_ONLY = {"transaction_read_only": "on", "jit": "off"}
 
 
 def limits(
@@ -1464,6 +1467,28 @@ def worker_objects(conn: Conn) -> list[dict[str, Any]]:
         "SELECT to_jsonb(w) FROM batchq.workers w WHERE heartbeat_at > now() - interval '1 minute' ORDER BY id",
         {},
     )
+
+
+# ------------------------------------------------------------------------------------- what is looked at for trouble
+
+
+@cache
+def named(file: str) -> dict[str, str]:
+    """Return the queries of a file beside this one, by the name that stands before each as "-- name: ..."."""
+    text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+    _, *parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def invariants() -> dict[str, str]:
+    """Return what is always true, by name: each a query of the rows for which it is not, see `offenders`."""
+    return named("invariants.sql")
+
+
+def offenders(conn: Conn, invariant: str, most: int) -> list[tuple[str, str]]:
+    """Return id and what is wrong of up to *most* rows for which an invariant does not hold."""
+    statement = f"SELECT id::text, what FROM (\n{invariant}\n) AS offender(id, what) LIMIT {most:d}"  # noqa: S608 (ours)
+    return conn.cursor(row_factory=tuple_row).execute(statement.encode()).fetchall()
 
 
 # ------------------------------------------------------------------------------------------------------ helpers

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 
-from batchq.cli import commands, one_batch, verbs
+from batchq.cli import commands, invariants, one_batch, verbs
 from batchq.errors import BatchqError, DatabaseAway, OutcomeUnknown
 from batchq.settings import Settings, hide_password
 
@@ -120,6 +120,13 @@ def add_setup(subparsers: Any) -> None:
     )
     check.add_argument("app", nargs="?", metavar="MODULE:APP", help="an app whose handlers must cover what waits")
     check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument(
+        "--invariants",
+        dest="run",
+        action="store_const",
+        const=invariants.check,
+        help="look for rows for which what is always true is not, instead; exit 1 if there are any",
+    )
     demo = add_command(
         subparsers,
         "demo",

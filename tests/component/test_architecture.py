@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "forks": {"log"},
     "database": {"errors", "forks", "queries", "settings"},
     "migrate": {"database", "errors", "queries", "settings"},
+    "invariants": {"database", "queries"},
     "enqueue": {"errors", "queries", "text"},
     "app": {"errors", "retry"},
     "batch": {"database", "errors", "forks", "queries", "text"},
@@ -64,7 +65,8 @@ ALLOWED: dict[str, set[str]] = {
         "log", "migrate", "monitor", "queries", "settings", "signs", "supervisor", "worker",
     },
     "cli.verbs": {"bulk", "cli.commands", "cli.show_tables", "database", "errors", "queries"},
-    "cli": {"cli.commands", "cli.one_batch", "cli.verbs", "errors", "settings"},
+    "cli.invariants": {"cli.commands", "database", "invariants", "migrate"},
+    "cli": {"cli.commands", "cli.invariants", "cli.one_batch", "cli.verbs", "errors", "settings"},
     "batchq": {"app", "batch", "enqueue", "errors", "retry", "settings", "worker"},
     "__main__": {"cli"},
 }  # fmt: skip

@@ -1,0 +1,205 @@
+-- What is always true of committed rows. Each query returns those for which it is not: an id, as text, and what is
+-- wrong with it. One statement, so one snapshot, reads all that it compares: so none is wrong while workers work.
+--
+-- Most of it is held by constraints and by the fence as well. This tells when one of those was gone, or around.
+
+-- name: live_is_pending_or_processing
+-- coalesce, as in the next: else the planner trusts the partitioning, and looks at nothing.
+SELECT id, 'status is ' || status
+FROM batchq.batches_live
+WHERE coalesce(status, '') NOT IN ('pending', 'processing')
+
+-- name: finished_is_final
+SELECT id, 'status is ' || status
+FROM batchq.batches_finished
+WHERE coalesce(status, '') NOT IN ('completed', 'failed', 'cancelled')
+
+-- name: no_other_status
+SELECT id, 'status is ' || status
+FROM batchq.batches_refused
+
+-- name: processing_is_claimed
+SELECT id, 'processing, with claimed_by ' || coalesce(claimed_by, 'null') || ', claim_token '
+  || coalesce(claim_token::text, 'null') || ', claimed_at ' || coalesce(claimed_at::text, 'null')
+FROM batchq.batches_live
+WHERE status = 'processing'
+  AND num_nulls(claimed_by, claim_token, claimed_at) > 0
+
+-- name: processing_has_a_lease
+SELECT id, 'processing, with lease_expires_at ' || coalesce(lease_expires_at::text, 'null')
+FROM batchq.batches_live
+WHERE status = 'processing'
+  AND coalesce(NOT isfinite(lease_expires_at), true)
+
+-- name: pending_is_unclaimed
+SELECT id, 'pending, but claimed by ' || coalesce(claimed_by, 'null') || ', claim_token ' || coalesce(claim_token::text, 'null')
+FROM batchq.batches_live
+WHERE status = 'pending'
+  AND num_nonnulls(claimed_by, claim_token, claimed_at, lease_expires_at) > 0
+
+-- name: finished_is_unclaimed
+SELECT id, status || ', with claim_token ' || coalesce(claim_token::text, 'null') || ', lease_expires_at '
+  || coalesce(lease_expires_at::text, 'null')
+FROM batchq.batches_finished
+WHERE num_nonnulls(claim_token, lease_expires_at) > 0
+
+-- name: live_has_not_finished
+SELECT id, status || ', with finished_at ' || finished_at
+FROM batchq.batches_live
+WHERE finished_at IS NOT NULL
+
+-- name: finished_has_finished_at
+SELECT id, status || ', with finished_at ' || coalesce(finished_at::text, 'null')
+FROM batchq.batches_finished
+WHERE coalesce(NOT isfinite(finished_at), true)
+
+-- name: attempt_within_limits
+SELECT id, format('%s, attempt %s of %s', status, attempt, max_attempts)
+FROM batchq.batches
+WHERE max_attempts < 1
+   OR attempt NOT BETWEEN 0 AND max_attempts
+   OR (status = 'pending' AND attempt = max_attempts)
+   OR (status = 'processing' AND attempt = 0)
+
+-- name: counters_are_not_negative
+SELECT id, format('items_done %s, items_failed %s', items_done, items_failed)
+FROM batchq.batches
+WHERE items_done < 0
+   OR items_failed < 0
+
+-- name: position_within_items
+SELECT id, format('items_done %s and items_failed %s of %s', items_done, items_failed, coalesce(items_total, 0))
+FROM batchq.batches
+WHERE items_done + items_failed > coalesce(items_total, 0)
+
+-- name: items_total_is_length_of_items
+SELECT id, format('items_total is %s, items %s', coalesce(items_total::text, 'null'), CASE jsonb_typeof(items)
+  WHEN 'array' THEN 'has ' || jsonb_array_length(items) ELSE 'is ' || coalesce('a JSON ' || jsonb_typeof(items), 'null') END)
+FROM batchq.batches
+WHERE items_total IS DISTINCT FROM CASE jsonb_typeof(items) WHEN 'array' THEN jsonb_array_length(items) END
+   OR jsonb_typeof(items) <> 'array'
+
+-- name: items_failed_is_number_of_failed_items
+SELECT b.id, format('items_failed is %s, failed_items has %s', b.items_failed, coalesce(f.failed, 0))
+FROM batchq.batches b
+LEFT JOIN (SELECT queue, batch_id, count(*) AS failed FROM batchq.failed_items GROUP BY queue, batch_id) f
+  ON f.queue = b.queue AND f.batch_id = b.id
+WHERE b.items_failed <> coalesce(f.failed, 0)
+
+-- name: failed_item_has_a_batch
+-- What failed before the oldest day that is kept may be there for a while: prune takes 10,000 at a time.
+SELECT f.batch_id, format('item %s in queue %s failed, of a batch that does not exist', f.item_index, f.queue)
+FROM batchq.failed_items f
+WHERE NOT EXISTS (SELECT FROM batchq.batches b WHERE b.id = f.batch_id AND b.queue = f.queue)
+  AND (f.failed_at AT TIME ZONE 'UTC')::date >= (
+    SELECT coalesce(min(to_date(right(c.relname, 8), 'YYYYMMDD')), '-infinity')
+    FROM pg_catalog.pg_inherits i
+    JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid
+    WHERE i.inhparent = 'batchq.batches_finished'::regclass
+      AND c.relname ~ '^finished_\d{8}$')
+
+-- name: failed_item_was_worked
+SELECT b.id, format('item %s failed, and the batch is at item %s', f.item_index, b.items_done + b.items_failed)
+FROM batchq.failed_items f
+JOIN batchq.batches b ON b.id = f.batch_id AND b.queue = f.queue
+WHERE f.item_index < 0
+   OR f.item_index >= b.items_done + b.items_failed
+
+-- name: failed_item_is_the_batchs
+SELECT b.id, format('item %s is another in items than in failed_items', f.item_index)
+FROM batchq.batches b
+CROSS JOIN LATERAL jsonb_array_elements(CASE jsonb_typeof(b.items) WHEN 'array' THEN b.items END)
+  WITH ORDINALITY AS own(item, number)
+JOIN batchq.failed_items f ON f.queue = b.queue AND f.batch_id = b.id AND f.item_index = own.number - 1
+WHERE b.items_failed > 0
+  AND f.item <> own.item
+
+-- name: failed_item_attempt_within_limits
+SELECT b.id, format('item %s failed in attempt %s of %s', f.item_index, f.attempt, b.max_attempts)
+FROM batchq.failed_items f
+JOIN batchq.batches b ON b.id = f.batch_id AND b.queue = f.queue
+WHERE f.attempt NOT BETWEEN 0 AND b.max_attempts
+
+-- name: live_id_is_unique
+SELECT id, format('%s live batches have this id', count(*))
+FROM batchq.batches_live
+GROUP BY id
+HAVING count(*) > 1
+
+-- name: not_live_and_finished
+SELECT l.id, format('%s, and %s since %s', l.status, f.status, f.finished_at)
+FROM batchq.batches_live l
+JOIN batchq.batches_finished f ON f.id = l.id
+
+-- name: finished_id_is_unique
+SELECT id, format('%s finished batches have this id', count(*))
+FROM batchq.batches_finished
+GROUP BY id
+HAVING count(*) > 1
+
+-- name: unique_key_is_unique
+SELECT min(id), format('%s live batches of kind %s in queue %s have unique_key %s', count(*), kind, queue, unique_key)
+FROM batchq.batches_live
+WHERE unique_key IS NOT NULL
+GROUP BY queue, kind, unique_key
+HAVING count(*) > 1
+
+-- name: finished_lies_in_its_day
+-- By the name of the partition, as prune goes by it.
+SELECT f.id, format('finished at %s (UTC), in partition %s', f.finished_at AT TIME ZONE 'UTC', c.relname)
+FROM batchq.batches_finished f
+JOIN pg_catalog.pg_class c ON c.oid = f.tableoid
+WHERE c.relname <> 'finished_default'
+  AND c.relname <> 'finished_' || to_char(f.finished_at AT TIME ZONE 'UTC', 'YYYYMMDD')
+
+-- name: input_within_limits
+SELECT id, format('queue of %s bytes, kind of %s, unique_key of %s, run_at %s, max_failed_items %s, timeout_seconds %s',
+  octet_length(queue), octet_length(kind), octet_length(unique_key), run_at, max_failed_items, timeout_seconds)
+FROM batchq.batches
+WHERE octet_length(queue) NOT BETWEEN 1 AND 128
+   OR octet_length(kind) NOT BETWEEN 1 AND 200
+   OR octet_length(unique_key) NOT BETWEEN 1 AND 1000
+   OR NOT isfinite(run_at)
+   OR max_failed_items < 0
+   OR timeout_seconds < 1
+
+-- name: errors_are_ten_at_most
+SELECT id, CASE jsonb_typeof(errors) WHEN 'array' THEN format('errors has %s', jsonb_array_length(errors))
+  ELSE 'errors is a JSON ' || jsonb_typeof(errors) END
+FROM batchq.batches
+WHERE errors <> '[]'
+  AND CASE jsonb_typeof(errors) WHEN 'array' THEN jsonb_array_length(errors) > 10 ELSE true END
+
+-- name: worker_is_sane
+SELECT id, format('pid %s, concurrency %s, in_hand %s, %s queues, started %s, heartbeat %s', pid, concurrency, in_hand,
+  cardinality(queues), started_at, heartbeat_at)
+FROM batchq.workers
+WHERE id = ''
+   OR pid < 1
+   OR concurrency < 1
+   OR in_hand < 0
+   OR cardinality(queues) = 0
+   OR heartbeat_at < started_at
+   OR heartbeat_at > clock_timestamp() + interval '1 minute'
+
+-- name: pause_names_something
+SELECT paused_at, 'a pause of neither a queue nor a kind'
+FROM batchq.pauses
+WHERE num_nonnulls(queue, kind) = 0
+
+-- name: throughput_is_not_negative
+SELECT minute, format('queue %s, kind %s: completed %s, failed %s, cancelled %s, retried %s, items %s, run_seconds %s', queue,
+  kind, completed, failed, cancelled, retried, items, run_seconds)
+FROM batchq.throughput_minutes
+WHERE least(completed, failed, cancelled, retried, items, run_seconds) < 0
+
+-- name: audit_is_not_negative
+SELECT id, format('%s of %s batches', verb, batches)
+FROM batchq.audit
+WHERE batches < 0
+
+-- name: migrations_have_no_gap
+SELECT m.version, format('%s is applied, and version %s is not', m.name, m.version - 1)
+FROM batchq.migrations m
+WHERE m.version > 1
+  AND NOT EXISTS (SELECT FROM batchq.migrations before WHERE before.version = m.version - 1)
