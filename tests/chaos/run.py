@@ -164,6 +164,7 @@ class Run:
     def conclude(self) -> None:
         """Work all that is left, stop the workers, and check everything."""
         world = self.world
+        world.operator.stop()
         world.producer.stop()
         self.drain()
         world.fleet.stop_all()

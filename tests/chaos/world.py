@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from psycopg import sql
 from batchq.migrate import migrate
 from tests.chaos import ledger
 from tests.chaos.fleet import Fleet
+from tests.chaos.operator import Operator
 from tests.chaos.orders import STYLES
 from tests.chaos.producer import Producer
 from tests.chaos.proxy import FaultyProxy
@@ -49,6 +51,7 @@ class World:
     proxy: FaultyProxy
     fleet: Fleet
     producer: Producer
+    operator: Operator
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def hold(self, seconds: float) -> None:
@@ -97,11 +100,13 @@ def world(
         proxy = stack.enter_context(FaultyProxy(pooler.dsn(dbname) if pooler else dsn))
         with psycopg.connect(dsn, autocommit=True) as conn:
             conn.execute(ledger.TABLES)
-        producer = Producer(lambda: psycopg.connect(server.dsn(dbname), autocommit=True, connect_timeout=5), backlog)
+        connect = partial(psycopg.connect, server.dsn(dbname), autocommit=True, connect_timeout=5)
+        producer, operator = Producer(connect, backlog), Operator(connect)
         fleet = Fleet(proxy.dsn, directory, workers, styles)
-        its = World(server, dbname, role, password, directory, pooler, proxy, fleet, producer)
+        its = World(server, dbname, role, password, directory, pooler, proxy, fleet, producer, operator)
         stack.enter_context(fleet)
         stack.enter_context(producer)
+        stack.enter_context(operator)
         stack.callback(its.stopping.set)
         yield its
 

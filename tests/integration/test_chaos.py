@@ -58,6 +58,8 @@ def test_a_short_chaos_run_loses_doubles_and_blocks_nothing(server: Server) -> N
     assert {name for window in run.windows for name in window.injected} == set(names)
     assert len(names) >= len(SHORT) - 1  # a server of somebody else's is not crashed
     assert run.finished > 200
+    assert its.operator.cancelled > 3
+    assert its.operator.retried > 0
 
 
 def one_round(names: list[str]) -> Iterator[list[str]]:
