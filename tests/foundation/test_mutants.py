@@ -1,0 +1,66 @@
+"""The table of mutants is kept up: each text stands in the code, and each mutant has its killer in the suite.
+
+`bin/mutants` tries them; here is what can be checked at once.
+"""
+
+import ast
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.cli import SURVIVED, UNTRIED, page, read_killers
+from tests.mutants.table import MUTANTS, ROOT, Mutant, StaleError
+from tests.support.alone import run_alone
+
+
+@pytest.mark.parametrize("file", sorted({mutant.file for mutant in MUTANTS}))
+def test_the_text_of_every_mutant_stands_in_its_file(file: str) -> None:
+    text = (ROOT / file).read_text()
+    for mutant in MUTANTS:
+        if mutant.file == file:
+            mutated = mutant.mutated(text)
+            assert mutated != text
+            if file.endswith(".py"):
+                ast.parse(mutated)
+
+
+@pytest.mark.parametrize("file", sorted({mutant.file for mutant in MUTANTS if mutant.file.endswith(".sql")}))
+def test_no_later_migration_makes_a_mutants_function_anew(file: str) -> None:
+    functions = {mutant.place for mutant in MUTANTS if mutant.file == file and "FUNCTION" in mutant.section}
+    for later in sorted((ROOT / "migrations").glob("*.sql")):
+        if f"migrations/{later.name}" > file:
+            made = set(re.findall(r"(?:CREATE|CREATE OR REPLACE|DROP) FUNCTION ([\w.]+)", later.read_text()))
+            assert made & functions == set(), f"{later.name} has the newest of it: mutate that"
+
+
+def test_a_text_that_is_gone_or_twice_there_is_an_error() -> None:
+    mutant = Mutant("CLAIM: ", "AND locked", "", "nothing", ())
+    assert mutant.mutated("CLAIM: x AND locked\n\n\nAND locked") == "CLAIM: x \n\n\nAND locked"
+    for text in ("CLAIM: x", "x AND locked", "CLAIM: AND locked AND locked", "CLAIM: x\n\n\nAND locked"):
+        with pytest.raises(StaleError):
+            mutant.mutated(text)
+
+
+def test_every_mutant_has_a_name_of_its_own() -> None:
+    assert [name for name, count in Counter(mutant.name for mutant in MUTANTS).items() if count > 1] == []
+
+
+def test_the_page_is_the_table_and_its_killers_are_tests_of_the_suite() -> None:
+    killers = read_killers()
+    assert page(killers) == (ROOT / "tests" / "mutants" / "README.md").read_text()
+    assert {mutant.name for mutant in MUTANTS} == set(killers)
+    assert [name for name, killer in killers.items() if killer == SURVIVED] == []
+    for killer in set(killers.values()) - {UNTRIED}:
+        file, _, test = killer.partition("::")
+        assert f"def {re.match(r'[^[]*', test)[0]}(" in (ROOT / "tests" / file).read_text()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("file", sorted({file for mutant in MUTANTS for file in mutant.tests}))
+def test_the_files_that_ought_to_see_a_mutant_are_there(file: str) -> None:
+    assert Path(ROOT / "tests" / file).is_file()
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

@@ -1,0 +1,654 @@
+"""The mutants: each takes out one fence, lock, lease condition or bound, and says what it would break.
+
+Not among them is what would change nothing: that a rescue and what gives a claim back look for `processing` (a pending
+row has no token and no lease: batches_claim_is_whole), and that a statement which has its ids from its own first part
+names the queue a second time.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+QUERIES, MIGRATE, POSITIONS, KEEPER = (f"batchq/{name}.py" for name in ("queries", "migrate", "positions", "keeper"))
+TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK = (
+    f"migrations/{name}.sql"
+    for name in (
+        "0001_batches",
+        "0003_partitions",
+        "0008_items_total",
+        "0010_has_ready",
+        "0015_more_verbs",
+        "0016_bulk",
+    )
+)
+CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
+    f"component/test_{name}.py" for name in ("claim", "leases", "retention", "migrations", "batch_process", "items")
+)
+POSITION, ACTIONS, CREATE, FORGET, PARTS, TRANSACTIONS, TOTALS = (
+    f"component/test_{name}.py"
+    for name in ("positions", "verbs", "batch_create", "keep_completed", "worker_parts", "transactions", "items_total")
+)
+BULK_ACTIONS = "component/test_bulk_verbs.py"
+CONNECTIONS = "foundation/test_db_connection.py"
+SECTION_END = re.compile(r'^"""$|\n\n\n|^\$\$;', re.MULTILINE)
+
+
+class StaleError(Exception):
+    """A mutant's text no longer stands where the table says, once."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """*old* becomes *new* in the section of *file* that begins with *section*; *tests*: files that ought to see it."""
+
+    section: str
+    old: str
+    new: str
+    promise: str
+    tests: tuple[str, ...]
+    file: str = QUERIES
+
+    @property
+    def name(self) -> str:
+        """What it is called: the statement or function, and what goes and comes there."""
+        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        return f"{self.place}: {old}" + (f" → {new}" if new not in ("", "true", "AND true") else "")
+
+    @property
+    def place(self) -> str:
+        """The name of the statement, function or table that it changes."""
+        return str(KEYWORDS.sub("", self.section.strip()).partition(":")[0].partition("(")[0]).strip()
+
+    def apply(self, root: Path) -> None:
+        """Change the file below *root*. Raises StaleError."""
+        path = root / self.file
+        path.write_text(self.mutated(path.read_text()))
+
+    def mutated(self, text: str) -> str:
+        """Return the file's text with the change. Raises StaleError."""
+        if text.count(self.section) != 1:
+            raise StaleError(f"{self.file} has {self.section!r} {text.count(self.section)} times, not once")
+        start = text.index(self.section)
+        end = SECTION_END.search(text, start)
+        section = text[start : end.start() if end else len(text)]
+        if section.count(self.old) != 1:
+            raise StaleError(
+                f"{self.file}, {self.section!r}: has {self.old!r} {section.count(self.old)} times, not once"
+            )
+        return text[:start] + section.replace(self.old, self.new) + text[start + len(section) :]
+
+
+KEYWORDS = re.compile(r"^(CREATE|UNIQUE|FUNCTION|INDEX|TABLE|def|\s)+\b")
+
+
+def of(
+    section: str, tests: str | tuple[str, ...], changes: list[tuple[str, str, str]], file: str = QUERIES
+) -> list[Mutant]:
+    """Return the mutants of one section: what goes, what comes in its place, and what that breaks."""
+    files = (tests,) if isinstance(tests, str) else tests
+    return [Mutant(section, old, new, promise, files, file) for old, new, promise in changes]
+
+
+MUTANTS = [
+    # ------------------------------------------------------------------------------------------------------ claim
+    *of(
+        "CLAIM: LiteralString",
+        (CLAIM, POSITION, LEASES),
+        [
+            ("WHERE queue = %(queue)s", "WHERE true", "a worker serves its own queues only"),
+            ("AND status = 'pending'", "AND true", "what somebody works is not claimed"),
+            ("AND priority = %(priority)s", "AND true", "a claim is of one priority"),
+            (
+                "AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)",
+                "AND true",
+                "a claim starts behind the dead",
+            ),
+            (
+                "AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)",
+                "AND true",
+                "a sweep of a part keeps to it",
+            ),
+            ("AND run_at <= now()", "AND true", "nothing runs before its time"),
+            ("AND kind = ANY (%(kinds)s)", "AND true", "a worker claims only kinds that it knows"),
+            ("ORDER BY run_at, id", "ORDER BY run_at DESC, id DESC", "the oldest first"),
+            ("LIMIT %(limit)s", "", "no more than there is room for"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "claims do not wait for each other"),
+            ("  FOR UPDATE SKIP LOCKED\n", "", "no two claims take one batch"),
+            ("attempt = b.attempt + 1", "attempt = b.attempt", "the attempt is counted at the claim"),
+            ("now() + %(lease_seconds)s * interval '1 second'", "'infinity'", "a lease runs out"),
+            ("now() + %(lease_seconds)s * interval '1 second'", "now()", "a lease lasts"),
+        ],
+    ),
+    *of(
+        "def give_back_claim(",
+        (CLAIM, PARTS),
+        [
+            ("WHERE queue = %(queue)s", "WHERE true", "a write names its queue"),
+            ("AND claim_token = %(token)s", "AND true", "only what the lost claim took is given back"),
+            ("attempt = greatest(attempt - 1, 0)", "attempt = attempt", "a claim that never ran costs no attempt"),
+        ],
+    ),
+    *of(
+        "READY: LiteralString",
+        (CLAIM, POSITION),
+        [
+            ("b.queue = %(queue)s", "true", "looks are of one queue"),
+            ("AND b.status = 'pending'", "", "what is claimed is not ready"),
+            ("AND b.priority = known.priority", "", "looks tell priorities apart"),
+            ("AND (b.run_at, b.id) > (to_timestamp(known.run_at), known.id)", "", "looks start behind the dead"),
+            ("AND b.run_at <= now()", "", "what is scheduled is not ready"),
+            ("AND b.kind = ANY (%(kinds)s)", "", "what no handler knows is not ready"),
+        ],
+    ),
+    *of(
+        "CREATE FUNCTION batchq.has_ready",
+        (CLAIM, POSITION),
+        [
+            ("b.queue = in_queue", "true", "looks are of one queue"),
+            ("AND b.status = 'pending'", "", "what is claimed is not ready"),
+            ("AND b.priority = in_priority", "", "looks tell priorities apart"),
+            ("AND (b.run_at, b.id) > (to_timestamp(after_run_at), after_id)", "", "looks start behind the dead"),
+            ("AND b.run_at <= now()", "", "what is scheduled is not ready"),
+            ("AND b.kind = ANY (kinds)", "", "what no handler knows is not ready"),
+        ],
+        HAS_READY,
+    ),
+    *of(
+        "def has_ready_between(",
+        (CLAIM, POSITION),
+        [
+            (
+                "AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)",
+                "",
+                "a sweep of a part keeps to it",
+            ),
+            (
+                "AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)",
+                "",
+                "a sweep of a part keeps to it",
+            ),
+            ("AND run_at <= now()", "", "what is scheduled is not ready"),
+            ("AND kind = ANY (%(kinds)s)", "", "what no handler knows is not ready"),
+        ],
+    ),
+    *of(
+        "def has_unknown_priority(",
+        CLAIM,
+        [
+            ("AND b.status = 'pending'", "", "only what waits has a priority to learn"),
+            ("AND b.priority > gap.above", "", "known priorities are known"),
+            ("AND b.priority < gap.below", "", "known priorities are known"),
+        ],
+    ),
+    # ------------------------------------------------------------------------------------------- input, checkpoint
+    *of("def large_input(", (CLAIM, LEASES), [("AND claim_token = %(token)s", "", "input is for who has the batch")]),
+    *of("def items_page(", (CLAIM, ITEMS), [("AND claim_token = %(token)s", "", "input is for who has the batch")]),
+    *of(
+        "def failed_page(",
+        ITEMS,
+        [
+            ("AND retryable", "", "what cannot be cured is not run again"),
+            ("AND attempt < %(attempt)s", "", "an item runs once an attempt"),
+        ],
+    ),
+    *of(
+        "PLAIN_CHECKPOINT: LiteralString",
+        (LEASES, ITEMS, TRANSACTIONS),
+        [
+            ("WHERE queue = %(queue)s", "WHERE true", "a write names its queue"),
+            ("AND id = %(id)s", "", "a checkpoint is of one batch"),
+            ("AND claim_token = %(token)s", "", "fence: a late worker changes nothing"),
+            ("AND items_done = %(done_before)s", "", "a checkpoint written twice counts once"),
+            ("AND items_failed = %(failed_before)s", "", "a checkpoint written twice counts once"),
+            (
+                "greatest(lease_expires_at, clock_timestamp() + %(lease_seconds)s * interval '1 second')",
+                "clock_timestamp() + %(lease_seconds)s * interval '1 second'",
+                "a checkpoint never shortens a lease",
+            ),
+            (
+                "clock_timestamp() + %(lease_seconds)s * interval '1 second'",
+                "now() + %(lease_seconds)s * interval '1 second'",
+                "a lease counts from now, not from the BEGIN",
+            ),
+        ],
+    ),
+    *of(
+        "\nCHECKPOINT: LiteralString",
+        (LEASES, ITEMS),
+        [
+            ("WHERE queue = %(queue)s", "WHERE true", "a write names its queue"),
+            ("AND claim_token = %(token)s", "", "fence: a late worker changes nothing"),
+            ("AND items_done = %(done_before)s", "", "a checkpoint written twice counts once"),
+            ("AND items_failed = %(failed_before)s", "", "a checkpoint written twice counts once"),
+            (
+                "clock_timestamp() + %(lease_seconds)s * interval '1 second'",
+                "now() + %(lease_seconds)s * interval '1 second'",
+                "a lease counts from now, not from the BEGIN",
+            ),
+            ("AND f.item_index = ANY (%(recovered)s::integer[])", "", "only what is cured loses its error"),
+            (
+                "WHERE f.queue = mine.queue\n    AND f.batch_id = mine.id\n    AND f.item_index = ANY",
+                "WHERE f.item_index = ANY",
+                "other batches' failed items stay",
+            ),
+            ("AND f.item_index = failure.item_index", "", "each item has its own error"),
+        ],
+    ),
+    # ------------------------------------------------------------------------------------------------------ finish
+    *of(
+        "FINISH: LiteralString",
+        (LEASES, LIFE),
+        [
+            ("b.queue = %(queue)s", "true", "a write names its queue"),
+            ("AND b.id = ANY (%(ids)s::bigint[])", "", "finishes go by the id index"),
+            ("AND b.id = u.id", "", "each batch has its own outcome"),
+            ("AND b.claim_token = u.token", "", "fence: a late worker changes nothing"),
+        ],
+    ),
+    *of(
+        "COMPLETE: LiteralString",
+        (LEASES, LIFE),
+        [
+            ("b.queue = %(queue)s", "true", "a write names its queue"),
+            ("AND b.id = ANY ((SELECT array_agg(id) FROM given)::bigint[])", "", "finishes go by the id index"),
+            ("AND b.id = given.id", "", "only batches that are named are completed"),
+            ("AND b.claim_token = (%(tokens)s::uuid[])[given.number]", "", "fence: a late worker changes nothing"),
+        ],
+    ),
+    *of(
+        "COMPLETE_AND_FORGET: LiteralString",
+        (FORGET, LEASES),
+        [
+            ("b.queue = %(queue)s", "true", "a write names its queue"),
+            ("AND b.claim_token = (%(tokens)s::uuid[])[given.number]", "", "fence: a late worker deletes nothing"),
+            ("AND f.batch_id = gone.id", "", "other batches' failed items stay"),
+        ],
+    ),
+    *of(
+        "REQUEUE: LiteralString",
+        (LEASES, LIFE),
+        [
+            ("b.queue = %(queue)s", "true", "a write names its queue"),
+            ("AND b.id = u.id", "", "each batch has its own outcome"),
+            ("AND b.claim_token = u.token", "", "fence: a late worker changes nothing"),
+            ("b.attempt - u.give_back::integer", "b.attempt", "a graceful stop costs no attempt"),
+            ("claim_token = NULL", "claim_token = b.claim_token", "what is given back is nobody's"),
+        ],
+    ),
+    # ------------------------------------------------------------------------------------------------------ leases
+    *of(
+        "EXTEND: LiteralString",
+        LEASES,
+        [
+            (
+                "ON b.id = given.id AND b.claim_token = given.token",
+                "ON b.id = given.id",
+                "fence: a late worker keeps no lease",
+            ),
+            ("FOR UPDATE OF b SKIP LOCKED", "FOR UPDATE OF b", "extensions do not wait, so do not deadlock"),
+            ("  FOR UPDATE OF b SKIP LOCKED\n", "", "extensions do not wait, so do not deadlock"),
+            (
+                "SET lease_expires_at = now() + %(lease_seconds)s * interval '1 second'",
+                "SET lease_expires_at = b.lease_expires_at",
+                "a lease is extended",
+            ),
+            ("    AND b.claim_token = given.token\n  LIMIT 1", "  LIMIT 1", "whoever lost a batch is told"),
+            ("OR held.is_ours IS NULL", "", "whoever lost a batch is told"),
+            (
+                "WHERE b.queue = %(queue)s\n    AND b.id = ANY (%(ids)s::bigint[])\n  FOR UPDATE",
+                "WHERE b.id = ANY (%(ids)s::bigint[])\n  FOR UPDATE",
+                "a write names its queue",
+            ),
+        ],
+    ),
+    *of(
+        "RESCUE: LiteralString",
+        LEASES,
+        [
+            ("SELECT id, attempt < max_attempts AS again", "SELECT id, true AS again", "a poison batch stops"),
+            ("SELECT id, attempt < max_attempts AS again", "SELECT id, false AS again", "a rescued batch runs again"),
+            ("WHERE queue = %(queue)s", "WHERE true", "a rescue is of one queue"),
+            ("AND lease_expires_at < now()", "", "rescue is by lease only"),
+            ("AND lease_expires_at < now()", "AND claimed_at < now()", "rescue is by lease, not by start"),
+            ("AND lease_expires_at > to_timestamp(%(after)s)", "", "a rescue does not walk over the dead"),
+            ("ORDER BY lease_expires_at", "ORDER BY lease_expires_at DESC", "the longest silent first"),
+            ("LIMIT %(limit)s", "", "a rescue is bounded"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "a rescue passes over locked rows"),
+            ("  FOR UPDATE SKIP LOCKED\n", "", "a rescue passes over locked rows"),
+            ("CASE WHEN b.attempt < 2 THEN b.run_at", "CASE WHEN true THEN b.run_at", "a killer has other neighbours"),
+            (
+                "CASE WHEN b.attempt < 2 THEN b.run_at",
+                "CASE WHEN false THEN b.run_at",
+                "a first rescue is ready at once",
+            ),
+            ("claim_token = NULL", "claim_token = b.claim_token", "what is rescued is nobody's"),
+        ],
+    ),
+    # ------------------------------------------------------------------------------------- bounds, workers, days
+    *of(
+        "def limits(",
+        (CONNECTIONS, RETENTION),
+        [
+            ('        "statement_timeout": str(milliseconds),\n', "", "every statement is bounded"),
+            ('        "lock_timeout": str(int(min(seconds, lock_seconds) * 1000)),\n', "", "lock waits are bounded"),
+            ('        "idle_in_transaction_session_timeout": str(milliseconds),\n', "", "no transaction is left open"),
+        ],
+    ),
+    *of(
+        "def heartbeat(",
+        (PARTS, RETENTION),
+        [
+            (
+                "    wait_briefly_for_locks(conn)  # leases are kept by the same thread\n",
+                "",
+                "leases are kept though workers is locked",
+            ),
+            ("WHERE heartbeat_at < now() - interval '1 hour'", "WHERE true", "rows of live workers stay"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "heartbeats do not wait for each other"),
+        ],
+    ),
+    *of(
+        "def turn(",
+        PARTS,
+        [
+            ("heartbeat_at > now() - %(silent_seconds)s * interval '1 second'", "true", "the dead have no turn"),
+            ("AND queues && %(queues)s::text[]", "", "turns are among who serves the queue"),
+            ("AND NOT stopping", "", "who stops has no turn"),
+        ],
+    ),
+    *of(
+        "def create_finished_partitions(",
+        RETENTION,
+        [("    wait_briefly_for_locks(conn)\n", "", "maintenance waits 100 ms for a lock at most")],
+    ),
+    *of(
+        "def prune(",
+        RETENTION,
+        [("    wait_briefly_for_locks(conn)\n", "", "maintenance waits 100 ms for a lock at most")],
+    ),
+    *of(
+        "CREATE FUNCTION batchq.create_finished_partitions",
+        RETENTION,
+        [
+            (
+                "  PERFORM pg_advisory_xact_lock(hashtextextended('batchq.partitions', 0));\n",
+                "",
+                "workers that make one partition do not collide",
+            ),
+            ("CONTINUE WHEN to_regclass('batchq.' || name) IS NOT NULL;", "", "a partition that is there will do"),
+            (
+                "EXCEPTION WHEN check_violation THEN",
+                "EXCEPTION WHEN division_by_zero THEN",
+                "a day that lies in the default partition stops nothing",
+            ),
+        ],
+        PARTITIONS,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.prune(",
+        RETENTION,
+        [
+            (
+                "  PERFORM pg_advisory_xact_lock(hashtextextended('batchq.partitions', 0));\n",
+                "",
+                "workers that prune at once do not collide",
+            ),
+            ("< first_kept_day\n", "<= first_kept_day\n", "only days wholly before are dropped"),
+            (
+                "AND NOT EXISTS (SELECT FROM batchq.batches b WHERE b.id = o.batch_id)",
+                "",
+                "failed items stay with their batch",
+            ),
+            ("IF older_than < interval '0' THEN", "IF false THEN", "a negative age is refused"),
+        ],
+        PARTITIONS,
+    ),
+    # ------------------------------------------------------------------------------------------------------- verbs
+    *of(
+        "CREATE FUNCTION batchq.retry(",
+        ACTIONS,
+        [
+            ("AND l.status = 'pending'", "", "a batch that runs is left alone"),
+            ("run_at = least(l.run_at, now())", "run_at = l.run_at", "a retry runs at once"),
+            ("WHERE whole AND f.batch_id", "WHERE f.batch_id", "a retry keeps what has failed"),
+            (
+                "IF b.status = 'completed' AND b.items_failed = 0 AND NOT whole THEN",
+                "IF false THEN",
+                "what is complete is not run again by mistake",
+            ),
+            (
+                "attempt = 0, retryable = true WHERE f.queue = b.queue AND f.batch_id = b.id",
+                "attempt = 0, retryable = true",
+                "other batches' failed items stay",
+            ),
+            ("attempt = 0, retryable = true", "retryable = true", "a retry runs the failed items"),
+            (
+                "EXCEPTION WHEN unique_violation THEN",
+                "EXCEPTION WHEN division_by_zero THEN",
+                "a retry says which key is taken",
+            ),
+        ],
+        VERBS,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.snooze(",
+        ACTIONS,
+        [("AND l.status = 'pending'", "", "a batch that runs is left alone")],
+        VERBS,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.set_priority(",
+        ACTIONS,
+        [("AND l.status = 'pending'", "", "a batch that runs is left alone")],
+        VERBS,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.move(",
+        ACTIONS,
+        [
+            ("AND l.status = 'pending'", "", "a batch that runs is left alone"),
+            ("WHERE f.batch_id = b.id AND f.queue = b.queue", "WHERE true", "other batches' failed items stay"),
+            (
+                "EXCEPTION WHEN unique_violation THEN",
+                "EXCEPTION WHEN division_by_zero THEN",
+                "a move says which key is taken",
+            ),
+        ],
+        VERBS,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.bulk_retry(",
+        BULK_ACTIONS,
+        [
+            ("AND f.status = from_status", "", "a verb in bulk keeps to its filter"),
+            (
+                "AND (f.status <> 'completed' OR f.items_failed > 0 OR whole)",
+                "",
+                "what is complete is not run again by mistake",
+            ),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "verbs in bulk wait for no row"),
+            ("ON CONFLICT DO NOTHING", "", "a key that is taken stops no other batch"),
+            (
+                "UPDATE batchq.failed_items f SET attempt = 0, retryable = true WHERE f.batch_id = ANY (done);",
+                "UPDATE batchq.failed_items f SET attempt = 0, retryable = true;",
+                "other batches' failed items stay",
+            ),
+        ],
+        BULK,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.bulk_cancel(",
+        BULK_ACTIONS,
+        [
+            ("AND b.status = ANY (statuses)", "", "a verb in bulk keeps to its filter"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "verbs in bulk wait for no row"),
+        ],
+        BULK,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.bulk_change(",
+        BULK_ACTIONS,
+        [
+            ("AND b.status = 'pending'", "", "a batch that runs is left alone"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "verbs in bulk wait for no row"),
+            (
+                "EXCEPTION WHEN unique_violation THEN",
+                "EXCEPTION WHEN division_by_zero THEN",
+                "a key that is taken stops no other batch",
+            ),
+        ],
+        BULK,
+    ),
+    # ------------------------------------------------------------------------------------------------------ tables
+    *of(
+        "CREATE UNIQUE INDEX batches_live_unique_key",
+        CREATE,
+        [
+            (
+                "CREATE UNIQUE INDEX batches_live_unique_key",
+                "CREATE INDEX batches_live_unique_key",
+                "one live batch a key",
+            )
+        ],
+        TABLES,
+    ),
+    *of(
+        "CREATE TABLE batchq.batches (",
+        (CREATE, LEASES),
+        [
+            ("AND (status <> 'pending' OR attempt < max_attempts)", "", "what has no attempt left is not pending"),
+            (
+                "THEN num_nulls(claimed_by, claim_token, claimed_at, lease_expires_at) = 0",
+                "THEN true",
+                "what is processing has an owner and a lease",
+            ),
+            (
+                "ELSE claim_token IS NULL AND lease_expires_at IS NULL END",
+                "ELSE true END",
+                "what is not processing has no owner",
+            ),
+            (
+                "((status IN ('completed', 'failed', 'cancelled')) = (finished_at IS NOT NULL))",
+                "(true)",
+                "what has ended has a time of its end",
+            ),
+        ],
+        TABLES,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.count_items",
+        (TOTALS, CREATE),
+        [
+            ("IF jsonb_typeof(NEW.items) <> 'array' THEN", "IF false THEN", "bad input is refused by name"),
+            (
+                "WHERE b.queue = NEW.queue\n      AND b.id = NEW.id",
+                "WHERE b.queue = NEW.queue",
+                "an INSERT changes its own rows",
+            ),
+        ],
+        ITEMS_TOTAL,
+    ),
+    *of("INSERT_BATCH: LiteralString", CREATE, [("ON CONFLICT DO NOTHING", "", "a key that is taken is no error")]),
+    # -------------------------------------------------------------------------------------------------- migrations
+    *of(
+        "def apply(",
+        SCHEMA,
+        [
+            ("        queries.take_migration_lock(conn)\n", "", "each file is applied once"),
+            ("        queries.wait_briefly_for_locks(conn, 500)\n", "", "a migration holds up nobody"),
+            ("if migration.version in queries.applied_migrations(conn):", "if False:", "each file is applied once"),
+            (
+                "bounded(conn, SECONDS_A_FILE), conn.transaction()",
+                "bounded(conn, SECONDS_A_FILE)",
+                "a file that fails leaves nothing",
+            ),
+        ],
+        MIGRATE,
+    ),
+    *of(
+        "def check_schema(",
+        SCHEMA,
+        [
+            (
+                "if version not in known and breaks]",
+                "if version not in known]",
+                "old workers go on beside a new schema",
+            ),
+            ("if version not in known and breaks]", "if False]", "a schema that breaks a worker is refused"),
+            (
+                "if missing := sorted(known.keys() - applied.keys()):",
+                "if missing := []:",
+                "a schema that is too old is refused",
+            ),
+        ],
+        MIGRATE,
+    ),
+    # --------------------------------------------------------------------------------------- positions and leases
+    *of(
+        "    def start(self",
+        POSITION,
+        [
+            (
+                "return START if self.is_whole and now >= self.sweep_at else self.position",
+                "return self.position",
+                "what lands behind a position is found",
+            )
+        ],
+        POSITIONS,
+    ),
+    *of(
+        "    def claimed(self",
+        POSITION,
+        [
+            (
+                "self.position = last if is_full else max(last, self.position)",
+                "self.position = max(last, self.position)",
+                "a full claim from the start leaves nothing behind",
+            )
+        ],
+        POSITIONS,
+    ),
+    *of(
+        "    def due_part(self",
+        POSITION,
+        [("if not track.is_whole and now >= track.sweep_at", "if False", "what lands behind a position is found")],
+        POSITIONS,
+    ),
+    *of(
+        "    def next_part(self",
+        POSITION,
+        [
+            (
+                "number = last if self.swept % 2 else self.swept // 2 % len(self.marks)",
+                "number = last",
+                "every part is swept",
+            )
+        ],
+        POSITIONS,
+    ),
+    *of(
+        "    def extend(self",
+        (PARTS, LIFE),
+        [
+            (
+                "time.monotonic() - self.lease_seconds / 3",
+                "time.monotonic() - self.lease_seconds",
+                "leases are extended at a third of their time",
+            )
+        ],
+        KEEPER,
+    ),
+    *of(
+        "    def passing(self",
+        (POSITION, PARTS),
+        [
+            (
+                'yield float("-inf") if is_whole else self.passed_until',
+                "yield self.passed_until",
+                "a lease that was locked is found later",
+            )
+        ],
+        KEEPER,
+    ),
+]
