@@ -25,13 +25,20 @@ from tests.support.waiting import wait_until
 Run = Callable[[World, random.Random], object]
 Need = Callable[[World], str | None]
 LEASE_AND_MORE_SECONDS = 3.0
-POINT_SECONDS = 5.0
+POINT_SECONDS = 15.0
+MOST_SECONDS = 10.0
+TERMINATED = 10
 HUNGRY_MEGABYTES = 300
 MOST_MEGABYTES = 250
 
 
 class NotInjected(Exception):
     """The fault has not come about; it does not count."""
+
+
+def passed(since: float) -> float:
+    """Return how many seconds have passed since a monotonic time."""
+    return time.monotonic() - since
 
 
 @dataclass(frozen=True)
@@ -236,11 +243,11 @@ WHERE datname = current_database() AND usename = %s AND {}
 """
 
 
-def terminate(world: World, which: str, wanted: int, seconds: float) -> None:
-    """Terminate backends of the workers that are as *which* says, until so many were, or the time is up."""
-    done, until = 0, time.monotonic() + seconds
+def terminate(world: World, which: str) -> None:
+    """Terminate backends of the workers that are as *which* says, for a second, or until one was."""
+    done, began_at = 0, time.monotonic()
     with world.admin() as conn:
-        while done < wanted and time.monotonic() < until:
+        while done < TERMINATED and passed(began_at) < (MOST_SECONDS if done == 0 else 1.0):
             row = conn.execute(TERMINATE.format(which).encode(), [world.role]).fetchone()
             done += row[0] if row else 0
             world.hold(0.005)
@@ -251,13 +258,13 @@ def terminate(world: World, which: str, wanted: int, seconds: float) -> None:
 @fault("terminate-idle", "server")
 def terminate_idle(world: World, dice: random.Random) -> None:
     """pg_terminate_backend of idle backends."""
-    terminate(world, "state = 'idle'", 10, 1.0)
+    terminate(world, "state = 'idle'")
 
 
 @fault("terminate-busy", "server")
 def terminate_busy(world: World, dice: random.Random) -> None:
     """pg_terminate_backend of backends in a transaction."""
-    terminate(world, "(state = 'active' OR state LIKE 'idle in transaction%%')", 10, 1.0)
+    terminate(world, "(state = 'active' OR state LIKE 'idle in transaction%%')")
 
 
 @fault("restart", "server", needs=(may_restart,))
@@ -454,8 +461,11 @@ def cut_commit(world: World, dice: random.Random) -> None:
     """Each twentieth COMMIT is cut, half of them before it arrives, half in the middle of its answer."""
     before = world.proxy.cuts
     world.proxy.cut_share = 0.05
+    began_at = time.monotonic()
     try:
         world.hold(1.0)
+        while world.proxy.cuts == before and passed(began_at) < MOST_SECONDS:
+            world.hold(0.1)
     finally:
         world.proxy.cut_share = 0.0
     if world.proxy.cuts == before:

@@ -30,11 +30,11 @@ SETTINGS = {
     "pool_size": 4,
     "log_format": "json",
 }
-STOP_SECONDS = 12.0  # shutdown, then twice the time that the database has to answer, and a busy machine
+STOP_SECONDS = 20.0  # shutdown, then twice the time that the database has to answer, and a busy machine
 TEND_SECONDS = 0.05
 AGAIN_SECONDS = 0.5
 IDLE_SECONDS = 15.0
-AVAILABLE_SECONDS = 20.0
+AVAILABLE_SECONDS = 40.0
 
 
 class ChaosWorker(Process):

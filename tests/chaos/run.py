@@ -16,7 +16,7 @@ from tests.chaos.world import Stopped, World
 
 FLOWS = 50  # batches that finish after a fault: then work goes on again
 RECOVERY_SECONDS = 40.0
-LEASE_PATIENCE_SECONDS = 4.0
+LEASE_PATIENCE_SECONDS = 10.0
 READY_PATIENCE_SECONDS = 60.0
 DRAIN_SECONDS = 90.0
 MARGIN_SECONDS = 10.0  # a batch's finished_at is from before its COMMIT
