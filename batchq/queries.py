@@ -1491,6 +1491,29 @@ def offenders(conn: Conn, invariant: str, most: int) -> list[tuple[str, str]]:
     return conn.cursor(row_factory=tuple_row).execute(statement.encode()).fetchall()
 
 
+def ailments() -> dict[str, str]:
+    """Return what batchq doctor looks at, by name: each a query of findings, see `ailing`."""
+    return named("doctor.sql")
+
+
+def ailing(conn: Conn, name: str, parameters: dict[str, float]) -> list[tuple[str, str, str]]:
+    """Return severity, evidence and remedy of each finding of one query of doctor.sql."""
+    statement = ailments()[name]
+    return conn.cursor(row_factory=tuple_row).execute(statement.encode(), parameters).fetchall()
+
+
+def clock(conn: Conn) -> float:
+    """Return the database's time now, in seconds since 1970."""
+    seconds: float = one(conn, "SELECT date_part('epoch', clock_timestamp())", {})[0]
+    return seconds
+
+
+def backend_pid(conn: Conn) -> int:
+    """Return the process id of the backend, which a pooler may choose anew for each transaction."""
+    pid: int = one(conn, "SELECT pg_backend_pid()", {})[0]
+    return pid
+
+
 # ------------------------------------------------------------------------------------------------------ helpers
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 
-from batchq.cli import commands, invariants, one_batch, verbs
+from batchq.cli import commands, doctor, invariants, one_batch, verbs
 from batchq.errors import BatchqError, DatabaseAway, OutcomeUnknown
 from batchq.settings import Settings, hide_password
 
@@ -127,6 +127,14 @@ def add_setup(subparsers: Any) -> None:
         const=invariants.check,
         help="look for rows for which what is always true is not, instead; exit 1 if there are any",
     )
+    doctor_parser = add_command(
+        subparsers,
+        "doctor",
+        doctor.run,
+        "name what is wrong and what to do; exit 1: warnings, 2: critical",
+        settings=READING,
+    )
+    doctor_parser.add_argument("--json", action="store_true", help="print JSON")
     demo = add_command(
         subparsers,
         "demo",

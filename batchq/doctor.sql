@@ -1,0 +1,163 @@
+-- What batchq doctor looks at. Each query returns findings: severity, evidence, remedy; no row: all is well.
+-- %(patience)s: seconds for which anything may hold a snapshot; %(ages)s: transactions after which one is old.
+
+-- name: snapshot_held_by_a_session
+SELECT CASE WHEN xact_start < now() - 12 * %(patience)s * interval '1 second' THEN 'critical' ELSE 'warning' END,
+  format('session %%s (role %%s, application %%s, %%s) holds a snapshot since %%s', pid, usename, application_name, state, xact_start),
+  format('end its transaction, or SELECT pg_terminate_backend(%%s); dead rows stay until then', pid)
+FROM pg_catalog.pg_stat_activity
+WHERE datname = current_database()
+  AND pid <> pg_backend_pid()
+  AND backend_type = 'client backend'
+  AND coalesce(backend_xmin, backend_xid) IS NOT NULL
+  AND xact_start < now() - %(patience)s * interval '1 second'
+ORDER BY xact_start
+LIMIT 10
+
+-- name: sessions_not_seen
+SELECT 'note', format('%%s sessions of other roles: what they hold is hidden from %%s', count(*), current_user),
+  format('GRANT pg_read_all_stats TO %%I; to have them looked at', current_user)
+FROM pg_catalog.pg_stat_activity
+WHERE datname = current_database()
+  AND query = '<insufficient privilege>'
+HAVING count(*) > 0
+
+-- name: snapshot_held_by_a_prepared_transaction
+SELECT CASE WHEN prepared < now() - 12 * %(patience)s * interval '1 second' THEN 'critical' ELSE 'warning' END,
+  format('prepared transaction %%L of role %%s holds a snapshot since %%s', gid, owner, prepared),
+  format('COMMIT PREPARED %%L; or ROLLBACK PREPARED %%1$L;', gid)
+FROM pg_catalog.pg_prepared_xacts
+WHERE database = current_database()
+  AND prepared < now() - %(patience)s * interval '1 second'
+ORDER BY prepared
+LIMIT 10
+
+-- name: replication_slot
+SELECT CASE WHEN age(coalesce(xmin, catalog_xmin)) > %(ages)s THEN 'critical' ELSE 'warning' END,
+  format('%%s replication slot %%s, %%s since %%s, holds xmin %%s (%%s transactions) and WAL from %%s', slot_type, slot_name,
+         CASE WHEN active THEN 'active' ELSE 'inactive' END, coalesce(to_jsonb(s) ->> 'inactive_since', 'a time not recorded'),
+         coalesce(xmin, catalog_xmin), age(coalesce(xmin, catalog_xmin)), restart_lsn),
+  format('let its replica go on, or SELECT pg_drop_replication_slot(%%L)', slot_name)
+FROM pg_catalog.pg_replication_slots s
+WHERE (NOT active AND (coalesce(xmin, catalog_xmin) IS NOT NULL OR restart_lsn IS NOT NULL))
+   OR age(coalesce(xmin, catalog_xmin)) > %(ages)s
+LIMIT 10
+
+-- name: snapshot_held_by_a_replica
+SELECT 'warning',
+  format('replica %%s (%%s) holds a snapshot that is %%s transactions old', application_name, client_addr, age(backend_xmin)),
+  'end the long query there, or turn hot_standby_feedback off'
+FROM pg_catalog.pg_stat_replication
+WHERE age(backend_xmin) > %(ages)s
+LIMIT 10
+
+-- name: autovacuum_off
+SELECT 'critical', format('%%s is off on the server', name), 'turn it on: dead rows are never removed'
+FROM pg_catalog.pg_settings
+WHERE name IN ('autovacuum', 'track_counts')
+  AND setting = 'off'
+UNION ALL
+SELECT 'critical', format('autovacuum is off for %%s', c.oid::regclass),
+  'reset its storage parameter autovacuum_enabled'
+FROM pg_catalog.pg_class c
+WHERE c.relnamespace = 'batchq'::regnamespace
+  AND 'autovacuum_enabled=false' = ANY (c.reloptions)
+
+-- name: autovacuum_behind
+SELECT 'warning',
+  format('%%s has %%s dead rows beside %%s live ones; last autovacuum %%s', relid::regclass, n_dead_tup, n_live_tup,
+         coalesce(last_autovacuum::text, 'never')),
+  'see what holds a snapshot; else more autovacuum_max_workers, or VACUUM it now'
+FROM pg_catalog.pg_stat_all_tables
+WHERE relid = 'batchq.batches_live'::regclass
+  AND n_dead_tup > 50000 + n_live_tup / 5
+
+-- name: rows_in_the_default_partition
+SELECT 'warning', format('finished batches of %%s lie in finished_default', string_agg(DISTINCT d.day::text, ', ')),
+  'have the owner''s workers run, or SELECT batchq.create_finished_partitions(current_date, 8) daily; prune removes these rows'
+FROM (SELECT (finished_at AT TIME ZONE 'UTC')::date AS day FROM batchq.finished_default LIMIT 10000) d
+HAVING count(*) > 0
+
+-- name: partitions_missing
+SELECT CASE WHEN min(d.day) = (now() AT TIME ZONE 'UTC')::date THEN 'critical' ELSE 'warning' END,
+  format('no partition for batches that finish on %%s', string_agg(d.day::text, ', ' ORDER BY d.day)),
+  'as the owner: SELECT batchq.create_finished_partitions(current_date, 8); a worker of the owner''s does it by itself'
+FROM (SELECT (now() AT TIME ZONE 'UTC')::date + n AS day FROM generate_series(0, 2) n) d
+WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.relnamespace = 'batchq'::regnamespace AND c.relispartition
+                    AND c.relname = 'finished_' || to_char(d.day, 'YYYYMMDD'))
+HAVING count(*) > 0
+
+-- name: kind_without_a_worker
+SELECT 'warning', format('kind %%s in queue %%s: %%s ready, and no live worker knows it', kind, queue, ready),
+  'start a worker for the queue whose app has a handler of that name; or batchq cancel'
+FROM batchq.queues
+WHERE ready > 0
+  AND workers = 0
+ORDER BY ready DESC
+LIMIT 10
+
+-- name: stalled
+SELECT 'warning',
+  format('batch %%s of kind %%s: the lease of %%s ran out at %%s', id, kind, claimed_by, lease_expires_at),
+  format('start a worker for queue %%s: it rescues the batch', queue)
+FROM batchq.batches_live
+WHERE status = 'processing'
+  AND lease_expires_at < now() - interval '10 seconds'
+ORDER BY lease_expires_at
+LIMIT 10
+
+-- name: poisoned
+SELECT 'warning', format('batch %%s of kind %%s: its worker died %%s times, attempt %%s of %%s', id, kind, died, attempt, max_attempts),
+  format('batchq logs %%s; look for memory limits and crashes of its handler; batchq cancel %%1$s stops it', id)
+FROM batchq.batches_live
+CROSS JOIN LATERAL (SELECT count(*) AS died FROM jsonb_array_elements(errors) e WHERE e ->> 'error' LIKE 'worker died%%') d
+WHERE errors <> '[]'
+  AND died >= 2
+LIMIT 10
+
+-- name: connections_near_limit
+SELECT CASE WHEN used >= 0.95 * most THEN 'critical' ELSE 'warning' END, format('%%s of %%s connections of %%s are in use', used, most, what),
+  'fewer workers or a smaller BATCHQ_POOL_SIZE, a transaction-mode pooler, or a higher limit'
+FROM (
+  SELECT 'the server' AS what, count(*) AS used,
+    current_setting('max_connections')::integer - current_setting('superuser_reserved_connections')::integer AS most
+  FROM pg_catalog.pg_stat_activity WHERE backend_type = 'client backend'
+  UNION ALL
+  SELECT 'role ' || r.rolname, (SELECT count(*) FROM pg_catalog.pg_stat_activity a WHERE a.usename = r.rolname), r.rolconnlimit
+  FROM pg_catalog.pg_roles r WHERE r.rolname = current_user AND r.rolconnlimit > 0
+  UNION ALL
+  SELECT 'database ' || d.datname, (SELECT count(*) FROM pg_catalog.pg_stat_activity a WHERE a.datname = d.datname
+                                      AND a.backend_type = 'client backend'), d.datconnlimit
+  FROM pg_catalog.pg_database d WHERE d.datname = current_database() AND d.datconnlimit > 0
+) limits
+WHERE used >= 0.8 * most
+
+-- name: rights
+SELECT 'note', format('role %%s cannot %%s', current_user, what), remedy
+FROM (VALUES
+  ('enqueue', has_table_privilege('batchq.batches', 'INSERT'), 'GRANT INSERT ON batchq.batches, if it should'),
+  ('claim and finish', has_table_privilege('batchq.batches_live', 'SELECT') AND has_table_privilege('batchq.batches_live', 'UPDATE')
+     AND has_table_privilege('batchq.batches_live', 'DELETE') AND has_table_privilege('batchq.batches_finished', 'INSERT')
+     AND has_table_privilege('batchq.failed_items', 'INSERT') AND has_table_privilege('batchq.workers', 'INSERT'),
+   'run workers as the role that owns the schema, or one that has its rights'),
+  ('make and drop partitions', pg_has_role((SELECT relowner FROM pg_catalog.pg_class WHERE oid = 'batchq.batches_finished'::regclass), 'USAGE')
+     AND has_schema_privilege('batchq', 'CREATE'),
+   'have somebody else do it daily: docs/operations.md, Roles')
+) AS r(what, has_it, remedy)
+WHERE NOT has_it
+
+-- name: wraparound
+SELECT CASE WHEN age(datfrozenxid) > 9 * %(ages)s THEN 'critical' ELSE 'warning' END,
+  format('the oldest transaction id of the database is %%s transactions old', age(datfrozenxid)),
+  'see what holds a snapshot, then VACUUM FREEZE; at 2 billion the server refuses to write'
+FROM pg_catalog.pg_database
+WHERE datname = current_database()
+  AND age(datfrozenxid) > 5 * %(ages)s
+
+-- name: server
+SELECT 'critical', 'the server is older than PostgreSQL 15', 'upgrade it' WHERE current_setting('server_version_num')::integer < 150000
+UNION ALL
+SELECT 'note', 'jit is on: the statements of people may be compiled for a second; those of workers turn it off',
+  'ALTER DATABASE ... SET jit = off'
+WHERE current_setting('jit') = 'on'
+

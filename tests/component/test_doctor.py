@@ -1,0 +1,171 @@
+"""batchq doctor: every finding is provoked for real, and a healthy database has none."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from batchq import doctor
+from batchq.doctor import Finding
+from tests.component.rows import Conn, expire_lease, insert, processing, value
+from tests.support.alone import run_alone
+from tests.support.commands import CommandLine
+from tests.support.poolers import PgBouncer
+from tests.support.steps import step
+from tests.support.supasim import SupaSim
+from tests.support.waiting import wait_until
+
+NOW = "(now() AT TIME ZONE 'UTC')::date"
+
+
+@pytest.fixture
+def admin(admin_dsn: str) -> Iterator[Conn]:
+    """Return a superuser's connection."""
+    with psycopg.connect(admin_dsn, autocommit=True) as conn:
+        yield conn
+
+
+def found(dsn: str, check: str, **limits: Any) -> Finding:
+    """Return the worst finding of a check."""
+    of_check = [finding for finding in doctor.findings(dsn, **limits) if finding.check == check]
+    step(f"{of_check}")
+    return max(of_check, key=lambda finding: doctor.SEVERITIES.index(finding.severity))
+
+
+def test_a_healthy_database_has_no_warning(dsn: str, conn: Conn, tmp_path: Path) -> None:
+    processing(conn)
+    ended = CommandLine(dsn, tmp_path)("doctor", "--json")
+    assert {row["severity"] for row in ended.json} <= {"ok", "note"}, ended.out
+    assert ended.code == 0
+    assert {"schema", "clock", "pooler", *doctor.queries.ailments()} == {row["check"] for row in ended.json}
+
+
+def test_a_session_that_holds_a_snapshot_is_named(dsn: str, admin: Conn, admin_dsn: str) -> None:
+    with psycopg.connect(admin_dsn, application_name="report") as holder:
+        holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        holder.execute("SELECT 1 FROM pg_class LIMIT 1")
+        finding = found(dsn, "snapshot_held_by_a_session", patience=0)
+        assert finding.severity == "critical"  # 12 times a patience of 0
+        assert f"session {holder.info.backend_pid}" in finding.evidence
+        assert "report" in finding.evidence
+        assert found(dsn, "snapshot_held_by_a_session").severity == "ok"
+
+
+def test_a_slot_that_nobody_reads_is_named(dsn: str, admin: Conn) -> None:
+    admin.execute("SELECT pg_create_physical_replication_slot('batchq_doctor', true)")
+    try:
+        finding = found(dsn, "replication_slot")
+        assert (finding.severity, "batchq_doctor" in finding.evidence) == ("warning", True)
+    finally:
+        admin.execute("SELECT pg_drop_replication_slot('batchq_doctor')")
+
+
+def test_autovacuum_that_is_off_or_behind_is_told(dsn: str, conn: Conn, admin: Conn) -> None:
+    admin.execute("ALTER TABLE batchq.batches_live SET (autovacuum_enabled = false)")
+    assert found(dsn, "autovacuum_off").severity == "critical"
+    admin.execute("INSERT INTO batchq.batches (kind) SELECT 'x' FROM generate_series(1, 50001)")
+    admin.execute("DELETE FROM batchq.batches_live")
+    wait_until(lambda: found(dsn, "autovacuum_behind").severity == "warning", 30, "the statistics to show dead rows")
+
+
+def test_days_without_a_partition_are_told(dsn: str, admin: Conn) -> None:
+    today = value(admin, f"SELECT to_char({NOW}, 'YYYYMMDD')")
+    admin.execute(f"DROP TABLE batchq.finished_{today}")
+    assert found(dsn, "partitions_missing").severity == "critical"
+    assert found(dsn, "rows_in_the_default_partition").severity == "ok"
+    admin.execute("INSERT INTO batchq.batches (kind, status, finished_at) VALUES ('x', 'completed', now())")
+    assert found(dsn, "rows_in_the_default_partition").severity == "warning"
+
+
+def test_batches_in_trouble_are_named(dsn: str, conn: Conn, tmp_path: Path) -> None:
+    insert(conn, kind="nobodys")
+    stalled = processing(conn)
+    expire_lease(conn, stalled.id, 60)
+    died = [{"error": "worker died: w gave no sign of life"}] * 2
+    poison = insert(conn, kind="poison", errors=died)
+    assert "nobodys" in " ".join(f.evidence for f in doctor.findings(dsn) if f.check == "kind_without_a_worker")
+    assert f"batch {stalled.id} " in found(dsn, "stalled").evidence
+    assert f"batch {poison} of kind poison: its worker died 2 times" in found(dsn, "poisoned").evidence
+    shown = CommandLine(dsn, tmp_path)("doctor")
+    assert shown.code == 1
+    assert any(line.startswith("warning   poisoned: ") for line in shown.out.splitlines())
+
+
+def test_connections_near_a_limit_are_told(dsn: str, admin: Conn) -> None:
+    database = admin.info.dbname
+    admin.execute(f'ALTER DATABASE "{database}" CONNECTION LIMIT 2')
+    finding = found(dsn, "connections_near_limit")
+    assert (finding.severity, f"database {database}" in finding.evidence) == ("critical", True)
+
+
+def test_transaction_ids_that_grow_old_are_told(dsn: str) -> None:
+    assert found(dsn, "wraparound", ages=0).severity == "critical"
+
+
+def test_a_schema_of_another_version_is_told(dsn: str, admin: Conn) -> None:
+    admin.execute("INSERT INTO batchq.migrations (version, name) VALUES (9000, 'later')")
+    assert found(dsn, "schema").severity == "note"
+    admin.execute("UPDATE batchq.migrations SET breaking = true WHERE version = 9000")
+    assert found(dsn, "schema").severity == "critical"
+    admin.execute("DELETE FROM batchq.migrations WHERE version IN (9000, 3)")
+    assert found(dsn, "schema").remedy == "run: batchq migrate"
+
+
+def test_without_a_schema_only_that_is_wrong(empty_dsn: str) -> None:
+    by_check = {finding.check: finding for finding in doctor.findings(empty_dsn)}
+    assert by_check["schema"].severity == "critical"
+    assert "not checked" in by_check["stalled"].evidence
+
+
+def test_a_clock_that_is_wrong_is_told(conn: Conn) -> None:
+    [right] = doctor.clock(conn, 5)
+    [wrong] = doctor.clock(conn, 5, lambda: 0.0)
+    assert (right.severity, wrong.severity) == ("ok", "warning")
+
+
+@contextmanager
+def role(admin: Conn, name: str) -> Iterator[None]:
+    """Have a role that may enqueue and look, no more."""
+    admin.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
+    try:
+        admin.execute(f"GRANT USAGE ON SCHEMA batchq TO {name}")
+        admin.execute(f"GRANT SELECT ON batchq.migrations TO {name}")
+        yield
+    finally:
+        admin.execute(f"DROP OWNED BY {name}")
+        admin.execute(f"DROP ROLE {name}")
+
+
+def test_what_a_role_may_not_do_or_see_is_a_note(admin: Conn, admin_dsn: str) -> None:
+    with role(admin, "batchq_little"):
+        little = make_conninfo(admin_dsn, user="batchq_little", password="secret")
+        list_of = list(doctor.findings(little))
+    notes = {finding.evidence for finding in list_of if finding.check == "rights"}
+    step(f"{list_of}")
+    assert notes == {
+        f"role batchq_little cannot {what}" for what in ("enqueue", "claim and finish", "make and drop partitions")
+    }
+    assert all("not checked" in finding.evidence for finding in list_of if finding.check == "stalled")
+    assert any(finding.check == "sessions_not_seen" and finding.severity == "note" for finding in list_of)
+    assert doctor.exit_code(list_of) == 0
+
+
+def test_the_poolers_mode_is_found_by_its_behaviour(
+    admin_dsn: str, pgbouncer: PgBouncer, sim: SupaSim, database: str
+) -> None:
+    assert found(admin_dsn, "pooler").evidence.startswith("direct")
+    assert found(pgbouncer.dsn(database), "pooler").evidence.startswith("transaction mode")
+    assert found(sim.dsn(), "pooler").evidence.startswith("transaction mode")
+
+
+def test_exit_code_is_that_of_the_worst() -> None:
+    codes = [doctor.exit_code([Finding("x", "ok", ""), Finding("x", severity, "")]) for severity in doctor.SEVERITIES]
+    assert codes == [0, 0, 1, 2]
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
