@@ -1291,6 +1291,10 @@ def failure_rows(conn: Conn) -> list[dict[str, Any]]:
     return objects(conn, "SELECT to_jsonb(f) FROM batchq.failures f ORDER BY f.latest_at DESC, f.kind, f.error", {})
 
 
+# Of the finer statuses of batchq.status: those of batchq.batches, by which partitions that cannot match are left out.
+STORED_STATUS = {"ready": "pending", "scheduled": "pending", "retrying": "pending", "stalled": "processing"}
+
+
 def status_rows(
     conn: Conn, queue: str | None, kind: str | None, status: str | None, limit: int
 ) -> list[dict[str, Any]]:
@@ -1303,10 +1307,17 @@ def status_rows(
         WHERE (%(queue)s::text IS NULL OR s.queue = %(queue)s)
           AND (%(kind)s::text IS NULL OR s.kind = %(kind)s)
           AND (%(status)s::text IS NULL OR s.status = %(status)s)
+          AND (%(stored)s::text IS NULL OR s.stored_status = %(stored)s)
         ORDER BY s.id DESC
         LIMIT %(limit)s
         """,
-        {"queue": queue, "kind": kind, "status": status, "limit": limit},
+        {
+            "queue": queue,
+            "kind": kind,
+            "status": status,
+            "stored": STORED_STATUS.get(status or "", status),
+            "limit": limit,
+        },
     )
 
 

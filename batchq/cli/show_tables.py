@@ -65,11 +65,19 @@ def queue_table(rows: list[dict[str, Any]]) -> RenderableType:
         return Text("no batches yet", style="dim")
     columns = ("queue", "kind", "ready", "scheduled", "processing", "stalled", "failed", "oldest wait", "/s", "workers")
     cells = [
-        [row["queue"], row["kind"], row["ready"], row["scheduled"], row["processing"], row["stalled"], row["failed"],
+        [row["queue"], row["kind"], *(counted(row, name) for name in COUNTED),
          short(row["oldest_wait"]), row["finished_per_second"], workers_of(row)]
         for row in rows
     ]  # fmt: skip
     return table("queues", columns, cells)
+
+
+COUNTED = ("ready", "scheduled", "processing", "stalled", "failed")
+
+
+def counted(row: dict[str, Any], name: str) -> int | str:
+    """Return a count of a queue; marked, if it is an estimate."""
+    return f"~{row[name]:,}" if name in row["estimated"] else row[name]
 
 
 def workers_of(row: dict[str, Any]) -> Any:

@@ -1,0 +1,104 @@
+"""What looking at a large queue costs: fills a database, and prints each view's median time, rows read and plan.
+
+    python -m tests.scale --live 10_000_000 --finished 100_000_000 --directory /some/disk
+    python -m tests.scale --dsn postgresql://... --keep     # an own database on that server; kept, for another run
+
+A private server is used unless --dsn names one (as a superuser). With --keep the database batchq_scale stays, and is
+used as it is the next time. Without auto_explain on the server, plans within functions are told by what they read.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+from batchq import embedded
+from batchq.migrate import migrate
+from tests.support.scale import LOOKS, cost, fill
+
+NAME = "batchq_scale"
+MOST_MS = 50
+SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB", "fsync": "off", "autovacuum_naptime": "5s"}
+
+
+def main() -> int:
+    """Fill, look, and print; return 1 if a look takes more than 50 ms at the median."""
+    options = parse()
+    with server(options) as admin_dsn, database(admin_dsn, options) as conn:
+        costs = [cost(conn, name, query) for name, query in LOOKS.items()]
+    for each in costs:
+        print(f"\n=== {each.name}: {each.median_ms:.1f} ms; read {each.rows_read}; scanned {each.scanned}\n{each.plan}")
+    print()
+    for each in costs:
+        cpu = "?" if each.cpu_ms is None else f"{each.cpu_ms:.1f}"
+        print(
+            f"{each.median_ms:9.1f} ms, {cpu:>6} of processor  {sum(each.rows_read.values()):9,} rows read  {each.name}"
+        )
+    return 0 if max(each.median_ms for each in costs) <= MOST_MS else 1
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.scale", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--live", type=int, default=1_000_000)
+    parser.add_argument("--finished", type=int, default=1_000_000)
+    parser.add_argument("--days", type=int, default=30, help="over which the finished ones are spread (default: 30)")
+    parser.add_argument("--dsn", help="a superuser's DSN of a server to use (default: a private one)")
+    parser.add_argument("--directory", type=Path, help="where the private server keeps its data (default: temporary)")
+    parser.add_argument("--keep", action="store_true", help="keep the database, and use it as it is if it is there")
+    return parser.parse_args()
+
+
+@contextmanager
+def server(options: argparse.Namespace) -> Iterator[str]:
+    """Give a superuser's DSN."""
+    if options.dsn:
+        yield options.dsn
+        return
+    with tempfile.TemporaryDirectory(prefix="batchq-scale-") as temporary:
+        Path(temporary).chmod(0o755)  # as root, the server runs as another user
+        with embedded.start(options.directory or Path(temporary), SETTINGS) as private:
+            yield private.dsn()
+
+
+@contextmanager
+def database(admin_dsn: str, options: argparse.Namespace) -> Iterator[psycopg.Connection]:
+    """Give a connection to the filled database."""
+    with psycopg.connect(admin_dsn, autocommit=True) as admin:
+        is_there = admin.execute("SELECT FROM pg_database WHERE datname = %s", [NAME]).fetchone() is not None
+        if not is_there:
+            admin.execute(f"CREATE DATABASE {NAME}".encode())
+        dsn = make_conninfo(admin_dsn, dbname=NAME)
+        migrate(dsn)
+        with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn:
+            if not is_there:
+                began_at = time.monotonic()
+                fill(conn, options.live, options.finished, options.days)
+                print(f"filled in {time.monotonic() - began_at:.0f} s", flush=True)
+            conn.execute("UPDATE batchq.workers SET heartbeat_at = now()")
+            tell_nested_plans(conn)
+            yield conn
+        if not options.keep:
+            admin.execute(f"DROP DATABASE {NAME} WITH (FORCE)".encode())
+
+
+def tell_nested_plans(conn: psycopg.Connection) -> None:
+    """Have the server tell the plans within functions, where it has auto_explain; to standard error."""
+    try:
+        conn.execute("LOAD 'auto_explain'")
+    except psycopg.Error:
+        return
+    conn.add_notice_handler(lambda notice: print(notice.message_primary, file=sys.stderr))
+    conn.execute("SELECT set_config('auto_explain.log_nested_statements', 'on', false)")
+    conn.execute("SELECT set_config('auto_explain.log_min_duration', '20ms', false)")
+    conn.execute("SELECT set_config('client_min_messages', 'log', false)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
