@@ -14,6 +14,7 @@ from typing import NoReturn
 from tests.bench import (  # noqa: F401 (the works register themselves)
     report,
     server,
+    works_bulk,
     works_ceiling,
     works_drain,
     works_enqueue,
