@@ -200,6 +200,22 @@ def test_the_sql_of_the_operations_page_runs(dsn: str, admin_dsn: str) -> None:
         run_sql(admin_dsn if "CREATE ROLE" in block.text else dsn, block, keep=False)
 
 
+def test_what_the_steering_page_shows_runs(dsn: str, tmp_path: Path) -> None:
+    with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn:
+        for number in range(10):
+            enqueue(conn, "send_receipt" if number % 2 else "check_site", queue="slow" if number > 5 else "default")
+        conn.execute("SELECT batchq.cancel(id) FROM batchq.batches WHERE id <= 2")
+    for block in blocks("docs/steering.md"):
+        if block.language == "sql":
+            run_sql(dsn, block)
+        else:
+            assert block.language == "bash"
+            run(["bash", "-euo", "pipefail", "-c", block.text], dsn, tmp_path, block)
+    assert counts(dsn, "SELECT coalesce(queue, 'any'), count(*) FROM batchq.pauses GROUP BY 1") == {"slow": 1}
+    verbs = counts(dsn, "SELECT verb, count(*) FROM batchq.audit GROUP BY 1")
+    assert verbs.keys() >= {"cancel", "snooze", "set_priority", "move", "pause", "resume"}
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for document in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("tests/**/*.md")]:
         for part in document.read_text(encoding="utf-8").split("](")[1:]:
