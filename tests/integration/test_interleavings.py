@@ -1,0 +1,76 @@
+"""Every order of two transactions that touch batches: no deadlock, no error for anybody, and a serial outcome.
+
+BATCHQ_INTERLEAVINGS: how many of the orders are tried, chosen at random by a fixed seed; `all` of them takes long.
+"""
+
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from tests.model.orders import Case, Laboratory, cases, operations
+from tests.model.reality import drop_partitions_ahead
+from tests.support.alone import run_alone
+from tests.support.steps import step
+
+COUNT = os.environ.get("BATCHQ_INTERLEAVINGS") or "300"
+SEED = int(os.environ.get("BATCHQ_INTERLEAVINGS_SEED") or 4)
+ONCE_WRONG = (
+    "A: cancel 2 | B: move 2 | pending: B1 A1 A2 B2",
+    "A: retry 2 | B: retry whole 2 | old: A1 B1 B2 A2",
+    "A: retry whole 2 | B: retry items 2 | failed: B1 A1 B2 A2, batch 1 held at first",
+)
+
+
+@pytest.fixture
+def laboratory(admin_dsn: str) -> Iterator[Laboratory]:
+    """Return the sessions."""
+    with psycopg.connect(admin_dsn, autocommit=True) as conn:
+        drop_partitions_ahead(conn)
+    laboratory = Laboratory.at(admin_dsn)
+    yield laboratory
+    laboratory.close()
+
+
+def chosen() -> list[Case]:
+    """Return the cases to try."""
+    every = list(cases())
+    if COUNT == "all":
+        return every
+    return random.Random(SEED).sample(every, min(int(COUNT), len(every)))
+
+
+def attempt(laboratory: Laboratory, case: Case, tried: Counter[str]) -> str:
+    """Run a case; return what is wrong with it, or nothing."""
+    serial = laboratory.serial_outcomes(case)
+    rows, errors = found = laboratory.outcome(case)
+    tried["orders"] += 1
+    tried["behind a gate"] += case.gate is not None
+    tried["with an error, as in a serial order"] += any(errors)
+    if found in serial:
+        return ""
+    step("WRONG: %s", case)
+    return f"{case}\nerrors: {errors}\n{rows}\n" + "\n".join(f"or, in turn: {e}\n{r}" for r, e in serial)
+
+
+def test_any_order_of_two_transactions_has_a_serial_outcome(laboratory: Laboratory) -> None:
+    tried = Counter[str]()
+    wrong = [told for case in chosen() if (told := attempt(laboratory, case, tried))]
+    step("of %s orders of %s operations:", len(list(cases())), len(list(operations())))
+    step("%s pairs in a stage; %s", len(laboratory.serial), dict(tried))
+    assert not wrong, f"{len(wrong)} of {tried['orders']} orders:\n" + "\n\n".join(wrong[:5])
+
+
+def test_the_orders_that_were_wrong_once(laboratory: Laboratory) -> None:
+    step("a verb that waited for a batch that moved meanwhile, or was retried, did nothing")
+    found = [case for case in cases() if str(case) in ONCE_WRONG]
+    assert len(found) == len(ONCE_WRONG)
+    wrong = [told for case in found if (told := attempt(laboratory, case, Counter()))]
+    assert not wrong, "\n\n".join(wrong)
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

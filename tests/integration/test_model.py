@@ -1,0 +1,52 @@
+"""Random lives of batches, from several connections: after every step the rows are those of a simple model.
+
+BATCHQ_MODEL_STEPS: about how many steps are taken, 1,500 by default; BATCHQ_MODEL_SEED: other lives.
+A life that fails is made shorter, and its steps are printed.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.model.lives import Lives
+from tests.model.reality import Reality
+from tests.support.alone import run_alone
+from tests.support.steps import step
+
+STEPS_A_LIFE = 50
+STEPS = int(os.environ.get("BATCHQ_MODEL_STEPS") or 1_500)
+SEED = os.environ.get("BATCHQ_MODEL_SEED")
+
+
+@pytest.fixture
+def real(admin_dsn: str) -> Iterator[Reality]:
+    """Return the workers and the database, the same for all lives."""
+    real = Reality(admin_dsn)
+    yield real
+    real.close()
+
+
+def test_rows_are_those_of_the_model_after_every_step(real: Reality) -> None:
+    logging.getLogger("batchq").setLevel(logging.CRITICAL)
+    Lives.real, Lives.steps, Lives.seen = real, 0, {}
+    limits = settings(
+        max_examples=STEPS // STEPS_A_LIFE,
+        stateful_step_count=STEPS_A_LIFE,
+        deadline=None,
+        derandomize=SEED is None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    lives = Lives if SEED is None else seed(int(SEED))(Lives)
+    run_state_machine_as_test(lives, settings=limits)
+    step("%s steps without a violation; what happened: %s", Lives.steps, dict(sorted(Lives.seen.items())))
+    assert Lives.steps >= STEPS * 0.5
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

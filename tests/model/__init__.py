@@ -1,0 +1,1 @@
+"""A model of the life of batches: a few lines of Python that say what the rows must be after each step."""
