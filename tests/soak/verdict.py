@@ -53,7 +53,7 @@ def judge_worker(seen: Sequence[Sample], number: int, most_rss_slope: float) -> 
     name = f"worker {number + 1}"
     slope = slope_per_hour([(sample.at, sample.workers[number]["rss_mb"]) for sample in seen])
     threads = change_of_median(seen, lambda sample: sample.workers[number]["threads"])
-    files = change_of_median(seen, lambda sample: sample.workers[number]["files"])
+    files = change_of_least(seen, lambda sample: sample.workers[number]["files"])
     return [
         Finding(f"{name}: slope of its resident memory", slope, most_rss_slope, "MiB/h"),
         Finding(f"{name}: more threads in the last third than in the first", threads, 0, "threads"),
@@ -63,7 +63,7 @@ def judge_worker(seen: Sequence[Sample], number: int, most_rss_slope: float) -> 
 
 def judge_database(seen: Sequence[Sample]) -> list[Finding]:
     """Judge connections, dead tuples and sizes: the most of the last third against the most of the first."""
-    connections = change_of_median(seen, lambda sample: sample.connections)
+    connections = change_of_least(seen, lambda sample: sample.connections)
     findings = [
         Finding("more connections in the last third", connections, MOST_CONNECTIONS * len(seen[0].workers), ""),
         bounded(seen, "dead tuples of the live table", lambda sample: sample.dead_tuples, SPARE_TUPLES, ""),
@@ -100,6 +100,12 @@ def bounded(seen: Sequence[Sample], name: str, look: Look, spare: float, unit: s
 def change_of_median(seen: Sequence[Sample], look: Look) -> float:
     """Return by how much the median of the last third is above that of the first."""
     return median_of(last_third(seen), look) - median_of(first_third(seen), look)
+
+
+def change_of_least(seen: Sequence[Sample], look: Look) -> float:
+    """Return by how much the least of the last third is above that of the first: connections of a pool come and go."""
+    least = [min(look(sample) or 0.0 for sample in part) for part in (first_third(seen), last_third(seen))]
+    return least[1] - least[0]
 
 
 def median_of(part: Sequence[Sample], look: Look) -> float:
