@@ -23,6 +23,7 @@ SIZES: dict[str, tuple[Size, Size]] = {
     "snapshot.held_seconds": (60.0, 3.0),
     "snapshot.window_seconds": (10.0, 1.0),
     "snapshot.backlog": (4_000, 1_000),
+    "snapshot.at_once": (0, 1),
     "bulk.batches": (1_000_000, 3_000),
     "bulk.free_seconds": (15.0, 1.0),
     "bulk.backlog": (4_000, 1_000),

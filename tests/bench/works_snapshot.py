@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Self
 
@@ -26,10 +27,16 @@ def snapshot(bench: Bench) -> Iterator[Run]:
 
     Free for 15 s; then a REPEATABLE READ transaction stays open for 60 s, or nothing (control). Rates of the
     last ten seconds free, the first ten held, the last ten held. The producer is a thread of the benchmark's.
+    With snapshot.at_once=1 both run at the same time, in two databases of the server: what else the machine does then
+    weighs on both alike, and a snapshot holds up the vacuum of its own database alone.
     """
     for _ in bench.times("snapshot"):
-        for is_held in (False, True):
-            yield one_snapshot(bench, is_held)
+        if bench.sizes.number("snapshot.at_once"):
+            with ThreadPoolExecutor() as threads:
+                yield from threads.map(one_snapshot, (bench, bench), (False, True))
+        else:
+            for is_held in (False, True):
+                yield one_snapshot(bench, is_held)
 
 
 def one_snapshot(bench: Bench, is_held: bool) -> Run:
