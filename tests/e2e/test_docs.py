@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import psycopg
 import pytest
+from fastapi.testclient import TestClient
 
 from batchq import embedded, enqueue
 from batchq.app import load_app
@@ -21,7 +24,7 @@ from tests.support.markdown import ROOT, Block, blocks
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 
-SECONDS_A_BLOCK = 60
+SECONDS_A_BLOCK = 180
 
 
 def environment(dsn: str) -> dict[str, str]:
@@ -117,6 +120,63 @@ def run_readme_line(line: str, dsn: str, directory: Path, workers: ExitStack, bl
         workers.enter_context(background(command, dsn, directory))
     elif not command.startswith(("pip install", "export BATCHQ_DSN")):  # test_wheel.py installs; the DSN is ours
         run(["bash", "-euo", "pipefail", "-c", command], dsn, directory, block)
+
+
+def test_the_tutorial_leads_from_nothing_to_an_import_that_survives_a_kill(empty_dsn: str, tmp_path: Path) -> None:
+    for block in blocks("docs/tutorial.md"):
+        if block.language == "python":
+            (tmp_path / "tasks.py").write_text(block.text)
+        else:
+            lines = [
+                line for line in block.text.splitlines() if not line.startswith(("pip install", "export BATCHQ_DSN"))
+            ]
+            said = run(["bash", "-euo", "pipefail", "-c", "\n".join(lines)], empty_dsn, tmp_path, block)
+            step(said)
+            if "count(DISTINCT email)" in block.text:
+                told = 8_000 if "retry" in block.text else 7_997
+                assert said.splitlines()[-1] == f"{told}|{told}"
+    assert counts(empty_dsn, BY_STATUS) == {"import_person completed": 4}
+    assert counts(empty_dsn, "SELECT name, count(*) FROM people WHERE name = 'unknown' GROUP BY 1") == {"unknown": 3}
+
+
+CRON_STUB = """
+CREATE SCHEMA cron;
+CREATE FUNCTION cron.schedule(name text, schedule text, command text) RETURNS bigint LANGUAGE plpgsql AS
+$$ BEGIN EXECUTE command; EXECUTE command; RETURN 1; END $$;
+"""  # pg_cron is no part of the test's server: what is scheduled runs twice, at once
+
+
+def test_the_how_tos_work(dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("BATCHQ_DSN", dsn)
+    with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn:
+        conn.execute(CRON_STUB)
+    for number, block in enumerate(blocks("docs/howto.md")):
+        if block.language == "sql":
+            run_sql(dsn, block)
+        else:
+            (tmp_path / f"howto_{number}.py").write_text(block.text)
+            use_how_to(import_module(f"howto_{number}"), dsn)
+    by_kind = counts(dsn, "SELECT kind || ' ' || status, count(*) FROM batchq.batches GROUP BY 1")
+    assert by_kind == {
+        "send_receipt pending": 2,  # one by the statement, one by the request
+        "greet_customer pending": 1,
+        "refresh_prices pending": 1,
+        "summarise completed": 1,
+    }
+
+
+def use_how_to(module: ModuleType, dsn: str) -> None:
+    """Use what a block of Python defines: a web service, or an app."""
+    if hasattr(module, "api"):
+        with TestClient(module.api) as client:
+            answer = client.post("/orders", params={"email": "bob@example.com"})
+        assert answer.status_code == 200
+        assert answer.json()["batch"] > 0
+        return
+    with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn:
+        enqueue(conn, "summarise", items=[{"id": number, "text": "a text"} for number in range(200)], max_attempts=3)
+    drain(module.app, dsn)
 
 
 def test_the_readme_shows_every_setting() -> None:
