@@ -1528,6 +1528,12 @@ def backend_pid(conn: Conn) -> int:
 # ------------------------------------------------------------------------------------------------------ helpers
 
 
+def statements_of(file: Path) -> dict[str, bytes]:
+    """Return the statements of a .sql file by name: each follows a line ``-- name: NAME``."""
+    parts = re.split(r"^-- name: (\w+)\n", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {name: text.strip().encode() + b"\n" for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
 def every(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> list[Any]:
     """Return all rows, as tuples, whatever row factory the connection has."""
     return conn.cursor(row_factory=tuple_row).execute(statement, parameters or None).fetchall()

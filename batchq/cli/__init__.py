@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 
-from batchq.cli import commands, doctor, invariants, one_batch, verbs
+from batchq.cli import commands, doctor, invariants, one_batch, verbs, web
 from batchq.errors import BatchqError, DatabaseAway, OutcomeUnknown
 from batchq.settings import Settings, hide_password
 
@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"batchq {version('batchq')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_setup, add_workers, add_enqueue, add_looking, add_watching, add_verbs):
+    for add in (add_setup, add_workers, add_enqueue, add_looking, add_watching, add_web, add_verbs):
         add(subparsers)
     return parser
 
@@ -281,3 +281,12 @@ def add_prune(subparsers: Any) -> None:
     )
     prune.add_argument("--older-than-days", type=float, metavar="N", help="(default: the setting keep_finished_days)")
     prune.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_web(subparsers: Any) -> None:
+    """Add the page."""
+    parser = add_command(subparsers, "web", web.web, "serve the page for a browser", settings=READING)
+    parser.add_argument("--host", help="the address to listen on (default: 127.0.0.1; others need a password)")
+    parser.add_argument("--port", type=int, help="(default: 8080)")
+    parser.add_argument("--read-only", action="store_true", help="show only: refuse every verb")
+    parser.epilog = "Its password or token comes from BATCHQ_WEB_PASSWORD or BATCHQ_WEB_TOKEN."

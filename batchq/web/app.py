@@ -1,0 +1,248 @@
+"""The web application: its routes, and how it is served."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import parse_qsl
+
+import psycopg
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from batchq.errors import BatchqError, DatabaseAway
+from batchq.log import get_logger
+from batchq.settings import Settings, hide_password
+from batchq.web import shown, verbs
+from batchq.web.auth import Guard, address_of, cookie, same
+from batchq.web.live import EVERY_SECONDS, Live
+from batchq.web.pages import Pages
+from batchq.web.reads import READ_SECONDS, Reader
+from batchq.web.settings import WebSettings
+
+STATIC = {"style.css": "text/css", "live.js": "text/javascript", "icon.svg": "image/svg+xml"}
+MOST_FORM_BYTES = 65_536
+GRACE_SECONDS = 3
+
+log = get_logger()
+
+
+class Web:
+    """The application: `app` is its ASGI entrance."""
+
+    def __init__(
+        self,
+        dsn: str,
+        settings: WebSettings,
+        read_seconds: float = READ_SECONDS,
+        every_seconds: float = EVERY_SECONDS,
+    ) -> None:
+        self.settings = settings
+        self.reader = Reader(dsn, read_seconds)
+        self.pages = Pages(self.reader, settings.read_only)
+        self.live = Live(every_seconds)
+        starlette = Starlette(
+            routes=self.routes(),
+            lifespan=self.lifespan,
+            exception_handlers={
+                HTTPException: self.show_problem,
+                psycopg.errors.QueryCanceled: self.show_slow,
+                psycopg.errors.InsufficientPrivilege: self.show_forbidden,
+                psycopg.Error: self.show_away,
+                BatchqError: self.show_away,
+            },
+        )
+        self.app = Guard(starlette, settings)
+
+    def routes(self) -> list[Route]:
+        """Return what answers where."""
+        pages = self.pages
+        return [
+            Route("/", pages.overview),
+            Route("/batches", pages.batches),
+            Route("/batches/{id}", pages.batch),
+            Route("/workers", pages.workers),
+            Route("/schedules", pages.schedules),
+            Route("/audit", pages.audit),
+            Route("/live/{name:path}", self.stream),
+            Route("/verbs/{verb}", self.ask_verb, methods=["GET"]),
+            Route("/verbs/{verb}", self.do_verb, methods=["POST"]),
+            Route("/login", self.ask_login, methods=["GET"]),
+            Route("/login", self.log_in, methods=["POST"]),
+            Route("/logout", self.log_out, methods=["POST"]),
+            Route("/static/{name}", static),
+            Route("/healthz", healthz),
+            Route("/readyz", self.readyz),
+        ]
+
+    @asynccontextmanager
+    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        """Hold the connections open while the application runs."""
+        await run_in_threadpool(self.reader.open)
+        try:
+            yield
+        finally:
+            await run_in_threadpool(self.reader.close)
+
+    # -------------------------------------------------------------------------------------------------------- live
+
+    async def stream(self, request: Request) -> Response:
+        """Send a page's live part, again whenever it changes."""
+        name = request.path_params["name"]
+        if name not in self.live.watched:
+            await run_in_threadpool(self.pages.live_part, name)  # raises where there is no such page
+        if self.live.is_full(name):
+            return PlainTextResponse("too many watch\n", 503, {"Retry-After": "30"})
+        events = self.live.stream(name, lambda: self.pages.live_part(name))
+        return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+    # ------------------------------------------------------------------------------------------------------- verbs
+
+    def ask_verb(self, request: Request) -> Response:
+        """Ask whether a verb is meant."""
+        given = dict(request.query_params)
+        verb = self.known_verb(request)
+        return self.pages.page(request, "verb.html", name=verb, verb=verbs.VERBS[verb], given=given)
+
+    async def do_verb(self, request: Request) -> Response:
+        """Do a verb, and show the page of what it was done to."""
+        verb = self.known_verb(request)
+        form = await read_form(request)
+        try:
+            await run_in_threadpool(verbs.do, self.reader, verb, form)
+        except verbs.Refused as error:
+            values = {"name": verb, "verb": verbs.VERBS[verb], "given": form, "problem": str(error)}
+            return await run_in_threadpool(self.pages.page, request, "verb.html", 409, **values)
+        target = {"batch": f"/batches/{form.get('id')}", "worker": "/workers"}.get(verbs.VERBS[verb].target, "/")
+        return RedirectResponse(f"{target}?{shown.query(said=verb)}", 303)
+
+    def known_verb(self, request: Request) -> str:
+        """Return the verb of an address. Raises HTTPException where there is none, or none is allowed."""
+        if self.settings.read_only:
+            raise HTTPException(403, "this page only shows: it was started with --read-only")
+        verb: str = request.path_params["verb"]
+        if verb not in verbs.VERBS:
+            raise HTTPException(404, "there is no such verb")
+        return verb
+
+    # ------------------------------------------------------------------------------------------------------- login
+
+    def ask_login(self, request: Request) -> Response:
+        """Ask for the password."""
+        if not self.settings.secrets:
+            return RedirectResponse("/", 303)
+        return self.pages.page(request, "login.html")
+
+    async def log_in(self, request: Request) -> Response:
+        """Let in who knows the password or the token; slow down who guesses."""
+        guard: Guard = request.scope["guard"]
+        address = address_of(request)
+        form = await read_form(request)
+        if wait := guard.attempts.wait_seconds(address):
+            problem = f"too many attempts: wait {wait:.0f} s"
+            answer: Response = self.pages.page(request, "login.html", 429, problem=problem)
+            answer.headers["Retry-After"] = str(int(wait) + 1)
+            return answer
+        if not guard.is_secret(form.get("password", "")):
+            guard.attempts.failed(address)
+            return self.pages.page(request, "login.html", 401, problem="that is not it")
+        guard.attempts.succeeded(address)
+        answer = RedirectResponse("/", 303)
+        answer.headers["Set-Cookie"] = cookie(guard.sessions.new(is_known=True), request)
+        return answer
+
+    async def log_out(self, request: Request) -> Response:
+        """Forget who it was."""
+        await read_form(request)
+        guard: Guard = request.scope["guard"]
+        answer = RedirectResponse("/login", 303)
+        answer.headers["Set-Cookie"] = cookie(guard.sessions.new(is_known=False), request)
+        return answer
+
+    # ---------------------------------------------------------------------------------------------------- problems
+
+    def show_problem(self, request: Request, error: Exception) -> Response:
+        """Say what is wrong with an address."""
+        code, text = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "")
+        return self.pages.page(request, "problem.html", code, title=str(text) or "something went wrong")
+
+    def show_slow(self, request: Request, _: Exception) -> Response:
+        """Say that a read took too long."""
+        title = f"this took the database over {self.reader.connections.transaction_seconds:g} s, and was given up"
+        return self.pages.page(request, "problem.html", 504, title=title)
+
+    def show_forbidden(self, request: Request, _: Exception) -> Response:
+        """Say that the database role may not read this."""
+        title = "the database role of this page may not read this: see docs/web.md"
+        return self.pages.page(request, "problem.html", 403, title=title)
+
+    def show_away(self, request: Request, error: Exception) -> Response:
+        """Say that the database does not answer."""
+        log.warning(
+            "a page could not be read", path=request.url.path, error=hide_password(" ".join(str(error).split()))
+        )
+        return self.pages.page(request, "problem.html", 503, title="the database does not answer")
+
+    # ------------------------------------------------------------------------------------------------------ health
+
+    def readyz(self, _: Request) -> Response:
+        """Tell whether the database answers."""
+        try:
+            self.reader.read("ping")
+        except (psycopg.Error, DatabaseAway):
+            return PlainTextResponse("the database does not answer\n", 503)
+        return PlainTextResponse("ready\n")
+
+
+def healthz(_: Request) -> Response:
+    """Tell that the process lives."""
+    return PlainTextResponse("alive\n")
+
+
+def static(request: Request) -> Response:
+    """Serve one of the page's own files."""
+    from importlib.resources import files
+
+    name = request.path_params["name"]
+    if name not in STATIC:
+        raise HTTPException(404, "there is no such file")
+    path = files("batchq.web").joinpath("static", name)
+    return FileResponse(str(path), media_type=STATIC[name], headers={"Cache-Control": "no-cache"})
+
+
+async def read_form(request: Request) -> dict[str, str]:
+    """Return the fields of a form, which carries the token of its session. Raises HTTPException."""
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MOST_FORM_BYTES:
+            raise HTTPException(413, "the form is too large")
+    try:
+        form = dict(parse_qsl(body.decode(), max_num_fields=50, errors="strict"))
+    except ValueError:
+        raise HTTPException(400, "the form cannot be read") from None
+    if any("\0" in text for text in form.values()):
+        raise HTTPException(400, "the form has a NUL character")
+    guard: Guard = request.scope["guard"]
+    if not same(form.pop("form_token", ""), guard.sessions.form_token(request.scope["session"])):
+        raise HTTPException(403, "this form is not of your session: go back, load the page again, and try again")
+    return form
+
+
+def serve(settings: Settings, web_settings: WebSettings) -> None:
+    """Serve the page until SIGTERM or SIGINT."""
+    web = Web(settings.require_dsn(), web_settings)
+    config = uvicorn.Config(
+        web.app,
+        host=web_settings.host,
+        port=web_settings.port,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=15,
+        limit_concurrency=1000,
+    )
+    uvicorn.Server(config).run()

@@ -1,0 +1,71 @@
+"""How values look on the page: numbers, durations, and texts in which nothing hides."""
+
+import re
+from typing import Any
+from urllib.parse import urlencode
+
+# Control characters, marks that turn the direction of text, characters without width: they would hide or disguise.
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    "\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff\ud800-\udfff]"
+)
+UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def visible(value: Any) -> Any:
+    """Return a text with its hidden characters spelled out, such as ⟨U+202E⟩; any other value, and markup, as it is."""
+    if type(value) is not str:
+        return "" if value is None else value
+    return HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", value)
+
+
+def duration(seconds: float | None) -> str:
+    """Return a duration in one or two units: 850 ms, 12 s, 3 min 20 s, 2 d 4 h."""
+    if seconds is None:
+        return "–"
+    if seconds < 0:
+        return f"-{duration(-seconds)}"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds > 1e11:
+        return "for ever"
+    left = round(seconds)
+    parts: list[tuple[int, str]] = []
+    for size, unit in UNITS:
+        if left >= size or parts:
+            parts.append((left // size, unit))
+            left %= size
+    return " ".join(f"{count} {unit}" for count, unit in parts[:2] if count)
+
+
+def number(value: float | None) -> str:
+    """Return a number with thin spaces between its thousands, or – for none."""
+    if value is None:
+        return "–"
+    text = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+    return text.replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def count(row: dict[str, Any], name: str) -> str:
+    """Return a count of batchq.queues, marked where it is an estimate: ~ about, ≥ at least so many."""
+    text = number(row[name])
+    if name not in row["estimated"]:
+        return text
+    return f"≥\N{NARROW NO-BREAK SPACE}{text}" if name == "failed" else f"~{text}"
+
+
+def worked(row: dict[str, Any]) -> int:
+    """Return how many items of a batch are worked, failed ones included."""
+    return int(row["items_done"] + row["items_failed"])
+
+
+def percent(row: dict[str, Any]) -> int | None:
+    """Return a batch's progress; None while it cannot be told."""
+    return 100 * worked(row) // row["items_total"] if row["items_total"] else None
+
+
+def query(**given: Any) -> str:
+    """Return the part of an address behind the ?, without what is empty."""
+    return urlencode({name: value for name, value in given.items() if value not in (None, "")})

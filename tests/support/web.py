@@ -1,0 +1,82 @@
+"""A page of a test's own: the application served by uvicorn in a thread, and a client that has logged in."""
+
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import httpx
+import uvicorn
+
+from batchq.web.app import Web
+from batchq.web.settings import WebSettings
+from tests.support.waiting import wait_until
+
+PASSWORD = "correct horse battery"
+START_SECONDS = 30.0
+READ_SECONDS = 30.0
+
+
+class Site:
+    """A page that is served, and a browser-like client of it."""
+
+    def __init__(self, web: Web, port: int) -> None:
+        self.web = web
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = self.new_client()
+
+    def new_client(self, **headers: str) -> httpx.Client:
+        """Return another client, with no cookie yet."""
+        return httpx.Client(base_url=self.url, timeout=READ_SECONDS, headers=headers, trust_env=False)
+
+    def form_token(self, path: str, client: httpx.Client | None = None) -> str:
+        """Return the token of the form on a page."""
+        found = re.search(r'name="form_token" value="(\w+)"', (client or self.client).get(path).text)
+        assert found, f"no form on {path}"
+        return found[1]
+
+    def log_in(self, password: str = PASSWORD, client: httpx.Client | None = None) -> httpx.Response:
+        """Give the password."""
+        client = client or self.client
+        return self.post("/login", self.form_token("/login", client), client=client, password=password)
+
+    def post(
+        self,
+        path: str,
+        form_token: str,
+        client: httpx.Client | None = None,
+        origin: str | None = None,
+        **fields: object,
+    ) -> httpx.Response:
+        """Send a form, as a browser does."""
+        data = {name: str(value) for name, value in fields.items()} | {"form_token": form_token}
+        return (client or self.client).post(path, data=data, headers={"Origin": origin or self.url})
+
+    def do(self, verb: str, target: str = "", **fields: object) -> httpx.Response:
+        """Do a verb, by the form of the page that asks."""
+        return self.post(f"/verbs/{verb}", self.form_token(f"/verbs/{verb}{target}"), **fields)
+
+
+@contextmanager
+def served(dsn: str, read_seconds: float = 20.0, every_seconds: float = 0.1, **settings: Any) -> Iterator[Site]:
+    """Serve the page while the block runs."""
+    web = Web(dsn, WebSettings.load(**settings), read_seconds, every_seconds)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        config = uvicorn.Config(web.app, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        site = Site(web, listening.getsockname()[1])
+        try:
+            wait_until(lambda: server.started or not thread.is_alive(), START_SECONDS, "the page to be served")
+            assert server.started, "the page could not be served"
+            yield site
+        finally:
+            site.client.close()
+            server.should_exit = True
+            thread.join(START_SECONDS)
+            with suppress(OSError):
+                listening.close()
