@@ -1,8 +1,8 @@
 """Live pages by server-sent events: however many people watch a page, it is read once for all of them.
 
 Each watched page has a task that reads and renders it while somebody watches, and hands the same text to all. After a
-read it waits 100 times what the read took, at least a second and a half: so pages cost the database a hundredth of one
-connection's time at most.
+read it waits 50 times what the read took, at least a second and a half and at most ten: so a page costs the database a
+fiftieth of one connection's time.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ import psycopg
 from batchq.errors import BatchqError
 
 EVERY_SECONDS = 1.5
-SLOWEST_SECONDS = 30.0
-SHARE = 100
+SLOWEST_SECONDS = 10.0
+SHARE = 50
 SIGN_OF_LIFE_SECONDS = 15.0
 LONGEST_STREAM_SECONDS = 3600.0  # then the browser comes again, and is asked for its session
 MOST_PAGES = 200
@@ -42,6 +42,7 @@ class Live:
 
     def __init__(self, every_seconds: float = EVERY_SECONDS) -> None:
         self.every_seconds = every_seconds
+        self.share = SHARE
         self.watched: dict[str, Watched] = {}
 
     @property
@@ -91,7 +92,7 @@ class Live:
                 page.reads += 1
                 self.hand_out(page, text)
             spent = time.monotonic() - began_at
-            await asyncio.sleep(min(max(SHARE * spent, self.every_seconds), SLOWEST_SECONDS))
+            await asyncio.sleep(min(max(self.share * spent, self.every_seconds), SLOWEST_SECONDS))
 
     def hand_out(self, page: Watched, text: str) -> None:
         """Give every viewer the newest text; one that has not taken the one before misses that."""

@@ -7,12 +7,13 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.component.rows import Conn, insert, processing, value
 from tests.support.alone import run_alone
-from tests.support.browser import THEMES, WIDTHS, Watched, chromium
+from tests.support.browser import THEMES, WAIT_MILLISECONDS, WIDTHS, Watched, chromium
 from tests.support.scene import advance, set_scene
 from tests.support.steps import step
 from tests.support.web import PASSWORD, Site, served
 
 LEAST_CONTRAST = 4.5
+expect.set_options(timeout=WAIT_MILLISECONDS)
 PATHS = ("/", "/batches", "/batches/{id}", "/workers", "/schedules", "/audit", "/verbs/cancel?id={id}", "/verbs/pause")
 HOSTILE = "<script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">\u202egnp.exe"
 

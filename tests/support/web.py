@@ -64,6 +64,7 @@ class Site:
 def served(dsn: str, read_seconds: float = 20.0, every_seconds: float = 0.1, **settings: Any) -> Iterator[Site]:
     """Serve the page while the block runs."""
     web = Web(dsn, WebSettings.load(**settings), read_seconds, every_seconds)
+    web.live.share = 1  # a busy machine makes reads slow, and what is waited for comes all the same
     with socket.create_server(("127.0.0.1", 0)) as listening:
         config = uvicorn.Config(web.app, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
