@@ -15,7 +15,7 @@ import psycopg
 from rich.console import Console
 from rich.live import Live
 
-from batchq import log, queries
+from batchq import log, memory, queries
 from batchq import migrate as migrations
 from batchq.app import load_app
 from batchq.cli import enqueue_file, show_tables
@@ -113,6 +113,7 @@ def demo(options: Namespace) -> int:
 def worker(options: Namespace) -> int:
     """Work batches until SIGTERM, SIGINT or SIGHUP; a second one gives back what runs and leaves at once."""
     settings = settings_of(options)
+    memory.return_large_buffers()
     log.configure(settings.log_format, settings.log_level)
     signs, signals, started_in = Signs(os.environ), StopSignals(), Path.cwd()
     signs.start()

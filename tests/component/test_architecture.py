@@ -53,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "signs": set(),
     "supervisor": {"log", "signs"},
     "embedded": {"errors"},
+    "memory": set(),
     "demo": {"database", "embedded", "errors", "migrate", "settings"},
     "demo.tasks": {"batchq"},
     "cli.show_tables": set(),
@@ -63,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.one_batch": {"cli.commands", "cli.pace", "cli.show_tables", "queries"},
     "cli.commands": {
         "app", "cli.enqueue_file", "cli.show_tables", "cli.signals", "cli.top", "database", "demo", "enqueue", "errors",
-        "log", "migrate", "monitor", "queries", "settings", "signs", "supervisor", "worker",
+        "log", "memory", "migrate", "monitor", "queries", "settings", "signs", "supervisor", "worker",
     },
     "cli.verbs": {"bulk", "cli.commands", "cli.show_tables", "database", "errors", "queries"},
     "cli.doctor": {"cli.commands", "doctor"},

@@ -1,0 +1,21 @@
+"""Memory of a worker process: large buffers go back to the system at once, whichever thread had them."""
+
+import ctypes
+import os
+
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h; see mallopt(3)
+ARENAS = 2
+LARGE_BYTES = 128 * 1024
+
+
+def return_large_buffers() -> bool:
+    """Keep glibc's malloc to few arenas, and large buffers out of them; return whether it was done.
+
+    By default each thread gets an arena of its own, and the size from which a buffer is given back at once grows with
+    the largest one that was ever freed: a payload of a megabyte here and there then leaves holes in every arena, and
+    the process grows for hours. Other C libraries have no mallopt; what the environment sets stays.
+    """
+    if any(name in os.environ for name in ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_ARENA_MAX, ARENAS)) and bool(mallopt(M_MMAP_THRESHOLD, LARGE_BYTES))
