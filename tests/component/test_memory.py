@@ -41,10 +41,7 @@ def run(code: str, *arguments: str, **environment: str) -> str:
 
 def growth_mb(how: str) -> float:
     """Return by how many MiB a process has grown whose threads had large buffers."""
-    done = subprocess.run(
-        [sys.executable, "-c", GROWTH, how], capture_output=True, text=True, env=environment, check=True
-    )
-    return float(done.stdout)
+    return float(run(GROWTH, how))
 
 
 def test_large_buffers_of_many_threads_go_back_to_the_system() -> None:
