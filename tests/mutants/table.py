@@ -18,7 +18,7 @@ TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK = (
         "0003_partitions",
         "0008_items_total",
         "0010_has_ready",
-        "0015_more_verbs",
+        "0023_verbs_lock_first",
         "0016_bulk",
     )
 )
@@ -79,7 +79,7 @@ class Mutant:
         return text[:start] + section.replace(self.old, self.new) + text[start + len(section) :]
 
 
-KEYWORDS = re.compile(r"^(CREATE|UNIQUE|FUNCTION|INDEX|TABLE|def|\s)+\b")
+KEYWORDS = re.compile(r"^(CREATE|OR|REPLACE|UNIQUE|FUNCTION|INDEX|TABLE|def|\s)+\b")
 
 
 def of(
@@ -406,7 +406,7 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------------------------- verbs
     *of(
-        "CREATE FUNCTION batchq.retry(",
+        "CREATE OR REPLACE FUNCTION batchq.retry(",
         ACTIONS,
         [
             ("AND l.status = 'pending'", "", "a batch that runs is left alone"),
@@ -432,19 +432,36 @@ MUTANTS = [
         VERBS,
     ),
     *of(
-        "CREATE FUNCTION batchq.snooze(",
+        "CREATE FUNCTION batchq.lock_batch(",
+        ("integration/test_interleavings.py",),
+        [
+            (
+                "batches_live b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue FOR UPDATE",
+                "batches_live b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue",
+                "a verb that waited is not lost",
+            ),
+            (
+                "batches_finished b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue FOR UPDATE",
+                "batches_finished b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue",
+                "a verb that waited is not lost",
+            ),
+        ],
+        VERBS,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.snooze(",
         ACTIONS,
         [("AND l.status = 'pending'", "", "a batch that runs is left alone")],
         VERBS,
     ),
     *of(
-        "CREATE FUNCTION batchq.set_priority(",
+        "CREATE OR REPLACE FUNCTION batchq.set_priority(",
         ACTIONS,
         [("AND l.status = 'pending'", "", "a batch that runs is left alone")],
         VERBS,
     ),
     *of(
-        "CREATE FUNCTION batchq.move(",
+        "CREATE OR REPLACE FUNCTION batchq.move(",
         ACTIONS,
         [
             ("AND l.status = 'pending'", "", "a batch that runs is left alone"),
