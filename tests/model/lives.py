@@ -98,6 +98,11 @@ class Lives(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.real.clean()
+        for items in (3, 5):
+            self.enqueue(
+                KINDS[0], QUEUES[0], items, True, priority=0, unique_key=None, max_attempts=4, max_failed_items=1
+            )
+        self.claim(0, QUEUES[0], 0, 2, KINDS, True)
 
     def teardown(self) -> None:
         for held in self.held:
@@ -142,7 +147,7 @@ class Lives(RuleBasedStateMachine):
         items=st.sampled_from([None, None, 0, 1, 3, 5]),
         is_due=mostly,
         unique_key=st.sampled_from([None, None, "a", "b"]),
-        max_attempts=st.integers(1, 3),
+        max_attempts=st.sampled_from([1, 2, 4]),
         max_failed_items=st.integers(0, 2),
     )
     def enqueue(self, kind: str, queue: str, items: int | None, is_due: bool, **options: Any) -> None:
@@ -362,7 +367,12 @@ class Lives(RuleBasedStateMachine):
         """A handler's own transaction: its row and the completion, or its row and the checkpoint."""
         held = self.one_idle(which)
         completes = cursor is UNCHANGED
-        transaction = held.batch.transaction(cursor=cursor, complete=completes, result=result)
+        if completes and held.batch.items_total is not None and not held.has_worked_all:
+            with pytest.raises(InvalidInput):
+                held.batch.transaction(result=result)
+            self.happened("refused to complete items that were not worked")
+            return
+        transaction = held.batch.transaction(cursor=cursor, result=result)
         self.open(held, transaction)
         assert held.conn
         reality.add_effect(held.conn, held.id, -1)
@@ -607,13 +617,14 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(which=which)
     def pause(self, which: int) -> None:
-        """A worker is paused beyond its lease, its batch taken back: what it does later must change nothing."""
+        """A worker is paused beyond its lease, and another has its batch: what it does later must change nothing."""
         held = self.one_held(which)
         row = self.model.held(held.id, held.token)
         if row is not None:
             self.real.conn.execute("UPDATE batchq.batches_live SET lease_expires_at = 'epoch' WHERE id = %s", [row.id])
             row.lease = "ran out"
             self.rescue(row.queue, 100)
+            self.claim((self.real.workers.index(held.worker) + 1) % 3, row.queue, row.priority, 3, KINDS, True)
 
     # ------------------------------------------------------------------------------------------------------- for people
 
