@@ -19,6 +19,7 @@ from tests.chaos.orders import BAD_ITEM, LATE_ITEM
 EFFECT = "INSERT INTO effects (batch_id, item, attempt, pid) VALUES (%s, %s, %s, %s)"
 SOON = batchq.Backoff(0.05, 0.2)
 STEPS = 3
+SLOW_STEP_SECONDS = 0.4
 HUNGRY_SECONDS = 3.0
 NAP_SECONDS = 0.08
 LONG_NAP_SECONDS = 0.3
@@ -116,13 +117,16 @@ def hungry(batch: batchq.Batch) -> None:
 
 @chunks_app.handler("steps", backoff=SOON)
 def steps(batch: batchq.Batch) -> None:
-    """Write a row with each step's checkpoint, the last with the completion."""
+    """Write a row with each step's checkpoint, the last with the completion; some take so long that a worker that
+    was frozen meets the batch's next owner at it."""
     mark(batch)
+    nap_seconds = SLOW_STEP_SECONDS if batch.payload["is_slow"] else NAP_SECONDS
     for step in range(batch.cursor or 0, STEPS - 1):
-        time.sleep(NAP_SECONDS)
+        time.sleep(nap_seconds)
         with batch.transaction(cursor=step + 1) as conn:
             conn.execute(EFFECT, effect(batch, step))
         batch.raise_if_interrupted()
+    time.sleep(nap_seconds)
     with batch.transaction() as conn:
         conn.execute(EFFECT, effect(batch, STEPS - 1))
 

@@ -24,7 +24,7 @@ from tests.support.waiting import wait_until
 
 Run = Callable[[World, random.Random], object]
 Need = Callable[[World], str | None]
-LEASE_AND_MORE_SECONDS = 3.0
+LEASE_AND_MORE_SECONDS = (2.2, 3.5)
 POINT_SECONDS = 15.0
 MOST_SECONDS = 10.0
 TERMINATED = 10
@@ -173,7 +173,7 @@ def freeze(world: World, dice: random.Random) -> None:
     with world.fleet.lend(dice) as place:
         place.worker.freeze()
         try:
-            world.hold(LEASE_AND_MORE_SECONDS)
+            world.hold(dice.uniform(*LEASE_AND_MORE_SECONDS))
         finally:
             place.worker.thaw()
 

@@ -45,7 +45,7 @@ STYLES = ("sync", "async", "items", "chunks")
 
 def payload(order: Order, seq: int) -> dict[str, Any]:
     """Return the payload of the batch number *seq*."""
-    return {"seq": seq, "fails_at_first": order.kind == "tx" and seq % 10 == 0}
+    return {"seq": seq, "fails_at_first": order.kind == "tx" and seq % 10 == 0, "is_slow": seq % 4 == 0}
 
 
 def items(seq: int) -> Iterator[int]:
