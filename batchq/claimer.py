@@ -61,6 +61,7 @@ class Claimer:
         self.turns = Turns(Turn(1, 0, 0.0), 0.0)
         self.nudged = threading.Event()
         self.outage = Outage("claimer")
+        self.polled_at = time.monotonic()
         self.unknown: list[tuple[str, uuid.UUID]] = []
         self.pauses: Pauses = frozenset()
         self.pauses_read_at = float("-inf")
@@ -70,6 +71,7 @@ class Claimer:
         """Claim until the worker stops or, with *drain*, until nothing is ready and all that was claimed is written."""
         from_start = True
         while not self.runtime.stopping.is_set():
+            self.polled_at = time.monotonic()
             all_written = not any(lane.unwritten for lane in self.lanes)  # looked at before the poll, which comes after
             if self.draining.is_set():
                 if all_written:

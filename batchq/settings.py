@@ -72,6 +72,13 @@ class Settings(BaseSettings):
     keep_completed: bool = Field(
         True, description="`no`: a batch that completes is deleted at once; failed and cancelled ones are kept."
     )
+    metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65_000,
+        description="A port for Prometheus metrics and health checks; 0: none. `batchq workers` counts up from it.",
+    )
+    metrics_host: str = Field("127.0.0.1", description="The address that they are served on; `0.0.0.0` in a container.")
     log_format: Literal["console", "json"] = Field("console", description="`console` for people, `json` for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least level that is logged."

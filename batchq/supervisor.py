@@ -19,6 +19,7 @@ MOST_WAIT_SECONDS = 30.0
 LEAST_SILENT_SECONDS = 10.0
 SILENT_AT_START_SECONDS = 60.0  # while it imports the app
 EXIT_MISTAKE = 2
+METRICS_PORT = "BATCHQ_METRICS_PORT"  # of the first process; the next one has the next port
 EXIT_REPLACE = 75  # EX_TEMPFAIL: a worker that has lost too many of its slots wants a fresh process in its place
 
 log = get_logger()
@@ -28,6 +29,7 @@ log = get_logger()
 class Place:
     """A place for one worker process; begins a new one after *wait_seconds* where the last one died soon."""
 
+    number: int
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     wait_seconds: float = 0.0
@@ -61,7 +63,7 @@ class Supervisor:
         drain: bool,
         silent_seconds: float,
     ) -> None:
-        self.places = [Place() for _ in range(count)]
+        self.places = [Place(number) for number in range(count)]
         self.command = command(arguments)
         self.own_signs = Signs(os.environ)
         self.environment = os.environ | dict(environment)
@@ -122,6 +124,8 @@ class Supervisor:
         place.signs, its_end = os.pipe()
         os.set_blocking(place.signs, False)
         environment = self.environment | {SIGNS_FD: str(its_end)}
+        if (port := int(self.environment.get(METRICS_PORT, "0"))) > 0:
+            environment[METRICS_PORT] = str(port + place.number)
         place.process = subprocess.Popen(self.command, env=environment, pass_fds=[its_end], start_new_session=True)
         os.close(its_end)
         place.started_at = time.monotonic()

@@ -49,19 +49,25 @@ class Throughput:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.counts: dict[tuple[str, str], Counts] = {}
+        self.sums: dict[tuple[str, str], Counts] | None = None  # of all that was ever counted, if somebody wants them
         self.items_counted: dict[Batch, int] = {}
 
     def ended(self, queue: str, kind: str, end: str, count: int, run_times: Sequence[float]) -> None:
         """Count batches that ended alike: *end* is completed, failed, cancelled or retried. *run_times*: of all of
         them, or of some that stand for all, in seconds."""
         with self.lock:
-            counts = self.counts.setdefault((queue, kind), Counts())
-            counts.ends[end] = counts.ends.get(end, 0) + count
-            each, rest = divmod(count, max(len(run_times), 1))
-            for number, seconds in enumerate(run_times):
-                weight = each + (number < rest)
-                counts.run_times[bisect(BOUNDS, seconds)] += weight
-                counts.run_seconds += weight * seconds
+            for counts in self.books(queue, kind):
+                counts.ends[end] = counts.ends.get(end, 0) + count
+                each, rest = divmod(count, max(len(run_times), 1))
+                for number, seconds in enumerate(run_times):
+                    weight = each + (number < rest)
+                    counts.run_times[bisect(BOUNDS, seconds)] += weight
+                    counts.run_seconds += weight * seconds
+
+    def books(self, queue: str, kind: str) -> list[Counts]:
+        """Return where a queue's and kind's counts go."""
+        kept = (self.counts,) if self.sums is None else (self.counts, self.sums)
+        return [book.setdefault((queue, kind), Counts()) for book in kept]
 
     def progress(self, batch: Batch, position: int, *, is_last: bool = False) -> None:
         """Count the items of a batch up to *position* that were not counted before; *is_last*: and forget the batch."""
@@ -72,7 +78,8 @@ class Throughput:
                 before = self.items_counted.get(batch, batch.row.items_done + batch.row.items_failed)
                 self.items_counted[batch] = position
             if position > before:
-                self.counts.setdefault((batch.queue, batch.kind), Counts()).items += position - before
+                for counts in self.books(batch.queue, batch.kind):
+                    counts.items += position - before
 
     def write(self, link: Link, worker_id: str) -> None:
         """Write what was counted since the last time. Raises psycopg.Error; what may not be written is counted on."""

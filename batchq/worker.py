@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from batchq import queries
 from batchq.app import App
@@ -26,6 +27,9 @@ from batchq.migrate import check_schema
 from batchq.queries import WorkerRow
 from batchq.settings import Settings
 from batchq.text import one_line
+
+if TYPE_CHECKING:
+    from batchq.metrics import MetricsServer
 
 SWITCH_SECONDS = 0.001
 WRITING_SECONDS = 2.0
@@ -141,11 +145,14 @@ class Worker:
         finishing = self.start_service(self.finisher.run, "batchq-finisher")
         if self.bell:
             self.start_service(self.bell.run, "batchq-bell")
+        metrics = self.serve_metrics()
         log.info("worker started", worker=self.id, queues=self.settings.queues, kinds=self.keeper.row.kinds)
         try:
             self.claimer.run(self.drain)
         finally:
             written = self.shut_down(keeping, finishing)
+            if metrics:
+                metrics.close()
         return written and not self.is_broken
 
     # ------------------------------------------------------------------------------------------------- beginning
@@ -171,6 +178,18 @@ class Worker:
             log.error("half of the slots are lost; the worker stops to be replaced", worker=self.id)
             self.is_worn_out = True
             self.end()
+
+    def serve_metrics(self) -> "MetricsServer | None":
+        """Serve metrics and health checks, if a port is set. Raises ConfigError."""
+        if not self.settings.metrics_port:
+            return None
+        try:
+            from batchq.metrics import serve_worker
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"metrics need an extra ({error}): pip install 'batchq[metrics]'") from None
+        lanes = {"async def" if isinstance(lane, LoopLane) else "def": lane for lane in self.lanes}
+        silent_seconds = 30 + 2 * self.settings.database_timeout_seconds
+        return serve_worker(self.settings, self.finisher.throughput, lanes, self.claimer, silent_seconds)
 
     # ---------------------------------------------------------------------------------------------------- ending
 

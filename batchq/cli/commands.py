@@ -168,6 +168,7 @@ def workers(options: Namespace) -> int:
     load_app(options.app)
     check_database(dsn, settings.database_timeout_seconds)  # here once, instead of in each process
     arguments, environment = worker_arguments(options), {"BATCHQ_DSN": dsn}
+    environment["BATCHQ_METRICS_PORT"] = str(settings.metrics_port)
     supervisor = Supervisor(options.processes, arguments, environment, options.drain, settings.lease_seconds)
     signals.follow(supervisor.stop, supervisor.stop)
     return supervisor.run()
@@ -178,7 +179,7 @@ def worker_arguments(options: Namespace) -> list[str]:
     processes."""
     arguments = [options.app, *(["--drain"] if options.drain else [])]
     for name, value in vars(options).items():
-        if name.startswith("set_") and value is not None and name != "set_dsn":
+        if name.startswith("set_") and value is not None and name not in ("set_dsn", "set_metrics_port"):
             arguments += ["--" + name.removeprefix("set_").replace("_", "-"), value]
     return arguments
 

@@ -26,6 +26,7 @@ from batchq.web.settings import WebSettings
 STATIC = {"style.css": "text/css", "live.js": "text/javascript", "icon.svg": "image/svg+xml"}
 MOST_FORM_BYTES = 65_536
 GRACE_SECONDS = 3
+MOST_SCRAPED = 5000
 
 log = get_logger()
 
@@ -76,6 +77,7 @@ class Web:
             Route("/static/{name}", static),
             Route("/healthz", healthz),
             Route("/readyz", self.readyz),
+            Route("/metrics", self.metrics),
         ]
 
     @asynccontextmanager
@@ -195,6 +197,16 @@ class Web:
         except (psycopg.Error, DatabaseAway):
             return PlainTextResponse("the database does not answer\n", 503)
         return PlainTextResponse("ready\n")
+
+    def metrics(self, _: Request) -> Response:
+        """Show what stands in batchq.queues to Prometheus."""
+        try:
+            from batchq.metrics import CONTENT_TYPE, exposition, queue_metrics
+        except ModuleNotFoundError:
+            return PlainTextResponse("this needs an extra: pip install 'batchq[metrics]'\n", 501)
+        queues = self.reader.read("queues", limit=MOST_SCRAPED)
+        live = [row for row in self.reader.read("workers", limit=MOST_SCRAPED) if not row["is_silent"]]
+        return Response(exposition(lambda: queue_metrics(queues, len(live))), media_type=CONTENT_TYPE)
 
 
 def healthz(_: Request) -> Response:

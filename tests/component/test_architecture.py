@@ -45,8 +45,9 @@ ALLOWED: dict[str, set[str]] = {
     "keeper": {"batch", "claimer", "database", "execution", "lanes", "log", "outage", "queries", "text", "throughput"},
     "worker": {
         "app", "batch", "bell", "claimer", "database", "errors", "execution", "finisher", "keeper", "lanes", "log",
-        "migrate", "queries", "settings", "text",
+        "metrics", "migrate", "queries", "settings", "text",
     },
+    "metrics": {"claimer", "database", "errors", "lanes", "queries", "settings", "throughput"},
     "testing": {"app", "settings", "worker"},
     "bulk": {"database", "errors", "queries"},
     "monitor": {"database", "queries", "settings"},
@@ -83,8 +84,8 @@ ALLOWED: dict[str, set[str]] = {
     "web.verbs": {"web.reads"},
     "web.pages": {"web.auth", "web.charts", "web.reads", "web.shown", "web.verbs"},
     "web.app": {
-        "errors", "log", "settings", "web.auth", "web.live", "web.pages", "web.reads", "web.settings", "web.shown",
-        "web.verbs",
+        "errors", "log", "metrics", "settings", "web.auth", "web.live", "web.pages", "web.reads", "web.settings",
+        "web.shown", "web.verbs",
     },
     "batchq": {"app", "batch", "enqueue", "errors", "retry", "settings", "worker"},
     "__main__": {"cli"},

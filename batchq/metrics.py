@@ -1,0 +1,226 @@
+"""Metrics for Prometheus, by its conventions, and the small server on which a worker shows them. Needs the extra
+"metrics". A worker counts for `batchq.throughput` anyway, a group of batches at a time: metrics keep the sums of that,
+and everything else is read when somebody scrapes.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
+
+import psycopg
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from batchq import queries
+from batchq.claimer import Claimer
+from batchq.database import Link
+from batchq.errors import ConfigError
+from batchq.lanes import Lane
+from batchq.settings import Settings
+from batchq.throughput import BOUNDS, ENDS, Counts, Throughput
+
+MOST_PAIRS = 200  # of queue and kind that have labels of their own; what comes after is "other"
+OTHER = ("other", "other")
+READY_SECONDS = 3.0
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+EVERY_FOURTH = slice(0, None, 4)  # of the bounds that are counted: from 15 us, in steps of 4
+STATES = ("ready", "scheduled", "processing")
+Pair = tuple[str, str]
+
+
+def exposition(collect: Callable[[], Iterable[Metric]]) -> bytes:
+    """Return metrics in Prometheus' text format."""
+
+    class Once(Collector):
+        """Yields them once."""
+
+        def collect(self) -> Iterable[Metric]:
+            """Yield them."""
+            return collect()
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Once())
+    return generate_latest(registry)
+
+
+# ------------------------------------------------------------------------------------------------------ a worker
+
+
+def worker_metrics(sums: Mapping[Pair, Counts], slots: Mapping[str, tuple[int, int]]) -> Iterator[Metric]:
+    """Yield a worker's metrics: *sums* of what it has counted since its start, by queue and kind; *slots* and how many
+    of them are busy, by style of handler."""
+    finished = CounterMetricFamily(
+        "batchq_batches_finished", "Attempts that have ended, by how.", labels=("queue", "kind", "status")
+    )
+    items = CounterMetricFamily("batchq_items", "Items worked, failed ones included.", labels=("queue", "kind"))
+    seconds = HistogramMetricFamily("batchq_batch_run_seconds", "How long attempts ran.", labels=("queue", "kind"))
+    for (queue, kind), counts in bounded(sums).items():
+        for end in ENDS:
+            finished.add_metric((queue, kind, end), counts.ends.get(end, 0))
+        items.add_metric((queue, kind), counts.items)
+        seconds.add_metric((queue, kind), buckets(counts.run_times), counts.run_seconds)
+    yield from (finished, items, seconds)
+    for name, place, text in (
+        ("batchq_worker_slots", 0, "Batches that this worker runs at once, at most."),
+        ("batchq_worker_slots_busy", 1, "Batches that it runs now."),
+    ):
+        gauge = GaugeMetricFamily(name, text, labels=("style",))
+        for style, numbers in slots.items():
+            gauge.add_metric((style,), numbers[place])
+        yield gauge
+
+
+def bounded(sums: Mapping[Pair, Counts]) -> dict[Pair, Counts]:
+    """Return the sums of the first 200 pairs as they are, and those of all others together."""
+    shown: dict[Pair, Counts] = {}
+    for pair, counts in sums.items():
+        if len(shown) < MOST_PAIRS:
+            shown[pair] = counts
+        else:
+            shown.setdefault(OTHER, Counts()).add(counts)
+    return shown
+
+
+def buckets(run_times: list[int]) -> list[tuple[str, float]]:
+    """Return a histogram's buckets: upper bounds and how many were not above them."""
+    below: list[int] = []
+    for count in run_times:
+        below.append(count + (below[-1] if below else 0))
+    chosen = [(repr(bound), float(count)) for bound, count in zip(BOUNDS, below[:-1], strict=True)][EVERY_FOURTH]
+    return [*chosen, ("+Inf", float(below[-1]))]
+
+
+# ----------------------------------------------------------------------------------------------------- the queues
+
+
+def queue_metrics(queues: Iterable[Mapping[str, Any]], workers: int) -> Iterator[Metric]:
+    """Yield what stands in batchq.queues (one row each) and how many *workers* live. Beyond 200 rows: sums as other."""
+    depth = GaugeMetricFamily(
+        "batchq_queue_depth", "Live batches; beyond a bound an estimate.", labels=("queue", "kind", "state")
+    )
+    gauges = {
+        "stalled": gauge("batchq_stalled", "Batches whose worker gave no sign of life for a whole lease."),
+        "failed": gauge("batchq_failed", "Failed batches that are kept; at least so many."),
+        "oldest_wait_seconds": gauge("batchq_oldest_wait_seconds", "How long the oldest ready batch has waited."),
+        "workers": gauge("batchq_serving_workers", "Live workers that serve the queue and know the kind."),
+    }
+    for row in bounded_rows(queues):
+        labels = (row["queue"], row["kind"])
+        for state in STATES:
+            depth.add_metric((*labels, state), row[state])
+        for name, family in gauges.items():
+            family.add_metric(labels, row[name] or 0)
+    yield from (depth, *gauges.values())
+    yield GaugeMetricFamily("batchq_workers", "Live workers.", value=workers)
+
+
+def gauge(name: str, text: str) -> GaugeMetricFamily:
+    """Return a gauge for each queue and kind."""
+    return GaugeMetricFamily(name, text, labels=("queue", "kind"))
+
+
+def bounded_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first 200 rows as they are, and one for all others: sums, and the longest wait."""
+    shown = [dict(row) for row in rows]
+    rest = shown[MOST_PAIRS:]
+    if not rest:
+        return shown
+    other: dict[str, Any] = {"queue": OTHER[0], "kind": OTHER[1]}
+    other |= {name: sum(row[name] for row in rest) for name in (*STATES, "stalled", "failed")}
+    other |= {name: max(row[name] or 0 for row in rest) for name in ("oldest_wait_seconds", "workers")}
+    return [*shown[:MOST_PAIRS], other]
+
+
+# --------------------------------------------------------------------------------------------------- the server
+
+
+class MetricsServer:
+    """Serves /metrics, /healthz and /readyz in a thread. *checks*: what is wrong by path, "" for nothing."""
+
+    def __init__(
+        self, host: str, port: int, metrics: Callable[[], bytes], checks: Mapping[str, Callable[[], str]]
+    ) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            timeout = 10
+            answers: ClassVar = {"/metrics": lambda: (200, metrics())} | {
+                path: (lambda check=check: judged(check())) for path, check in checks.items()
+            }
+
+            def do_GET(self) -> None:
+                """Answer."""
+                code, body = self.answers.get(self.path.partition("?")[0], lambda: (404, b"not found\n"))()
+                self.send_response(code)
+                self.send_header("Content-Type", CONTENT_TYPE if self.path.startswith("/metrics") else "text/plain")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                """Log nothing."""
+
+        self.server = ThreadingHTTPServer((host, port), Handler)
+        self.server.daemon_threads = True
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return self.server.server_port
+
+    def start(self) -> None:
+        """Serve, in a thread."""
+        threading.Thread(target=self.server.serve_forever, name="batchq-metrics", daemon=True).start()
+
+    def close(self) -> None:
+        """Serve no more."""
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def judged(problem: str) -> tuple[int, bytes]:
+    """Return the answer of a check."""
+    return (503, f"{problem}\n".encode()) if problem else (200, b"ok\n")
+
+
+def serve_worker(
+    settings: Settings, throughput: Throughput, lanes: Mapping[str, Lane], claimer: Claimer, silent_seconds: float
+) -> MetricsServer:
+    """Serve a worker's metrics, whether it polls, and whether its database answers. Raises ConfigError."""
+    throughput.sums = {}
+
+    def metrics() -> bytes:
+        slots = {style: (lane.concurrency, busy(lane)) for style, lane in lanes.items()}
+        with throughput.lock:
+            return exposition(lambda: worker_metrics(throughput.sums or {}, slots))
+
+    def polls() -> str:
+        silent = time.monotonic() - claimer.polled_at
+        return f"no poll has finished for {silent:.0f} s" if silent > silent_seconds else ""
+
+    try:
+        checks = {"/healthz": polls, "/readyz": lambda: database_problem(settings)}
+        server = MetricsServer(settings.metrics_host, settings.metrics_port, metrics, checks)
+    except OSError as error:
+        raise ConfigError(f"BATCHQ_METRICS_PORT {settings.metrics_port}: {error.strerror}") from None
+    server.start()
+    return server
+
+
+def busy(lane: Lane) -> int:
+    """Return how many batches a lane runs now."""
+    return sum(batch.begun_at is not None for batch in lane.in_hand())
+
+
+def database_problem(settings: Settings) -> str:
+    """Return why the database does not answer, "" if it does; on a connection of its own."""
+    link = Link(settings.require_dsn(), READY_SECONDS)
+    try:
+        with link.reading() as conn:
+            queries.server_version(conn)
+    except psycopg.Error:
+        return "the database does not answer"
+    finally:
+        link.close()
+    return ""
