@@ -199,7 +199,7 @@ def memory(world: World, dice: random.Random) -> None:
         world.hold(1.2)
 
 
-@fault("oom")
+@fault("oom", "server")
 def oom(world: World, dice: random.Random) -> None:
     """A batch takes so much memory that its worker is killed for it, as by the kernel."""
     world.producer.order("hungry", 1, megabytes=HUNGRY_MEGABYTES)
