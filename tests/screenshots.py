@@ -23,7 +23,8 @@ def main() -> None:
         with databases.migrated() as name, psycopg.connect(server.dsn(name), autocommit=True) as conn:
             batch_id = set_scene(conn)
             with served(server.dsn(name)) as site:
-                take({"overview": site.url, "batch": f"{site.url}/batches/{batch_id}", "list": f"{site.url}/batches?queue=bulk"})
+                paths = {"overview": "/", "batch": f"/batches/{batch_id}", "list": "/batches?queue=bulk"}
+                take({name: site.url + path for name, path in paths.items()})
         databases.close()
 
 
