@@ -1,6 +1,7 @@
 """The page over HTTP, on the real database: who gets in, what is refused, what is shown, what it costs."""
 
 import re
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from tests.component.rows import (
     values,
 )
 from tests.support.alone import run_alone
+from tests.support.processes import Processes
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 from tests.support.web import PASSWORD, Site, served
@@ -165,6 +167,25 @@ def test_it_is_not_open_to_others_without_a_password() -> None:
         assert WebSettings.load(host=host).host == host
     with pytest.raises(ConfigError, match="BATCHQ_WEB_PORT"):
         WebSettings.load(port=70_000)
+
+
+def test_the_command_serves_until_it_is_told_to_stop(dsn: str) -> None:
+    with Processes(dsn, "none") as processes:
+        refused = processes.command("web", "--host", "0.0.0.0", timeout_seconds=60)
+        assert (refused.popen.returncode, "BATCHQ_WEB_PASSWORD" in refused.text()) == (2, True)
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            port = listening.getsockname()[1]
+        page = processes.run("web", "--port", str(port), web_password=PASSWORD)
+        wait_until(lambda: f":{port}/" in page.text(), 60, "the address to be told")
+
+        def is_served() -> bool:
+            try:
+                return httpx.get(f"http://127.0.0.1:{port}/login", trust_env=False, timeout=30).status_code == 200
+            except httpx.ConnectError:
+                return False
+
+        wait_until(is_served, 60, "the page to be served")
+        assert page.stop(60) in (0, -signal.SIGTERM)
 
 
 # ------------------------------------------------------------------------------------------- what is refused
