@@ -50,9 +50,7 @@ def main() -> int:
         chosen = sorted(unkilled, key=lambda mutant: known.get(mutant.name) == SURVIVED)[: arguments.most]
     if arguments.sample:
         chosen = random.Random(arguments.seed).sample(chosen, arguments.sample)
-    killers = Trial(chosen, arguments.wide).run(arguments.at_once)
-    if not arguments.sample:
-        write_page(read_killers() | killers)
+    killers = Trial(chosen, arguments.wide, is_written=not arguments.sample).run(arguments.at_once)
     survivors = [name for name, killer in killers.items() if killer == SURVIVED]
     print(f"{len(killers) - len(survivors)} of {len(killers)} mutants killed", *survivors, sep="\n  survived: ")
     return 1 if survivors or not killers else 0
@@ -78,11 +76,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Trial:
-    """Mutants that are tried, several at a time."""
+    """Mutants that are tried, several at a time. With *is_written* each killer goes to the page when it is known."""
 
-    def __init__(self, mutants: list[Mutant], wide: bool) -> None:
+    def __init__(self, mutants: list[Mutant], wide: bool, is_written: bool) -> None:
         self.waiting = deque(mutants)
         self.wide = wide
+        self.is_written = is_written
         self.killers: dict[str, str] = {}
         self.lock = Lock()
 
@@ -91,8 +90,14 @@ class Trial:
         threads = [Thread(target=self.work) for _ in range(at_once)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            print("those that are being tried are the last ones", flush=True)
+            self.waiting.clear()
+            for thread in threads:
+                thread.join()
         return self.killers
 
     def work(self) -> None:
@@ -107,6 +112,8 @@ class Trial:
                     killer = SURVIVED
                 with self.lock:
                     self.killers[mutant.name] = killer
+                    if self.is_written:
+                        write_page(read_killers() | self.killers)
                     print(f"{mutant.name}\n    {killer} ({time.monotonic() - began_at:.0f} s)", flush=True)
 
     def next(self) -> Mutant | None:
