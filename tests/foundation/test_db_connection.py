@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+import structlog
 from psycopg_pool import PoolTimeout
 
 import batchq
@@ -901,7 +902,7 @@ def test_logs_never_show_a_password(log_format: str, capsys: pytest.CaptureFixtu
         try:
             raise psycopg.OperationalError(f"no answer from {dsn}")
         except psycopg.Error:
-            log.get_logger().exception("failed")
+            structlog.get_logger("a handler's").exception("failed")
     finally:
         root.handlers[:], root.level = before
     written = capsys.readouterr().err
