@@ -779,7 +779,7 @@ def requeue(queue: str, requeues: Sequence[Requeue]) -> Statement:
         "queue": queue,
         "ids": list(ids),
         "tokens": list(tokens),
-        "delays": list(delays),
+        "delays": [None if delay is None else float(delay) for delay in delays],  # a list has one type
         "give_backs": list(give_backs),
         "errors": list(errors),
     }

@@ -165,6 +165,14 @@ def test_a_requeue_gives_the_attempt_back_only_if_told_to(
     assert (row["run_at"] == run_at) is gives_back
 
 
+def test_whole_and_fractional_delays_go_in_one_requeue(conn: Conn) -> None:
+    snoozed, failed, released = processing(conn), processing(conn), processing(conn)
+    requeues = Requeue(*snoozed, 60, True), Requeue(*failed, 7.5, False), Requeue(*released, None, True)
+    assert requeue(conn, *requeues) == {snoozed.id, failed.id, released.id}
+    query = "SELECT round(extract(epoch FROM run_at - now()))::integer FROM batchq.batches WHERE id <> %s ORDER BY id"
+    assert [delay >= 0 for delay in values(conn, query, [released.id])] == [True, True]
+
+
 def test_counters_items_and_cursor_move_together(conn: Conn, taken: Taken) -> None:
     step("item 0 has failed, 1 is done: now 0 succeeds, 2 fails, 3 is done")
     progress = Progress(2, 0, [failure(2)], [0], 2, False, '{"at": 4}', done_before=1, failed_before=1)
