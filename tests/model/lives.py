@@ -34,6 +34,7 @@ MOST_OPEN = 4  # transactions of handlers
 which = st.integers(0, 5)
 queues = st.sampled_from([QUEUES[0], *QUEUES])
 priorities = st.sampled_from([0, 0, 5])
+seldom = st.sampled_from([False, False, False, False, True])
 mostly = st.sampled_from([True, True, True, False])
 some_items = st.frozensets(st.integers(0, 4), max_size=3)
 ENDS = ("returns", "raises", "is invalid", "snoozes", "snoozes for long", "cancels", "is stopped", "has a result")
@@ -271,14 +272,23 @@ class Lives(RuleBasedStateMachine):
 
     @precondition(lambda self: any(held.chunk for held in self.held))
     @rule(
-        which=which, failing=some_items, beyond_cure=st.booleans(), commits=st.sampled_from([True, True, True, False])
+        which=which,
+        failing=some_items,
+        beyond_cure=st.booleans(),
+        commits=mostly,
+        is_paused=seldom,
+        is_again=seldom,
     )
-    def end_chunk(self, which: int, failing: frozenset[int], beyond_cure: bool, commits: bool) -> None:
+    def end_chunk(
+        self, which: int, failing: frozenset[int], beyond_cure: bool, commits: bool, is_paused: bool, is_again: bool
+    ) -> None:
         """A handler has worked a chunk: its rows and the checkpoint commit together; or it fails, and they do not."""
         working = [held for held in self.held if held.chunk]
         held = working[-1 - which % len(working)]
         chunk = held.chunk
         assert chunk
+        if is_paused:
+            self.paused(held)
         if held.conn is None:
             self.open(held, chunk.transaction())
         assert held.conn
@@ -299,7 +309,9 @@ class Lives(RuleBasedStateMachine):
             self.lost(held, "committed a chunk, too late")
             return
         self.model.effects.update((held.id, index) for index in chunk.indexes)
-        self.took_over(held, saved, held.transaction.write())
+        self.took_over(held, saved, held.batch.checkpoint_statement(held.transaction.progress))
+        if is_again:
+            self.write_again(held)
         self.happened("committed a chunk with failures" if saved.failures else "committed a chunk")
 
     def roll_back(self, held: Held) -> None:
@@ -328,10 +340,12 @@ class Lives(RuleBasedStateMachine):
         assert (held.batch.items_done, held.batch.items_failed) == (held.done, held.failed)
 
     @precondition(lambda self: any(held.chunk is None and not held.completed for held in self.held))
-    @rule(which=which, cursor=st.integers(0, 9))
-    def checkpoint(self, which: int, cursor: int) -> None:
+    @rule(which=which, cursor=st.integers(0, 9), is_paused=seldom)
+    def checkpoint(self, which: int, cursor: int, is_paused: bool) -> None:
         """A handler saves its own cursor."""
         held = self.one_idle(which)
+        if is_paused:
+            self.paused(held)
         saved = Saved(held.done, held.failed, cursors=(cursor,))
         is_mine = self.model.checkpoint(held.id, held.token, saved)
         statement = held.batch.checkpoint_statement(
@@ -351,9 +365,11 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: any(held.last for held in self.held))
     @rule(which=which)
     def checkpoint_again(self, which: int) -> None:
-        """The answer to a checkpoint's COMMIT was lost, so it is written again, maybe late."""
         saved_ones = [held for held in self.held if held.last]
-        held = saved_ones[-1 - which % len(saved_ones)]
+        self.write_again(saved_ones[-1 - which % len(saved_ones)])
+
+    def write_again(self, held: Held) -> None:
+        """The answer to a checkpoint's COMMIT was lost, so it is written again, maybe late."""
         assert held.last
         saved, statement = held.last
         is_mine = self.model.checkpoint(held.id, held.token, saved)
@@ -362,10 +378,17 @@ class Lives(RuleBasedStateMachine):
         self.happened("wrote a checkpoint again" if is_mine else "wrote a checkpoint again, in vain")
 
     @precondition(lambda self: any(held.chunk is None and not held.completed for held in self.held))
-    @rule(which=which, result=st.sampled_from([None, 7]), cursor=st.sampled_from([UNCHANGED, UNCHANGED, 5]))
-    def transaction(self, which: int, result: Any, cursor: Any) -> None:
+    @rule(
+        which=which,
+        result=st.sampled_from([None, 7]),
+        cursor=st.sampled_from([UNCHANGED, UNCHANGED, 5]),
+        is_paused=seldom,
+    )
+    def transaction(self, which: int, result: Any, cursor: Any, is_paused: bool) -> None:
         """A handler's own transaction: its row and the completion, or its row and the checkpoint."""
         held = self.one_idle(which)
+        if is_paused:
+            self.paused(held)
         completes = cursor is UNCHANGED
         if completes and held.batch.items_total is not None and not held.has_worked_all:
             with pytest.raises(InvalidInput):
@@ -395,11 +418,13 @@ class Lives(RuleBasedStateMachine):
     # ------------------------------------------------------------------------------------------------------ how it ends
 
     @precondition(lambda self: any(held.chunk is None for held in self.held))
-    @rule(which=which, how=st.sampled_from(ENDS), waits=st.sampled_from([False, False, True]))
-    def end(self, which: int, how: str, waits: bool) -> None:
+    @rule(which=which, how=st.sampled_from(ENDS), waits=seldom, is_paused=seldom)
+    def end(self, which: int, how: str, waits: bool, is_paused: bool) -> None:
         """A handler ends; the finisher writes that at once, or it waits until there is more to write."""
         ending = [held for held in self.held if held.chunk is None]
         held = ending[-1 - which % len(ending)]
+        if is_paused:
+            self.paused(held)
         handler = self.real.handlers[held.batch.kind]
         error = self.error_of(how)
         if error is not None:
@@ -617,11 +642,14 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(which=which)
     def pause(self, which: int) -> None:
+        self.paused(self.one_held(which))
+
+    def paused(self, held: Held) -> None:
         """A worker is paused beyond its lease, and another has its batch: what it does later must change nothing."""
-        held = self.one_held(which)
         row = self.model.held(held.id, held.token)
         if row is not None:
-            self.real.conn.execute("UPDATE batchq.batches_live SET lease_expires_at = 'epoch' WHERE id = %s", [row.id])
+            lease_of = "UPDATE batchq.batches_live SET lease_expires_at = 'epoch' WHERE id = %s"
+            self.real.conn.execute(lease_of, [row.id])
             row.lease = "ran out"
             self.rescue(row.queue, 100)
             self.claim((self.real.workers.index(held.worker) + 1) % 3, row.queue, row.priority, 3, KINDS, True)
