@@ -15,7 +15,7 @@ log = get_logger()
 
 
 class StopSignals:
-    """Catches SIGTERM, SIGINT and SIGHUP from now on; but one that is ignored stays so (nohup ignores SIGHUP).
+    """Catches SIGTERM, SIGINT and SIGHUP from now on; but a SIGHUP that is ignored, as by nohup, stays so.
 
     Before `follow` a signal ends the process at once, with code 0: nothing is in hand yet. A handler of our own is
     needed for that too: the first process of a container gets no signal that it has no handler for.
@@ -30,7 +30,7 @@ class StopSignals:
         self.lock = threading.Lock()
         threading.Thread(target=self.run, name="batchq-signals", daemon=True).start()
         for number in STOPPING:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda number, _: self.signals.put(number))
 
     def follow(self, first: Callable[[], None], second: Callable[[], None], seconds: float | None = None) -> None:

@@ -19,7 +19,7 @@ from tests.support.steps import step
 from tests.support.waiting import wait_until
 
 COMMANDS = ("migrate", "check", "demo", "worker", "workers", "enqueue", "status", "monitor", "show", "cancel", "retry")
-COMMANDS += ("prune", "watch", "logs", "top", "doctor")
+COMMANDS += ("watch", "logs", "top", "web", "doctor")
 COMMANDS += ("prune", "snooze", "priority", "move", "pause", "resume", "drain", "audit")
 TODAY = "(now() AT TIME ZONE 'UTC')::date"
 

@@ -152,6 +152,11 @@ def test_a_running_worker_heeds_a_pause_and_its_end(conn: Conn, dsn: str) -> Non
         wait_until(lambda: left(conn) == set(), 20, "the rest to be worked")
 
 
+def test_a_pause_of_nothing_is_refused(conn: Conn) -> None:
+    with pytest.raises(psycopg.errors.CheckViolation, match="pauses_name_something"):
+        conn.execute("INSERT INTO batchq.pauses (reason) VALUES ('everything?')")
+
+
 def test_a_pause_ends_by_itself(conn: Conn, dsn: str) -> None:
     call(conn, "pause", queue="default", until=value(conn, "SELECT now() + interval '2 seconds'"))
     insert(conn, kind="a")
