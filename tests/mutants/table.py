@@ -29,6 +29,7 @@ POSITION, ACTIONS, CREATE, FORGET, PARTS, TRANSACTIONS, TOTALS = (
     f"component/test_{name}.py"
     for name in ("positions", "verbs", "batch_create", "keep_completed", "worker_parts", "transactions", "items_total")
 )
+LOOKS = "component/test_looks.py"
 BULK_ACTIONS = "component/test_bulk_verbs.py"
 CONNECTIONS = "foundation/test_db_connection.py"
 SECTION_END = re.compile(r'^"""$|\n\n\n|^\$\$;', re.MULTILINE)
@@ -122,7 +123,7 @@ MUTANTS = [
     ),
     *of(
         "def give_back_claim(",
-        (CLAIM, PARTS),
+        (LOOKS, CLAIM, PARTS),
         [
             ("WHERE queue = %(queue)s", "WHERE true", "a write names its queue"),
             ("AND claim_token = %(token)s", "AND true", "only what the lost claim took is given back"),
@@ -131,7 +132,7 @@ MUTANTS = [
     ),
     *of(
         "READY: LiteralString",
-        (CLAIM, POSITION),
+        (LOOKS, CLAIM, POSITION),
         [
             ("b.queue = %(queue)s", "true", "looks are of one queue"),
             ("AND b.status = 'pending'", "", "what is claimed is not ready"),
@@ -143,7 +144,7 @@ MUTANTS = [
     ),
     *of(
         "CREATE FUNCTION batchq.has_ready",
-        (CLAIM, POSITION),
+        (LOOKS, CLAIM, POSITION),
         [
             ("b.queue = in_queue", "true", "looks are of one queue"),
             ("AND b.status = 'pending'", "", "what is claimed is not ready"),
@@ -156,7 +157,7 @@ MUTANTS = [
     ),
     *of(
         "def has_ready_between(",
-        (CLAIM, POSITION),
+        (LOOKS, CLAIM, POSITION),
         [
             (
                 "AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)",
@@ -174,7 +175,7 @@ MUTANTS = [
     ),
     *of(
         "def has_unknown_priority(",
-        CLAIM,
+        (LOOKS, CLAIM),
         [
             ("AND b.status = 'pending'", "", "only what waits has a priority to learn"),
             ("AND b.priority > gap.above", "", "known priorities are known"),
