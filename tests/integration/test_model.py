@@ -1,6 +1,6 @@
 """Random lives of batches, from several connections: after every step the rows are those of a simple model.
 
-BATCHQ_MODEL_STEPS: about how many steps are taken, 1,500 by default; BATCHQ_MODEL_SEED: other lives.
+BATCHQ_MODEL_STEPS: about how many steps are taken, 4,000 by default; BATCHQ_MODEL_SEED: other lives.
 A life that fails is made shorter, and its steps are printed.
 """
 
@@ -18,8 +18,25 @@ from tests.support.alone import run_alone
 from tests.support.steps import step
 
 STEPS_A_LIFE = 50
-STEPS = int(os.environ.get("BATCHQ_MODEL_STEPS") or 1_500)
+USUAL_STEPS = 4_000
+STEPS = int(os.environ.get("BATCHQ_MODEL_STEPS") or USUAL_STEPS)
 SEED = os.environ.get("BATCHQ_MODEL_SEED")
+MUST_HAPPEN = {
+    "began a chunk of items that had failed",
+    "committed a chunk",
+    "committed a chunk with failures",
+    "committed a chunk, too late",
+    "committed a transaction, too late",
+    "extended nothing",
+    "gave a claim back",
+    "not enqueued: its key is taken",
+    "pruned",
+    "rescued: failed",
+    "rescued: pending",
+    "wrote a checkpoint again, in vain",
+    "wrote outcomes",
+    "wrote outcomes, some too late",
+}
 
 
 @pytest.fixture
@@ -46,6 +63,7 @@ def test_rows_are_those_of_the_model_after_every_step(real: Reality) -> None:
     run_state_machine_as_test(lives, settings=limits)
     step("%s steps without a violation; what happened: %s", Lives.steps, dict(sorted(Lives.seen.items())))
     assert Lives.steps >= STEPS * 0.5
+    assert STEPS < USUAL_STEPS or not MUST_HAPPEN - Lives.seen.keys()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from batchq.execution import Outcome
 from batchq.finisher import pieces
 from batchq.queries import ClaimedRow, Statement
 from tests.model import reality
-from tests.model.reality import KINDS, LATER_SECONDS, LEASE_SECONDS, QUEUES, Reality, Worker, item
+from tests.model.reality import AT_ONCE, KINDS, LATER_SECONDS, LEASE_SECONDS, QUEUES, Reality, Worker, item
 from tests.model.state import FINAL, Failure, Model, Row, Saved
 
 LATER = 2 * LATER_SECONDS
@@ -31,16 +31,18 @@ PRUNE_DAYS = 30
 OLD_DAYS = 40
 MOST_OPEN = 4  # transactions of handlers
 
+MOSTLY_VALID = 4
 which = st.integers(0, 5)
 queues = st.sampled_from([QUEUES[0], *QUEUES])
 priorities = st.sampled_from([0, 0, 5])
 seldom = st.sampled_from([False, False, False, False, True])
 mostly = st.sampled_from([True, True, True, False])
 some_items = st.frozensets(st.integers(0, 4), max_size=3)
+VERBS = ("cancel", "retry", "retry whole", "retry failed items", "snooze", "snooze for long", "set priority", "move")
 ENDS = ("returns", "raises", "is invalid", "snoozes", "snoozes for long", "cancels", "is stopped", "has a result")
 
 
-@dataclass
+@dataclass(eq=False)
 class Held:
     """A batch that a worker claimed, for as long as that worker believes it is its own, or longer: it may be paused.
 
@@ -53,6 +55,7 @@ class Held:
     keep: bool
     done: int
     failed: int
+    handler: str
     used_chunks: bool = False
     ends_with_finish: bool = False
     completed: bool = False
@@ -116,7 +119,7 @@ class Lives(RuleBasedStateMachine):
     def agrees(self) -> None:
         type(self).steps += 1
         rows = self.real.rows()
-        assert rows == self.model.rows
+        assert rows == self.model.rows, difference(rows, self.model.rows)
         assert all(row.failed == len(row.failures) for row in rows.values())
         assert self.real.effects() == self.model.effects
         if self.steps % INVARIANTS_EACH_STEPS == 0:
@@ -131,7 +134,13 @@ class Lives(RuleBasedStateMachine):
 
     def one_held(self, number: int) -> Held:
         """Return one of the claims, the newest first."""
-        return self.held[-1 - number % len(self.held)]
+        return self.one_of(self.held, number)
+
+    def one_of(self, held: list[Held], number: int) -> Held:
+        """Return one of these claims, the newest first; mostly one that has its batch still, if there is one."""
+        valid = [one for one in held if self.model.held(one.id, one.token)]
+        chosen = valid if valid and number < MOSTLY_VALID else held
+        return chosen[-1 - number % len(chosen)]
 
     def one_row(self, number: int, *statuses: str) -> Row | None:
         """Return one of the batches with such a status, if there is one, the newest first."""
@@ -145,7 +154,7 @@ class Lives(RuleBasedStateMachine):
         kind=st.sampled_from(KINDS),
         queue=queues,
         priority=priorities,
-        items=st.sampled_from([None, None, 0, 1, 3, 5]),
+        items=st.sampled_from([None, 0, 1, 3, 5, 5]),
         is_due=mostly,
         unique_key=st.sampled_from([None, None, "a", "b"]),
         max_attempts=st.sampled_from([1, 2, 4]),
@@ -188,7 +197,7 @@ class Lives(RuleBasedStateMachine):
         claim = Claim(queue, token, worker.runtimes[keep], 0.0)
         for row in rows:
             self.model.claim(row.id, worker.name, token)
-            self.held.append(Held(worker, Batch(row, claim), keep, row.items_done, row.items_failed))
+            self.held.append(Held(worker, Batch(row, claim), keep, row.items_done, row.items_failed, row.kind))
         self.happened("claimed" if rows else "claimed nothing")
 
     def in_order_of_claims(self, rows: list[Row]) -> list[int]:
@@ -196,8 +205,6 @@ class Lives(RuleBasedStateMachine):
         query = "SELECT id FROM batchq.batches WHERE id = ANY (%s) ORDER BY run_at, id"
         return self.real.values(query, [[row.id for row in rows]])
 
-    @precondition(lambda self: self.held)
-    @rule(which=which)
     def give_back_claim(self, which: int) -> None:
         """The answer to a claim was lost: whatever it claimed goes back."""
         held = self.one_held(which)
@@ -210,11 +217,14 @@ class Lives(RuleBasedStateMachine):
 
     # --------------------------------------------------------------------------------------------------- a batch's work
 
-    @precondition(lambda self: any(held.chunk is None and not held.completed for held in self.held))
+    @precondition(lambda self: self.idle())
     @rule(which=which, size=st.integers(1, 3), opens=st.booleans())
     def begin_chunk(self, which: int, size: int, opens: bool) -> None:
         """A handler asks for its next chunk, and begins the transaction of its own rows, or does so later."""
-        held = self.one_idle(which)
+        self.next_chunk_of(self.one_idle(which), size, opens)
+
+    def next_chunk_of(self, held: Held, size: int, opens: bool) -> None:
+        """Ask for a handler's next chunk."""
         held.used_chunks = True
         try:
             held.chunk = next(iter(held.batch.chunks(size)), None)
@@ -230,10 +240,18 @@ class Lives(RuleBasedStateMachine):
             if opens and sum(other.conn is not None for other in self.held) < MOST_OPEN:
                 self.open(held, held.chunk.transaction())
 
+    def idle(self) -> list[Held]:
+        """Return the claims whose handler is between two chunks."""
+        return [held for held in self.ending() if not held.completed]
+
+    def ending(self) -> list[Held]:
+        """Return the claims whose handler may end now."""
+        ended = [held for held, *_ in self.unwritten]
+        return [held for held in self.held if held.chunk is None and held not in ended]
+
     def one_idle(self, number: int) -> Held:
         """Return one of the claims whose handler is between two chunks, the newest first."""
-        idle = [held for held in self.held if held.chunk is None and not held.completed]
-        return idle[-1 - number % len(idle)]
+        return self.one_of(self.idle(), number)
 
     def next_indexes(self, held: Held, size: int) -> list[int]:
         """Return which items the next chunk has."""
@@ -270,6 +288,15 @@ class Lives(RuleBasedStateMachine):
         held.batch.interrupt = None
         self.happened(what)
 
+    @precondition(lambda self: self.idle())
+    @rule(which=which, size=st.integers(1, 3), failing=some_items, is_paused=seldom, is_again=seldom)
+    def work_chunk(self, which: int, size: int, failing: frozenset[int], is_paused: bool, is_again: bool) -> None:
+        """A handler asks for its next chunk and works it, nothing between but maybe a pause."""
+        held = self.one_idle(which)
+        self.next_chunk_of(held, size, opens=False)
+        if held.chunk is not None:
+            self.end_chunk_of(held, failing, False, True, is_paused, is_again)
+
     @precondition(lambda self: any(held.chunk for held in self.held))
     @rule(
         which=which,
@@ -284,7 +311,12 @@ class Lives(RuleBasedStateMachine):
     ) -> None:
         """A handler has worked a chunk: its rows and the checkpoint commit together; or it fails, and they do not."""
         working = [held for held in self.held if held.chunk]
-        held = working[-1 - which % len(working)]
+        self.end_chunk_of(self.one_of(working, which), failing, beyond_cure, commits, is_paused, is_again)
+
+    def end_chunk_of(
+        self, held: Held, failing: frozenset[int], beyond_cure: bool, commits: bool, is_paused: bool, is_again: bool
+    ) -> None:
+        """End a handler's chunk."""
         chunk = held.chunk
         assert chunk
         if is_paused:
@@ -339,7 +371,7 @@ class Lives(RuleBasedStateMachine):
         held.last = saved, statement
         assert (held.batch.items_done, held.batch.items_failed) == (held.done, held.failed)
 
-    @precondition(lambda self: any(held.chunk is None and not held.completed for held in self.held))
+    @precondition(lambda self: self.idle())
     @rule(which=which, cursor=st.integers(0, 9), is_paused=seldom)
     def checkpoint(self, which: int, cursor: int, is_paused: bool) -> None:
         """A handler saves its own cursor."""
@@ -366,7 +398,7 @@ class Lives(RuleBasedStateMachine):
     @rule(which=which)
     def checkpoint_again(self, which: int) -> None:
         saved_ones = [held for held in self.held if held.last]
-        self.write_again(saved_ones[-1 - which % len(saved_ones)])
+        self.write_again(self.one_of(saved_ones, which))
 
     def write_again(self, held: Held) -> None:
         """The answer to a checkpoint's COMMIT was lost, so it is written again, maybe late."""
@@ -377,7 +409,7 @@ class Lives(RuleBasedStateMachine):
             assert conn.execute(*statement).rowcount == is_mine
         self.happened("wrote a checkpoint again" if is_mine else "wrote a checkpoint again, in vain")
 
-    @precondition(lambda self: any(held.chunk is None and not held.completed for held in self.held))
+    @precondition(lambda self: self.idle())
     @rule(
         which=which,
         result=st.sampled_from([None, 7]),
@@ -417,15 +449,14 @@ class Lives(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------------------ how it ends
 
-    @precondition(lambda self: any(held.chunk is None for held in self.held))
+    @precondition(lambda self: self.ending())
     @rule(which=which, how=st.sampled_from(ENDS), waits=seldom, is_paused=seldom)
     def end(self, which: int, how: str, waits: bool, is_paused: bool) -> None:
         """A handler ends; the finisher writes that at once, or it waits until there is more to write."""
-        ending = [held for held in self.held if held.chunk is None]
-        held = ending[-1 - which % len(ending)]
+        held = self.one_of(self.ending(), which)
         if is_paused:
             self.paused(held)
-        handler = self.real.handlers[held.batch.kind]
+        handler = self.real.handlers[held.handler]
         error = self.error_of(how)
         if error is not None:
             outcome = execution.raised(held.batch, handler, error)
@@ -463,10 +494,14 @@ class Lives(RuleBasedStateMachine):
                 return Outcome("failed", error="InvalidInput: no")
         return self.again_or_failed(held, "ValueError: no")
 
+    def back_off(self, held: Held) -> float:
+        """Return how long a failed attempt waits for the next."""
+        return 0 if held.handler in AT_ONCE else LATER
+
     def again_or_failed(self, held: Held, error: str) -> Outcome:
         """Return the outcome of a failed attempt."""
         if held.batch.attempt < held.batch.max_attempts:
-            return Outcome("pending", error=error, delay_seconds=LATER)
+            return Outcome("pending", error=error, delay_seconds=self.back_off(held))
         return Outcome("failed", error=error)
 
     def expected_return(self, held: Held, result: Any) -> Outcome:
@@ -488,12 +523,12 @@ class Lives(RuleBasedStateMachine):
         first = failures[min(failures)].error if failures else None
         text = f"{held.failed} of {held.total} items failed; the first: {first}"
         if held.batch.attempt < held.batch.max_attempts and any(f.retryable for f in failures.values()):
-            return Outcome("pending", error=text, delay_seconds=LATER)
+            return Outcome("pending", error=text, delay_seconds=self.back_off(held))
         if held.failed <= held.batch.max_failed_items:
             return Outcome("completed", result)
         return Outcome("failed", error=text)
 
-    @precondition(lambda self: any(held.chunk is None and not held.completed for held in self.held))
+    @precondition(lambda self: self.idle())
     @rule(
         which=which,
         kind=st.sampled_from(["plain", "transactional"]),
@@ -503,7 +538,7 @@ class Lives(RuleBasedStateMachine):
     def run_item_handler(self, which: int, kind: str, failing: frozenset[int], dies: bool) -> None:
         """An item handler works all that is left; its worker may die before that is written."""
         held = self.one_idle(which)
-        self.real.failing, self.real.batch_id = failing, held.id
+        self.real.failing, self.real.batch_id, held.handler = failing, held.id, kind
         outcome = execution.run(held.batch, self.real.handlers[kind])
         expected = self.expected_run(held, kind == "transactional", failing)
         self.happened(f"ran a {kind} item handler, {'too late' if expected.written else 'and all was committed'}")
@@ -556,7 +591,7 @@ class Lives(RuleBasedStateMachine):
 
     def put(self, held: Held, outcome: Outcome, expected: Outcome, waits: bool) -> None:
         """Hand an outcome to the finisher, after a look at it."""
-        assert told(outcome) == expected
+        assert told(outcome) == expected, f"is: {told(outcome)}, should: {expected}"
         self.unwritten.append((held, outcome, expected))
         if not waits:
             self.write()
@@ -582,9 +617,9 @@ class Lives(RuleBasedStateMachine):
         expected = {id(held.batch): (held, outcome) for held, _, outcome in mine}
         for (queue, way), entries in finisher.by_target(group).items():
             for piece in pieces(entries) if way == "complete" else [entries]:
-                lost = {id(entry.batch) for entry in finisher.write(queue, piece)}
-                written = [self.end_in_model(*expected[id(entry.batch)]) for entry in piece]
-                assert lost == {id(entry.batch) for entry, is_mine in zip(piece, written, strict=True) if not is_mine}
+                lost = {entry.batch.id for entry in finisher.write(queue, piece)}
+                written = {entry.batch.id for entry in piece if self.end_in_model(*expected[id(entry.batch)])}
+                assert lost == {entry.batch.id for entry in piece} - written
                 self.happened("wrote outcomes, some too late" if lost else "wrote outcomes")
 
     def end_in_model(self, held: Held, outcome: Outcome) -> bool:
@@ -615,7 +650,23 @@ class Lives(RuleBasedStateMachine):
             row.lease = "running"
         self.happened("extended leases" if leases.extended else "extended nothing")
 
-    @rule(which=which)
+    @precondition(lambda self: self.held)
+    @rule(
+        which=which,
+        what=st.sampled_from(["runs out", "rescue", "rescue one", "pause", "claim is given back"]),
+        queue=queues,
+    )
+    def leases(self, which: int, what: str, queue: str) -> None:
+        match what:
+            case "runs out":
+                self.lease_runs_out(which)
+            case "pause":
+                self.paused(self.one_held(which))
+            case "claim is given back":
+                self.give_back_claim(which)
+            case _:
+                self.rescue(queue, 1 if what == "rescue one" else 100)
+
     def lease_runs_out(self, which: int) -> None:
         """A worker is paused, or dead, for its whole lease."""
         if row := self.one_row(which, "processing"):
@@ -624,7 +675,6 @@ class Lives(RuleBasedStateMachine):
             row.lease = "ran out"
             self.happened("a lease ran out")
 
-    @rule(queue=queues, limit=st.sampled_from([1, 100]))
     def rescue(self, queue: str, limit: int) -> None:
         """A keeper takes back what has no worker."""
         dead = [row.id for row in self.model.rows.values() if row.queue == queue and row.lease == "ran out"]
@@ -639,11 +689,6 @@ class Lives(RuleBasedStateMachine):
         for status in statuses.values():
             self.happened(f"rescued: {status}")
 
-    @precondition(lambda self: self.held)
-    @rule(which=which)
-    def pause(self, which: int) -> None:
-        self.paused(self.one_held(which))
-
     def paused(self, held: Held) -> None:
         """A worker is paused beyond its lease, and another has its batch: what it does later must change nothing."""
         row = self.model.held(held.id, held.token)
@@ -656,19 +701,34 @@ class Lives(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------------------- for people
 
+    @rule(which=which, verb=st.sampled_from(VERBS), priority=priorities, queue=st.sampled_from(QUEUES))
+    def person(self, which: int, verb: str, priority: int, queue: str) -> None:
+        """A person does something to a batch."""
+        match verb:
+            case "cancel":
+                self.cancel(which)
+            case "retry" | "retry whole":
+                self.retry(which, verb == "retry whole")
+            case "retry failed items":
+                self.retry_failed_items(which)
+            case "snooze" | "snooze for long":
+                self.snooze(which, verb == "snooze")
+            case "set priority":
+                self.set_priority(which, priority)
+            case "move":
+                self.move(which, queue)
+
     def any_id(self, number: int) -> int:
         """Return the id of a batch, or one that there is not."""
         row = self.one_row(number, "pending", "processing", *FINAL)
         return row.id if row else UNKNOWN_ID
 
-    @rule(which=which)
     def cancel(self, which: int) -> None:
         batch_id = self.any_id(which)
         status = self.real.values("SELECT batchq.cancel(%s, 'no')", [batch_id])
         assert status == [self.model.cancel(batch_id, "no")]
         self.happened(f"asked to cancel: {status[0]}")
 
-    @rule(which=which, whole=st.booleans())
     def retry(self, which: int, whole: bool) -> None:
         batch_id = self.any_id(which)
         try:
@@ -681,7 +741,6 @@ class Lives(RuleBasedStateMachine):
             assert self.real.values("SELECT batchq.retry(%s, %s)", [batch_id, whole]) == [expected]
             self.happened(f"asked to retry: {expected}")
 
-    @rule(which=which)
     def retry_failed_items(self, which: int) -> None:
         row = self.one_row(which, *FINAL)
         if row is None or self.model.twin(row.queue, row.kind, row.unique_key):
@@ -690,7 +749,6 @@ class Lives(RuleBasedStateMachine):
         assert self.real.values("SELECT batchq.retry_items(%s)", [row.id]) == [expected]
         self.happened("had failed items retried" if expected == "pending" else "no failed items to retry")
 
-    @rule(which=which, is_due=st.booleans())
     def snooze(self, which: int, is_due: bool) -> None:
         batch_id = self.any_id(which)
         row = self.model.rows.get(batch_id)
@@ -701,7 +759,6 @@ class Lives(RuleBasedStateMachine):
             row.is_due = is_due
             self.happened("snoozed by a person")
 
-    @rule(which=which, priority=priorities)
     def set_priority(self, which: int, priority: int) -> None:
         batch_id = self.any_id(which)
         row = self.model.rows.get(batch_id)
@@ -711,7 +768,6 @@ class Lives(RuleBasedStateMachine):
             row.priority = priority
             self.happened("had its priority set")
 
-    @rule(which=which, queue=st.sampled_from(QUEUES))
     def move(self, which: int, queue: str) -> None:
         batch_id = self.any_id(which)
         row = self.model.rows.get(batch_id)
@@ -727,7 +783,13 @@ class Lives(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------------------ maintenance
 
-    @rule(which=which)
+    @rule(which=which, what=st.sampled_from(["a batch becomes old", "prune", "prune a partition"]))
+    def maintain(self, which: int, what: str) -> None:
+        if what == "a batch becomes old":
+            self.time_passes(which)
+        else:
+            self.prune(has_partition=what == "prune a partition")
+
     def time_passes(self, which: int) -> None:
         """A finished batch becomes old."""
         if row := self.one_row(which, *FINAL):
@@ -738,7 +800,6 @@ class Lives(RuleBasedStateMachine):
             row.is_old = True
             self.happened("a batch became old")
 
-    @rule(has_partition=st.sampled_from([False, False, False, True]))
     def prune(self, has_partition: bool) -> None:
         """A keeper drops what is old, a partition of those days with it if there is one."""
         if has_partition:
@@ -748,6 +809,12 @@ class Lives(RuleBasedStateMachine):
             queries.prune(conn, PRUNE_DAYS)
         self.happened("pruned" if any(row.is_old for row in self.model.rows.values()) else "had nothing to prune")
         self.model.prune()
+
+
+def difference(real: dict[int, Row], model: dict[int, Row]) -> str:
+    """Return the rows that differ, as they are and as the model has them."""
+    ids = [batch_id for batch_id in real.keys() | model.keys() if real.get(batch_id) != model.get(batch_id)]
+    return "\n".join(f"is:     {real.get(batch_id)}\nshould: {model.get(batch_id)}" for batch_id in ids)
 
 
 def told(outcome: Outcome) -> Outcome:
