@@ -1,6 +1,6 @@
 """Every order of two transactions that touch batches: no deadlock, no error for anybody, and a serial outcome.
 
-BATCHQ_INTERLEAVINGS: how many of the orders are tried, chosen at random by a fixed seed; `all` of them takes long.
+BATCHQ_TEST_INTERLEAVINGS: how many of the orders are tried, chosen at random by a fixed seed; `all` of them takes long.
 """
 
 import os
@@ -16,8 +16,8 @@ from tests.model.reality import drop_partitions_ahead
 from tests.support.alone import run_alone
 from tests.support.steps import step
 
-COUNT = os.environ.get("BATCHQ_INTERLEAVINGS") or "300"
-SEED = int(os.environ.get("BATCHQ_INTERLEAVINGS_SEED") or 4)
+COUNT = os.environ.get("BATCHQ_TEST_INTERLEAVINGS") or "300"
+SEED = int(os.environ.get("BATCHQ_TEST_INTERLEAVINGS_SEED") or 4)
 ONCE_WRONG = (
     "A: cancel 2 | B: move 2 | pending: B1 A1 A2 B2",
     "A: retry 2 | B: retry whole 2 | old: A1 B1 B2 A2",

@@ -1,6 +1,6 @@
 """Random lives of batches, from several connections: after every step the rows are those of a simple model.
 
-BATCHQ_MODEL_STEPS: about how many steps are taken, 4,000 by default; BATCHQ_MODEL_SEED: other lives.
+BATCHQ_TEST_MODEL_STEPS: about how many steps are taken, 4,000 by default; BATCHQ_TEST_MODEL_SEED: other lives.
 A life that fails is made shorter, and its steps are printed.
 """
 
@@ -19,8 +19,8 @@ from tests.support.steps import step
 
 STEPS_A_LIFE = 50
 USUAL_STEPS = 4_000
-STEPS = int(os.environ.get("BATCHQ_MODEL_STEPS") or USUAL_STEPS)
-SEED = os.environ.get("BATCHQ_MODEL_SEED")
+STEPS = int(os.environ.get("BATCHQ_TEST_MODEL_STEPS") or USUAL_STEPS)
+SEED = os.environ.get("BATCHQ_TEST_MODEL_SEED")
 MUST_HAPPEN = {
     "began a chunk of items that had failed",
     "committed a chunk",
