@@ -263,8 +263,13 @@ MUTANTS = [
         [
             ("b.queue = %(queue)s", "true", "a write names its queue"),
             ("AND b.claim_token = (%(tokens)s::uuid[])[given.number]", "", "fence: a late worker deletes nothing"),
-            ("AND f.batch_id = gone.id", "", "other batches' failed items stay"),
         ],
+    ),
+    *of(
+        "CREATE FUNCTION batchq.forget_failed_items(",
+        FORGET,
+        [("AND f.batch_id = of_batch", "", "other batches' failed items stay")],
+        "migrations/0024_forget_failed_items.sql",
     ),
     *of(
         "REQUEUE: LiteralString",
