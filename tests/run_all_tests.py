@@ -20,10 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.support.servers import NoServerError, running_server  # noqa: E402
-from tests.support.through import POOLED, WAYS  # noqa: E402
+from tests.support.through import POOLED, SAME_ON_ANY_SERVER, WAYS  # noqa: E402
 
 LAYERS = ("foundation", "component", "integration", "e2e")
-NAMES = f"layers ({', '.join(LAYERS)}), pooled (what a pooler may make a difference to)"
+NAMES = (
+    f"layers ({', '.join(LAYERS)}), pooled, servers (what a pooler, or a server's version, may make a difference to)"
+)
 FILE_TIMEOUT_SECONDS = 900
 INTERRUPT_SECONDS = 20
 
@@ -87,9 +89,12 @@ def find_files(what: list[str]) -> list[Path]:
 
 
 def files_of(name: str) -> list[Path]:
-    """Return the test files of one layer, those of POOLED, or the one file *name*."""
+    """Return the test files of one layer, those of a group, or the one file *name*."""
     if name == "pooled":
         return [ROOT / "tests" / file for file in POOLED]
+    if name == "servers":
+        left_out = {ROOT / "tests" / file for file in SAME_ON_ANY_SERVER}
+        return [file for layer in LAYERS for file in files_of(layer) if file not in left_out]
     if name in LAYERS:
         return list((ROOT / "tests" / name).glob("test_*.py"))
     file = Path(name).resolve()

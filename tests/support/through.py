@@ -83,3 +83,25 @@ POOLED = {
 The others look at code without a database, start their own poolers, or ask the database what no pooler changes (plans,
 triggers, views); one that opens connections or transactions in a way of its own belongs here.
 """
+
+SAME_ON_ANY_SERVER = {
+    "foundation/test_mutants.py": "reads files",
+    "foundation/test_support.py": "the tests' own tools",
+    "component/test_app.py": "asks no database",
+    "component/test_architecture.py": "reads files",
+    "component/test_bad_input.py": "the command line's and the API's refusals",
+    "component/test_cli.py": "the command line",
+    "component/test_hostile_handlers.py": "what Python code does to its own process",
+    "component/test_logs.py": "asks no database",
+    "component/test_lost_slots.py": "threads and processes",
+    "component/test_memory.py": "asks no database",
+    "component/test_soak.py": "the soak's own arithmetic",
+    "component/test_watching.py": "the terminal",
+    "component/test_wheel.py": "the package",
+    "integration/test_chaos.py": "the chaos run's own arithmetic, and a minute of it",
+    "e2e/test_deploy_files.py": "units and manifests",
+    "e2e/test_docs.py": "the documents' blocks",
+    "e2e/test_prometheus.py": "the metrics' format and rules",
+    "e2e/test_web_browser.py": "the page in a browser",
+}
+"""Files for which it does not matter which version the server has, and why: `bin/test servers` leaves them out."""
