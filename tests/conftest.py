@@ -22,6 +22,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.option.collectonly:
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _heed_signals()
     context = running_server()
     try:
         server = context.__enter__()
@@ -38,6 +39,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         direct = [item for item in items if "way" not in getattr(item, "fixturenames", [])]
         config.hook.pytest_deselected(items=direct)
         items[:] = [item for item in items if item not in direct]
+
+
+def _heed_signals() -> None:
+    """Ignore no signal that whoever started the tests may ignore (nohup, a job in the background): what the tests start
+    would ignore it too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _forget_own_settings() -> None:
