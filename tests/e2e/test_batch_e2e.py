@@ -148,7 +148,7 @@ def test_kill_9_at_any_moment_neither_loses_nor_doubles_a_row(
         running.append(processes.worker(lease_seconds=1))
 
     step("then every one of %s rows is there once, and every batch is completed", total)
-    wait_until(lambda: statuses(batches).keys() == {"completed"}, 60, "all batches to be completed")
+    wait_until(lambda: statuses(batches).keys() == {"completed"}, 150, "all batches to be completed")
     rows = ledger(batches)
     assert rows == Counter(range(total)), wrong_rows(rows, total)
     died = values(batches, "SELECT count(*) FROM batchq.batches WHERE errors::text ~ 'worker died'")
