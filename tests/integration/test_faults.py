@@ -380,7 +380,7 @@ def test_a_stop_while_the_pooler_stands_still_ends_in_time(
             step("exit code %s after %.1f s", code, time.monotonic() - began)
             assert code == 1
             assert time.monotonic() - began < 1 + 2 * (DEADLINE_SECONDS + 1)
-            assert worker.lines("the leases will bring those batches back")  # by itself, or by the limit of its end
+            assert "the leases will bring those batches back" in worker.text()  # by itself, or by the limit of its end
         finally:
             pgbouncer.thaw()
 
