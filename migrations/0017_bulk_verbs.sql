@@ -42,6 +42,10 @@ BEGIN
     verb = 'retry_items' OR (verb = 'retry' AND from_status = 'completed' AND NOT whole),
     coalesce((place ->> 0)::timestamptz, '-infinity'), coalesce((place ->> 1)::bigint, 0), most);
   matched := cardinality(found.ids);
+  IF verb IN ('set_priority', 'move') THEN  -- what is as wanted already is no match: done again, a verb leaves nothing out
+    matched := (SELECT count(*) FROM batchq.batches_live b WHERE b.id = ANY (found.ids)
+                AND (b.priority <> (change ->> 'priority')::integer OR b.queue <> change ->> 'to_queue'));
+  END IF;
   changed := 0;
   IF NOT dry_run AND matched > 0 THEN
     changed := CASE

@@ -181,7 +181,9 @@ def test_a_move_in_bulk_leaves_what_would_meet_its_key_and_takes_failed_items_al
     checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0))
     finish(conn, queries.Finish(*taken, "failed"))
     conn.execute("SELECT batchq.retry(%s)", [taken.id])
-    assert list(chunks(conn, "move", {}, 1000, to_queue="slow")) == [(5, 2)]
+    assert list(chunks(conn, "move", {}, 1000, to_queue="slow")) == [(4, 2)], (
+        "the one that is there already is no match"
+    )
     assert batch(conn, stays)["queue"] == "default"
     assert values(conn, "SELECT queue FROM batchq.failed_items") == ["slow"]
 
@@ -392,6 +394,15 @@ def test_the_audit_of_one_batch(batchq: CommandLine, conn: Conn) -> None:
     batchq("cancel", str(first), str(second), "--actor", "ann")
     [row] = batchq("audit", "--id", str(second), "--json").json
     assert (row["verb"], row["batch_id"], row["actor"]) == ("cancel", second, "ann")
+
+
+def test_a_verb_done_again_on_the_command_line_leaves_nothing_out(conn: Conn, dsn: str, tmp_path: Path) -> None:
+    for queue in ("default", "default", "slow"):
+        insert(conn, queue=queue)
+    command = CommandLine(dsn, tmp_path)
+    said = [command("move", "--all", "--to", "slow") for _ in range(2)]
+    assert [(ended.code, ended.out) for ended in said] == [(0, "2 batches moved\n"), (0, "0 batches moved\n")]
+    assert command("priority", "--all", "--to", "0", "--dry-run").out.startswith("0 batches")
 
 
 if __name__ == "__main__":
