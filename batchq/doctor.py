@@ -11,6 +11,7 @@ import psycopg
 
 from batchq import queries
 from batchq.database import connect, transaction
+from batchq.errors import ConfigError
 from batchq.migrate import all_migrations
 
 SECONDS_EACH = 5.0
@@ -36,9 +37,14 @@ def findings(
     """Yield what each check finds, one ok at least.
 
     A snapshot may be held for *patience* seconds, or *ages* transactions. What the role may
-    not see, or takes longer than *seconds*, is a note. Raises as `connect` does.
+    not see, or takes longer than *seconds*, is a note; that there is no connection is critical.
     """
-    with connect(dsn) as conn:
+    try:
+        connected = connect(dsn)
+    except (ConfigError, psycopg.OperationalError) as error:
+        yield Finding("connection", "critical", str(error), "start the server or the pooler, or correct BATCHQ_DSN")
+        return
+    with connected as conn:
         yield from schema(conn, seconds)
         yield from clock(conn, seconds)
         yield from pooler(conn, dsn, seconds)

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "database": {"errors", "forks", "queries", "settings"},
     "migrate": {"database", "errors", "queries", "settings"},
     "invariants": {"database", "queries"},
-    "doctor": {"database", "migrate", "queries"},
+    "doctor": {"database", "errors", "migrate", "queries"},
     "enqueue": {"errors", "queries", "text"},
     "app": {"errors", "retry"},
     "batch": {"database", "errors", "forks", "queries", "text"},
@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.signals": {"log"},
     "cli.pace": set(),
     "cli.top": {"cli.pace", "cli.show_tables", "settings"},
-    "cli.one_batch": {"cli.commands", "cli.pace", "cli.show_tables", "queries"},
+    "cli.one_batch": {"cli.commands", "cli.pace", "cli.show_tables", "database", "queries"},
     "cli.commands": {
         "app", "cli.enqueue_file", "cli.show_tables", "cli.signals", "cli.top", "database", "demo", "enqueue", "errors",
         "log", "memory", "migrate", "monitor", "queries", "settings", "signs", "supervisor", "worker",

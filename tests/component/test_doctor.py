@@ -15,6 +15,7 @@ from tests.component.rows import Conn, expire_lease, insert, processing, value
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
 from tests.support.poolers import PgBouncer
+from tests.support.servers import free_port
 from tests.support.steps import step
 from tests.support.supasim import SupaSim
 from tests.support.waiting import wait_until
@@ -165,6 +166,15 @@ def test_the_poolers_mode_is_found_by_its_behaviour(
 def test_exit_code_is_that_of_the_worst() -> None:
     codes = [doctor.exit_code([Finding("x", "ok", ""), Finding("x", severity, "")]) for severity in doctor.SEVERITIES]
     assert codes == [0, 0, 1, 2]
+
+
+def test_no_connection_is_critical(tmp_path: Path) -> None:
+    ended = CommandLine(f"postgresql://u:secret@127.0.0.1:{free_port()}/x", tmp_path)("doctor", "--json")
+    assert ended.code == 2
+    (finding,) = ended.json
+    assert (finding["check"], finding["severity"]) == ("connection", "critical")
+    assert "refused" in finding["evidence"]
+    assert "secret" not in ended.out
 
 
 if __name__ == "__main__":
