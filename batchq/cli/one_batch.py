@@ -102,12 +102,12 @@ def told(row: dict[str, Any], pace: Pace) -> str:
 
 
 def logs(options: Namespace) -> int:
-    """Tell the attempts of one batch, with their errors, oldest first; 2 if there is no such batch."""
+    """Tell the attempts of one batch, with their errors, oldest first; 1 if there is no such batch, as `show`."""
     with database(options) as conn:
         batch = queries.batch_object(conn, options.id, inputs_as_text=True)
     if batch is None:
         print(f"batchq: there is no batch {options.id}", file=sys.stderr)
-        return NO_SUCH_BATCH
+        return 1
     for event in history(batch):
         print(json.dumps(event, ensure_ascii=False) if options.json else event_text(event))
     return 0

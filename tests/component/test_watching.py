@@ -190,7 +190,7 @@ def test_logs_tell_what_a_batch_waits_for_or_who_runs_it(conn: Conn, command: Co
         [waiting],
     )
     assert "attempt 1 runs, claimed by worker-7" in command("logs", str(waiting)).out
-    assert command("logs", str(waiting + 1)).code == 2
+    assert command("logs", str(waiting + 1)).code == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- top
