@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.soak.cli import main
+from tests.soak.load import KINDS, Mix
 from tests.soak.sampling import Sample
 from tests.soak.verdict import Finding, judge
 from tests.support.alone import run_alone
@@ -125,6 +126,17 @@ def test_a_planted_leak_is_found_and_what_was_worked_is_right(tmp_path: Path) ->
     assert lines[-2]["finished"] > 0
     assert all(sample["workers"][0]["threads"] > 1 for sample in lines[1:-1])
     assert (tmp_path / "soak.svg").read_text().startswith("<?xml")
+
+
+def test_each_kind_comes_as_often_as_it_weighs_and_evenly() -> None:
+    mix = Mix({name: kind.weight for name, kind in KINDS.items()})
+    total = sum(kind.weight for kind in KINDS.values())
+    drawn = [mix.next() for _ in range(int(10 * total))]
+    for name, kind in KINDS.items():
+        at = [number for number, drawn_name in enumerate(drawn) if drawn_name == name]
+        assert abs(len(at) - 10 * kind.weight) <= 1, name
+        most_apart = max((after - before for before, after in zip(at, at[1:], strict=False)), default=0)
+        assert most_apart <= 2 * total / kind.weight, name
 
 
 def test_a_finding_says_what_it_is() -> None:

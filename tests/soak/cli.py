@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         " is done twice. The first quarter of the time, 15 minutes at most, is warm-up.",
     )
     parser.add_argument("minutes", type=float, metavar="MINUTES", help="how long")
-    parser.add_argument("--seed", type=int, default=20261125, help="of the mix (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=20261125, help="of which items fail (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=30, metavar="R", help="batches a second (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
     parser.add_argument("--every", type=float, default=5, metavar="SECONDS", help="a sample (default: %(default)s)")
