@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,7 @@ def test_each_kind_comes_as_often_as_it_weighs_and_evenly() -> None:
     for name, kind in KINDS.items():
         at = [number for number, drawn_name in enumerate(drawn) if drawn_name == name]
         assert abs(len(at) - 10 * kind.weight) <= 1, name
-        most_apart = max((after - before for before, after in zip(at, at[1:], strict=False)), default=0)
+        most_apart = max((after - before for before, after in pairwise(at)), default=0)
         assert most_apart <= 2 * total / kind.weight, name
 
 
