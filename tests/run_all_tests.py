@@ -65,7 +65,7 @@ def main() -> int:
         os.environ["BATCHQ_TEST_SERVER"] = arguments.server
     started = time.monotonic()
     try:
-        outcomes = run_on_one_server(find_files(arguments.what))
+        outcomes = run_on_one_server(find_files(arguments.what, arguments.without))
     except NoServerError as error:
         sys.exit(f"no server to test on: {error}")
     except KeyboardInterrupt:
@@ -77,15 +77,17 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Run batchq's tests, layer by layer.")
     parser.add_argument("what", nargs="*", help=f"{NAMES}, or test files; default: all")
+    parser.add_argument("--without", action="append", default=[], metavar="WHAT", help="leave these out; may be repeated")
     parser.add_argument("--server", choices=["container", "embedded", "dsn"], help="which Postgres to test on")
     parser.add_argument("--through", choices=list(WAYS), default="direct", help="which pooler to test through")
     return parser.parse_args()
 
 
-def find_files(what: list[str]) -> list[Path]:
-    """Return the test files of the layers and paths in *what*, in the order of the layers."""
-    files = [file for name in what or LAYERS for file in files_of(name)]
-    return sorted(set(files), key=lambda file: (layer_number(file), file))
+def find_files(what: list[str], without: list[str]) -> list[Path]:
+    """Return the test files of the layers and paths in *what*, but not in *without*, in the order of the layers."""
+    files = {file for name in what or LAYERS for file in files_of(name)}
+    left_out = {file for name in without for file in files_of(name)}
+    return sorted(files - left_out, key=lambda file: (layer_number(file), file))
 
 
 def files_of(name: str) -> list[Path]:

@@ -100,6 +100,7 @@ SAME_ON_ANY_SERVER = {
     "component/test_wheel.py": "the package",
     "integration/test_chaos.py": "the chaos run's own arithmetic, and a minute of it",
     "e2e/test_deploy_files.py": "units and manifests",
+    "e2e/test_deploys.py": "signals, and what processes make of them",
     "e2e/test_docs.py": "the documents' blocks",
     "e2e/test_prometheus.py": "the metrics' format and rules",
     "e2e/test_web_browser.py": "the page in a browser",
