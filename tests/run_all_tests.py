@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Run batchq's tests, layer by layer.")
     parser.add_argument("what", nargs="*", help=f"{NAMES}, or test files; default: all")
-    parser.add_argument("--without", action="append", default=[], metavar="WHAT", help="leave these out; may be repeated")
+    parser.add_argument("--without", action="append", default=[], metavar="WHAT", help="leave these out")
     parser.add_argument("--server", choices=["container", "embedded", "dsn"], help="which Postgres to test on")
     parser.add_argument("--through", choices=list(WAYS), default="direct", help="which pooler to test through")
     return parser.parse_args()
