@@ -258,9 +258,35 @@ def test_what_is_locked_is_left_and_not_waited_for(conn: Conn, dsn: str) -> None
         other.execute("SELECT FROM batchq.batches WHERE id = ANY (%s) FOR UPDATE", [[failed[0], pending[0]]])
         with conn.transaction():
             conn.execute("SET LOCAL statement_timeout = '5s'")
+            assert list(chunks(conn, "set_priority", {}, 1000, priority=3)) == [(5, 4)]
             assert list(chunks(conn, "retry", {}, 1000)) == [(5, 4)]
             assert list(chunks(conn, "cancel", {"status": "pending"}, 1000)) == [(9, 8)]
     assert statuses(conn) == {"failed": 1, "pending": 1, "cancelled": 8}
+
+
+def test_what_has_changed_since_it_was_found_is_left_as_it_is(conn: Conn) -> None:
+    cancelled, completed, running = finished(conn, "cancelled"), finished(conn, "completed"), processing(conn).id
+    before = [batch(conn, batch_id) for batch_id in (cancelled, completed, running)]
+    retry = "SELECT batchq.bulk_retry(%s, %s, '-infinity', 'infinity', false)"
+    assert value(conn, retry, [[cancelled, completed], "failed"]) == 0
+    step("nothing of it failed, so it is not what a retry of completed ones is for")
+    assert value(conn, retry, [[completed], "completed"]) == 0
+    assert value(conn, "SELECT batchq.bulk_cancel(%s, '{pending}', 'why')", [[running]]) == 0
+    assert value(conn, "SELECT batchq.bulk_change(%s, NULL, 5, NULL)", [[running]]) == 0
+    assert [batch(conn, batch_id) for batch_id in (cancelled, completed, running)] == before
+
+
+@pytest.mark.parametrize(("whole", "left"), [(True, []), (False, [0])])
+def test_a_retry_in_bulk_leaves_the_failed_items_of_other_batches(conn: Conn, whole: bool, left: list[int]) -> None:
+    ids = []
+    for kind in ("mail", "sms"):
+        taken = processing(conn, items=[1, 2], kind=kind)
+        checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0))
+        finish(conn, queries.Finish(*taken, "failed"))
+        ids.append(taken.id)
+    assert bulk(conn, "retry", {"kind": "mail"}, whole=whole) == 1
+    items = "SELECT attempt FROM batchq.failed_items WHERE batch_id = %s"
+    assert [values(conn, items, [batch_id]) for batch_id in ids] == [left, [1]]
 
 
 def test_few_that_match_among_many_are_found_in_bounded_looks(conn: Conn) -> None:

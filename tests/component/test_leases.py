@@ -41,11 +41,22 @@ Write = Callable[[Conn, str, Taken], bool]
 
 def write_checkpoint(conn: Conn, queue: str, taken: Taken) -> bool:
     """Save a checkpoint that changes all it can; tell whether the batch was still ours."""
-    done, failed = conn.execute(
-        "SELECT items_done, items_failed FROM batchq.batches ORDER BY id LIMIT 1"
-    ).fetchone() or (0, 0)
+    done, failed = counters(conn)
     progress = Progress(1, 0, [failure(1)], [0], 1, False, "9", done_before=done, failed_before=failed)
     return checkpoint(conn, taken, progress, queue=queue, lease_seconds=600) == 1
+
+
+def write_plain_checkpoint(conn: Conn, queue: str, taken: Taken) -> bool:
+    """Save a checkpoint without a failed item."""
+    done, failed = counters(conn)
+    progress = Progress(1, keeps_cursor=False, cursor="9", done_before=done, failed_before=failed)
+    return checkpoint(conn, taken, progress, queue=queue, lease_seconds=600) == 1
+
+
+def counters(conn: Conn) -> tuple[int, int]:
+    """Return how many items of the first batch are done, and how many have failed."""
+    row = conn.execute("SELECT items_done, items_failed FROM batchq.batches ORDER BY id LIMIT 1").fetchone()
+    return row or (0, 0)
 
 
 def write_finish(conn: Conn, queue: str, taken: Taken) -> bool:
@@ -82,6 +93,7 @@ def give_back(conn: Conn, queue: str, taken: Taken) -> bool:
 
 WRITES = [
     write_checkpoint,
+    write_plain_checkpoint,
     write_finish,
     write_complete,
     write_complete_and_forget,
@@ -134,6 +146,51 @@ def test_a_write_after_the_end_changes_nothing_and_says_so(conn: Conn, taken: Ta
     before = everything(conn)
     assert not write(conn, "default", taken)
     assert everything(conn) == before
+
+
+@pytest.mark.parametrize("write", [write for write in WRITES if write is not give_back])
+def test_a_write_for_one_batch_leaves_alone_what_was_claimed_with_it(conn: Conn, write: Write) -> None:
+    taken, beside = claimed_together(conn, items=[0, 1, 2, 3])
+    for one in (taken, beside):
+        assert checkpoint(conn, one, Progress(1, 1, [failure(0)], first_index=0)) == 1
+    before = everything_of(conn, beside)
+    assert write(conn, "default", taken)
+    assert everything_of(conn, beside) == before
+
+
+def claimed_together(conn: Conn, **columns: Any) -> list[Taken]:
+    """Return two batches that one claim took: their token is the same."""
+    token = uuid4()
+    for _ in range(2):
+        insert(conn, **columns)
+    return [Taken(row.id, token) for row in claim(conn, token=token)]
+
+
+def everything_of(conn: Conn, taken: Taken) -> list[Any]:
+    """Return a batch and its failed items."""
+    return [batch(conn, taken.id), *values(conn, FAILED_ITEMS, [taken.id])]
+
+
+FAILED_ITEMS = "SELECT jsonb_build_array(item_index, error) FROM batchq.failed_items WHERE batch_id = %s ORDER BY 1"
+
+
+def test_of_many_finishes_each_batch_has_its_own(conn: Conn) -> None:
+    first, second = claimed_together(conn)
+    ends = Finish(*first, "completed", "1"), Finish(*second, "failed", error='{"error": "no"}')
+    assert finish(conn, *ends) == {first.id, second.id}
+    rows = [batch(conn, one.id) for one in (first, second)]
+    assert [(row["status"], row["result"], len(row["errors"] or [])) for row in rows] == [
+        ("completed", 1, 0),
+        ("failed", None, 1),
+    ]
+
+
+def test_of_many_requeues_each_batch_has_its_own(conn: Conn) -> None:
+    first, second = claimed_together(conn)
+    assert requeue(conn, Requeue(*first, 60, False), Requeue(*second, 7200, True)) == {first.id, second.id}
+    delays = values(conn, "SELECT extract(epoch FROM run_at - now())::float8 FROM batchq.batches ORDER BY id")
+    assert (delays[0] <= 60, delays[1] > 7000) == (True, True)
+    assert [batch(conn, one.id)["attempt"] for one in (first, second)] == [1, 0]
 
 
 def test_of_many_finishes_those_that_are_ours_are_written_and_named(conn: Conn) -> None:
@@ -189,9 +246,12 @@ def test_a_checkpoint_extends_the_lease(conn: Conn, taken: Taken) -> None:
     assert 25 < value(conn, left) <= 30
 
 
-def test_a_checkpoint_at_the_end_of_a_long_transaction_does_not_shorten_the_lease(conn: Conn, taken: Taken) -> None:
+@pytest.mark.parametrize("failures", [[], [failure(0)]], ids=["plain", "with a failed item"])
+def test_a_checkpoint_at_the_end_of_a_long_transaction_does_not_shorten_the_lease(
+    conn: Conn, taken: Taken, failures: list[queries.ItemFailure]
+) -> None:
     step("the transaction begins; the keeper extends the lease; then the checkpoint ends the transaction")
-    unchanged = Progress(done_before=1, failed_before=1)
+    unchanged = Progress(failures=failures, done_before=1, failed_before=1)
     with psycopg.connect(conn.info.dsn, password=conn.info.password, prepare_threshold=None) as handler:
         handler.execute("SELECT now()")
         extend(conn, taken)
@@ -215,6 +275,31 @@ def test_a_checkpoint_that_was_committed_already_counts_nothing_twice(conn: Conn
     before = everything(conn)
     assert checkpoint(conn, taken, progress) == 0
     assert everything(conn) == before
+
+
+@pytest.mark.parametrize("failures", [[], [failure(1)]], ids=["plain", "with a failed item"])
+@pytest.mark.parametrize("counted", [(0, 1), (2, 1), (1, 0), (1, 2)])
+def test_a_checkpoint_that_starts_from_other_counters_changes_nothing(
+    conn: Conn, taken: Taken, counted: tuple[int, int], failures: list[queries.ItemFailure]
+) -> None:
+    done, failed = counted
+    before = everything(conn)
+    progress = Progress(1, len(failures), failures, first_index=1, done_before=done, failed_before=failed)
+    assert checkpoint(conn, taken, progress) == 0
+    assert everything(conn) == before
+
+
+def test_only_items_that_are_cured_lose_their_error_and_each_that_fails_again_has_its_own(conn: Conn) -> None:
+    taken = processing(conn, items=[0, 1, 2, 3])
+    first = [failure(index) for index in range(4)]
+    assert checkpoint(conn, taken, Progress(0, 4, first, first_index=0)) == 1
+    again = [failure(1, "KeyError: one"), failure(3, "KeyError: three")]
+    assert checkpoint(conn, taken, Progress(1, -1, again, [0], failed_before=4)) == 1
+    assert values(conn, FAILED_ITEMS, [taken.id]) == [
+        [1, "KeyError: one"],
+        [2, "ValueError: no"],
+        [3, "KeyError: three"],
+    ]
 
 
 def test_a_failed_item_is_stored_with_its_value_and_its_attempt(conn: Conn) -> None:
@@ -281,6 +366,21 @@ def test_a_rescue_takes_no_more_than_its_limit_the_longest_silent_first(conn: Co
         expire_lease(conn, batch_id, seconds)
     found = [{row[0] for row in queries.rescue(conn, "default", 2)} for _ in range(3)]
     assert found == [set(silent[3:]), set(silent[1:3]), set(silent[:1])]
+
+
+def test_a_rescue_has_its_limit_for_its_own_queue(conn: Conn) -> None:
+    other, mine = processing(conn, queue="other"), processing(conn)
+    expire_lease(conn, other.id, seconds_ago=60)
+    expire_lease(conn, mine.id)
+    assert [row[0] for row in queries.rescue(conn, "default", 1)] == [mine.id]
+
+
+def test_a_rescue_looks_behind_where_it_is_told_to(conn: Conn) -> None:
+    silent = processing(conn)
+    expire_lease(conn, silent.id)
+    ran_out_at = value(conn, "SELECT extract(epoch FROM lease_expires_at)::float8 FROM batchq.batches_live")
+    assert queries.rescue(conn, "default", 10, after=ran_out_at + 0.01) == []
+    assert [row[0] for row in queries.rescue(conn, "default", 10, after=ran_out_at - 0.01)] == [silent.id]
 
 
 def test_a_rescue_passes_over_what_somebody_writes_just_now(conn: Conn, dsn: str) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import psycopg
@@ -11,6 +12,7 @@ from batchq import queries
 from tests.component.rows import KIND, Conn, batch, finished, insert, value, values
 from tests.support.alone import run_alone
 from tests.support.steps import step
+from tests.support.waiting import wait_until
 
 PARTITIONS = """
 SELECT c.relname
@@ -193,6 +195,28 @@ def test_maintenance_gives_up_rather_than_stand_in_the_queue_for_a_lock(
         finished(conn)
     with conn.transaction():
         assert maintain(conn) > 0, "later it works"
+
+
+@pytest.mark.parametrize(
+    "maintain",
+    ["SELECT batchq.prune('30 days')", f"SELECT batchq.create_finished_partitions({TODAY}, 1)"],
+    ids=["prune", "create"],
+)
+def test_who_comes_to_maintenance_beside_another_waits_and_then_finds_it_done(
+    conn: Conn, dsn: str, admin_dsn: str, maintain: str
+) -> None:
+    create(conn, 40)
+    found: list[int] = []
+    with psycopg.connect(dsn, prepare_threshold=None) as first:
+        assert value(first, maintain) == 1
+        second = Thread(target=lambda: found.append(value(conn, maintain)))
+        second.start()
+        with psycopg.connect(admin_dsn, autocommit=True) as admin:
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            wait_until(lambda: value(admin, waiting), 10, "the second to wait")
+        first.commit()
+        second.join(10)
+    assert found == [0]
 
 
 def test_maintenance_bounds_its_waits_to_100_ms_until_the_end_of_its_transaction(conn: Conn) -> None:

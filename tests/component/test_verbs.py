@@ -194,11 +194,12 @@ def test_a_whole_retry_starts_from_nothing(conn: Conn, status: str) -> None:
     assert value(conn, "SELECT count(*) FROM batchq.failed_items") == 0
 
 
-def test_a_retry_leaves_the_failed_items_of_other_batches(conn: Conn) -> None:
+@pytest.mark.parametrize(("whole", "left"), [(True, []), (False, [0, 0])])
+def test_a_retry_leaves_the_failed_items_of_other_batches(conn: Conn, whole: bool, left: list[int]) -> None:
     first, second = half_done(conn, "failed"), half_done(conn, "failed")
-    retry(conn, first, whole=True)
+    retry(conn, first, whole)
     items = "SELECT attempt FROM batchq.failed_items WHERE batch_id = %s"
-    assert (values(conn, items, [first]), values(conn, items, [second])) == ([], [1, 1])
+    assert (values(conn, items, [first]), values(conn, items, [second])) == (left, [1, 1])
 
 
 def test_a_completed_batch_without_failed_items_is_retried_only_whole(conn: Conn) -> None:
@@ -230,6 +231,14 @@ def test_a_whole_retry_of_a_pending_batch_starts_from_nothing_too(conn: Conn) ->
     assert (row["items_done"], row["items_failed"], row["cursor"]) == (0, 0, None)
     assert value(conn, "SELECT count(*) FROM batchq.failed_items") == 0
     assert [claimed.id for claimed in claim(conn)] == [taken.id]
+
+
+def test_a_retry_of_a_pending_batch_keeps_what_has_failed(conn: Conn) -> None:
+    taken = processing(conn, items=[1, 2, 3])
+    checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0))
+    requeue(conn, Requeue(*taken, 3600, False))
+    assert retry(conn, taken.id) == "pending"
+    assert values(conn, "SELECT item_index FROM batchq.failed_items") == [1]
 
 
 def test_a_batch_that_is_processing_is_left_alone(conn: Conn) -> None:
@@ -343,6 +352,15 @@ def test_a_moved_batch_takes_its_failed_items_with_it(conn: Conn) -> None:
     conn.execute("SELECT batchq.move(%s, 'slow')", [batch_id])
     [claimed] = claim(conn, queue="slow")
     assert queries.failed_page(conn, "slow", batch_id, claimed.attempt, 10) == [(1, "1"), (2, "2")]
+
+
+def test_a_move_leaves_the_failed_items_of_other_batches(conn: Conn) -> None:
+    moved, stays = half_done(conn, "failed"), half_done(conn, "failed")
+    for batch_id in (moved, stays):
+        retry(conn, batch_id)
+    conn.execute("SELECT batchq.move(%s, 'slow')", [moved])
+    queue_of = "SELECT DISTINCT queue FROM batchq.failed_items WHERE batch_id = %s"
+    assert (values(conn, queue_of, [moved]), values(conn, queue_of, [stays])) == (["slow"], ["default"])
 
 
 def test_a_batch_is_not_moved_beside_another_of_its_key(conn: Conn) -> None:

@@ -1,9 +1,11 @@
 """What people look at: batchq.status, batchq.queues and batchq.failures."""
 
 import json
+import time
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
@@ -371,6 +373,27 @@ def test_a_heartbeat_drops_the_long_dead(conn: Conn) -> None:
     assert [turn(conn, "one"), turn(conn, "two")] == [(0, 2), (1, 2)]
     queries.forget_worker(conn, "one")
     assert turn(conn, "two") == (0, 1)
+
+
+def test_a_heartbeat_passes_over_the_dead_that_another_drops(conn: Conn, dsn: str) -> None:
+    heartbeat(conn, "dead", [KIND])
+    conn.execute("UPDATE batchq.workers SET heartbeat_at = now() - interval '61 minutes'")
+    with psycopg.connect(dsn, prepare_threshold=None) as other:
+        other.execute("DELETE FROM batchq.workers")
+        heartbeat(conn, "one", [KIND])
+        other.rollback()
+    assert values(conn, "SELECT id FROM batchq.workers ORDER BY id") == ["dead", "one"]
+
+
+def test_a_heartbeat_gives_up_rather_than_wait_for_a_lock(conn: Conn, dsn: str) -> None:
+    with psycopg.connect(dsn, prepare_threshold=None) as other:
+        other.execute("LOCK TABLE batchq.workers")
+        began_at = time.monotonic()
+        with conn.transaction():
+            conn.execute("SET LOCAL lock_timeout = '5s'")
+            with pytest.raises(psycopg.errors.LockNotAvailable):
+                heartbeat(conn, "one", [KIND])
+        assert time.monotonic() - began_at < 2
 
 
 def test_turns_are_shared_by_those_that_serve_the_same_queue_and_do_not_stop(conn: Conn) -> None:

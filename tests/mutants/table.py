@@ -2,7 +2,7 @@
 
 Not among them is what would change nothing: that a rescue and what gives a claim back look for `processing` (a pending
 row has no token and no lease: batches_claim_is_whole), and that a statement which has its ids from its own first part
-names the queue a second time.
+names the queue a second time (nor that a first part does, where the second has it and has to do with the same ids).
 """
 
 import re
@@ -29,7 +29,7 @@ POSITION, ACTIONS, CREATE, FORGET, PARTS, TRANSACTIONS, TOTALS = (
     f"component/test_{name}.py"
     for name in ("positions", "verbs", "batch_create", "keep_completed", "worker_parts", "transactions", "items_total")
 )
-LOOKS = "component/test_looks.py"
+LOOKS, FINISHER, VIEWS = (f"component/test_{name}.py" for name in ("looks", "finisher", "views"))
 BULK_ACTIONS = "component/test_bulk_verbs.py"
 CONNECTIONS = "foundation/test_db_connection.py"
 SECTION_END = re.compile(r'^"""$|\n\n\n|^\$\$;', re.MULTILINE)
@@ -239,7 +239,7 @@ MUTANTS = [
     # ------------------------------------------------------------------------------------------------------ finish
     *of(
         "FINISH: LiteralString",
-        (LEASES, LIFE),
+        (LEASES, CLAIM),
         [
             ("b.queue = %(queue)s", "true", "a write names its queue"),
             ("AND b.id = ANY (%(ids)s::bigint[])", "", "finishes go by the id index"),
@@ -249,7 +249,7 @@ MUTANTS = [
     ),
     *of(
         "COMPLETE: LiteralString",
-        (LEASES, LIFE),
+        (LEASES, FINISHER, CLAIM),
         [
             ("b.queue = %(queue)s", "true", "a write names its queue"),
             ("AND b.id = ANY ((SELECT array_agg(id) FROM given)::bigint[])", "", "finishes go by the id index"),
@@ -259,7 +259,7 @@ MUTANTS = [
     ),
     *of(
         "COMPLETE_AND_FORGET: LiteralString",
-        (FORGET, LEASES),
+        (LEASES, FORGET),
         [
             ("b.queue = %(queue)s", "true", "a write names its queue"),
             ("AND b.claim_token = (%(tokens)s::uuid[])[given.number]", "", "fence: a late worker deletes nothing"),
@@ -267,7 +267,7 @@ MUTANTS = [
     ),
     *of(
         "CREATE FUNCTION batchq.forget_failed_items(",
-        FORGET,
+        (LEASES, FORGET),
         [("AND f.batch_id = of_batch", "", "other batches' failed items stay")],
         "migrations/0024_forget_failed_items.sql",
     ),
@@ -301,16 +301,11 @@ MUTANTS = [
             ),
             ("    AND b.claim_token = given.token\n  LIMIT 1", "  LIMIT 1", "whoever lost a batch is told"),
             ("OR held.is_ours IS NULL", "", "whoever lost a batch is told"),
-            (
-                "WHERE b.queue = %(queue)s\n    AND b.id = ANY (%(ids)s::bigint[])\n  FOR UPDATE",
-                "WHERE b.id = ANY (%(ids)s::bigint[])\n  FOR UPDATE",
-                "a write names its queue",
-            ),
         ],
     ),
     *of(
         "RESCUE: LiteralString",
-        LEASES,
+        (LEASES, POSITION),
         [
             ("SELECT id, attempt < max_attempts AS again", "SELECT id, true AS again", "a poison batch stops"),
             ("SELECT id, attempt < max_attempts AS again", "SELECT id, false AS again", "a rescued batch runs again"),
@@ -343,7 +338,7 @@ MUTANTS = [
     ),
     *of(
         "def heartbeat(",
-        (PARTS, RETENTION),
+        VIEWS,
         [
             (
                 "    wait_briefly_for_locks(conn)  # leases are kept by the same thread\n",
@@ -356,7 +351,7 @@ MUTANTS = [
     ),
     *of(
         "def turn(",
-        PARTS,
+        VIEWS,
         [
             ("heartbeat_at > now() - %(silent_seconds)s * interval '1 second'", "true", "the dead have no turn"),
             ("AND queues && %(queues)s::text[]", "", "turns are among who serves the queue"),
