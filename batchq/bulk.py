@@ -22,6 +22,15 @@ MOST_COUNTED = 20_000
 MOST_PASSES = 3
 MOST_TRIES = 5
 PAUSE_FACTOR = 3
+DONE = {
+    "cancel": "cancelled",
+    "retry": "made pending again",
+    "retry_items": "made pending again",
+    "snooze": "snoozed",
+    "set_priority": "given their new priority",
+    "move": "moved",
+}
+LEFT_OUT = "changed meanwhile, locked, or beside a live one of their unique_key"
 LOCK_SECONDS = 1.0
 PASSING = (
     OutcomeUnknown,

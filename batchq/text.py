@@ -13,6 +13,7 @@ MOST_ERROR_BYTES = 2_000
 MOST_MESSAGE_BYTES = 1_800
 MOST_TRACEBACK_BYTES = 6_000
 MOST_RESULT_BYTES = 1_000_000
+SECONDS_A_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 # \u0000 that is not itself escaped: jsonb has no NUL.
 NUL_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -94,3 +95,16 @@ def error_object(error: BaseException) -> str:
 def message_object(message: str) -> str:
     """Return the JSON object of batchq.batches.errors for an error without an exception."""
     return json.dumps({"error": cut(clean(" ".join(message.split())), MOST_ERROR_BYTES)})
+
+
+def period_seconds(text: str) -> float:
+    """Read a length of time, such as 90s, 15m, 2h or 3d; return it in seconds. Raises ValueError, which says more."""
+    unit = SECONDS_A_UNIT.get(text[-1:])
+    try:
+        number = float(text[:-1]) if unit else float(text)
+    except ValueError:
+        raise ValueError(f"must be such as 90s, 15m, 2h or 3d, not {text!r}") from None
+    seconds = number * (unit or 1)
+    if not 0 <= seconds < 1e10:
+        raise ValueError(f"must be from 0 to 300 years, not {text!r}")
+    return seconds

@@ -15,24 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from batchq import queries
-from batchq.bulk import PAUSE_FACTOR, Bulk
+from batchq.bulk import DONE, LEFT_OUT, PAUSE_FACTOR, Bulk
 from batchq.cli import show_tables
 from batchq.cli.commands import console, database, print_json, refusal, settings_of
 from batchq.database import Link
 from batchq.errors import InvalidInput
+from batchq.text import period_seconds
 
 EXIT_LEFT_OUT, EXIT_INTERRUPTED = 1, 130
-SECONDS_A_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 SAY_EACH_SECONDS = 5.0
 FILTERS = ("queue", "kind", "status", "error_like")
-DONE = {
-    "cancel": "cancelled",
-    "retry": "made pending again",
-    "retry_items": "made pending again",
-    "snooze": "snoozed",
-    "set_priority": "given their new priority",
-    "move": "moved",
-}
 
 Conn = psycopg.Connection[Any]
 Verb = Callable[[Conn, int], str | None]
@@ -282,11 +274,7 @@ def left_text(bulk: Bulk, left: int) -> str:
     """Return what is said of those that were not changed."""
     if bulk.stopping.is_set():
         return f"; interrupted, {left:,} are left"
-    return (
-        f"; {left:,} left as they are: changed meanwhile, locked, or beside a live one of their unique_key"
-        if left
-        else ""
-    )
+    return f"; {left:,} left as they are: {LEFT_OUT}" if left else ""
 
 
 # ---------------------------------------------------------------------------------------------------- the arguments
@@ -294,15 +282,10 @@ def left_text(bulk: Bulk, left: int) -> str:
 
 def period(text: str) -> float:
     """Read a length of time, such as 90s, 15m, 2h or 3d; return it in seconds."""
-    unit = SECONDS_A_UNIT.get(text[-1:])
     try:
-        number = float(text[:-1]) if unit else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be such as 90s, 15m, 2h or 3d, not {text!r}") from None
-    seconds = number * (unit or 1)
-    if not 0 <= seconds < 1e10:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 300 years, not {text!r}")
-    return seconds
+        return period_seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_who_and_why(parser: argparse.ArgumentParser, default_reason: str | None = None) -> None:

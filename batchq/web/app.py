@@ -16,14 +16,19 @@ from starlette.routing import Route
 from batchq.errors import BatchqError, DatabaseAway
 from batchq.log import get_logger
 from batchq.settings import Settings, hide_password
-from batchq.web import shown, verbs
+from batchq.web import bulk, shown, verbs
 from batchq.web.auth import Guard, address_of, cookie, same
 from batchq.web.live import EVERY_SECONDS, Live
 from batchq.web.pages import Pages
 from batchq.web.reads import READ_SECONDS, Reader
 from batchq.web.settings import WebSettings
 
-STATIC = {"style.css": "text/css", "live.js": "text/javascript", "icon.svg": "image/svg+xml"}
+STATIC = {
+    "style.css": "text/css",
+    "live.js": "text/javascript",
+    "bulk.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 MOST_FORM_BYTES = 65_536
 GRACE_SECONDS = 3
 MOST_SCRAPED = 5000
@@ -71,6 +76,8 @@ class Web:
             Route("/live/{name:path}", self.stream),
             Route("/verbs/{verb}", self.ask_verb, methods=["GET"]),
             Route("/verbs/{verb}", self.do_verb, methods=["POST"]),
+            Route("/bulk/{verb}", self.ask_bulk, methods=["GET"]),
+            Route("/bulk/{verb}", self.do_bulk, methods=["POST"]),
             Route("/login", self.ask_login, methods=["GET"]),
             Route("/login", self.log_in, methods=["POST"]),
             Route("/logout", self.log_out, methods=["POST"]),
@@ -120,6 +127,63 @@ class Web:
             return await run_in_threadpool(self.pages.page, request, "verb.html", 409, **values)
         target = {"batch": f"/batches/{form.get('id')}", "worker": "/workers"}.get(verbs.VERBS[verb].target, "/")
         return RedirectResponse(f"{target}?{shown.query(said=verb)}", 303)
+
+    def ask_bulk(self, request: Request) -> Response:
+        """Ask to which batches, all that a filter matches, a verb is to be done."""
+        return self.show_bulk_form(request, self.known_verb(request), dict(request.query_params))
+
+    async def do_bulk(self, request: Request) -> Response:
+        """Count what matches, or do the next chunk of it; show how far it is, with the form that goes on."""
+        verb = self.known_verb(request)
+        form = await read_form(request)
+        try:
+            job = (
+                self.opened(request, form)
+                if "job" in form
+                else await run_in_threadpool(bulk.asked, self.reader, verb, form)
+            )
+        except verbs.Refused as error:
+            return await run_in_threadpool(self.show_bulk_form, request, verb, form, str(error))
+        code, problem = 200, None
+        try:
+            job = await run_in_threadpool(bulk.go_on, self.reader, job)
+        except bulk.TryAgain as error:
+            code, problem = 503, str(error)
+        except verbs.Refused as error:
+            code, problem = 409, str(error)
+        return await run_in_threadpool(self.show_bulk, request, job, code, problem)
+
+    def show_bulk_form(self, request: Request, verb: str, given: dict[str, str], problem: str = "") -> Response:
+        """Show the form that asks for a filter."""
+        if verb not in bulk.TAKES:
+            raise HTTPException(404, "this verb is not for many")
+        values = {"name": verb, "verb": verbs.VERBS[verb], "given": given, "problem": problem}
+        return self.pages.page(
+            request, "bulk.html", 409 if problem else 200, takes=bulk.TAKES[verb],
+            status=bulk.stored(given.get("status")), **values,
+        )  # fmt: skip
+
+    def show_bulk(self, request: Request, job: bulk.Job, code: int, problem: str | None) -> Response:
+        """Show how far it is, and the form that goes on, in which all of it is written."""
+        text = job.as_text()
+        seal = request.scope["guard"].sessions.seal(request.scope["session"], text)
+        return self.pages.page(
+            request,
+            "bulk_job.html",
+            code,
+            job=job,
+            job_text=text,
+            seal=seal,
+            problem=problem,
+            verb=verbs.VERBS[job.verb],
+        )
+
+    def opened(self, request: Request, form: dict[str, str]) -> bulk.Job:
+        """Return the job of a form that this page has sent to this session. Raises HTTPException."""
+        text = form["job"]
+        if not same(form.get("seal", ""), request.scope["guard"].sessions.seal(request.scope["session"], text)):
+            raise HTTPException(403, "this form is not as the page sent it: begin again from the list")
+        return bulk.Job.of_text(text)
 
     def known_verb(self, request: Request) -> str:
         """Return the verb of an address. Raises HTTPException where there is none, or none is allowed."""

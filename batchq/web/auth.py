@@ -72,6 +72,10 @@ class Sessions:
         """Return what a form of this session has to carry."""
         return self.sign(f"form {session}")
 
+    def seal(self, session: str, text: str) -> str:
+        """Return what proves that a text in a form of this session is as it was sent."""
+        return self.sign(f"seal {session} {text}")
+
 
 class Attempts:
     """Slows down guessing: after three wrong passwords an address waits 1 s, then 2 s, up to a minute."""

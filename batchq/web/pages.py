@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from batchq.web import charts, reads, shown
+from batchq.web import bulk, charts, reads, shown
 from batchq.web.auth import Guard
 from batchq.web.reads import HIGHEST_ID, MOST_CHARACTERS, MOST_ROWS, PAGE_ROWS, Reader, Row
 from batchq.web.verbs import VERBS
@@ -123,6 +123,7 @@ class Pages:
         return self.page(
             request, "batches.html", batches=rows, next_key=next_key, looked_at=looked_at, chosen=chosen,
             is_filtered=any(chosen.values()), is_first=not given.get("before"),
+            in_bulk=bulk.verbs_for(chosen["status"]),
         )  # fmt: skip
 
     def batch(self, request: Request) -> HTMLResponse:

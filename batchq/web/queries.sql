@@ -178,6 +178,9 @@ WHERE f.batch_id = %(id)s
 ORDER BY f.item_index
 LIMIT %(limit)s
 
+-- name: in_minutes
+SELECT to_char((now() + %(minutes)s * interval '1 minute') AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS+00') AS until
+
 -- name: cancel
 SELECT batchq.cancel(%(id)s, reason => coalesce(%(reason)s, 'by an operator'), actor => %(actor)s)
 

@@ -58,6 +58,11 @@ class Reader:
             conn.execute(SQL["only_read"])
             return question(conn)
 
+    def act(self, action: Callable[[Conn], Any]) -> Any:
+        """Return what *action* returns, done in a transaction of its own. Commits."""
+        with self.connections.transaction() as conn:
+            return action(conn)
+
     def call(self, verb: str, **parameters: Any) -> Any:
         """Call a named verb in a transaction of its own, and return what it returns. Commits."""
         with self.connections.transaction() as conn:

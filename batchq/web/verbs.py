@@ -1,5 +1,7 @@
 """What may be done from the page: each verb has a page that asks, and a form that does it. All are idempotent."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,14 +91,21 @@ def whole_number(text: str, name: str, least: int, most: int) -> int:
 
 def do(reader: Reader, verb: str, form: dict[str, str]) -> Any:
     """Do what a form asks for; return what the database says of it. Raises Refused."""
-    try:
+    with refusals():
         answer = reader.call(verb, **parameters(verb, form))
+    if answer is None:
+        raise Refused("it is not there any more")
+    return answer
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raise Refused for what the database refuses in the block."""
+    try:
+        yield
     except psycopg.errors.InsufficientPrivilege:
         raise Refused("the database role of this page may not do that") from None
     except psycopg.errors.LockNotAvailable:
         raise Refused("it is in use by somebody else at this moment; try again") from None
     except (psycopg.errors.RaiseException, psycopg.DataError, psycopg.IntegrityError) as error:
         raise Refused("; ".join(filter(None, (error.diag.message_primary, error.diag.message_hint)))) from None
-    if answer is None:
-        raise Refused("it is not there any more")
-    return answer

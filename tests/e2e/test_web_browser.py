@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.component.rows import Conn, insert, processing, value
 from tests.support.alone import run_alone
@@ -14,7 +14,8 @@ from tests.support.web import PASSWORD, Site, served
 
 LEAST_CONTRAST = 4.5
 expect.set_options(timeout=WAIT_MILLISECONDS)
-PATHS = ("/", "/batches", "/batches/{id}", "/workers", "/schedules", "/audit", "/verbs/cancel?id={id}", "/verbs/pause")
+PATHS = ("/", "/batches", "/batches/{id}", "/workers", "/schedules", "/audit", "/verbs/cancel?id={id}", "/verbs/pause",
+         "/batches?queue=bulk", "/bulk/retry?queue=bulk")  # fmt: skip
 HOSTILE = "<script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">\u202egnp.exe"
 
 # The contrast of every text with what lies behind it (WCAG 2.1, 1.4.3), from the styles that the browser has computed.
@@ -118,6 +119,62 @@ def test_a_batch_is_cancelled_and_retried_by_hand(conn: Conn, site: Site, page: 
     expect(page.locator(".notice")).to_be_visible()
 
 
+def ask_to_cancel(page: Page, site: Site) -> None:
+    """Go from the list of mails to the page that tells how many would be cancelled."""
+    page.goto(f"{site.url}/batches?kind=mail")
+    page.get_by_text("Act on all that match").click()
+    page.get_by_role("link", name="Cancel").click()
+    page.get_by_label("Why").fill("too many")
+    page.get_by_role("button", name="Count them").click()
+    expect(page.locator("#bulk-text")).to_contain_text("3\N{NARROW NO-BREAK SPACE}000 batches match")
+    expect(page.locator("#bulk-stop")).to_be_hidden()
+
+
+def test_a_verb_is_done_to_all_that_match_with_a_bar_to_the_end(conn: Conn, site: Site, page: Page) -> None:
+    conn.execute("INSERT INTO batchq.batches (kind) SELECT 'mail' FROM generate_series(1, 3000)")
+    insert(conn)
+    ask_to_cancel(page, site)
+    assert value(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'cancelled'") == 0
+    page.get_by_role("button", name="Cancel: 3").click()
+    bar = page.get_by_label("Batches cancelled")
+    expect(bar).to_have_js_property("value", 3000)
+    expect(page.locator("#bulk-text")).to_have_text("3\N{NARROW NO-BREAK SPACE}000 batches cancelled.")
+    expect(page.locator("#bulk-stop")).to_be_hidden()
+    step("who cannot see the bar is told")
+    expect(page.locator("#live-news[aria-live=polite]")).to_have_text(
+        "3\N{NARROW NO-BREAK SPACE}000 batches cancelled."
+    )
+    assert value(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'cancelled'") == 3000
+    assert value(conn, "SELECT status FROM batchq.batches WHERE kind = 'work'") == "pending"
+
+
+def test_a_verb_for_all_that_match_is_stopped_and_gone_on_with(conn: Conn, site: Site, page: Page) -> None:
+    conn.execute("INSERT INTO batchq.batches (kind) SELECT 'mail' FROM generate_series(1, 3000)")
+    ask_to_cancel(page, site)
+    held: list[Route] = []
+    page.route(
+        "**/bulk/cancel",
+        lambda route: held.append(route) if route.request.resource_type == "fetch" else route.continue_(),
+    )
+    step("stopped while the second chunk is on its way")
+    with page.expect_request(lambda sent: sent.resource_type == "fetch"):
+        page.get_by_role("button", name="Cancel: 3").click()
+    expect(page.locator("#bulk-bar")).to_have_js_property("value", 1000)
+    page.locator("#bulk-stop").focus()
+    page.keyboard.press("Enter")
+    held[0].continue_()
+    expect(page.locator("#bulk-text")).to_contain_text(
+        "Stopped. 2\N{NARROW NO-BREAK SPACE}000 of 3\N{NARROW NO-BREAK SPACE}000"
+    )
+    assert page.evaluate("document.activeElement.id") == "bulk-text"
+    assert value(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'cancelled'") == 2000
+    assert len(held) == 1
+    page.unroute("**/bulk/cancel")
+    page.get_by_role("button", name="Go on").click()
+    expect(page.locator("#bulk-text")).to_have_text("3\N{NARROW NO-BREAK SPACE}000 batches cancelled.")
+    assert value(conn, "SELECT batches FROM batchq.audit") == 3000
+
+
 def test_everything_works_without_javascript(conn: Conn, site: Site, browser: Browser) -> None:
     insert(conn, kind="mail")
     context = browser.new_context(java_script_enabled=False)
@@ -126,6 +183,14 @@ def test_everything_works_without_javascript(conn: Conn, site: Site, browser: Br
     page.get_by_role("link", name="Pause mail in default").click()
     page.get_by_role("button", name="Pause").click()
     expect(page.locator(".pauses")).to_contain_text("paused")
+    step("a verb for many has a button for each chunk")
+    conn.execute("INSERT INTO batchq.batches (kind) SELECT 'mail' FROM generate_series(1, 2999)")
+    ask_to_cancel(page, site)
+    page.get_by_role("button", name="Cancel: 3").click()
+    for done in (1000, 2000, 3000):
+        expect(page.locator("#bulk-bar")).to_have_js_property("value", done)
+        page.get_by_role("button", name="Go on").click()
+    expect(page.locator("#bulk-text")).to_have_text("3\N{NARROW NO-BREAK SPACE}000 batches cancelled.")
     context.close()
 
 

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from html import unescape
 from html.parser import HTMLParser
 from typing import Any
 
@@ -39,7 +40,8 @@ from tests.support.waiting import wait_until
 from tests.support.web import PASSWORD, Site, served
 
 PATHS = ("/", "/batches", "/batches/1", "/workers", "/schedules", "/audit", "/live/overview", "/static/live.js",
-         "/healthz", "/readyz", "/verbs/cancel?id=1", "/nothing", "/static/../app.py", "/login/")  # fmt: skip
+         "/healthz", "/readyz", "/verbs/cancel?id=1", "/bulk/cancel", "/nothing", "/static/../app.py",
+         "/login/")  # fmt: skip
 
 
 @pytest.fixture
@@ -528,6 +530,8 @@ def test_a_role_that_may_only_look_looks_and_changes_nothing(
                     assert site.client.get(path).status_code == 200, path
                 answer = site.do("cancel", "?id=1", id=1)
                 assert (answer.status_code, "may not do that" in answer.text) == (409, True)
+                answer = go_on(site, ask_many(site, "cancel", all="yes"))
+                assert (answer.status_code, "may not do that" in answer.text) == (409, True)
         finally:
             admin.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
             admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
@@ -542,6 +546,229 @@ def readers_sql() -> str:
     found = re.search(r"```sql\n(CREATE ROLE batchq_reader.*?)```", text, re.DOTALL)
     assert found
     return found[1]
+
+
+# ------------------------------------------------------------------------------------------- verbs for many
+
+
+def ask_many(site: Site, verb: str, **fields: object) -> httpx.Response:
+    """Send the form that asks for a filter; return the page that tells how many match."""
+    return site.post(f"/bulk/{verb}", site.form_token(f"/bulk/{verb}"), **fields)
+
+
+def hidden(answer: httpx.Response) -> dict[str, str]:
+    """Return what the form of a page carries along."""
+    return {
+        name: unescape(text) for name, text in re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', answer.text)
+    }
+
+
+def go_on(site: Site, answer: httpx.Response) -> httpx.Response:
+    """Press the button of a page that does a verb for many."""
+    found = re.search(r'<form id="bulk-form" method="post" action="([^"]*)"', answer.text)
+    assert found, answer.text
+    assert "<button class" in answer.text.split("bulk-form")[1], "there is no button"
+    return site.client.post(found[1], data=hidden(answer), headers={"Origin": site.url})
+
+
+def to_the_end(site: Site, answer: httpx.Response) -> httpx.Response:
+    """Press it until it is done."""
+    while "The list</a>" not in answer.text:
+        answer = go_on(site, answer)
+        assert answer.status_code == 200, answer.text
+    return answer
+
+
+def said(answer: httpx.Response) -> str:
+    """Return what a page says of a verb for many."""
+    found = re.search(r'<p id="bulk-text"[^>]*>(.*?)</p>', answer.text, re.DOTALL)
+    assert found, answer.text
+    return Reading(found[1]).text.replace("\N{NARROW NO-BREAK SPACE}", ",")
+
+
+def cancelled(conn: Conn) -> int:
+    """Return how many batches are cancelled."""
+    return int(value(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'cancelled'"))
+
+
+def insert_many(conn: Conn, count: int, kind: str = "mail") -> None:
+    """Insert batches."""
+    conn.execute("INSERT INTO batchq.batches (kind) SELECT %s FROM generate_series(1, %s)", [kind, count])
+
+
+def test_all_that_match_are_counted_first_and_then_done_in_chunks_and_stopping_leaves_the_rest(
+    conn: Conn, site: Site
+) -> None:
+    insert_many(conn, 2500)
+    other = insert(conn, kind="other")
+    listed = site.client.get("/batches?kind=mail")
+    [address] = [unescape(found) for found in re.findall(r'href="(/bulk/cancel[^"]*)"', listed.text)]
+    assert 'name="kind" value="mail"' in site.client.get(address).text
+    answer = ask_many(site, "cancel", kind="mail", reason="too many", actor="ann")
+    assert said(answer).startswith("2,500 batches match and would be cancelled")
+    step("counting has changed nothing; each press does a chunk")
+    assert (cancelled(conn), values(conn, "SELECT verb FROM batchq.audit")) == (0, [])
+    answer = go_on(site, answer)
+    assert (said(answer), cancelled(conn)) == ("1,000 of 2,500 batches cancelled; 1,500 left.", 1000)
+    assert re.search(r'<progress id="bulk-bar" max="2500" value="1000">', answer.text)
+    step("whoever stops here leaves the rest; whoever goes on later does the rest")
+    assert value(conn, "SELECT count(*) FROM batchq.batches WHERE kind = 'mail' AND status = 'pending'") == 1500
+    answer = to_the_end(site, answer)
+    assert (said(answer), cancelled(conn)) == ("2,500 batches cancelled.", 2500)
+    assert value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [other]) == "pending"
+    noted = conn.execute("SELECT verb, batches, kind, reason, actor FROM batchq.audit").fetchall()
+    assert noted == [("cancel", 2500, "mail", "too many", "ann")]
+    step("the last form sent once more changes nothing")
+    assert said(go_on_again(site, answer)) == "2,500 batches cancelled."
+
+
+def go_on_again(site: Site, answer: httpx.Response) -> httpx.Response:
+    """Send the form of a page that is done once more, as a browser does that reloads it."""
+    return site.client.post("/bulk/cancel", data=hidden(answer), headers={"Origin": site.url})
+
+
+def test_every_verb_can_be_done_to_all_that_match(conn: Conn, site: Site) -> None:
+    insert_many(conn, 3)
+    to_the_end(site, ask_many(site, "set_priority", kind="mail", priority=7))
+    to_the_end(site, ask_many(site, "move", kind="mail", to_queue="bulk"))
+    to_the_end(site, ask_many(site, "snooze", queue="bulk", minutes=60))
+    assert conn.execute(
+        "SELECT priority, queue, run_at > now() + interval '59 min' AND run_at < now() + interval '61 min', count(*) "
+        "FROM batchq.batches GROUP BY 1, 2, 3"
+    ).fetchall() == [(7, "bulk", True, 3)]
+    assert said(ask_many(site, "move", kind="mail", to_queue="bulk")) == "No batch matches: nothing would be moved."
+    to_the_end(site, ask_many(site, "cancel", all="yes", status="pending"))
+    to_the_end(site, ask_many(site, "retry", kind="mail", status="cancelled"))
+    assert values(conn, "SELECT DISTINCT status FROM batchq.status") == ["ready"]
+    done = finished(conn)
+    to_the_end(site, ask_many(site, "retry_whole", kind="work", status="completed"))
+    assert value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [done]) == "pending"
+    taken = processing(conn, kind="list", items=[1, 2])
+    checkpoint(conn, taken, Progress(1, 1, [failure(0)], first_index=0))
+    conn.execute("SELECT batchq.cancel(%s)", [taken.id])
+    to_the_end(site, ask_many(site, "retry_items", kind="list", status="cancelled"))
+    assert value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [taken.id]) == "pending"
+    verbs = values(conn, "SELECT verb FROM batchq.audit WHERE batch_id IS NULL ORDER BY id")
+    assert verbs == ["set_priority", "move", "snooze", "cancel", "retry", "retry", "retry_items"]
+
+
+def test_the_filters_of_many_match_what_the_list_shows(conn: Conn, site: Site) -> None:
+    for error in ("50% off_by one", "50x off-by one", "50% offxby one"):
+        finished(conn, "failed", error=f'{{"error": "{error}"}}')
+    for error, count in {"50%": 2, "OFF_BY": 1, "off": 3, "\\": 0}.items():
+        assert len(ids_of(site.client.get("/batches", params={"error": error}))) == count, error
+        assert said(ask_many(site, "retry", error=error)).startswith(f"{count} batches" if count else "No batch"), error
+    conn.execute("UPDATE batchq.batches_finished SET finished_at = now() - interval '3 h' WHERE id = 1")
+    assert said(ask_many(site, "retry", older="2h")).startswith("1 batches match")
+    step("a finer status of the list is told to be wider")
+    ask = site.client.get("/bulk/cancel?status=ready&kind=mail").text
+    assert "The list shows those that are ready. This takes all that are pending." in ask
+    assert '<option value="pending" selected>' in ask
+    step("only verbs that take what the list shows are offered")
+    offered = re.findall(r'href="/bulk/(\w+)\?', site.client.get("/batches?status=completed").text)
+    assert offered == ["retry", "retry_items", "retry_whole"]
+
+
+def test_what_is_left_out_is_told(conn: Conn, admin_dsn: str, site: Site) -> None:
+    for _ in range(2):
+        finished(conn, "failed", error='{"error": "no"}', kind="mail", unique_key=None)
+    keyed = finished(conn, "failed", error='{"error": "no"}', kind="mail", unique_key="a")
+    insert(conn, kind="mail", unique_key="a")
+    answer = to_the_end(site, ask_many(site, "retry", kind="mail"))
+    assert said(answer) == (
+        "2 batches made pending again. 1 are left as they are: changed meanwhile, locked, or beside a live one of "
+        "their unique_key."
+    )
+    assert value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [keyed]) == "failed"
+
+
+def test_what_many_cannot_be_done_to_is_said(conn: Conn, site: Site) -> None:
+    insert(conn)
+    problems: dict[tuple[str, str], dict[str, object]] = {
+        ("cancel", "which ones?"): {},
+        ("cancel", "takes no batches that are failed"): {"kind": "work", "status": "failed"},
+        ("set_priority", "whole number"): {"kind": "work", "priority": 99_999},
+        ("snooze", "whole number"): {"kind": "work", "minutes": "soon"},
+        ("move", "128 bytes"): {"kind": "work", "to_queue": ""},
+        ("retry", "must be such as 90s"): {"older": "soon"},
+    }
+    for (verb, text), fields in problems.items():
+        answer = ask_many(site, verb, **fields)
+        assert (answer.status_code, text in answer.text) == (409, True), (verb, answer.text)
+    for path in ("/bulk/pause", "/bulk/drain_worker", "/bulk/explode"):
+        assert site.client.get(path).status_code == 404, path
+        assert site.post(path, site.form_token("/bulk/cancel"), kind="work").status_code == 404, path
+    assert values(conn, "SELECT verb FROM batchq.audit") == []
+
+
+def test_a_forged_form_for_many_is_refused(conn: Conn, site: Site) -> None:
+    insert_many(conn, 5)
+    insert_many(conn, 5, kind="other")
+    answer = ask_many(site, "cancel", kind="mail")
+    fields = hidden(answer)
+    wider = fields["job"].replace('"mail"', '"other"')
+    assert wider != fields["job"]
+    forged: list[tuple[dict[str, str], dict[str, str]]] = [
+        (fields | {"job": wider}, {"Origin": site.url}),
+        (fields | {"job": fields["job"].replace('"audit_id": null', '"audit_id": 1')}, {"Origin": site.url}),
+        (fields | {"seal": ""}, {"Origin": site.url}),
+        (fields | {"seal": "0" * 64}, {"Origin": site.url}),
+        (fields | {"job": "{}"}, {"Origin": site.url}),
+        (fields | {"form_token": ""}, {"Origin": site.url}),
+        (fields, {"Origin": "http://evil.example"}),
+        (fields, {}),
+    ]
+    for data, headers in forged:
+        assert site.client.post("/bulk/cancel", data=data, headers=headers).status_code == 403, (data, headers)
+    with site.new_client() as other:
+        step("a form that another session was sent")
+        token = site.form_token("/bulk/cancel", other)
+        stolen = fields | {"form_token": token}
+        assert other.post("/bulk/cancel", data=stolen, headers={"Origin": site.url}).status_code == 403
+    assert (cancelled(conn), values(conn, "SELECT verb FROM batchq.audit")) == (0, [])
+    assert said(go_on(site, answer)) == "5 batches cancelled."
+
+
+def test_read_only_refuses_verbs_for_many(conn: Conn, dsn: str) -> None:
+    insert_many(conn, 5)
+    with served(dsn) as open_site, served(dsn, read_only=True) as site:
+        assert "/bulk/" in open_site.client.get("/batches?kind=mail").text
+        assert "/bulk/" not in site.client.get("/batches?kind=mail").text
+        form_token = site.web.app.sessions.form_token(site.client.cookies["batchq_session"])
+        assert site.client.get("/bulk/cancel?kind=mail").status_code == 403
+        assert site.post("/bulk/cancel", form_token, kind="mail").status_code == 403
+        assert site.post("/bulk/cancel", form_token, job="{}", seal="x").status_code == 403
+    assert cancelled(conn) == 0
+
+
+def test_hostile_filters_of_many_are_shown_as_text(conn: Conn, site: Site) -> None:
+    hostile = HOSTILE.replace("\x1b", "")
+    insert(conn, kind=hostile, queue=hostile)
+    fields = {"kind": hostile, "queue": hostile, "reason": hostile, "actor": hostile}
+    counted = ask_many(site, "cancel", **fields)
+    assert said(counted).startswith("1 batches match")
+    refused = ask_many(site, "cancel", **fields, error=hostile, older=hostile)
+    asked = site.client.get("/bulk/cancel", params=fields)
+    done = go_on(site, counted)
+    assert cancelled(conn) == 1
+    for answer in (counted, refused, asked, done):
+        page = Reading(answer.text)
+        assert "img" not in page.tags
+        assert page.tags.count("script") <= 1
+        assert [name for name, _ in page.attributes if name.startswith("on")] == []
+        assert "<script>alert(1)" not in answer.text
+    for answer in (counted, done):
+        assert SHOWN.replace("⟨U+001B⟩", "") in Reading(answer.text).text
+
+
+def test_a_chunk_that_meets_a_lock_can_be_tried_again(conn: Conn, admin_dsn: str, dsn: str) -> None:
+    insert_many(conn, 5)
+    with served(dsn, read_seconds=5.0) as site:
+        answer = ask_many(site, "cancel", kind="mail")
+        with locked(admin_dsn):
+            late = go_on(site, answer)
+            assert (late.status_code, "try again" in late.text) == (503, True)
+        assert said(go_on(site, late)) == "5 batches cancelled."
 
 
 # ------------------------------------------------------------------------------------------- what it costs
