@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import tuple_row
 
-from batchq import queries
+from batchq import queries, traces
 from batchq.errors import InvalidInput
 from batchq.text import json_text
 
@@ -52,7 +52,9 @@ def enqueue(
         max_failed_items=max_failed_items,
         timeout_seconds=timeout_seconds,
     )
-    row = conn.cursor(row_factory=tuple_row).execute(queries.INSERT_BATCH, parameters, prepare=False).fetchone()
+    with traces.sending(kind, queue) as trace_context:
+        statement = queries.insert_batch(parameters, trace_context)
+        row = conn.cursor(row_factory=tuple_row).execute(*statement, prepare=False).fetchone()
     return row[0] if row else None
 
 
@@ -62,7 +64,9 @@ async def enqueue_async(
     """Do as `enqueue` does, with the same options, on an asyncio connection."""
     parameters = insert_parameters(kind=kind, payload=payload, **(DEFAULTS | known(options)))
     cursor = conn.cursor(row_factory=tuple_row)
-    row = await (await cursor.execute(queries.INSERT_BATCH, parameters, prepare=False)).fetchone()
+    with traces.sending(kind, parameters["queue"]) as trace_context:
+        statement = queries.insert_batch(parameters, trace_context)
+        row = await (await cursor.execute(*statement, prepare=False)).fetchone()
     return row[0] if row else None
 
 
@@ -91,8 +95,10 @@ def enqueue_many(
         raise InvalidInput("enqueue_many has no unique_key; call enqueue for each")
     texts = payload_rows(payloads) if payloads is not None else item_rows(items or (), items_per_batch, payload)
     given = check_options(kind=kind, **(DEFAULTS | known(options)))
-    with conn.transaction():
+    with traces.sending(kind, given["queue"]) as trace_context, conn.transaction():
         columns, same = columns_and_values(conn, given)
+        if trace_context is not None:
+            columns, same = [*columns, "trace_context"], [*same, trace_context]
         return queries.copy_batches(conn, [*columns, "payload", "items"], same, texts)
 
 

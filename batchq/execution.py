@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from batchq import queries
+from batchq import queries, traces
 from batchq.app import Handler, ItemHandler
 from batchq.batch import Batch
 from batchq.errors import Cancel, DatabaseAway, InvalidInput, LeaseLost, Snooze, StopRequested, TimedOut
@@ -85,6 +85,29 @@ async def run_async(batch: Batch, handler: Handler) -> Outcome:
                 await batch.entered.__aexit__(type(error), error, error.__traceback__)
         ended_by = error  # the name that `except` binds is gone when the thread would look it up
         return await off_the_loop(batch, lambda: safely(raised, batch, handler, ended_by))
+
+
+def run_traced(batch: Batch, handler: Handler) -> Outcome:
+    """Do as `run` does, in a span."""
+    span = traces.begin(batch.kind, batch.queue, batch.id, batch.attempt, batch.row.trace_context)
+    outcome = run(batch, handler)
+    traces.end(span, what_went_wrong(batch, outcome))
+    return outcome
+
+
+async def run_async_traced(batch: Batch, handler: Handler) -> Outcome:
+    """Do as `run_async` does, in a span."""
+    span = traces.begin(batch.kind, batch.queue, batch.id, batch.attempt, batch.row.trace_context)
+    outcome = await run_async(batch, handler)
+    traces.end(span, what_went_wrong(batch, outcome))
+    return outcome
+
+
+def what_went_wrong(batch: Batch, outcome: Outcome) -> str | None:
+    """Return why an attempt has failed or was for nothing, as an object of batchq.batches.errors; None if neither."""
+    if isinstance(batch.interrupt, LeaseLost | TimedOut):
+        return error_object(batch.interrupt)
+    return None if outcome.status == "cancelled" else outcome.error
 
 
 async def off_the_loop(batch: Batch, decide: Callable[[], Outcome]) -> Outcome:

@@ -22,7 +22,16 @@ from batchq.app import Handler
 from batchq.batch import Batch
 from batchq.database import HandlerConnections
 from batchq.errors import Interrupted
-from batchq.execution import RELEASED, Outcome, failed_attempt, run, run_async, safely
+from batchq.execution import (
+    RELEASED,
+    Outcome,
+    failed_attempt,
+    run,
+    run_async,
+    run_async_traced,
+    run_traced,
+    safely,
+)
 from batchq.log import get_logger
 
 PREFETCH_SECONDS = 0.2
@@ -187,8 +196,11 @@ class ThreadLane(Lane):
     batches take long; and one of the idle slots stands by, in case that the one at work meets a slow batch.
     """
 
-    def __init__(self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended) -> None:
+    def __init__(
+        self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended, *, traced: bool = False
+    ) -> None:
         super().__init__(handlers, concurrency, ended)
+        self.run = run_traced if traced else run
         self.waiting: deque[Batch] = deque()
         self.wake = threading.Event()  # for the slot that stands by
         self.standby = threading.Lock()  # held by it
@@ -243,7 +255,7 @@ class ThreadLane(Lane):
         while (batch := self.next_batch()) is not None:
             if not self.begins(batch):
                 continue
-            outcome = run(batch, self.handlers[batch.kind])
+            outcome = self.run(batch, self.handlers[batch.kind])
             if not self.end(batch, outcome):
                 self.came_back(batch)
                 return  # abandoned while it ran: another slot has taken this one's place
@@ -378,9 +390,16 @@ class LoopLane(Lane):
     """
 
     def __init__(
-        self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended, connections: HandlerConnections
+        self,
+        handlers: Mapping[str, Handler],
+        concurrency: int,
+        ended: Ended,
+        connections: HandlerConnections,
+        *,
+        traced: bool = False,
     ) -> None:
         super().__init__(handlers, concurrency, ended)
+        self.run = run_async_traced if traced else run_async
         self.connections = connections
         self.tasks: dict[Batch, asyncio.Task[None]] = {}
         self.ready = threading.Event()
@@ -431,7 +450,7 @@ class LoopLane(Lane):
     async def run_task(self, batch: Batch) -> None:
         """Run one batch."""
         if self.begins(batch):
-            self.end(batch, await run_async(batch, self.handlers[batch.kind]))
+            self.end(batch, await self.run(batch, self.handlers[batch.kind]))
 
     def task_ended(self, batch: Batch, task: asyncio.Task[None]) -> None:
         """Forget a task; end its batch if it was cancelled by another one before it began, or as its end was told."""

@@ -79,6 +79,10 @@ class Settings(BaseSettings):
         description="A port for Prometheus metrics and health checks; 0: none. `batchq workers` counts up from it.",
     )
     metrics_host: str = Field("127.0.0.1", description="The address that they are served on; `0.0.0.0` in a container.")
+    traces: bool = Field(
+        False,
+        description="`yes`: a span of OpenTelemetry around each run, linked to its enqueue's; see docs/monitoring.md.",
+    )
     log_format: Literal["console", "json"] = Field("console", description="`console` for people, `json` for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least level that is logged."

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from batchq import queries
+from batchq import queries, traces
 from batchq.app import App
 from batchq.batch import Runtime
 from batchq.bell import Bell
@@ -74,10 +74,13 @@ class Worker:
         in_threads = {kind: handler for kind, handler in handlers if not handler.is_async}
         in_loop = {kind: handler for kind, handler in handlers if handler.is_async}
         lanes: list[Lane] = []
+        if traced := self.settings.traces:
+            traces.require()
         if in_threads:
-            lanes.append(ThreadLane(in_threads, self.settings.concurrency, self.finisher.put))
+            lanes.append(ThreadLane(in_threads, self.settings.concurrency, self.finisher.put, traced=traced))
         if in_loop:
-            lanes.append(LoopLane(in_loop, self.settings.async_concurrency, self.finisher.put, self.connections))
+            slots = self.settings.async_concurrency
+            lanes.append(LoopLane(in_loop, slots, self.finisher.put, self.connections, traced=traced))
         return lanes
 
     def make_keeper(self, app: App) -> Keeper:
@@ -212,6 +215,8 @@ class Worker:
         self.connections.close()
         for link in self.links:
             link.close()
+        if self.settings.traces:
+            traces.flush()
         lost_slots = sum(self.keeper.lost.values())
         log.info("worker stopped", worker=self.id, lost_slots=lost_slots, **self.finisher.counts)
         return written

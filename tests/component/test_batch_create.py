@@ -42,6 +42,7 @@ REFUSED = [
     ("batches_max_attempts_is_positive", "max_attempts", "0"),
     ("batches_max_failed_items_is_not_negative", "max_failed_items", "-1"),
     ("batches_timeout_is_positive", "timeout_seconds", "0"),
+    ("batches_trace_context_fits", "trace_context", "''"),
     ("batches_attempts_are_left", "attempt", "5"),
     ("batches_attempts_are_left", "attempt", "-1"),
     ("batches_counters_fit_items", "items_done", "1"),

@@ -128,6 +128,7 @@ SAMPLES = {
     "listen_dsn": "postgresql://host/db",
     "queues": "mail, default",
     "keep_completed": "no",
+    "traces": "yes",
     "log_format": "JSON",
     "log_level": "Debug",
 }

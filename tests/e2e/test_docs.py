@@ -1,5 +1,6 @@
 """The README and docs/ do what they say: every code block runs, in order, and has the effect that is told."""
 
+import json
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from tests.support.alone import run_alone
 from tests.support.markdown import ROOT, Block, blocks
 from tests.support.steps import step
 from tests.support.waiting import wait_until
+from tests.support.web import answers, free_port
 
 SECONDS_A_BLOCK = 180
 
@@ -274,6 +276,28 @@ def test_what_the_steering_page_shows_runs(dsn: str, tmp_path: Path) -> None:
     assert counts(dsn, "SELECT coalesce(queue, 'any'), count(*) FROM batchq.pauses GROUP BY 1") == {"slow": 1}
     verbs = counts(dsn, "SELECT verb, count(*) FROM batchq.audit GROUP BY 1")
     assert verbs.keys() >= {"cancel", "snooze", "set_priority", "move", "pause", "resume"}
+
+
+def test_what_the_monitoring_page_shows_runs(dsn: str, tmp_path: Path) -> None:
+    workers, tasks, traced, enqueues, sql = blocks("docs/monitoring.md")
+    (tmp_path / "tasks.py").write_text(tasks.text)
+    port = free_port()
+    for line in workers.lines[1:]:
+        step(line)
+        count = int(re.search(r"batchq workers (\d)", line)[1]) if "workers" in line else 1
+        with background(line.split("#")[0].replace("9400", str(port)), dsn, tmp_path):
+            for number in range(count):
+                for path in ("healthz", "readyz", "metrics"):
+                    url = f"http://127.0.0.1:{port + number}/{path}"
+                    wait_until(lambda url=url: answers(url), 30, url)
+    run_sql(dsn, sql)
+    run([sys.executable, "-c", enqueues.text], dsn, tmp_path, enqueues)
+    said = run(["bash", "-c", f"{traced.lines[1].split('#')[0]} --drain"], dsn, tmp_path, traced)
+    runs = [json.loads(text) for text in re.findall(r"^\{$.*?^\}$", said, re.MULTILINE | re.DOTALL)]
+    assert sorted((run["name"], run["attributes"]["order.id"], len(run["links"])) for run in runs) == [
+        ("process send_receipt", 42, 1),
+        ("process send_receipt", 43, 1),
+    ]
 
 
 def test_links_between_documents_lead_somewhere() -> None:

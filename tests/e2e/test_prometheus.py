@@ -3,10 +3,9 @@ clears."""
 
 import json
 import re
-import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tests.support.batches import put, wait_for_status
 from tests.support.processes import ROOT, Processes
 from tests.support.steps import step
 from tests.support.waiting import wait_until
-from tests.support.web import Site, served
+from tests.support.web import Site, free_port, served
 
 app = batchq.App()  # of the worker process
 
@@ -33,12 +32,6 @@ def mail(batch: batchq.Batch) -> None:
 MONITORING = ROOT / "docs" / "monitoring"
 RULES = MONITORING / "alerts.yml"
 WAIT_SECONDS = 90.0
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
-        return int(listening.getsockname()[1])
 
 
 class Prometheus:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QUERIES, MIGRATE, POSITIONS, KEEPER = (f"batchq/{name}.py" for name in ("queries", "migrate", "positions", "keeper"))
-TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK = (
+TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED = (
     f"migrations/{name}.sql"
     for name in (
         "0001_batches",
@@ -20,6 +20,7 @@ TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK = (
         "0010_has_ready",
         "0023_verbs_lock_first",
         "0016_bulk",
+        "0026_trace_context",
     )
 )
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
@@ -430,7 +431,7 @@ MUTANTS = [
                 "a retry says which key is taken",
             ),
         ],
-        VERBS,
+        TRACED,
     ),
     *of(
         "CREATE FUNCTION batchq.lock_batch(",
@@ -476,7 +477,7 @@ MUTANTS = [
         VERBS,
     ),
     *of(
-        "CREATE FUNCTION batchq.bulk_retry(",
+        "CREATE OR REPLACE FUNCTION batchq.bulk_retry(",
         BULK_ACTIONS,
         [
             ("AND f.status = from_status", "", "a verb in bulk keeps to its filter"),
@@ -493,16 +494,16 @@ MUTANTS = [
                 "other batches' failed items stay",
             ),
         ],
-        BULK,
+        TRACED,
     ),
     *of(
-        "CREATE FUNCTION batchq.bulk_cancel(",
+        "CREATE OR REPLACE FUNCTION batchq.bulk_cancel(",
         BULK_ACTIONS,
         [
             ("AND b.status = ANY (statuses)", "", "a verb in bulk keeps to its filter"),
             ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "verbs in bulk wait for no row"),
         ],
-        BULK,
+        TRACED,
     ),
     *of(
         "CREATE FUNCTION batchq.bulk_change(",
