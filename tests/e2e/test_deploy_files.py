@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ import yaml
 import batchq
 from batchq.cli import make_parser
 from batchq.cli.signals import SPARE_SECONDS
+from batchq.metrics import STATES, queue_metrics, worker_metrics
 from batchq.settings import Settings
+from batchq.throughput import Counts
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
 from tests.support.processes import ROOT
 from tests.support.steps import step
 from tests.support.waiting import wait_until
+from tests.support.web import answers, free_port
 
 FOLDER = ROOT / "docs" / "deploy"
 UNITS = sorted(FOLDER.glob("*.service"))
@@ -141,16 +145,84 @@ def test_kubernetes_objects_belong_together() -> None:
     assert rolling == {"maxSurge": 1, "maxUnavailable": 0}, "a new one comes before an old one leaves"
 
 
-def test_the_probes_pass_while_the_database_answers_and_fail_while_it_does_not(
+def test_the_check_of_the_image_passes_while_the_database_answers_and_fails_while_it_does_not(
     conn: psycopg.Connection[Any], dsn: str, tmp_path: Path
 ) -> None:
-    probes = [words for name in ("kubernetes.yaml", "Dockerfile") for words in commands(FOLDER / name)]
-    probes = [words[1:] for words in probes if words[1] == "status"]
-    assert len(probes) == 3
+    [words] = [words[1:] for words in commands(FOLDER / "Dockerfile") if words[1] == "status"]
     batchq.enqueue(conn, "unknown")  # nobody works it: the business of an alarm, and none of a probe's
-    for words in probes:
-        assert CommandLine(dsn, tmp_path)(*words).code == 0
-        assert CommandLine("host=127.0.0.1 port=1 dbname=away", tmp_path)(*words).code != 0
+    assert CommandLine(dsn, tmp_path)(*words).code == 0
+    assert CommandLine("host=127.0.0.1 port=1 dbname=away", tmp_path)(*words).code != 0
+
+
+def test_the_probes_ask_where_the_manifests_command_answers(
+    conn: psycopg.Connection[Any], dsn: str, tmp_path: Path
+) -> None:
+    [deployment] = [each for each in objects(FOLDER / "kubernetes.yaml") if each["kind"] == "Deployment"]
+    [container] = next(every(deployment, "containers"))
+    probes = {name: value["httpGet"] for name, value in container.items() if name.endswith("Probe")}
+    paths = {name: probe["path"] for name, probe in probes.items()}
+    assert paths == {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"}
+    options = make_parser().parse_args(container["command"][1:])
+    assert {str(probe["port"]) for probe in probes.values()} == {options.set_metrics_port}
+    assert [port["containerPort"] for port in container["ports"]] == [int(options.set_metrics_port)]
+    assert options.set_metrics_host == "0.0.0.0", "the probes come from outside of the container"
+    port = free_port()
+    words = [word.replace(options.set_metrics_port, str(port)) for word in container["command"][1:]]
+    batchq.enqueue(conn, "unknown")  # nobody works it: no business of a probe's
+    with started(words, CommandLine(dsn, tmp_path).environment, tmp_path):
+        for path in paths.values():
+            wait_until(lambda path=path: answers(f"http://127.0.0.1:{port}{path}"), 60, path)
+        assert not answers(f"http://127.0.0.1:{port}/ready")
+
+
+@contextmanager
+def started(words: list[str], environment: dict[str, str], directory: Path) -> Iterator[None]:
+    """Run a command of batchq while the block runs; it must end well when it is told to."""
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [BATCHQ, *words], cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    try:
+        yield
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(30) == 0, (directory / "log").read_text()[-2000:]
+    finally:
+        process.kill()
+        process.wait()
+
+
+METRIC = re.compile(r"\bbatchq_[a-z_]+\b")
+
+
+def exported() -> set[str]:
+    """Return the names of the series that workers and the page export."""
+    counts, row = Counts(ends={"completed": 1}), dict.fromkeys((*STATES, "stalled", "failed", "workers"), 1)
+    families = [
+        *worker_metrics({("q", "k"): counts}, {"def": (8, 1)}),
+        *queue_metrics([{"queue": "q", "kind": "k", "oldest_wait_seconds": 1} | row], 1),
+    ]
+    return {sample.name for family in families for sample in family.samples}
+
+
+@pytest.mark.parametrize(
+    "file", ["deploy/kubernetes.yaml", "monitoring/alerts.yml", "monitoring/dashboard.json", "monitoring.md"]
+)
+def test_metrics_that_are_named_are_exported(file: str) -> None:
+    text = (ROOT / "docs" / file).read_text(encoding="utf-8")
+    named = set(METRIC.findall(text)) - {"batchq_batch_run_seconds"}  # the family of a histogram
+    step("%s names %s", file, sorted(named))
+    assert named
+    assert named - exported() == set()
+
+
+def test_the_scaler_looks_at_what_is_ready_in_a_queue_that_the_workers_serve() -> None:
+    [scaler] = [each for each in objects(FOLDER / "kubernetes.yaml") if each["kind"] == "HorizontalPodAutoscaler"]
+    [metric] = every(scaler, "metric")
+    assert metric == {"name": "batchq_queue_depth", "selector": {"matchLabels": {"queue": "default", "state": "ready"}}}
+    [depth] = [family for family in queue_metrics([], 0) if family.name == metric["name"]]
+    assert {"queue", "state"} <= set(depth._labelnames)
+    assert "ready" in STATES
+    assert Settings.model_fields["queues"].default == ("default",)
 
 
 @pytest.mark.parametrize("file", UNITS, ids=lambda file: file.name)
@@ -161,20 +233,10 @@ def test_the_command_of_a_unit_works_and_stops(
     commandline = CommandLine(dsn, tmp_path)  # leaves a tasks.py there
     variables = dict(word.split("=", 1) for line in unit(file)["Environment"] for word in line.split())
     step("given %s", " ".join(words))
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [BATCHQ, *words[1:]], cwd=tmp_path, env=commandline.environment | variables,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        )  # fmt: skip
-    try:
+    with started(words[1:], commandline.environment | variables, tmp_path):
         batchq.enqueue(conn, "good")
         status = "SELECT status FROM batchq.batches"
         wait_until(lambda: conn.execute(status).fetchall() == [("completed",)], 60, "completion")
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(30) == 0, (tmp_path / "log").read_text()[-2000:]
-    finally:
-        process.kill()
-        process.wait()
 
 
 if __name__ == "__main__":

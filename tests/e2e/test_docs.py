@@ -62,8 +62,8 @@ def run_sql(dsn: str, block: Block, *, keep: bool = True) -> None:
 
 
 @contextmanager
-def background(line: str, dsn: str, directory: Path) -> Iterator[None]:
-    """Run one command beside the others; it must stop well when it is told to."""
+def background(line: str, dsn: str, directory: Path, code: int = 0) -> Iterator[None]:
+    """Run one command beside the others; it must stop well when it is told to: with that exit code."""
     with (directory / "log").open("a") as log:
         process = subprocess.Popen(
             ["bash", "-c", f"exec {line}"], cwd=directory, env=environment(dsn), stderr=log, start_new_session=True
@@ -72,7 +72,7 @@ def background(line: str, dsn: str, directory: Path) -> Iterator[None]:
         yield
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(30) == code
 
 
 def counts(dsn: str, query: str) -> dict[str, int]:
@@ -298,6 +298,21 @@ def test_what_the_monitoring_page_shows_runs(dsn: str, tmp_path: Path) -> None:
         ("process send_receipt", 42, 1),
         ("process send_receipt", 43, 1),
     ]
+
+
+def test_what_the_page_about_the_page_shows_runs(dsn: str, admin_dsn: str, tmp_path: Path) -> None:
+    serve, role = blocks("docs/web.md")
+    for line in serve.lines[1:]:
+        port = free_port()
+        with background(f"{line.split('#')[0]} --port {port}", dsn, tmp_path, -signal.SIGTERM):  # as uvicorn ends
+            wait_until(lambda port=port: answers(f"http://127.0.0.1:{port}/"), 30, line)
+    with psycopg.connect(admin_dsn, prepare_threshold=None) as conn, conn.transaction(force_rollback=True):
+        enqueue(conn, "send_receipt")
+        conn.execute(role.text.encode())
+        conn.execute("SET LOCAL ROLE batchq_reader")
+        assert conn.execute("SELECT kind FROM batchq.status").fetchall() == [("send_receipt",)]
+        with pytest.raises(psycopg.errors.InsufficientPrivilege), conn.transaction():
+            conn.execute("SELECT batchq.cancel(id) FROM batchq.status")
 
 
 def test_links_between_documents_lead_somewhere() -> None:
