@@ -16,9 +16,11 @@ import psycopg
 import pytest
 from fastapi.testclient import TestClient
 
+import batchq
 from batchq import embedded, enqueue
 from batchq.app import load_app
 from batchq.testing import drain
+from tests import reference
 from tests.support import settings_table
 from tests.support.alone import run_alone
 from tests.support.markdown import ROOT, Block, blocks
@@ -313,6 +315,21 @@ def test_what_the_page_about_the_page_shows_runs(dsn: str, admin_dsn: str, tmp_p
         assert conn.execute("SELECT kind FROM batchq.status").fetchall() == [("send_receipt",)]
         with pytest.raises(psycopg.errors.InsufficientPrivilege), conn.transaction():
             conn.execute("SELECT batchq.cancel(id) FROM batchq.status")
+
+
+def test_the_reference_is_what_the_code_says(conn: psycopg.Connection) -> None:
+    written = reference.PAGE.read_text(encoding="utf-8").splitlines()
+    assert written == reference.page(conn).splitlines(), "run: python -m tests.reference"
+
+
+def test_the_reference_has_every_function_that_the_docs_call_and_every_name_of_the_package() -> None:
+    documents = [ROOT / "README.md", *(page for page in ROOT.glob("docs/*.md") if page != reference.PAGE)]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in documents if page.name != "design.md")
+    called = set(re.findall(r"\bbatchq\.(\w+)\(", text)) - set(batchq.__all__)
+    assert len(called) > 8
+    assert called - set(reference.FUNCTIONS) == set()
+    headings = set(re.findall(r"^### (\w+)$", reference.PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(batchq.__all__) <= headings
 
 
 def test_links_between_documents_lead_somewhere() -> None:
