@@ -129,6 +129,8 @@ class Claimer:
     def round(self) -> int:
         """Claim for every queue and lane that has room; return how many batches were claimed."""
         self.give_back_unknown()
+        for lane in self.lanes:
+            lane.heed_distance(self.link.round_trip_seconds)
         if self.pauses:
             self.heed_pauses()
         self.sources.append(self.sources.pop(0))
@@ -172,7 +174,8 @@ class Claimer:
 
     def room(self, lane: Lane, claimed: int) -> int:
         """Return how many batches to claim in one statement, when *claimed* were in this round."""
-        return min(lane.room() if claimed == 0 else lane.wanted() - lane.unwritten, MOST_A_CLAIM)
+        room = lane.room() if claimed == 0 else lane.wanted() - lane.unwritten
+        return min(room, int(MOST_A_CLAIM * lane.stretch))
 
     def look(self, source: Source) -> list[tuple[int, Position]]:
         """Return the priorities that have something ready, the most urgent first, and where to start in each."""

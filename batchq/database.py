@@ -301,6 +301,20 @@ class Link:
         self.dsn = dsn
         self.timeout_seconds = timeout_seconds
         self.conn: psycopg.Connection[Any] | None = None
+        self.quickest_seconds: float | None = None
+
+    @property
+    def round_trip_seconds(self) -> float:
+        """About how long a message takes to the database and back: the quickest on this connection; 0 before any."""
+        return self.quickest_seconds or 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Run the block, one message and its answer, and note how long it takes."""
+        began_at = time.monotonic()
+        yield
+        seconds = time.monotonic() - began_at
+        self.quickest_seconds = min(seconds, self.quickest_seconds or seconds)
 
     @contextmanager
     def transaction(self) -> Iterator[psycopg.Connection[Any]]:
@@ -327,7 +341,7 @@ class Link:
         """Run the text of a whole transaction, which travels as one message; return the rows of its third statement."""
         conn = cursor.connection
         try:
-            with bounded(conn, self.timeout_seconds + 1):
+            with bounded(conn, self.timeout_seconds + 1), self.timed():
                 cursor.execute(text)
         except psycopg.Error as error:
             if is_lost(conn):
@@ -341,7 +355,7 @@ class Link:
     @contextmanager
     def reading(self) -> Iterator[psycopg.Connection[Any]]:
         """Run the block, one SELECT, without a transaction around it."""
-        with self.kept() as conn, bounded(conn, self.timeout_seconds + 1):
+        with self.kept() as conn, bounded(conn, self.timeout_seconds + 1), self.timed():
             yield conn
 
     @contextmanager
@@ -349,6 +363,7 @@ class Link:
         """Give the connection, and close it if it comes back broken."""
         if self.conn is None:
             self.conn = Connection.connect(self.dsn, **connect_options(self.timeout_seconds))
+            self.quickest_seconds = None
         try:
             yield self.conn
         finally:

@@ -257,6 +257,22 @@ def test_the_prefetch_is_what_ends_in_a_fifth_of_a_second(still: ThreadLane, mon
         assert still.wanted() == wanted
 
 
+@pytest.mark.parametrize(("round_trip_seconds", "most"), [(0.0, 4000), (0.005, 6000), (0.02, 12000), (0.1, 12000)])
+def test_the_farther_the_database_the_more_is_taken_in_hand_up_to_thrice_as_much(
+    still: ThreadLane, monkeypatch: pytest.MonkeyPatch, round_trip_seconds: float, most: int
+) -> None:
+    clock = at(monkeypatch, still)
+    still.run_count += 1_000_000
+    clock(1.0)
+    still.heed_distance(round_trip_seconds)
+    assert still.wanted() == most
+    step("of slow batches as many as ever: what ends in a fifth of a second")
+    slow = ThreadLane({}, SLOTS, lambda *_: None)
+    slow.pace = 500.0
+    slow.heed_distance(round_trip_seconds)
+    assert slow.wanted() == 100
+
+
 def at(monkeypatch: pytest.MonkeyPatch, lane: ThreadLane) -> Callable[[float], None]:
     """Return what moves the lane's clock."""
     now = [lane.paced_at]

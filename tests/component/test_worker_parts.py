@@ -4,7 +4,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 from uuid import uuid4
 
@@ -25,6 +25,7 @@ from batchq.positions import Source
 from batchq.queries import END, START, Turn, WorkerRow
 from batchq.settings import Settings
 from batchq.testing import drain
+from tests.bench.proxy import DelayingProxy
 from tests.component.rows import Conn, claim, expire_lease, insert, value, values
 from tests.support import supasim
 from tests.support.alone import run_alone
@@ -423,6 +424,18 @@ def test_what_a_claim_of_unknown_outcome_has_claimed_comes_back_by_its_token(
     found = values(conn, "SELECT claim_token FROM batchq.batches WHERE status = 'processing' ORDER BY id")
     assert found == [first.claim.token, second.claim.token]
     parts.close()
+
+
+def test_the_claimer_tells_its_lanes_how_far_the_database_is(dsn: str, conn: Conn) -> None:
+    enqueue(conn, 1)
+    with DelayingProxy(dsn, 0.004) as proxy, closing(Parts(proxy.dsn)) as parts:
+        link = parts.claimer.link
+        assert link.round_trip_seconds == 0
+        assert parts.claimer.round() == 1
+        step("the quickest message to the database and back was that of a look, or of the claim")
+        assert link.round_trip_seconds >= 0.008
+        parts.claimer.round()
+        assert parts.lane.stretch >= 1.8
 
 
 def test_a_dear_look_is_made_less_often_but_not_for_one_that_met_a_busy_machine(parts: Parts) -> None:
