@@ -146,6 +146,7 @@ def add_setup(subparsers: Any) -> None:
     demo.add_argument(
         "--files", type=int, default=0, help="at most so many files (default: all of the standard library)"
     )
+    demo.add_argument("--web", action="store_true", help="show it on a page; begins when somebody looks at it")
 
 
 def add_workers(subparsers: Any) -> None:

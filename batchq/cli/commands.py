@@ -104,7 +104,7 @@ def demo(options: Namespace) -> int:
     """Run the demonstration."""
     from batchq.demo import run  # its extra need not be installed for the other commands
 
-    return run(settings_of(options), options.directory, options.files)
+    return run(settings_of(options), options.directory, options.files, options.web)
 
 
 # ----------------------------------------------------------------------------------------------------------- workers

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from batchq import embedded
 from batchq.database import Link, connect, transaction
+from batchq.demo.page import page
 from batchq.errors import BatchqError, ConfigError
 from batchq.migrate import migrate
 from batchq.settings import Settings
@@ -48,18 +49,32 @@ class DemoFailed(BatchqError):
     """The demo did not come to its end, or its check failed."""
 
 
-def run(settings: Settings, directory: str | None, most_files: int) -> int:
-    """Run the demo on the database of *settings*, or on a private server; return 0 if every file is there once."""
+def run(settings: Settings, directory: str | None, most_files: int, on_page: bool = False) -> int:
+    """Run the demo on the database of *settings*, or on a private server; return 0 if every file is there once.
+
+    on_page: also in a browser; it begins when somebody looks, and ends at Ctrl-C.
+    """
     paths = source_files(most_files)
-    with server_dsn(settings, directory) as dsn, tempfile.TemporaryDirectory() as logs:
+    with server_dsn(settings, directory) as dsn:
         prepare(dsn)
         console.print(f"enqueueing {len(paths)} source files of Python's standard library, by plain SQL")
-        ids = enqueue(dsn, paths)
-        started_at = time.monotonic()
-        with worker_processes(dsn, Path(logs)) as workers:
-            watch(dsn, workers, len(paths))
-        console.print(f"worked in {time.monotonic() - started_at:.1f} s")
-        return judge(dsn, paths, ids)
+        ids = enqueue(dsn, paths, -(-len(paths) // 2) if on_page else FILES_A_BATCH)  # a page shows large batches best
+        if not on_page:
+            return work(dsn, paths, ids)
+        with page(dsn, console) as shown:
+            shown.wait_for_viewer(f"/batches/{ids[0]}")
+            code = work(dsn, paths, ids)
+            shown.wait_for_ctrl_c()
+            return code
+
+
+def work(dsn: str, paths: Sequence[str], ids: list[int]) -> int:
+    """Have it worked, and judge it; return the exit code."""
+    started_at = time.monotonic()
+    with tempfile.TemporaryDirectory() as logs, worker_processes(dsn, Path(logs)) as workers:
+        watch(dsn, workers, len(paths))
+    console.print(f"worked in {time.monotonic() - started_at:.1f} s")
+    return judge(dsn, paths, ids)
 
 
 # --------------------------------------------------------------------------------------------------------- beginning
@@ -103,10 +118,10 @@ def prepare(dsn: str) -> None:
         conn.execute("SELECT batchq.cancel(id) FROM batchq.batches_live WHERE queue = %s", (QUEUE,))
 
 
-def enqueue(dsn: str, paths: Sequence[str]) -> list[int]:
+def enqueue(dsn: str, paths: Sequence[str], files_a_batch: int) -> list[int]:
     """Enqueue the files, as anybody could from any SQL client; return the ids of the batches."""
     with connect(dsn) as conn, transaction(conn, 60):
-        cursor = conn.execute(ENQUEUE, {"queue": QUEUE, "paths": list(paths), "files_a_batch": FILES_A_BATCH})
+        cursor = conn.execute(ENQUEUE, {"queue": QUEUE, "paths": list(paths), "files_a_batch": files_a_batch})
         return [row[0] for row in cursor]
 
 

@@ -310,15 +310,19 @@ async def read_form(request: Request) -> dict[str, str]:
 
 def serve(settings: Settings, web_settings: WebSettings) -> None:
     """Serve the page until SIGTERM or SIGINT."""
-    web = Web(settings.require_dsn(), web_settings)
+    server_of(Web(settings.require_dsn(), web_settings)).run()
+
+
+def server_of(web: Web) -> uvicorn.Server:
+    """Return what serves the page."""
     config = uvicorn.Config(
         web.app,
-        host=web_settings.host,
-        port=web_settings.port,
+        host=web.settings.host,
+        port=web.settings.port,
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=15,
         limit_concurrency=1000,
     )
-    uvicorn.Server(config).run()
+    return uvicorn.Server(config)

@@ -1,14 +1,19 @@
 """The demonstration does what it says, from nothing, and leaves nothing running."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import httpx
 
 from tests.support.alone import run_alone
 from tests.support.processes import ROOT
 from tests.support.servers import open_directory
 from tests.support.steps import step
+from tests.support.waiting import wait_until
 
 DEMO_SECONDS = 60
 
@@ -40,6 +45,33 @@ def test_the_demonstration_works_every_file_exactly_once_though_a_worker_is_kill
 
         step("and it can be shown again in the same place")
         assert "exactly once" in run_demo(directory, 20)
+        assert servers_of(directory) == []
+
+
+def test_with_a_page_it_begins_when_somebody_looks_and_ends_at_ctrl_c() -> None:
+    with open_directory() as directory:
+        log = directory / "demo.log"
+        command = [sys.executable, "-m", "batchq", "demo", "--web", "--files", "60", "--directory", str(directory)]
+        with log.open("w") as output:
+            demo = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        try:
+            address = wait_until(
+                lambda: re.search(r"(http://127.0.0.1:\d+)(/batches/\d+)", log.read_text()), 60, "an address"
+            )
+            batch = httpx.get(address[0], trust_env=False, timeout=30).text
+            assert "0 of 30 items" in batch, "it has begun before anybody looked"
+            with httpx.stream("GET", f"{address[1]}/live{address[2].replace('batches', 'batch')}", trust_env=False,
+                              timeout=30) as live:  # fmt: skip
+                step("it is looked at, and all is worked")
+                assert any("30 of 30 items" in line for line in live.iter_lines())
+            wait_until(lambda: "until Ctrl-C" in log.read_text(), DEMO_SECONDS, "the end of the work")
+            assert "every file exactly once: 60 files, 60 rows" in log.read_text()
+            demo.send_signal(signal.SIGINT)
+            assert demo.wait(30) == 0, log.read_text()
+        finally:
+            demo.kill()
         assert servers_of(directory) == []
 
 
