@@ -34,6 +34,7 @@ from tests.support.alone import run_alone
 from tests.support.databases import MIGRATIONS
 from tests.support.servers import Server
 from tests.support.steps import step
+from tests.support.waiting import wait_until
 
 LEDGER = "SELECT to_char(version, 'FM0000') || '_' || name FROM batchq.migrations ORDER BY version"
 NAMES = [f"{migration.version:04}_{migration.name}" for migration in all_migrations()]
@@ -93,6 +94,21 @@ def test_of_several_migrators_at_once_each_file_is_applied_by_one(empty_dsn: str
         assert values(conn, LEDGER) == NAMES
 
 
+def test_a_migration_waits_for_one_that_runs(dsn: str, admin_dsn: str, files: Path) -> None:
+    (files / "0090_more.sql").write_text("SELECT 1;")
+    applied: list[str] = []
+    thread = Thread(target=lambda: applied.extend(migrate(dsn)))
+    with psycopg.connect(admin_dsn) as other, connect(admin_dsn) as admin:
+        queries.take_migration_lock(other)
+        thread.start()
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        wait_until(lambda: value(admin, waiting), 10, "the migration to wait")
+        assert applied == []
+        other.rollback()
+    thread.join(10)
+    assert applied == ["0090_more"]
+
+
 def test_a_new_file_is_applied_to_a_database_with_data(dsn: str, conn: Conn, files: Path) -> None:
     insert(conn, kind="waits")
     processing(conn)
@@ -117,7 +133,9 @@ def test_a_migration_gives_way_while_its_lock_is_not_free_and_holds_up_nobody(
         until = time.monotonic() + 2.5
         while time.monotonic() < until:
             began_at = time.monotonic()
-            insert(conn)
+            with conn.transaction():
+                conn.execute("SELECT set_config('lock_timeout', '3s', true)")
+                insert(conn)
             waits.append(time.monotonic() - began_at)
         step("%s inserts beside it, the longest took %.2f s", len(waits), max(waits))
         assert max(waits) < 0.8

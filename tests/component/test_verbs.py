@@ -293,6 +293,31 @@ def test_retrying_items_leaves_alone_what_has_no_failed_items(conn: Conn) -> Non
     assert audit(conn) == []
 
 
+@pytest.mark.parametrize(
+    ("status", "first", "second", "expected"),
+    [
+        ("pending", "batchq.move(%s, 'slow')", "batchq.cancel(%s)", {"status": "cancelled", "queue": "slow"}),
+        ("failed", "batchq.retry(%s)", "batchq.retry(%s, whole => true)", {"status": "pending", "items_done": 0}),
+    ],
+    ids=["cancel beside a move", "whole retry beside a retry"],
+)
+def test_a_verb_that_waits_for_another_is_done_after_it(
+    conn: Conn, dsn: str, admin_dsn: str, status: str, first: str, second: str, expected: dict[str, Any]
+) -> None:
+    batch_id = insert(conn) if status == "pending" else half_done(conn, status)
+    with psycopg.connect(dsn, prepare_threshold=None) as other:
+        value(other, f"SELECT {first}", [batch_id])
+        person = Thread(target=lambda: value(conn, f"SELECT {second}", [batch_id]))
+        person.start()
+        with psycopg.connect(admin_dsn, autocommit=True) as admin:
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            wait_until(lambda: value(admin, waiting), 10, "the second to wait")
+        other.commit()
+        person.join(10)
+    row = batch(conn, batch_id)
+    assert {name: row[name] for name in expected} == expected
+
+
 # ------------------------------------------------------------------------------------------ snooze, priority, queue
 
 CHANGES = {

@@ -295,6 +295,17 @@ def test_a_lease_on_a_locked_row_is_extended_at_the_next_round(conn: Conn, admin
     assert parts.lane.in_hand() == [batch]
 
 
+@pytest.mark.parametrize(("age_seconds", "is_extended"), [(19, False), (21, True)])
+def test_a_lease_of_60_seconds_is_extended_after_20(
+    conn: Conn, parts: Parts, age_seconds: float, is_extended: bool
+) -> None:
+    enqueue(conn, 1)
+    (batch,) = parts.claim(1)
+    batch.leased_at = before = time.monotonic() - age_seconds
+    parts.keeper.extend()
+    assert (batch.leased_at > before) is is_extended
+
+
 def expired(conn: Conn, seconds_ago: float) -> int:
     """Insert and claim a batch whose lease ran out so long ago; return its id."""
     batch_id = insert(conn, priority=9)

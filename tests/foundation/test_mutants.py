@@ -5,14 +5,18 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.mutants import cli
 from tests.mutants.cli import SURVIVED, UNTRIED, page, read_killers
 from tests.mutants.table import MUTANTS, ROOT, Mutant, StaleError
 from tests.support.alone import run_alone
+from tests.support.servers import Server
 
 
 @pytest.mark.parametrize("file", sorted({mutant.file for mutant in MUTANTS}))
@@ -51,10 +55,39 @@ def test_the_page_is_the_table_and_its_killers_are_tests_of_the_suite() -> None:
     killers = read_killers()
     assert page(killers) == (ROOT / "tests" / "mutants" / "README.md").read_text()
     assert {mutant.name for mutant in MUTANTS} == set(killers)
-    assert [name for name, killer in killers.items() if killer == SURVIVED] == []
-    for killer in set(killers.values()) - {UNTRIED}:
-        file, _, test = killer.partition("::")
-        assert f"def {re.match(r'[^[]*', test)[0]}(" in (ROOT / "tests" / file).read_text()  # type: ignore[index]
+    assert [name for name, killer in killers.items() if killer in (SURVIVED, UNTRIED)] == []
+    wanted = {f"tests/{killer}" for killer in killers.values()}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *sorted(wanted)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert wanted - set(ended.stdout.splitlines()) == set(), ended.stdout[-2000:] + ended.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("killer", "code", "said"),
+    [
+        ("test_a_sweep_in_parts_visits_every_part_and_the_newest_each_second_time[3]", 0, "1 of 1 mutants killed\n"),
+        ("test_rows_of_the_same_time_are_told_apart_by_their_id", 1, "survived: next_part: "),
+    ],
+    ids=["killed", "survived"],
+)
+def test_a_sample_ends_well_only_if_the_killers_that_the_page_names_still_kill(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    server: Server,
+    killer: str,
+    code: int,
+    said: str,
+) -> None:
+    [mutant] = [mutant for mutant in MUTANTS if mutant.place == "next_part"]
+    for variable, value in server.environment().items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys, "argv", ["bin/mutants", "next_part", "--sample", "3", "--seed", "a day"])
+    monkeypatch.setattr(cli, "read_killers", lambda: {mutant.name: f"component/test_positions.py::{killer}"})
+    monkeypatch.setattr(cli, "write_page", lambda _: pytest.fail("the page is not a sample's to write"))
+    assert cli.main() == code
+    out = capsys.readouterr().out
+    assert out.startswith("a sample by the seed a day\n")
+    assert said in out
 
 
 @pytest.mark.parametrize("file", sorted({file for mutant in MUTANTS for file in mutant.tests}))

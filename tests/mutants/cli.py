@@ -5,14 +5,17 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
 
@@ -25,6 +28,7 @@ MOST_SECONDS = 400
 MOST_FLUKES = 5
 LAYERS = ("component", "integration")
 NEEDLESS = ("test_bad_input.py", "test_cli.py", "test_wheel.py", "test_architecture.py", "test_embedded.py")
+NEEDLESS_PLUGINS = ("cacheprovider", "hypothesispytest")  # the second costs more than most tests
 SURVIVED, UNTRIED = "none", "not tried yet"
 RESULT = re.compile(r"^(tests/\S+\.py::.*?) (PASSED|FAILED|ERROR)\b")
 STARTED = re.compile(r"^(tests/\S+\.py::.*?) *$")
@@ -32,8 +36,9 @@ HEAD = """# Mutants
 
 A mutant is batchq with one fence, lock, lease condition or bound taken out. For each there is a test that fails: that
 condition is needed, and a change that drops it is noticed. `bin/mutants` tries them all and writes this page;
-`bin/mutants RESCUE` those with the word in their name. `tests/foundation/test_mutants.py` checks at each run of the
-suite that every text still stands.
+`bin/mutants RESCUE` those with the word in their name, `bin/mutants --missing` those that have no killer here.
+`bin/mutants --sample 10` tries ten by chance, each with its killer alone. `tests/foundation/test_mutants.py` checks at
+each run of the suite that every text still stands, and that every mutant has a killer, which is still there.
 
 A killer is the first test that fails, fails once more alone, and passes without the mutant.
 
@@ -41,19 +46,23 @@ A killer is the first test that fails, fails once more alone, and passes without
 
 
 def main() -> int:
-    """Try the mutants that the arguments name; return 1 if one survived."""
+    """Try the mutants that the arguments name; return 1 if one survived, or was not tried."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also of one in the background, which ignores it
     arguments = parse_arguments()
     chosen = [mutant for mutant in MUTANTS if all(word in mutant.name for word in arguments.words)]
+    known = read_killers()
     if arguments.missing:
-        known = read_killers()
         unkilled = [mutant for mutant in chosen if known.get(mutant.name, UNTRIED) in (UNTRIED, SURVIVED)]
         chosen = sorted(unkilled, key=lambda mutant: known.get(mutant.name) == SURVIVED)[: arguments.most]
+    attempt = partial(try_mutant, wide=arguments.wide)
     if arguments.sample:
-        chosen = random.Random(arguments.seed).sample(chosen, arguments.sample)
-    killers = Trial(chosen, arguments.wide, is_written=not arguments.sample).run(arguments.at_once)
+        print(f"a sample by the seed {arguments.seed}", flush=True)
+        chosen = random.Random(arguments.seed).sample(chosen, min(arguments.sample, len(chosen)))
+        attempt = partial(try_again, killers=known)
+    killers = Trial(chosen, attempt, is_written=not arguments.sample).run(arguments.at_once)
     survivors = [name for name, killer in killers.items() if killer == SURVIVED]
     print(f"{len(killers) - len(survivors)} of {len(killers)} mutants killed", *survivors, sep="\n  survived: ")
-    return 1 if survivors or not killers else 0
+    return 1 if survivors or not killers or len(killers) < len(chosen) else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,8 +73,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("words", nargs="*", help="only mutants that have all these words in their name")
     parser.add_argument("--missing", action="store_true", help="only those without a killer so far")
     parser.add_argument("--most", type=int, help="and so many at most, those first that were never tried")
-    parser.add_argument("--sample", type=int, help="so many of them, by chance; the page stays as it is")
-    parser.add_argument("--seed", default="1", help="which ones (default: 1)")
+    parser.add_argument(
+        "--sample", type=int, help="so many of them, by chance, each with its killer alone; the page stays as it is"
+    )
+    parser.add_argument("--seed", default=str(datetime.now(UTC).date()), help="which ones (default: the day)")
     parser.add_argument("--at-once", type=int, default=2, help="how many at a time (default: 2)")
     parser.add_argument(
         "--wide",
@@ -78,9 +89,9 @@ def parse_arguments() -> argparse.Namespace:
 class Trial:
     """Mutants that are tried, several at a time. With *is_written* each killer goes to the page when it is known."""
 
-    def __init__(self, mutants: list[Mutant], wide: bool, is_written: bool) -> None:
+    def __init__(self, mutants: list[Mutant], attempt: Callable[[Mutant, Server], str], is_written: bool) -> None:
         self.waiting = deque(mutants)
-        self.wide = wide
+        self.attempt = attempt
         self.is_written = is_written
         self.killers: dict[str, str] = {}
         self.lock = Lock()
@@ -106,7 +117,7 @@ class Trial:
             while mutant := self.next():
                 began_at = time.monotonic()
                 try:
-                    killer = try_mutant(mutant, server, self.wide)
+                    killer = self.attempt(mutant, server)
                 except RuntimeError as error:
                     print(error, flush=True)
                     killer = SURVIVED
@@ -131,6 +142,13 @@ def try_mutant(mutant: Mutant, server: Server, wide: bool) -> str:
             return killer
         others = [file for file in sorted(others_of(root)) if file not in files]
         return (Suite(root, server).first_failure(others) if wide else None) or SURVIVED
+
+
+def try_again(mutant: Mutant, server: Server, killers: dict[str, str]) -> str:
+    """Return the mutant's killer of *killers* if that kills it still, else SURVIVED."""
+    with copy_of_tree() as root:
+        mutant.apply(root)
+        return Suite(root, server).first_failure([f"tests/{killers.get(mutant.name, UNTRIED)}"]) or SURVIVED
 
 
 def others_of(root: Path) -> Iterator[str]:
@@ -172,7 +190,7 @@ class Suite:
 
     def run(self, tests: list[str], without: list[str]) -> str | None:
         """Run tests until one fails, or hangs; return its name."""
-        options = ["-x", "-v", "-p", "no:cacheprovider", "-o", "log_cli=false", "--tb=no"]
+        options = ["-x", "-v", "--tb=no", "-o", "log_cli=false", *(f"-pno:{plugin}" for plugin in NEEDLESS_PLUGINS)]
         command = [sys.executable, "-m", "pytest", *tests, *options, *(f"--deselect={name}" for name in without)]
         try:
             ended = subprocess.run(
@@ -191,7 +209,9 @@ class Suite:
             return None
         failed = [match[1] for match in map(RESULT.match, ended.stdout.splitlines()) if match and match[2] != "PASSED"]
         if not failed:
-            raise RuntimeError(f"no test failed, and pytest ended with {ended.returncode}:\n{ended.stdout[-2000:]}")
+            raise RuntimeError(
+                f"no test failed, and pytest ended with {ended.returncode}:\n{(ended.stdout + ended.stderr)[-2000:]}"
+            )
         return failed[0]
 
 

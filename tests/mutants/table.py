@@ -1,8 +1,8 @@
 """The mutants: each takes out one fence, lock, lease condition or bound, and says what it would break.
 
 Not among them is what would change nothing: that a rescue and what gives a claim back look for `processing` (a pending
-row has no token and no lease: batches_claim_is_whole), and that a statement which has its ids from its own first part
-names the queue a second time (nor that a first part does, where the second has it and has to do with the same ids).
+row has no token and no lease: batches_claim_is_whole), and that a statement names the queue in its second part, too,
+which has its ids from the first (that of EXTEND in its first, too, which has them from its caller).
 """
 
 import re
@@ -435,7 +435,7 @@ MUTANTS = [
     ),
     *of(
         "CREATE FUNCTION batchq.lock_batch(",
-        ("integration/test_interleavings.py",),
+        (ACTIONS, "integration/test_interleavings.py"),
         [
             (
                 "batches_live b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue FOR UPDATE",
