@@ -81,6 +81,11 @@ def backlog_ratio(size: int, base: int) -> Measure:
     return ratio(exact("backlog", rate, f"{size:,} waiting"), exact("backlog", rate, f"{base:,} waiting"))
 
 
+def held_ratio(figure: str) -> Measure:
+    """Return a figure at a steady load with a snapshot held through that without."""
+    return ratio(exact("steady", figure, "held"), exact("steady", figure, "control"))
+
+
 def history_ratio(medians: Medians) -> float | None:
     """Return the slowest rate beside a history through that without one."""
     rate = "executed_per_s"
@@ -122,6 +127,20 @@ GOALS = (
         True,
     ),
     Goal("snapshot", "last 10 s held, to its own free rate", exact("snapshot", "last_to_free", "held"), 0.90, True),
+    *(
+        Goal(
+            "steady",
+            f"a snapshot held for 10 min at 80 % load: {text}, to the control's",
+            held_ratio(figure),
+            bound,
+            least,
+        )
+        for text, figure, bound, least in (
+            ("rate", "started_per_s", 0.95, True),
+            ("backlog", "backlog", 1.05, False),
+            ("pick-up, p50", "p50_ms", 1.05, False),
+        )
+    ),
     Goal(
         "network",
         "a round trip of 20 ms, to none",
