@@ -227,7 +227,9 @@ def add_watching(subparsers: Any) -> None:
     top.add_argument("--kind", help="of this kind only")
     top.add_argument("--json", action="store_true", help="print JSON once")
     watch.add_argument("--every-seconds", type=some_seconds, default=0.5, help="(default: 0.5)")
-    top.add_argument("--every-seconds", type=some_seconds, default=1.0, help="(default: 1)")
+    top.add_argument(
+        "--every-seconds", type=some_seconds, help="(default: 1 to 10, a hundred times as long as a look takes)"
+    )
 
 
 def add_verbs(subparsers: Any) -> None:

@@ -1,9 +1,10 @@
-"""`batchq top`: queues, workers, running batches and failures on a full screen, each second. Needs the extra "top"."""
+"""`batchq top`: queues, workers, running batches and failures on a full screen, live. Needs the extra "top"."""
 
 import time
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from rich.progress_bar import ProgressBar
@@ -23,6 +24,7 @@ from batchq.settings import hide_password
 Row = dict[str, Any]
 Look = dict[str, list[Row]]
 BAR_WIDTH = 14
+REST_FACTOR, LEAST_REST_SECONDS, MOST_REST_SECONDS = 100, 1.0, 10.0
 
 
 class Column(NamedTuple):
@@ -132,7 +134,10 @@ class Details(ModalScreen[None]):
 
 
 class Top(App[None]):
-    """The screen. *look* reads the tables; *show* returns what is shown of one batch, None if it is gone."""
+    """The screen. *look* reads the tables; *show* returns what is shown of one batch, None if it is gone.
+
+    every_seconds: how long to rest between two looks; None: a hundred times as long as the look took, from 1 to 10 s.
+    """
 
     TITLE = "batchq top"
     ENABLE_COMMAND_PALETTE = False
@@ -148,7 +153,7 @@ class Top(App[None]):
         Binding("p", "pause", "Pause"),
     ]
 
-    def __init__(self, look: Callable[[], Look], show: Callable[[int], Any], every_seconds: float) -> None:
+    def __init__(self, look: Callable[[], Look], show: Callable[[int], Any], every_seconds: float | None) -> None:
         super().__init__()
         self.look, self.show, self.every_seconds = look, show, every_seconds
         self.rows: Look = {name: [] for name in TABLES}
@@ -173,21 +178,31 @@ class Top(App[None]):
     def on_mount(self) -> None:
         """Begin to look."""
         self.refresh_rows()
-        self.set_interval(self.every_seconds, self.refresh_rows)
         self.table("queues").focus()
 
     @work(thread=True, exclusive=True, exit_on_error=False)
     def refresh_rows(self) -> None:
-        """Read, in a thread, unless paused; a database that is away is told, and asked again."""
-        if self.is_paused:
-            return
+        """Read, in a thread, unless paused; a database that is away is told, and asked again. Again after a rest."""
+        began_at = time.monotonic()
+        show = self.looked() if not self.is_paused else None
+        rest = self.rest_seconds(time.monotonic() - began_at)
+        if show:
+            self.call_from_thread(show)
+        self.call_from_thread(self.set_timer, rest, self.refresh_rows)
+
+    def looked(self) -> Callable[[], None]:
+        """Read; return what shows what was read, or that nothing could be."""
         try:
-            rows = self.look()
+            return partial(self.take, self.look())
         except Exception as error:
             said = hide_password(" ".join(str(error).split()))
-            self.call_from_thread(self.state.update, Text(f"the database is away: {plain(said)}", style="bold red"))
-            return
-        self.call_from_thread(self.take, rows)
+            return partial(self.state.update, Text(f"the database is away: {plain(said)}", style="bold red"))
+
+    def rest_seconds(self, took_seconds: float) -> float:
+        """Return how long to rest after a look: so it costs the database a hundredth of one connection's time."""
+        if self.every_seconds is not None:
+            return self.every_seconds
+        return min(max(REST_FACTOR * took_seconds, LEAST_REST_SECONDS), MOST_REST_SECONDS)
 
     def take(self, rows: Look) -> None:
         """Show what was read."""

@@ -1,8 +1,8 @@
 """Live pages by server-sent events: however many people watch a page, it is read once for all of them.
 
 Each watched page has a task that reads and renders it while somebody watches, and hands the same text to all. After a
-read it waits 50 times what the read took, at least a second and a half and at most ten: so a page costs the database a
-fiftieth of one connection's time.
+read it waits 100 times what the read took, at least a second and a half and at most ten: so a page costs the database
+a hundredth of one connection's time.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from batchq.errors import BatchqError
 
 EVERY_SECONDS = 1.5
 SLOWEST_SECONDS = 10.0
-SHARE = 50
+SHARE = 100
 SIGN_OF_LIFE_SECONDS = 15.0
 LONGEST_STREAM_SECONDS = 3600.0  # then the browser comes again, and is asked for its session
 MOST_PAGES = 200
@@ -92,7 +92,11 @@ class Live:
                 page.reads += 1
                 self.hand_out(page, text)
             spent = time.monotonic() - began_at
-            await asyncio.sleep(min(max(self.share * spent, self.every_seconds), SLOWEST_SECONDS))
+            await asyncio.sleep(self.rest_seconds(spent))
+
+    def rest_seconds(self, spent_seconds: float) -> float:
+        """Return how long to wait after a read."""
+        return min(max(self.share * spent_seconds, self.every_seconds), SLOWEST_SECONDS)
 
     def hand_out(self, page: Watched, text: str) -> None:
         """Give every viewer the newest text; one that has not taken the one before misses that."""

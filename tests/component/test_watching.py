@@ -297,6 +297,12 @@ def test_top_says_that_the_database_is_away_and_goes_on() -> None:
     asyncio.run(act())
 
 
+def test_top_looks_the_less_often_the_longer_it_takes_unless_told() -> None:
+    screen = top.Top(dict, str, None)
+    assert [screen.rest_seconds(took) for took in (0.001, 0.05, 3.0)] == [1.0, 5.0, 10.0]
+    assert top.Top(dict, str, 0.1).rest_seconds(3.0) == 0.1
+
+
 @pytest.mark.parametrize(
     ("less", "more"), [("00:00:09", "00:10:00"), ("23:59:59.9", "1 day 00:00:00"), ("9 days", "10 days 01:00:00")]
 )

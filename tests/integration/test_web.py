@@ -19,6 +19,7 @@ from batchq import queries
 from batchq.errors import ConfigError
 from batchq.queries import Progress, Tally, WorkerRow
 from batchq.web import reads
+from batchq.web.live import Live
 from batchq.web.settings import WebSettings
 from batchq.web.shown import duration, visible
 from tests.component.rows import (
@@ -837,6 +838,11 @@ class Viewer:
         stream: Any = self.answer.extensions["network_stream"]
         stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         self.thread.join(10)
+
+
+def test_a_watched_page_costs_a_hundredth_of_a_connections_time() -> None:
+    live = Live()
+    assert [live.rest_seconds(spent) for spent in (0.001, 0.05, 3.0)] == [1.5, 5.0, 10.0]
 
 
 def test_live_parts_of_what_is_not_there_are_not_found(site: Site) -> None:
