@@ -12,7 +12,7 @@ from typing import NoReturn
 from tests.chaos import report
 from tests.chaos.faults import FAULTS
 from tests.chaos.run import Run, Window
-from tests.chaos.schedule import schedule
+from tests.chaos.schedule import MOST_AT_ONCE, schedule
 from tests.chaos.server import running
 from tests.chaos.world import World, world
 
@@ -56,12 +56,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--programs", type=Path, metavar="DIR", help="the private server's programs (default: a wheel's)"
     )
     parser.add_argument("--alone", action="store_true", help="no two faults at once")
+    parser.add_argument("--most-at-once", type=at_least_two, default=MOST_AT_ONCE, metavar="N",
+                        help="how many faults at once at most (default: %(default)s)")  # fmt: skip
     parser.add_argument("--direct", action="store_true", help="without PgBouncer in between")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of each style (default: 2)")
     parser.add_argument("--backlog", type=int, default=60, help="batches of each style that are ready (default: 60)")
     parser.add_argument("--compare-seconds", type=float, default=1.0,
                         help="how long the rate is measured before and after each window (default: 1)")  # fmt: skip
     return parser.parse_args(arguments)
+
+
+def at_least_two(text: str) -> int:
+    """Read a number from 2 up. Raises ArgumentTypeError for another."""
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be 2 or more, not {text}; for one at a time there is --alone")
+    return int(text)
 
 
 def names(text: str) -> list[str]:
@@ -83,7 +92,8 @@ def chaos(options: argparse.Namespace) -> int:
     ):
         print(f"{server.describe()}; seed {options.seed}, {len(its.fleet.places)} workers", flush=True)
         run = Run(its, options.seed, options.compare_seconds, lambda window: tell(window, out))
-        run.work(schedule(options.seed, possible(its, options.faults), options.alone), options.minutes * 60)
+        faults = schedule(options.seed, possible(its, options.faults), options.alone, options.most_at_once)
+        run.work(faults, options.minutes * 60)
         return conclude(run, out)
 
 

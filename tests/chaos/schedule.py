@@ -9,15 +9,17 @@ MOST_AT_ONCE = 4
 SINGLE_SHARE = 0.25
 
 
-def schedule(seed: int, names: Sequence[str], alone: bool = False) -> Iterator[list[str]]:
-    """Yield for ever what comes at once; each fault once in each round, some or all *alone*."""
+def schedule(
+    seed: int, names: Sequence[str], alone: bool = False, most_at_once: int = MOST_AT_ONCE
+) -> Iterator[list[str]]:
+    """Yield for ever what comes at once, so many at most; each fault once in each round, some or all *alone*."""
     dice = random.Random(seed)
     while True:
         left = dice.sample(sorted(names), len(names))
         while left:
             chosen = [left.pop()]
             if not alone and dice.random() > SINGLE_SHARE:
-                fill(chosen, left, dice.randint(2, MOST_AT_ONCE))
+                fill(chosen, left, dice.randint(2, most_at_once))
             yield chosen
 
 
