@@ -63,13 +63,25 @@ class ChunkRun:
 
         Raised at once, KeyboardInterrupt would end the event loop, and other items would run on unseen.
         """
-        if isinstance(error, PASSED_ON) or (conn is not None and is_lost(conn)):
+        if isinstance(error, PASSED_ON):
             self.broken_by = self.broken_by or error
+        elif conn is not None and is_lost(conn):
+            self.broken_by = self.broken_by or self.lost_at(position, error)
         elif isinstance(error, Snooze | Cancel):
             if self.ended_by is None or position < self.ended_by[0]:
                 self.ended_by = (position, error)
         else:
             self.chunk.fail(position, error)
+
+    def lost_at(self, position: int, error: BaseException) -> BaseException:
+        """Return what breaks the chunk when its connection is gone: never the item's own error, which would tell of one
+        item and be taken for the whole batch (InvalidInput would end it for good)."""
+        if isinstance(error, psycopg.Error):
+            return error
+        what = f"item {self.chunk.indexes[position]} raised {type(error).__name__}"
+        lost = psycopg.OperationalError(f"the connection was lost within a chunk; {what}")
+        lost.__cause__ = error
+        return lost
 
     def close(self) -> None:
         """Keep in the chunk what is worked: all begun items, or those before one that ended the batch.

@@ -883,6 +883,42 @@ def test_a_connection_cut_within_a_chunk_costs_the_attempt_and_doubles_nothing(
     assert values(conn, CONTACTS) == list(range(6))
 
 
+@both_styles
+def test_an_item_that_fails_while_its_connection_is_lost_does_not_end_the_batch(
+    dsn: str, admin_dsn: str, conn: psycopg.Connection, contacts: str, style: str
+) -> None:
+    app = batchq.App()
+    cut_once = [True]
+    query = "SELECT pg_backend_pid()"
+
+    def judge(item: int, pid: int) -> None:
+        if item == 3 and cut_once:
+            cut_once.clear()
+            with psycopg.connect(admin_dsn) as admin:
+                admin.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+        if item == 3:
+            raise batchq.InvalidInput("item 3 is bad")
+
+    @app.item_handler("def", transactional=True, chunk_size=2, backoff=AT_ONCE)
+    def write(item: int, conn: psycopg.Connection) -> None:
+        conn.execute(INSERT, [item])
+        judge(item, conn.execute(query).fetchone()[0])
+
+    @app.item_handler("async def", transactional=True, chunk_size=2, backoff=AT_ONCE)
+    async def write_async(item: int, conn: psycopg.AsyncConnection) -> None:
+        await conn.execute(INSERT, [item])
+        judge(item, (await (await conn.execute(query)).fetchone())[0])
+
+    batch_id = put(conn, style, items=list(range(6)), max_failed_items=1)
+    drain(app, dsn)
+    row = look(conn, batch_id)
+    step("the first attempt has failed for the connection; the second one has met the bad item alone")
+    assert (row.status, row.attempt) == ("completed", 2)
+    assert "the connection was lost within a chunk; item 3 raised InvalidInput" in row.errors[0]["error"]
+    assert counters(conn, batch_id) == (5, 1)
+    assert values(conn, CONTACTS) == [0, 1, 2, 4, 5]
+
+
 # ------------------------------------------------------------------------------------------------- batchq.retry
 
 
