@@ -183,15 +183,16 @@ def did_chunk(reader: Reader, job: Job) -> Job:
         job, state="doing", place=chunk.next_place, audit_id=chunk.audit_id, matched=job.matched + chunk.matched,
         changed=job.changed + chunk.changed, rest_seconds=PAUSE_FACTOR * (time.monotonic() - began_at),
     )  # fmt: skip
-    return job if job.place is not None else ended_pass(job)
+    # What was counted is done, and no more: what fails again at once would be matched for ever.
+    return ended_pass(job) if job.place is None or job.matched >= job.total else job
 
 
 def ended_pass(job: Job) -> Job:
     """Begin another pass, up to three in all, while some were left out and others were not."""
     changed = job.changed - job.changed_before
-    if changed in (0, job.matched) or job.passes + 1 >= MOST_PASSES:
+    if changed in (0, job.matched) or job.left == 0 or job.passes + 1 >= MOST_PASSES:
         return replace(job, state="done")
-    return replace(job, passes=job.passes + 1, matched=0, changed_before=job.changed)
+    return replace(job, passes=job.passes + 1, place=None, matched=0, changed_before=job.changed)
 
 
 def bulk(job: Job, most: int, dry_run: bool, conn: Conn) -> Chunk:

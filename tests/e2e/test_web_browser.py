@@ -187,7 +187,7 @@ def test_everything_works_without_javascript(conn: Conn, site: Site, browser: Br
     conn.execute("INSERT INTO batchq.batches (kind) SELECT 'mail' FROM generate_series(1, 2999)")
     ask_to_cancel(page, site)
     page.get_by_role("button", name="Cancel: 3").click()
-    for done in (1000, 2000, 3000):
+    for done in (1000, 2000):
         expect(page.locator("#bulk-bar")).to_have_js_property("value", done)
         page.get_by_role("button", name="Go on").click()
     expect(page.locator("#bulk-text")).to_have_text("3\N{NARROW NO-BREAK SPACE}000 batches cancelled.")

@@ -683,6 +683,23 @@ def test_what_is_left_out_is_told(conn: Conn, admin_dsn: str, site: Site) -> Non
     assert value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [keyed]) == "failed"
 
 
+def test_what_fails_again_meanwhile_is_not_retried_for_ever(conn: Conn, site: Site) -> None:
+    def fail(count: int) -> None:
+        conn.execute(
+            "INSERT INTO batchq.batches (kind, status, finished_at) "
+            "SELECT 'mail', 'failed', clock_timestamp() FROM generate_series(1, %s)",
+            [count],
+        )
+
+    fail(1500)
+    answer = go_on(site, ask_many(site, "retry", kind="mail"))
+    assert said(answer) == "1,000 of 1,500 batches made pending again; 500 left."
+    fail(5000)
+    answer = go_on(site, answer)
+    assert said(answer) == "2,000 batches made pending again."
+    assert "The list</a>" in answer.text, "it goes on"
+
+
 def test_what_many_cannot_be_done_to_is_said(conn: Conn, site: Site) -> None:
     insert(conn)
     problems: dict[tuple[str, str], dict[str, object]] = {
