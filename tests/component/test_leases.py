@@ -313,6 +313,13 @@ def test_a_failed_item_is_stored_with_its_value_and_its_attempt(conn: Conn) -> N
     ]
 
 
+def test_the_next_attempt_works_what_has_failed_and_may_be_cured(conn: Conn) -> None:
+    taken = processing(conn, items=["a", "b", "c"])
+    checkpoint(conn, taken, Progress(1, 2, [failure(0), failure(1, retryable=False)], first_index=0))
+    pages = [queries.failed_page(conn, "default", taken.id, attempt, 10) for attempt in (1, 2)]
+    assert pages == [[], [(0, '"a"')]]
+
+
 def test_an_item_that_fails_again_has_its_newest_error(conn: Conn, taken: Taken) -> None:
     requeue(conn, Requeue(*taken, 0, False))
     again = taken._replace(token=uuid4())

@@ -188,7 +188,7 @@ MUTANTS = [
     *of("def items_page(", (CLAIM, ITEMS), [("AND claim_token = %(token)s", "", "input is for who has the batch")]),
     *of(
         "def failed_page(",
-        ITEMS,
+        (LEASES, ITEMS),
         [
             ("AND retryable", "", "what cannot be cured is not run again"),
             ("AND attempt < %(attempt)s", "", "an item runs once an attempt"),
