@@ -141,7 +141,10 @@ class Top(App[None]):
 
     TITLE = "batchq top"
     ENABLE_COMMAND_PALETTE = False
-    CSS = "#state { height: 1; padding: 0 1; } DataTable { height: 1fr; }"
+    CSS = (
+        "#state { height: 1; padding: 0 1; } TabbedContent, ContentSwitcher, DataTable { height: 1fr; } "
+        "DataTable > .datatable--cursor, DataTable:focus > .datatable--cursor { background: $primary-background; }"
+    )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit", "Quit"),
         Binding("1", "tab('queues')", "Queues"),
@@ -170,7 +173,12 @@ class Top(App[None]):
         with TabbedContent(initial="queues"):
             for name, columns in TABLES.items():
                 with TabPane(name.capitalize(), id=name):
-                    table: DataTable[Any] = DataTable(cursor_type="row", zebra_stripes=True, id=f"{name}-table")
+                    table: DataTable[Any] = DataTable(
+                        cursor_type="row",
+                        cursor_foreground_priority="renderable",
+                        zebra_stripes=True,
+                        id=f"{name}-table",
+                    )
                     table.add_columns(*(column.title for column in columns))
                     yield table
         yield Footer()

@@ -23,6 +23,7 @@ from batchq.worker import Worker
 from tests.support.alone import run_alone
 from tests.support.batches import await_status, drain, put
 from tests.support.commands import CommandLine
+from tests.support.screen import until
 from tests.support.steps import step
 
 Conn = psycopg.Connection[Any]
@@ -231,15 +232,6 @@ def on_screen(dsn: str, act: Callable[[top.Top, Any], Coroutine[Any, Any, None]]
     asyncio.run(run())
 
 
-async def until(pilot: Any, condition: Callable[[], bool]) -> None:
-    """Let the screen go on until a condition holds."""
-    for _ in range(300):
-        if condition():
-            return
-        await pilot.pause(0.05)
-    raise AssertionError("the screen never came to it")
-
-
 def cells(table: "DataTable[Any]") -> list[list[str]]:
     """Return the texts of a table."""
     return [[str(cell) for cell in table.get_row_at(number)] for number in range(table.row_count)]
@@ -252,6 +244,7 @@ def test_top_shows_each_table_sorts_pauses_and_opens_a_batch(conn: Conn, dsn: st
 
     async def act(screen: top.Top, pilot: Any) -> None:
         await until(pilot, lambda: screen.table("queues").row_count == 2)
+        assert screen.screen.max_scroll_y == 0, "all fits, so that the last row and the keys are seen"
         assert "good [bold]not markup" in [row[1] for row in cells(screen.table("queues"))]
         await pilot.press("3")
         assert screen.query_one(TabbedContent).active == "failures"
