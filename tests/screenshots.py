@@ -1,51 +1,91 @@
-"""Make docs/screenshots/*.png: ``python -m tests.screenshots``. Each page in both themes, at two widths."""
+"""Make docs/screenshots: ``python -m tests.screenshots``. Each page in both themes, at two widths; `batchq top`."""
 
+import asyncio
+import re
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 from playwright.sync_api import Page, sync_playwright
 
+from batchq.cli import commands, top
 from tests.support.browser import CHROMIUM, THEMES, WIDTHS
 from tests.support.databases import Databases
-from tests.support.scene import Conn, set_scene
+from tests.support.scene import Conn, advance, set_scene
+from tests.support.screen import until
 from tests.support.servers import running_server
 from tests.support.web import served
 
 FOLDER = Path(__file__).parents[1] / "docs" / "screenshots"
 HEIGHTS = {390: 844, 1280: 860}
+TERMINAL = (132, 16)
+TABS = {"queues": "1", "running": "2", "failures": "3"}
+FONTS_FROM_ELSEWHERE = re.compile(r"@font-face \{.*?\}", re.DOTALL)
 
 
 def main() -> None:
     """Make them all."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
     with running_server() as server:
         databases = Databases(server)
         with databases.migrated() as name, psycopg.connect(server.dsn(name), autocommit=True) as conn:
-            batch_id = set_scene(conn)
-            with served(server.dsn(name)) as site:
-                paths = {"overview": "/", "batch": f"/batches/{batch_id}", "list": "/batches?queue=bulk"}
-                take({name: site.url + path for name, path in paths.items()})
-                take_many(conn, site.url)
+            make(conn, server.dsn(name), FOLDER)
         databases.close()
 
 
-def take(pages: dict[str, str]) -> None:
+def make(conn: Conn, dsn: str, folder: Path) -> None:
+    """Make them all in a folder, of an empty queue that is filled for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    batch_id = set_scene(conn)
+    asyncio.run(take_top(conn, batch_id, folder))
+    with served(dsn) as site:
+        paths = {"overview": "/", "batch": f"/batches/{batch_id}", "list": "/batches?queue=bulk"}
+        take({name: site.url + path for name, path in paths.items()}, folder)
+        take_many(conn, site.url, folder)
+
+
+# ------------------------------------------------------------------------------------------------------ the terminal
+
+
+async def take_top(conn: Conn, batch_id: int, folder: Path) -> None:
+    """Take pictures of `batchq top`, while the batch goes on."""
+    steps = iter(range(614, 990))
+
+    def look() -> top.Look:
+        advance(conn, batch_id, next(steps))
+        return commands.read_top(conn, Namespace(queue=None, kind=None))
+
+    screen = top.Top(look, str, every_seconds=0.1)
+    async with screen.run_test(size=TERMINAL) as pilot:
+        await until(pilot, lambda: any(row.get("seconds_left") for row in screen.rows["running"]))
+        for name, key in TABS.items():
+            await pilot.press(key)
+            await pilot.pause(0.3)
+            picture = FONTS_FROM_ELSEWHERE.sub("", screen.export_screenshot(title=f"batchq top: {name}"))
+            (folder / f"top-{name}.svg").write_text(picture)
+            print(folder / f"top-{name}.svg")
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+def take(pages: dict[str, str], folder: Path) -> None:
     """Take a picture of each page in each way."""
     for page, way in ways():
         for name, url in pages.items():
             page.goto(url)
             page.wait_for_selector("#live-label:text('Live'), table")
-            save(page, f"{name}-{way}")
+            save(page, folder / f"{name}-{way}.png")
 
 
-def take_many(conn: Conn, url: str) -> None:
+def take_many(conn: Conn, url: str, folder: Path) -> None:
     """Take pictures of a verb that is being done to many."""
     conn.execute("INSERT INTO batchq.batches (kind) SELECT 'mail' FROM generate_series(1, 2400)")
     for page, way in ways():
         conn.execute("UPDATE batchq.batches SET priority = 0 WHERE kind = 'mail'")
         go_half_way(page, url)
-        save(page, f"many-{way}")
+        save(page, folder / f"many-{way}.png")
+        page.unroute_all(behavior="ignoreErrors")
 
 
 def ways() -> Iterator[tuple[Page, str]]:
@@ -62,10 +102,10 @@ def ways() -> Iterator[tuple[Page, str]]:
         browser.close()
 
 
-def save(page: Page, name: str) -> None:
+def save(page: Page, path: Path) -> None:
     """Take a picture."""
-    page.screenshot(path=FOLDER / f"{name}.png")
-    print(FOLDER / f"{name}.png")
+    page.screenshot(path=path)
+    print(path)
 
 
 def go_half_way(page: Page, url: str) -> None:

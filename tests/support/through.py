@@ -103,6 +103,7 @@ SAME_ON_ANY_SERVER = {
     "e2e/test_deploys.py": "signals, and what processes make of them",
     "e2e/test_docs.py": "the documents' blocks",
     "e2e/test_prometheus.py": "the metrics' format and rules",
+    "e2e/test_screenshots.py": "pictures of page and terminal",
     "e2e/test_web_browser.py": "the page in a browser",
 }
 """Files for which it does not matter which version the server has, and why: `bin/test servers` leaves them out."""
