@@ -185,7 +185,8 @@ class Claimer:
             source.forget()
         if source.learns_now():
             self.learn(source)
-        starts = source.starts()
+        if not (starts := source.starts()):  # no batch was ever seen here: no question, so no time to measure by
+            return []
         began_at = time.monotonic()
         with self.link.reading() as conn:
             ready = queries.ready_priorities(conn, source.queue, source.kinds, starts)

@@ -20,7 +20,7 @@ from batchq.errors import DatabaseAway, OutcomeUnknown
 from batchq.execution import COMPLETED, Outcome
 from batchq.finisher import Finisher
 from batchq.keeper import Keeper
-from batchq.lanes import ThreadLane
+from batchq.lanes import MOST_STRETCH, ThreadLane
 from batchq.positions import Source
 from batchq.queries import END, START, Turn, WorkerRow
 from batchq.settings import Settings
@@ -447,6 +447,22 @@ def test_the_claimer_tells_its_lanes_how_far_the_database_is(dsn: str, conn: Con
         assert link.round_trip_seconds >= 0.008
         parts.claimer.round()
         assert parts.lane.stretch >= 1.8
+
+
+def test_a_worker_that_begins_with_an_empty_queue_knows_how_far_its_database_is(dsn: str, conn: Conn) -> None:
+    with DelayingProxy(dsn, 0.025) as proxy, closing(Parts(proxy.dsn)) as parts:
+        (source,) = parts.claimer.sources
+        assert parts.claimer.round() == 0
+        assert parts.claimer.link.round_trip_seconds >= 0.05
+        enqueue(conn, 1)
+        for _ in range(3):
+            assert len(parts.claimer.look(source)) == 1
+        step("what the line takes is no look's own cost: else this worker would poll once a second only")
+        assert source.look_cost_seconds < 0.025
+        assert parts.claimer.idle_seconds() < 0.5
+        assert parts.lane.stretch == 1
+        parts.claimer.round()
+        assert parts.lane.stretch == MOST_STRETCH
 
 
 def test_a_dear_look_is_made_less_often_but_not_for_one_that_met_a_busy_machine(parts: Parts) -> None:
