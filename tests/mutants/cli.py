@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 
 from tests.mutants.table import MUTANTS, ROOT, Mutant
 from tests.support.servers import Server, running_server
@@ -98,17 +99,15 @@ class Trial:
 
     def run(self, at_once: int) -> dict[str, str]:
         """Try all; return the killer of each by its name, or SURVIVED."""
-        threads = [Thread(target=self.work) for _ in range(at_once)]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                thread.join()
-        except KeyboardInterrupt:
-            print("those that are being tried are the last ones", flush=True)
-            self.waiting.clear()
-            for thread in threads:
-                thread.join()
+        with ThreadPoolExecutor(at_once) as pool:
+            workers = [pool.submit(self.work) for _ in range(at_once)]
+            try:
+                wait(workers)
+            except KeyboardInterrupt:
+                print("those that are being tried are the last ones", flush=True)
+                self.waiting.clear()
+        for worker in workers:
+            worker.result()  # raises what ended it
         return self.killers
 
     def work(self) -> None:
