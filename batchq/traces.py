@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchq.errors import ConfigError
 from batchq.log import get_logger
+from batchq.text import error_object, one_line
 
 if TYPE_CHECKING:
     from contextvars import Token
@@ -51,21 +52,45 @@ def attributes(operation: str, kind: str, queue: str, **more: Any) -> dict[str, 
 def sending(kind: str, queue: str) -> Iterator[str | None]:
     """Have a span around an enqueue, if one is being recorded already, and yield its context for the batch, else None.
 
-    Who records a span has imported OpenTelemetry; nobody else pays for more than this look.
+    Raises what the block raises, and nothing of OpenTelemetry's: who is told of an error after the INSERT would enqueue
+    again. Who records a span has imported OpenTelemetry; nobody else pays for more than this look.
     """
-    trace = sys.modules.get("opentelemetry.trace")
-    if trace is None or not trace.get_current_span().is_recording():
+    if "opentelemetry.trace" not in sys.modules:
         yield None
         return
-    from opentelemetry.trace import SpanKind
+    running = trace_context = None
+    try:
+        if running := begin_sending(kind, queue):
+            trace_context = context_of_current_span()
+    except Exception as error:
+        log.warning("no span", error=one_line(error), kind=kind)
+    try:
+        yield trace_context
+    except BaseException as error:
+        end(running, error_object(error))
+        raise
+    end(running, None)
+
+
+def begin_sending(kind: str, queue: str) -> "Running | None":
+    """Begin the span of an enqueue, within the one that is being recorded; None if none is."""
+    from opentelemetry import context, trace
+
+    if not trace.get_current_span().is_recording():
+        return None
+    span = trace.get_tracer("batchq").start_span(
+        f"send {kind}", kind=trace.SpanKind.PRODUCER, attributes=attributes("send", kind, queue)
+    )
+    return span, context.attach(trace.set_span_in_context(span))
+
+
+def context_of_current_span() -> str | None:
+    """Return the traceparent of the current span."""
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    with trace.get_tracer("batchq").start_as_current_span(
-        f"send {kind}", kind=SpanKind.PRODUCER, attributes=attributes("send", kind, queue)
-    ):
-        carrier: dict[str, str] = {}
-        TraceContextTextMapPropagator().inject(carrier)
-        yield carrier.get("traceparent")
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    return carrier.get("traceparent")
 
 
 # ------------------------------------------------------------------------------------------------------------ run
@@ -87,7 +112,7 @@ def begin(kind: str, queue: str, batch_id: int, attempt: int, trace_context: str
         )
         return span, context.attach(trace.set_span_in_context(span, context.Context()))
     except Exception as error:
-        log.warning("no span", error=str(error), batch_id=batch_id, kind=kind)
+        log.warning("no span", error=one_line(error), batch_id=batch_id, kind=kind)
         return None
 
 
@@ -117,7 +142,7 @@ def end(running: "Running | None", error: str | None) -> None:
             fail(span, json.loads(error))
         span.end()
     except Exception as problem:
-        log.warning("a span was not ended", error=str(problem))
+        log.warning("a span was not ended", error=one_line(problem))
 
 
 def fail(span: "Span", told: dict[str, str]) -> None:
@@ -141,4 +166,4 @@ def flush() -> None:
         if hasattr(provider, "force_flush"):
             provider.force_flush()
     except Exception as error:
-        log.warning("spans were not exported", error=str(error))
+        log.warning("spans were not exported", error=one_line(error))

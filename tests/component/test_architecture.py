@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "log": {"settings"},
     "outage": {"log", "text"},
     "queries": set(),
-    "traces": {"errors", "log"},
+    "traces": {"errors", "log", "text"},
     "forks": {"log"},
     "database": {"errors", "forks", "queries", "settings"},
     "migrate": {"database", "errors", "queries", "settings"},

@@ -351,25 +351,74 @@ def test_a_worker_without_the_extra_says_what_to_install(dsn: str, monkeypatch: 
 
 
 class Broken(SpanProcessor):
-    """A processor that fails."""
+    """A processor that fails when a span of batchq *begins* or ends, by an error that cannot be told."""
 
-    def on_start(self, *_: Any, **__: Any) -> None:
+    def __init__(self, begins: bool) -> None:
+        self.begins = begins
+
+    def on_start(self, span: Any, **_: Any) -> None:
+        """Fail, if it is to."""
+        self.fail(span, self.begins)
+
+    def on_end(self, span: Any) -> None:
+        """Fail, if it is to."""
+        self.fail(span, not self.begins)
+
+    def fail(self, span: Any, is_due: bool) -> None:
+        """Fail."""
+        if is_due and span.name != "request":
+            raise Untellable
+
+
+class Untellable(Exception):
+    """An error whose text cannot be had."""
+
+    def __str__(self) -> str:
         """Fail."""
         raise RuntimeError("out of order")
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_traces_that_fail_stop_no_batch(
-    conn: psycopg.Connection, dsn: str, monkeypatch: pytest.MonkeyPatch, style: str
-) -> None:
+@pytest.fixture(params=[True, False], ids=["at the start", "at the end"])
+def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TracerProvider:
+    """Return what traces in vain."""
     provider = TracerProvider()
-    provider.add_span_processor(Broken())
+    provider.add_span_processor(Broken(request.param))
     monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    return provider
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_traces_that_fail_stop_no_batch(conn: psycopg.Connection, dsn: str, broken: TracerProvider, style: str) -> None:
     app = batchq.App()
     register(app, style, "k", nothing)
-    batch_id = put(conn, "k")
+    batch_ids = [put(conn, "k") for _ in range(3)]
     work(app, dsn)
-    assert look(conn, batch_id).status == "completed"
+    assert [look(conn, batch_id).status for batch_id in batch_ids] == 3 * ["completed"]
+
+
+def test_traces_that_fail_stop_no_enqueue(conn: psycopg.Connection, dsn: str, broken: TracerProvider) -> None:
+    async def one_more() -> int | None:
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True, prepare_threshold=None) as async_conn:
+            return await enqueue_async(async_conn, "k")
+
+    with broken.get_tracer("test").start_as_current_span("request") as request:
+        assert put(conn, "k") == 1
+        assert asyncio.run(one_more()) == 2
+        assert enqueue_many(conn, "k", [1, 2]) == 2
+        assert trace.get_current_span() is request
+    assert conn.execute("SELECT count(*) FROM batchq.batches").fetchone() == (4,)
+
+
+def test_an_enqueue_that_fails_makes_its_span_an_error(
+    conn: psycopg.Connection, exporter: InMemorySpanExporter
+) -> None:
+    conn.execute("SET default_transaction_read_only = on")
+    with PROVIDER.get_tracer("test").start_as_current_span("request"), pytest.raises(psycopg.Error):
+        put(conn, "k")
+    failed = span("send k")
+    assert failed.status.status_code is StatusCode.ERROR
+    assert failed.attributes["error.type"] == "ReadOnlySqlTransaction"
+    assert [event.name for event in failed.events] == ["exception"]
 
 
 def test_a_worker_that_ends_has_its_spans_exported(
