@@ -29,7 +29,10 @@ from batchq.signs import Signs
 from batchq.supervisor import EXIT_REPLACE, Supervisor, command
 from batchq.worker import Worker, check_database
 
+PIPE_WIDTH = 300  # so that a row is a line there, unless COLUMNS says otherwise
 console = Console(highlight=False)
+if not console.is_terminal and not os.environ.get("COLUMNS"):
+    console.width = PIPE_WIDTH
 A_DAY_SECONDS = 86_400
 
 

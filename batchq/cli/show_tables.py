@@ -19,7 +19,7 @@ STYLES = {
     "failed": "red",
     "cancelled": "magenta",
 }
-UNBROKEN = ("id", "status", "items", "attempt", "age", "oldest wait")
+UNBROKEN = ("id", "status", "items", "attempt", "age", "oldest wait", "at", "verb", "until", "paused_at")
 MOST_SHOWN = 20_000
 
 
@@ -51,6 +51,37 @@ def styled(status: str) -> Text:
 def short(interval: str | None) -> str:
     """Return an interval of Postgres without its microseconds."""
     return (interval or "").split(".")[0]
+
+
+def to_the_second(time: str | None) -> str:
+    """Return a time of Postgres without its fraction and zone, which is the database's."""
+    return (time or "")[:19]
+
+
+def audit_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """Return who did what, and why."""
+    cells = [
+        [to_the_second(row["at"]), row["verb"], row["batches"], row["batch_id"], row["queue"], row["kind"],
+         details(row["details"]), row["reason"], row["actor"] or row["role"]]
+        for row in rows
+    ]  # fmt: skip
+    return table("audit", ("at", "verb", "batches", "id", "queue", "kind", "details", "reason", "who"), cells)
+
+
+def details(given: dict[str, Any]) -> str:
+    """Return what a verb was given, its filter among it, but for queue and kind, which have columns."""
+    flat = given | given.get("filter", {})
+    return ", ".join(f"{name} {fact(value)}" for name, value in flat.items() if name not in ("filter", "queue", "kind"))
+
+
+def pause_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """Return what is paused."""
+    cells = [
+        [row["queue"], row["kind"], to_the_second(row["until"]), to_the_second(row["paused_at"]), row["reason"],
+         row["actor"]]
+        for row in rows
+    ]  # fmt: skip
+    return table("pauses", ("queue", "kind", "until", "paused_at", "reason", "actor"), cells)
 
 
 def overview(status: dict[str, Any]) -> RenderableType:

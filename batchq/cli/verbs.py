@@ -105,8 +105,7 @@ def list_pauses(options: Namespace) -> int:
     elif not rows:
         print("nothing is paused")
     else:
-        columns = ("queue", "kind", "until", "paused_at", "reason", "actor")
-        console.print(show_tables.table("pauses", columns, [[row[column] or "" for column in columns] for row in rows]))
+        console.print(show_tables.pause_table(rows))
     return 0
 
 
@@ -140,9 +139,7 @@ def audit(options: Namespace) -> int:
     if options.json:
         print_json(rows)
     else:
-        columns = ("at", "verb", "batches", "batch_id", "queue", "kind", "reason", "actor", "role")
-        cells = [[row[column] if row[column] is not None else "" for column in columns] for row in rows]
-        console.print(show_tables.table("audit", columns, cells))
+        console.print(show_tables.audit_table(rows))
     return 0
 
 

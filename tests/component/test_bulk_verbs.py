@@ -422,6 +422,29 @@ def test_the_audit_of_one_batch(batchq: CommandLine, conn: Conn) -> None:
     assert (row["verb"], row["batch_id"], row["actor"]) == ("cancel", second, "ann")
 
 
+def test_the_audit_tells_what_was_done_and_in_a_pipe_a_row_is_a_line(batchq: CommandLine, conn: Conn) -> None:
+    add(conn, 2, kind="a kind whose name would be broken where a line has eighty characters")
+    batchq(
+        "move",
+        "--queue",
+        "default",
+        "--older-than",
+        "0s",
+        "--to",
+        "slow",
+        "--reason",
+        "they can wait until it is night",
+    )
+    batchq("pause", "--queue", "mail", "--until", "2100-01-01", "--actor", "ann")
+    _, _, paused, moved, *_ = batchq.run_program("audit", COLUMNS="").out.splitlines()
+    assert "until 2100-01-01T00:00:00" in paused
+    assert paused.split()[-1] == "ann"
+    for text in ("move ", "to_queue slow, older_than_seconds 0.0", "they can wait until it is night"):
+        assert text in moved
+    statuses = [line for line in batchq.run_program("status", COLUMNS="").out.splitlines() if "eighty" in line]
+    assert len(statuses) == 3, "its queue, and two batches"
+
+
 def test_a_verb_done_again_on_the_command_line_leaves_nothing_out(conn: Conn, dsn: str, tmp_path: Path) -> None:
     for queue in ("default", "default", "slow"):
         insert(conn, queue=queue)
