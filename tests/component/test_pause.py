@@ -100,6 +100,16 @@ def test_a_pause_that_makes_no_sense_is_refused(conn: Conn, given: dict[str, str
         call(conn, "pause", **given)
 
 
+def test_a_pause_that_has_ended_by_itself_is_not_there_to_be_ended(conn: Conn) -> None:
+    call(conn, "pause", queue="mail", until="2100-01-01")
+    assert call(conn, "resume", queue="mail"), "it has not ended yet"
+    call(conn, "pause", queue="mail", until="2100-01-01")
+    conn.execute("UPDATE batchq.pauses SET until = now() - interval '1 second'")
+    assert not call(conn, "resume", queue="mail")
+    assert values(conn, "SELECT verb FROM batchq.audit ORDER BY id") == ["pause", "resume", "pause"]
+    assert pauses(conn) == []
+
+
 def test_pauses_that_ended_long_ago_are_dropped(conn: Conn) -> None:
     call(conn, "pause", queue="old", until="2100-01-01")
     call(conn, "pause", queue="mail", until="2100-01-01")
