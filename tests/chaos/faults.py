@@ -452,7 +452,7 @@ def cut(world: World, dice: random.Random) -> None:
 
 @fault("half-open", "line")
 def half_open(world: World, dice: random.Random) -> None:
-    """All connections swallow what they are given, for good; only new ones work."""
+    """All connections swallow what they are given, for good; only new ones work. The server's side ends after 10 s."""
     world.proxy.swallow()
 
 

@@ -33,7 +33,7 @@ SETTINGS = {
 STOP_SECONDS = 20.0  # shutdown, then twice the time that the database has to answer, and a busy machine
 TEND_SECONDS = 0.05
 AGAIN_SECONDS = 0.5
-IDLE_SECONDS = 15.0
+IDLE_SECONDS = 25.0  # a log-in that was refused is not tried again for 15 s
 AVAILABLE_SECONDS = 40.0
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from tests.bench.proxy import PIECE_BYTES, DelayingProxy, hang_up
 
 COMMIT = b"COMMIT\0"  # ends a message of its own, and one that is a whole transaction
+KEEPALIVE_SECONDS = 10.0
 
 
 class Pair:
@@ -108,11 +109,18 @@ class FaultyProxy(DelayingProxy):
         return len(pairs)
 
     def swallow(self) -> int:
-        """Let every connection stand, and pass nothing on any more, not even its end; return how many."""
+        """Let every connection stand, and pass nothing on any more, not even its end; return how many.
+
+        Those behind the proxy notice after a while, as by TCP's keepalive: else all that were ever swallowed would keep
+        their places at the pooler, until it takes no more.
+        """
         with self.lock:
-            pairs = list(self.pairs)
+            pairs = [pair for pair in self.pairs if not pair.is_swallowing]
         for pair in pairs:
             pair.is_swallowing = True
+        keepalive = threading.Timer(KEEPALIVE_SECONDS, lambda: [hang_up(pair.server) for pair in pairs])
+        keepalive.daemon = True
+        keepalive.start()
         return len(pairs)
 
     def forget(self, pair: Pair) -> None:
