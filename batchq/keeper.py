@@ -167,10 +167,14 @@ class Keeper:
     def rescue(self) -> None:
         """Take back batches whose lease ran out, of any worker."""
         for queue, expiries in self.expiries.items():
-            with expiries.passing() as after, self.link.transaction() as conn:
-                now = queries.now(conn)
+            rescued: list[tuple[int, str, int, str]] = []
+            with expiries.passing() as after:
+                with self.link.reading() as conn:
+                    now, is_any = queries.has_expired(conn, queue, after)
                 expiries.skip_to(now - LONG_AGO_SECONDS)
-                rescued = queries.rescue(conn, queue, RESCUES_A_ROUND, self.lease_seconds / 2, after)
+                if is_any:
+                    with self.link.transaction() as conn:
+                        rescued = queries.rescue(conn, queue, RESCUES_A_ROUND, self.lease_seconds / 2, after)
             if len(rescued) < RESCUES_A_ROUND:
                 expiries.passed_until = now
             for batch_id, kind, attempt, status in rescued:
@@ -180,12 +184,13 @@ class Keeper:
         """Show a sign of life, and tell the claimer when it is its turn to poll, or that it is asked to drain."""
         in_hand = sum(lane.unwritten for lane in self.lanes)
         stopping = self.claimer.runtime.stopping.is_set() or self.claimer.draining.is_set()
-        with self.link.transaction() as conn:
-            is_asked_to_drain = queries.heartbeat(conn, self.row, in_hand, stopping, sum(self.lost.values()))
-            began_at = time.monotonic()
-            turn = queries.turn(conn, self.row.id, self.queues, 3 * HEARTBEAT_SECONDS)
-            self.claimer.turns = Turns(turn, (began_at + time.monotonic()) / 2)
-        if is_asked_to_drain:
+        lost_slots = sum(self.lost.values())
+        statement = queries.heartbeat(self.row, in_hand, stopping, lost_slots, 3 * HEARTBEAT_SECONDS)
+        began_at = time.monotonic()
+        [row] = self.link.run(statement, queries.HEARTBEAT_SETTINGS)
+        beat = queries.beat(row)
+        self.claimer.turns = Turns(beat.turn, (began_at + time.monotonic()) / 2)
+        if beat.is_asked_to_drain:
             self.claimer.drain()
 
     def write_throughput(self) -> None:
@@ -197,9 +202,11 @@ class Keeper:
         self.throughput.write(self.link, self.row.id)
 
     def merge_throughput(self) -> None:
-        """Merge what all workers have counted in the minutes that are over."""
+        """Merge what all workers have counted in the minutes that are over; forget those that are long silent."""
         with self.link.transaction() as conn:
             queries.merge_throughput(conn)
+        with self.link.transaction() as conn:
+            queries.forget_silent_workers(conn)
 
     def maintain(self) -> None:
         """Create the partitions of the next days, drop those that are too old, unless another worker is at it.

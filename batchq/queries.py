@@ -938,6 +938,25 @@ def now(conn: Conn) -> float:
     return seconds
 
 
+HAS_EXPIRED: LiteralString = """
+SELECT date_part('epoch', now()),
+  (SELECT true
+   FROM batchq.batches_live
+   WHERE queue = %(queue)s
+     AND status = 'processing'
+     AND lease_expires_at > to_timestamp(%(after)s)
+     AND lease_expires_at < now()
+   ORDER BY lease_expires_at  -- by its index: without, a plan may count on meeting one soon, and read them all
+   LIMIT 1) IS NOT NULL
+"""
+
+
+def has_expired(conn: Conn, queue: str, after: float) -> tuple[float, bool]:
+    """Return the time, in seconds since 1970, and whether any lease has run out since *after*. One cheap read."""
+    row: tuple[float, bool] = one(conn, HAS_EXPIRED, {"queue": queue, "after": after})
+    return row
+
+
 def status_of(conn: Conn, queue: str, batch_id: int) -> str | None:
     """Return the batch's status now, None if there is no such batch."""
     row = maybe_one(
@@ -963,36 +982,29 @@ class WorkerRow(NamedTuple):
     concurrency: int
 
 
-def heartbeat(conn: Conn, worker: WorkerRow, in_hand: int, stopping: bool, lost_slots: int = 0) -> bool:
-    """Show a sign of life; drop workers silent for an hour. Returns whether the worker is asked to drain."""
-    parameters = worker._asdict() | {"in_hand": in_hand, "stopping": stopping, "lost_slots": lost_slots}
-    wait_briefly_for_locks(conn)  # leases are kept by the same thread
-    [is_asked] = one(
-        conn,
-        """
-        INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, in_hand, stopping,
-                                    lost_slots)
-        VALUES (%(id)s, %(hostname)s, %(pid)s, %(version)s, %(queues)s, %(kinds)s, %(concurrency)s, %(in_hand)s,
-                %(stopping)s, %(lost_slots)s)
-        ON CONFLICT (id) DO UPDATE
-        SET in_hand = excluded.in_hand,
-            stopping = excluded.stopping,
-            lost_slots = excluded.lost_slots,
-            heartbeat_at = now()
-        RETURNING drain_asked_at IS NOT NULL
-        """,
-        parameters,
-    )
-    conn.execute(
-        """
-        DELETE FROM batchq.workers
-        WHERE id IN (SELECT id
-                     FROM batchq.workers
-                     WHERE heartbeat_at < now() - interval '1 hour'
-                     FOR UPDATE SKIP LOCKED)
-        """
-    )
-    return bool(is_asked)
+HEARTBEAT: LiteralString = """
+WITH beat AS (
+  INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, in_hand, stopping, lost_slots)
+  VALUES (%(id)s, %(hostname)s, %(pid)s, %(version)s, %(queues)s, %(kinds)s, %(concurrency)s, %(in_hand)s, %(stopping)s,
+    %(lost_slots)s)
+  ON CONFLICT (id) DO UPDATE
+  SET in_hand = excluded.in_hand,
+      stopping = excluded.stopping,
+      lost_slots = excluded.lost_slots,
+      heartbeat_at = now()
+  RETURNING drain_asked_at IS NOT NULL AS is_asked_to_drain
+)
+SELECT (SELECT is_asked_to_drain FROM beat),
+  count(*) + (NOT %(stopping)s)::integer,
+  count(*) FILTER (WHERE id < %(id)s),
+  date_part('epoch', clock_timestamp())
+FROM batchq.workers
+WHERE id <> %(id)s
+  AND heartbeat_at > now() - %(silent_seconds)s * interval '1 second'
+  AND queues && %(queues)s::text[]
+  AND NOT stopping
+"""
+HEARTBEAT_SETTINGS = WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}  # ms: leases are kept by the same thread
 
 
 class Turn(NamedTuple):
@@ -1003,20 +1015,39 @@ class Turn(NamedTuple):
     now: float
 
 
-def turn(conn: Conn, worker_id: str, queues: Sequence[str], silent_seconds: float) -> Turn:
-    """Return a worker's turn among those that serve one of its queues and showed life within *silent_seconds*."""
-    row = one(
-        conn,
+class Beat(NamedTuple):
+    """The answer to a heartbeat."""
+
+    is_asked_to_drain: bool
+    turn: Turn
+
+
+def heartbeat(
+    worker: WorkerRow, in_hand: int, stopping: bool, lost_slots: int = 0, silent_seconds: float = 15
+) -> Statement:
+    """Return the statement that shows a sign of life. Its row, for `beat`, tells whether the worker is asked to drain,
+    and its turn among those that serve one of its queues and showed life within *silent_seconds*."""
+    its = {"in_hand": in_hand, "stopping": stopping, "lost_slots": lost_slots, "silent_seconds": silent_seconds}
+    return HEARTBEAT, worker._asdict() | its
+
+
+def beat(row: Sequence[Any]) -> Beat:
+    """Return what the row of a `heartbeat` tells."""
+    return Beat(bool(row[0]), Turn(*row[1:]))
+
+
+def forget_silent_workers(conn: Conn) -> None:
+    """Remove the workers that were silent for an hour, but for those that another one is removing."""
+    wait_briefly_for_locks(conn)  # leases are kept by the same thread
+    conn.execute(
         """
-        SELECT count(*), count(*) FILTER (WHERE id < %(id)s), date_part('epoch', clock_timestamp())
-        FROM batchq.workers
-        WHERE heartbeat_at > now() - %(silent_seconds)s * interval '1 second'
-          AND queues && %(queues)s::text[]
-          AND NOT stopping
-        """,
-        {"id": worker_id, "queues": list(queues), "silent_seconds": silent_seconds},
+        DELETE FROM batchq.workers
+        WHERE id IN (SELECT id
+                     FROM batchq.workers
+                     WHERE heartbeat_at < now() - interval '1 hour'
+                     FOR UPDATE SKIP LOCKED)
+        """
     )
-    return Turn(*row)
 
 
 def forget_worker(conn: Conn, worker_id: str) -> None:

@@ -203,8 +203,8 @@ def check_every_statement(conn: Conn) -> None:
     assert queries.cancel(conn, failed, "no reason") == "cancelled"
     read_everything(conn, failed)
     with conn.transaction():
-        queries.heartbeat(conn, queries.WorkerRow("w", "h", 1, "1", ["default"], [KIND], 1), 0, False)
-        assert queries.turn(conn, "w", ["default"], 60)[:2] == (1, 0)
+        worker = queries.WorkerRow("w", "h", 1, "1", ["default"], [KIND], 1)
+        assert queries.beat(queries.one(conn, *queries.heartbeat(worker, 0, stopping=False))).turn[:2] == (1, 0)
         queries.forget_worker(conn, "w")
         assert queries.create_finished_partitions(conn, 20) > 0
         assert queries.prune(conn, 1) == 0

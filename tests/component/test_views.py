@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 from uuid import uuid4
 
@@ -11,6 +13,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from batchq import queries
+from batchq.database import Link
 from batchq.queries import Finish, Progress, Requeue, Tally, WorkerRow
 from tests.component.rows import (
     KIND,
@@ -171,9 +174,8 @@ def heartbeat(
     conn: Conn, worker_id: str, kinds: list[str], queues: list[str] | None = None, stopping: bool = False
 ) -> None:
     """Let a worker show itself."""
-    with conn.transaction():
-        row = WorkerRow(worker_id, "host", 1, "1", queues or ["default"], kinds, 8)
-        queries.heartbeat(conn, row, in_hand=0, stopping=stopping)
+    row = WorkerRow(worker_id, "host", 1, "1", queues or ["default"], kinds, 8)
+    conn.execute(*queries.heartbeat(row, in_hand=0, stopping=stopping))
 
 
 def test_a_queue_shows_how_many_batches_are_where(conn: Conn) -> None:
@@ -357,17 +359,19 @@ def test_partitions_of_later_days_have_the_index_of_what_did_not_complete(conn: 
 
 def turn(conn: Conn, worker_id: str, *queue_names: str) -> tuple[int, int]:
     """Return a worker's number among those that live and serve one of its queues, and how many those are."""
-    found = queries.turn(conn, worker_id, queue_names or ["default"], silent_seconds=60)
+    row = WorkerRow(worker_id, "host", 1, "1", list(queue_names) or ["default"], [KIND], 8)
+    found = queries.beat(queries.one(conn, *queries.heartbeat(row, 0, stopping=False, silent_seconds=60))).turn
     return found.number, found.workers
 
 
-def test_a_heartbeat_drops_the_long_dead(conn: Conn) -> None:
+def test_the_long_dead_are_forgotten(conn: Conn) -> None:
     for worker_id in ("silent", "dead"):
         heartbeat(conn, worker_id, [KIND])
     conn.execute("UPDATE batchq.workers SET heartbeat_at = now() - interval '2 minutes' WHERE id = 'silent'")
     conn.execute("UPDATE batchq.workers SET heartbeat_at = now() - interval '61 minutes' WHERE id = 'dead'")
     for worker_id in ("one", "two"):
         heartbeat(conn, worker_id, [KIND])
+    queries.forget_silent_workers(conn)
     assert values(conn, "SELECT id FROM batchq.workers ORDER BY id") == ["one", "silent", "two"]
     step("the silent one has no turn")
     assert [turn(conn, "one"), turn(conn, "two")] == [(0, 2), (1, 2)]
@@ -375,25 +379,37 @@ def test_a_heartbeat_drops_the_long_dead(conn: Conn) -> None:
     assert turn(conn, "two") == (0, 1)
 
 
-def test_a_heartbeat_passes_over_the_dead_that_another_drops(conn: Conn, dsn: str) -> None:
+def test_the_dead_that_another_forgets_are_passed_over(conn: Conn, dsn: str) -> None:
     heartbeat(conn, "dead", [KIND])
     conn.execute("UPDATE batchq.workers SET heartbeat_at = now() - interval '61 minutes'")
     with psycopg.connect(dsn, prepare_threshold=None) as other:
         other.execute("DELETE FROM batchq.workers")
         heartbeat(conn, "one", [KIND])
+        with conn.transaction():
+            queries.forget_silent_workers(conn)
         other.rollback()
     assert values(conn, "SELECT id FROM batchq.workers ORDER BY id") == ["dead", "one"]
 
 
-def test_a_heartbeat_gives_up_rather_than_wait_for_a_lock(conn: Conn, dsn: str) -> None:
-    with psycopg.connect(dsn, prepare_threshold=None) as other:
+def test_heartbeats_give_up_rather_than_wait_for_a_lock(conn: Conn, dsn: str) -> None:
+    beat = queries.heartbeat(WorkerRow("one", "host", 1, "1", ["default"], [KIND], 8), 0, stopping=False)
+    with psycopg.connect(dsn, prepare_threshold=None) as other, closing(Link(dsn, 10)) as link:
+        link.run(beat, queries.HEARTBEAT_SETTINGS)
         other.execute("LOCK TABLE batchq.workers")
-        began_at = time.monotonic()
-        with conn.transaction():
-            conn.execute("SET LOCAL lock_timeout = '5s'")
+        for does in (
+            lambda: link.run(beat, queries.HEARTBEAT_SETTINGS),
+            lambda: in_transaction(link, queries.forget_silent_workers),
+        ):
+            began_at = time.monotonic()
             with pytest.raises(psycopg.errors.LockNotAvailable):
-                heartbeat(conn, "one", [KIND])
-        assert time.monotonic() - began_at < 2
+                does()
+            assert time.monotonic() - began_at < 2
+
+
+def in_transaction(link: Link, do: Callable[[Conn], object]) -> None:
+    """Do something in one transaction."""
+    with link.transaction() as conn:
+        do(conn)
 
 
 def test_turns_are_shared_by_those_that_serve_the_same_queue_and_do_not_stop(conn: Conn) -> None:

@@ -314,6 +314,20 @@ def expired(conn: Conn, seconds_ago: float) -> int:
     return batch_id
 
 
+def test_a_look_for_leases_that_ran_out_is_of_one_queue_and_of_what_ran_out_since(conn: Conn) -> None:
+    lasting, stuck = insert(conn), insert(conn, queue="other")
+    claim(conn)
+    claim(conn, queue="other")
+    assert [queries.has_expired(conn, queue, float("-inf"))[1] for queue in ("default", "other")] == [False, False]
+    expire_lease(conn, stuck, 60)
+    assert [queries.has_expired(conn, queue, float("-inf"))[1] for queue in ("default", "other")] == [False, True]
+    now, _ = queries.has_expired(conn, "other", float("-inf"))
+    assert abs(now - time.time()) < 60
+    assert queries.has_expired(conn, "other", now - 61)[1]
+    assert not queries.has_expired(conn, "other", now - 59)[1]
+    assert status(conn, lasting) == "processing"
+
+
 def test_a_rescue_goes_on_behind_the_last_one_and_from_the_beginning_only_so_often(
     conn: Conn, admin_dsn: str, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,9 @@ def ids_of(answer: httpx.Response) -> list[int]:
 def worker(conn: Conn, worker_id: str = "host-1-abc") -> None:
     """Let a worker show itself."""
     with conn.transaction():
-        queries.heartbeat(conn, WorkerRow(worker_id, "host", 1, "1", ["default"], ["work"], 8), 3, stopping=False)
+        conn.execute(
+            *queries.heartbeat(WorkerRow(worker_id, "host", 1, "1", ["default"], ["work"], 8), 3, stopping=False)
+        )
 
 
 # ------------------------------------------------------------------------------------------------- who gets in
@@ -312,7 +314,9 @@ def test_hostile_texts_are_shown_as_text(conn: Conn, site: Site) -> None:
     batch_id = hostile_batch(conn)
     conn.execute("SELECT batchq.pause(queue => %s, reason => %s, actor => %s)", [HOSTILE] * 3)
     with conn.transaction():
-        queries.heartbeat(conn, WorkerRow(HOSTILE, HOSTILE, 1, HOSTILE, [HOSTILE], [HOSTILE], 8), 3, stopping=False)
+        conn.execute(
+            *queries.heartbeat(WorkerRow(HOSTILE, HOSTILE, 1, HOSTILE, [HOSTILE], [HOSTILE], 8), 3, stopping=False)
+        )
     for path in ("/", "/batches", f"/batches/{batch_id}", "/workers", "/audit", f"/verbs/cancel?id={batch_id}"):
         answer = site.client.get(path)
         assert answer.status_code == 200

@@ -338,7 +338,22 @@ MUTANTS = [
         ],
     ),
     *of(
-        "def heartbeat(",
+        "HEARTBEAT: LiteralString",
+        VIEWS,
+        [
+            ("WHERE id <> %(id)s", "WHERE true", "a worker counts once"),
+            ("heartbeat_at > now() - %(silent_seconds)s * interval '1 second'", "true", "the dead have no turn"),
+            ("AND queues && %(queues)s::text[]", "", "turns are among who serves the queue"),
+            ("AND NOT stopping", "", "who stops has no turn"),
+        ],
+    ),
+    *of(
+        "HEARTBEAT_SETTINGS = ",
+        VIEWS,
+        [(' | {"lock_timeout": "100"}', "", "leases are kept though workers is locked")],
+    ),
+    *of(
+        "def forget_silent_workers(",
         VIEWS,
         [
             (
@@ -347,16 +362,16 @@ MUTANTS = [
                 "leases are kept though workers is locked",
             ),
             ("WHERE heartbeat_at < now() - interval '1 hour'", "WHERE true", "rows of live workers stay"),
-            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "heartbeats do not wait for each other"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "no worker waits for another that tidies up"),
         ],
     ),
     *of(
-        "def turn(",
-        VIEWS,
+        "HAS_EXPIRED: LiteralString",
+        (PARTS, LEASES),
         [
-            ("heartbeat_at > now() - %(silent_seconds)s * interval '1 second'", "true", "the dead have no turn"),
-            ("AND queues && %(queues)s::text[]", "", "turns are among who serves the queue"),
-            ("AND NOT stopping", "", "who stops has no turn"),
+            ("WHERE queue = %(queue)s", "WHERE true", "looks are of one queue"),
+            ("AND lease_expires_at > to_timestamp(%(after)s)", "", "looks start behind the dead"),
+            ("AND lease_expires_at < now()", "", "a lease that lasts is not looked for twice"),
         ],
     ),
     *of(

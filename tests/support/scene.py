@@ -50,7 +50,7 @@ def set_scene(conn: Conn) -> int:
         with conn.transaction():
             row = WorkerRow(f"jobs-{number}-441{number}-5eed{number}", f"jobs-{number}", 4410 + number, "0.1.0",
                             ["default", "bulk"], kinds, 16)  # fmt: skip
-            queries.heartbeat(conn, row, in_hand, stopping=number == 3)
+            conn.execute(*queries.heartbeat(row, in_hand, stopping=number == 3))
     batch_id = half_way(conn)
     for number in range(24):
         insert(conn, kind="send_receipt", payload={"order_id": number})
