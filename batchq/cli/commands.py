@@ -246,6 +246,7 @@ def read_status(options: Namespace) -> dict[str, Any]:
         return {
             "queues": queries.queue_rows(conn, options.queue, options.kind),
             "workers": queries.worker_objects(conn),
+            "pauses": queries.pause_rows(conn),
             "batches": queries.status_rows(conn, options.queue, options.kind, options.status, options.limit),
         }
 
@@ -286,6 +287,7 @@ def read_top(conn: psycopg.Connection[Any], options: Namespace) -> dict[str, lis
         "running": queries.running_rows(conn, options.queue, options.kind, MOST_IN_TOP),
         "failures": queries.failed_rows(conn, options.queue, options.kind, MOST_IN_TOP),
         "workers": queries.worker_objects(conn),
+        "pauses": queries.pause_rows(conn),
     }
 
 

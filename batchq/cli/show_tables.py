@@ -84,9 +84,17 @@ def pause_table(rows: list[dict[str, Any]]) -> RenderableType:
     return table("pauses", ("queue", "kind", "until", "paused_at", "reason", "actor"), cells)
 
 
+def paused(row: dict[str, Any]) -> str:
+    """Return what a pause is of, and until when."""
+    what = " of ".join(filter(None, (row["kind"] and f"kind {row['kind']}", row["queue"] and f"queue {row['queue']}")))
+    return plain(what + (f" until {to_the_second(row['until'])}" if row["until"] else ""))
+
+
 def overview(status: dict[str, Any]) -> RenderableType:
-    """Return queues, workers and batches."""
+    """Return queues, what of them is paused, workers and batches."""
     parts = [queue_table(status["queues"]), worker_table(status["workers"]), batch_table(status["batches"])]
+    if status["pauses"]:
+        parts.insert(1, pause_table(status["pauses"]))
     return Group(*(part for shown in parts for part in (shown, Text())))
 
 

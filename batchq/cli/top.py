@@ -153,13 +153,13 @@ class Top(App[None]):
         Binding("4", "tab('workers')", "Workers"),
         Binding("s", "sort", "Sort by next column"),
         Binding("r", "reverse", "Reverse"),
-        Binding("p", "pause", "Pause"),
+        Binding("p", "pause", "Stand still"),
     ]
 
     def __init__(self, look: Callable[[], Look], show: Callable[[int], Any], every_seconds: float | None) -> None:
         super().__init__()
         self.look, self.show, self.every_seconds = look, show, every_seconds
-        self.rows: Look = {name: [] for name in TABLES}
+        self.rows: Look = {name: [] for name in (*TABLES, "pauses")}
         self.sorting: dict[str, tuple[int, bool]] = {
             "queues": (0, False), "running": (0, True), "failures": (0, True), "workers": (0, False)
         }  # fmt: skip
@@ -222,7 +222,7 @@ class Top(App[None]):
         self.rows = rows
         for name in TABLES:
             self.fill(name)
-        self.state.update(Text(summary(rows) + ("  (paused)" if self.is_paused else "")))
+        self.state.update(Text(summary(rows) + ("  (stands still)" if self.is_paused else "")))
 
     def fill(self, name: str) -> None:
         """Write the rows of a table anew, sorted; the cursor stays where it was."""
@@ -279,7 +279,7 @@ class Top(App[None]):
     def action_pause(self) -> None:
         """Stop reading, or go on."""
         self.is_paused = not self.is_paused
-        self.state.update(Text(summary(self.rows) + ("  (paused)" if self.is_paused else "")))
+        self.state.update(Text(summary(self.rows) + ("  (stands still)" if self.is_paused else "")))
 
     def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
         """Sort by a column that was clicked; clicked again, the other way round."""
@@ -308,7 +308,9 @@ def summary(rows: Look) -> str:
     total = {name: sum(row[name] for row in rows["queues"]) for name in ("ready", "processing", "stalled", "failed")}
     pace = sum(row["finished_per_second"] for row in rows["queues"])
     counts = "  ".join(f"{name} {number:,}" for name, number in total.items())
-    return f"{counts}  finished {pace:,.1f}/s  workers {len(rows['workers'])}"
+    told = f"{counts}  finished {pace:,.1f}/s  workers {len(rows['workers'])}"
+    pauses = "; ".join(show_tables.paused(row) for row in rows["pauses"])
+    return f"{told}  PAUSED: {pauses}" if pauses else told
 
 
 def run(options: Namespace, look: Callable[[], Look], show: Callable[[int], Any]) -> int:

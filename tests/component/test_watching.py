@@ -210,6 +210,11 @@ def test_top_into_a_pipe_is_plain_and_json_has_all_tables(
     plain = command("top").out
     assert "\x1b" not in plain
     assert "ValueError: no good" in plain
+    assert "pauses" not in plain
+    conn.execute("SELECT batchq.pause(kind => 'good', reason => 'too dear')")
+    assert [row["kind"] for row in command("top", "--json").json["pauses"]] == ["good"]
+    for name in ("top", "status"):
+        assert "too dear" in command(name).out
     assert [row["kind"] for row in command("top", "--json", "--kind", "good").json["queues"]] == ["good"]
 
 
@@ -254,6 +259,10 @@ def test_top_shows_each_table_sorts_pauses_and_opens_a_batch(conn: Conn, dsn: st
         for _ in range(len(top.TABLES["failures"])):
             await pilot.press("s")
         assert [row[0] for row in cells(screen.table("failures"))] == [str(one) for one in failed], "all sort"
+        step("what is paused is told on top")
+        conn.execute("SELECT batchq.pause('mail', 'bad', '2100-01-01 06:00+00'), batchq.pause('slow')")
+        said = "PAUSED: kind bad of queue mail until 2100-01-01T06:00:00; queue slow"
+        await until(pilot, lambda: said in str(screen.state.render()))
         step("a paused screen stands still")
         await pilot.press("p")
         put(conn, "late", delay_seconds=60)
@@ -284,7 +293,7 @@ def test_top_says_that_the_database_is_away_and_goes_on() -> None:
         screen = top.Top(look, str, 0.05)
         async with screen.run_test() as pilot:
             await until(pilot, lambda: "the database is away: gone away" in str(screen.state.render()))
-            answers.append({name: [] for name in top.TABLES})
+            answers.append({name: [] for name in (*top.TABLES, "pauses")})
             await until(pilot, lambda: "ready 0" in str(screen.state.render()))
 
     asyncio.run(act())
