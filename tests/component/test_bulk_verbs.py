@@ -5,13 +5,14 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
 from batchq import queries
-from batchq.queries import Progress
+from batchq.queries import Finish, Progress
 from tests.component.rows import (
     KIND,
     Conn,
@@ -99,6 +100,22 @@ def test_a_retry_in_bulk_makes_all_failed_batches_pending(conn: Conn, most: int)
     assert conn.execute(AUDIT).fetchall() == [("retry", 50, None, None, "why", "ann")]
     assert bulk(conn, "retry") == 0
     assert conn.execute(AUDIT).fetchall() == [("retry", 50, None, None, "why", "ann")]
+
+
+@pytest.mark.parametrize("most", [3, 100])
+def test_a_retry_in_bulk_ends_though_its_batches_fail_again_at_once(conn: Conn, most: int) -> None:
+    add(conn, 10, "failed", kind="mail")
+    changed = 0
+    for number, (_, more) in enumerate(chunks(conn, "retry", {}, most)):
+        assert number < 20, "it goes on for ever"
+        changed += more
+        token = uuid4()
+        for taken in claim(conn, kinds=["mail"], token=token):
+            finish(conn, Finish(taken.id, token, "failed", error='{"error": "again"}'))
+    assert changed == 10
+    assert statuses(conn) == {"failed": 10}
+    step("done again, it takes them again")
+    assert bulk(conn, "retry") == 10
 
 
 def test_a_batch_retried_in_bulk_is_as_one_retried_alone(conn: Conn) -> None:
