@@ -43,9 +43,11 @@ class Claim:
     token: UUID
     runtime: Runtime
     began_at: float  # monotonic time before the claim's statement: its leases last at least from then
+    arrived_at: float = field(init=False)  # monotonic time when its batches were here
     token_text: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.arrived_at = self.began_at
         self.token_text = str(self.token)
 
 

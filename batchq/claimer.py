@@ -237,6 +237,7 @@ class Claimer:
             self.unknown.append((source.queue, claim.token))
             raise
         claimed = sorted(map(ClaimedRow._make, rows), key=IN_ORDER)
+        claim.arrived_at = time.monotonic()
         source.lane.take([Batch(row, claim) for row in claimed])
         return claimed
 

@@ -38,6 +38,7 @@ PREFETCH_SECONDS = 0.2
 MOST_PREFETCHED = 4000
 LARGE_CLAIM = 1000
 FAR_SECONDS, MOST_STRETCH = 0.01, 3.0
+ROUND_TRIPS, MOST_AHEAD_SECONDS = 3, 0.8
 BRIEF_SECONDS = 0.0001
 MOST_SECONDS = 4 * BRIEF_SECONDS
 STANDBY_SECONDS = 0.005
@@ -89,15 +90,18 @@ class Lane:
         self.run_count = 0  # batches that have run and ended, counted under the lock
         self.spurt = Spurt()
         self.stretch = 1.0  # of what is taken in hand at most
+        self.ahead_seconds = PREFETCH_SECONDS  # how long a lane of threads has work for
 
     def heed_distance(self, round_trip_seconds: float) -> None:
         """Take more in hand where the database is far away: three times as much if a round trip takes 20 ms or longer.
 
         Claims and finishes follow one another, each with a round trip, and what is in hand has to last as long. Through
         a line of 20 ms a drain became 1.5 times as fast (`bin/bench network`: 0.56 to 0.86 of the rate without delay);
-        next to the database more only takes memory.
+        next to the database more only takes memory. And for longer: from a batch's end to the begin of the one that is
+        claimed instead there are up to three round trips (finish, look, claim), in which slots are not to be idle.
         """
         self.stretch = min(1 + round_trip_seconds / FAR_SECONDS, MOST_STRETCH)
+        self.ahead_seconds = min(PREFETCH_SECONDS + ROUND_TRIPS * round_trip_seconds, MOST_AHEAD_SECONDS)
 
     @property
     def unwritten(self) -> int:
@@ -227,7 +231,7 @@ class ThreadLane(Lane):
     def wanted(self) -> int:
         """Return the prefetch, at least one batch a slot."""
         self.measure_pace()
-        return max(self.concurrency, int(min(self.pace * PREFETCH_SECONDS, MOST_PREFETCHED * self.stretch)))
+        return max(self.concurrency, int(min(self.pace * self.ahead_seconds, MOST_PREFETCHED * self.stretch)))
 
     def room(self) -> int:
         """Return how many to claim: nothing until half of the prefetch, or 1,000, are free: claims are to be large."""
@@ -350,7 +354,7 @@ class ThreadLane(Lane):
                 batch = self.waiting.popleft()
             except IndexError:
                 break
-            if batch.claim.began_at <= since:
+            if batch.claim.arrived_at <= since:
                 given_back += self.end(batch, RELEASED)  # False for one that was lost meanwhile: forgotten here
             else:
                 kept.append(batch)
@@ -513,7 +517,7 @@ class LoopLane(Lane):
         if for_seconds and self.blocked_seconds() < BLOCKED_SECONDS:
             return 0
         since = time.monotonic() - for_seconds
-        waiting = [batch for batch in self.in_hand() if batch.begun_at is None and batch.claim.began_at <= since]
+        waiting = [batch for batch in self.in_hand() if batch.begun_at is None and batch.claim.arrived_at <= since]
         return sum(self.end(batch, RELEASED, unless_begun=True) for batch in waiting)
 
     # ---------------------------------------------------------------------------------------------------- its end

@@ -479,6 +479,14 @@ def test_a_worker_that_begins_with_an_empty_queue_knows_how_far_its_database_is(
         assert parts.lane.stretch == MOST_STRETCH
 
 
+def test_what_has_waited_is_counted_from_when_it_was_here_not_from_when_it_was_asked_for(dsn: str, conn: Conn) -> None:
+    enqueue(conn, 3)
+    with DelayingProxy(dsn, 0.2) as proxy, closing(Parts(proxy.dsn)) as parts:
+        parts.claim(3)
+        assert parts.lane.give_back_waiting(0.4) == 0
+        assert parts.lane.give_back_waiting(0) == 3
+
+
 def test_a_dear_look_is_made_less_often_but_not_for_one_that_met_a_busy_machine(parts: Parts) -> None:
     (source,) = parts.claimer.sources
 
