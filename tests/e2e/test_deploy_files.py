@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 import yaml
@@ -23,6 +24,7 @@ from batchq.cli.signals import SPARE_SECONDS
 from batchq.metrics import STATES, queue_metrics, worker_metrics
 from batchq.settings import Settings
 from batchq.throughput import Counts
+from batchq.web.settings import WebSettings
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
 from tests.support.processes import ROOT
@@ -34,6 +36,7 @@ FOLDER = ROOT / "docs" / "deploy"
 UNITS = sorted(FOLDER.glob("*.service"))
 YAML = sorted(FOLDER.glob("*.yaml"))
 SETTINGS = {f"BATCHQ_{name.upper()}" for name in Settings.model_fields}
+SETTINGS |= {f"BATCHQ_WEB_{name.upper()}" for name in WebSettings.model_fields}
 BATCHQ = Path(sys.executable).with_name("batchq")
 
 
@@ -62,6 +65,14 @@ def every(value: Any, name: str) -> Iterator[Any]:
     elif isinstance(value, list):
         for inner in value:
             yield from every(inner, name)
+
+
+def manifest(kind: str, name: str) -> Any:
+    """Return an object of the Kubernetes file."""
+    [found] = [
+        each for each in objects(FOLDER / "kubernetes.yaml") if (each["kind"], each["metadata"]["name"]) == (kind, name)
+    ]
+    return found
 
 
 def commands(file: Path) -> list[list[str]]:
@@ -102,7 +113,7 @@ def test_the_platform_waits_for_longer_than_a_worker_may_take() -> None:
         shutdown = re.search(r"BATCHQ_SHUTDOWN_SECONDS=(\d+)", file.read_text())
         assert shutdown
         graces[file.name] = float(unit(file)["TimeoutStopSec"][0]), float(shutdown[1])
-    [deployment] = [each for each in objects(FOLDER / "kubernetes.yaml") if each["kind"] == "Deployment"]
+    deployment = manifest("Deployment", "batchq-workers")
     [environment] = every(deployment, "env")
     shutdown_text = next(each["value"] for each in environment if each["name"] == "BATCHQ_SHUTDOWN_SECONDS")
     graces["kubernetes"] = next(every(deployment, "terminationGracePeriodSeconds")), float(shutdown_text)
@@ -134,11 +145,10 @@ def test_systemd_takes_a_unit(file: Path, tmp_path: Path) -> None:
 
 
 def test_kubernetes_objects_belong_together() -> None:
-    by_kind = {each["kind"]: each for each in objects(FOLDER / "kubernetes.yaml")}
-    deployment, scaler = by_kind["Deployment"], by_kind["HorizontalPodAutoscaler"]
+    deployment, scaler = (manifest(kind, "batchq-workers") for kind in ("Deployment", "HorizontalPodAutoscaler"))
     labels = deployment["spec"]["selector"]["matchLabels"]
     assert deployment["spec"]["template"]["metadata"]["labels"] == labels
-    assert by_kind["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    assert manifest("PodDisruptionBudget", "batchq-workers")["spec"]["selector"]["matchLabels"] == labels
     assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
     assert scaler["spec"]["minReplicas"] == deployment["spec"]["replicas"]
     rolling = deployment["spec"]["strategy"]["rollingUpdate"]
@@ -157,7 +167,7 @@ def test_the_check_of_the_image_passes_while_the_database_answers_and_fails_whil
 def test_the_probes_ask_where_the_manifests_command_answers(
     conn: psycopg.Connection[Any], dsn: str, tmp_path: Path
 ) -> None:
-    [deployment] = [each for each in objects(FOLDER / "kubernetes.yaml") if each["kind"] == "Deployment"]
+    deployment = manifest("Deployment", "batchq-workers")
     [container] = next(every(deployment, "containers"))
     probes = {name: value["httpGet"] for name, value in container.items() if name.endswith("Probe")}
     paths = {name: probe["path"] for name, probe in probes.items()}
@@ -173,6 +183,33 @@ def test_the_probes_ask_where_the_manifests_command_answers(
         for path in paths.values():
             wait_until(lambda path=path: answers(f"http://127.0.0.1:{port}{path}"), 60, path)
         assert not answers(f"http://127.0.0.1:{port}/ready")
+
+
+def test_the_page_is_served_as_the_files_have_it_and_refuses_who_does_not_log_in(dsn: str, tmp_path: Path) -> None:
+    deployment, service = manifest("Deployment", "batchq-web"), manifest("Service", "batchq-web")
+    [container] = next(every(deployment, "containers"))
+    assert deployment["spec"]["template"]["metadata"]["labels"] == service["spec"]["selector"]
+    options = make_parser().parse_args(container["command"][1:])
+    listens = [port["containerPort"] for port in container["ports"]] + [
+        each["port"] for each in every(container, "tcpSocket")
+    ]
+    assert set(listens) == {options.port}
+    [hosts] = [each["value"] for each in container["env"] if each["name"] == "BATCHQ_WEB_HOSTS"]
+    assert hosts == service["metadata"]["name"]
+    compose = objects(FOLDER / "compose.yaml")[0]["services"]["web"]
+    assert compose["ports"] == ["127.0.0.1:8080:8080"], "for others it needs a proxy with TLS"
+    for words in (container["command"], compose["command"]):
+        port = free_port()
+        command = [word for word in words[1:] if word not in ("--port", str(options.port))]
+        environment = CommandLine(dsn, tmp_path).environment | {
+            "BATCHQ_WEB_PASSWORD": "correct horse", "BATCHQ_WEB_TOKEN": "battery staple", "BATCHQ_WEB_HOSTS": hosts
+        }  # fmt: skip
+        with started([*command, "--port", str(port)], environment, tmp_path):
+            wait_until(lambda port=port: answers(f"http://127.0.0.1:{port}/login"), 60, "the login")
+            url = f"http://127.0.0.1:{port}/metrics"
+            with httpx.Client(trust_env=False, headers={"Host": f"{hosts}:8080"}) as client:
+                assert client.get(url).status_code == 401
+                assert "batchq_workers" in client.get(url, headers={"Authorization": "Bearer battery staple"}).text
 
 
 @contextmanager
