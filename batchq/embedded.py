@@ -98,9 +98,10 @@ class EmbeddedServer:
     def _initialise(self, settings: Mapping[str, str]) -> None:
         self.data_directory.mkdir(mode=0o700, exist_ok=True)
         hand_over(self.data_directory)
-        options = [f"--set={name}={value}" for name, value in settings.items()]
-        fixed = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync"]
-        _run(self.bin_directory / "initdb", f"--pgdata={self.data_directory}", *fixed, *options)
+        options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync"]
+        _run(self.bin_directory / "initdb", f"--pgdata={self.data_directory}", *options)
+        with (self.data_directory / "postgresql.conf").open("a", encoding="utf-8") as file:
+            file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())  # initdb --set is of 16
 
     def _launch(self) -> None:
         sockets = _socket_directory(self.data_directory)
