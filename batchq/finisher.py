@@ -55,6 +55,7 @@ class Finisher:
         self.nudge = nudge
         self.keep_completed = keep_completed
         self.todo: deque[Ended] = deque()
+        self.group: list[Ended] = []  # that is being written
         self.filled = threading.Event()
         self.closing = threading.Event()
         self.give_up = threading.Event()
@@ -68,6 +69,10 @@ class Finisher:
         self.todo.append(Ended(lane, batch, outcome, time.monotonic()))
         if not self.filled.is_set():
             self.filled.set()
+
+    def unwritten(self) -> list[Batch]:
+        """Return the batches that have ended and wait for that to be written, those that just are among them."""
+        return [entry.batch for entry in (*self.group, *self.todo.copy()) if not entry.outcome.written]
 
     def run(self) -> None:
         """Write until closed and empty, or told to give up."""
@@ -88,13 +93,14 @@ class Finisher:
 
     def write_group(self) -> None:
         """Write the oldest outcomes, however often it takes."""
-        group = [self.todo.popleft() for _ in range(min(len(self.todo), MOST_A_GROUP))]
+        self.group = group = [self.todo.popleft() for _ in range(min(len(self.todo), MOST_A_GROUP))]
         if written := [entry for entry in group if entry.outcome.written]:
             self.count(written)
             self.tally([entry for entry in written if entry.batch.completed])
         for (queue, way), entries in self.by_target(group).items():
             for piece in pieces(entries) if way == "complete" else [entries]:
                 self.write_stubbornly(queue, piece)
+        self.group = []
         self.nudge()
         if self.put_back:
             self.put_back = False

@@ -41,7 +41,7 @@ class Keeper:
     """Does each duty when it is due.
 
     *told_seconds*: how long a handler may take to end once it is told to; then its slot counts as lost. *worn_out* is
-    called when half of a lane's slots are lost.
+    called when half of a lane's slots are lost. *unwritten* returns what has ended and waits to be written.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Keeper:
         throughput: Throughput,
         told_seconds: float = 25,
         worn_out: Callable[[], None] = lambda: None,
+        unwritten: Callable[[], list[Batch]] = list,
     ) -> None:
         self.link = link
         self.queues = queues
@@ -67,6 +68,7 @@ class Keeper:
         self.throughput = throughput
         self.told_seconds = told_seconds
         self.worn_out = worn_out
+        self.unwritten = unwritten
         self.lost = dict.fromkeys(lanes, 0)
         self.expiries = {queue: Expiries() for queue in queues}
         self.closing = threading.Event()
@@ -102,9 +104,13 @@ class Keeper:
     # ------------------------------------------------------------------------------------------------ the duties
 
     def extend(self) -> None:
-        """Extend the leases that are older than a third of their time."""
+        """Extend the leases that are older than a third of their time, of what has ended and waits to be written, too:
+        if somebody rescued that, it would be worked again."""
         before = time.monotonic() - self.lease_seconds / 3
-        old: dict[str, list[tuple[Lane, Batch]]] = defaultdict(list)
+        old: dict[str, list[tuple[Lane | None, Batch]]] = defaultdict(list)
+        for batch in self.unwritten():
+            if batch.leased_at < before:
+                old[batch.queue].append((None, batch))
         for lane in self.lanes:
             for batch in lane.in_hand():
                 if batch.leased_at < before:
@@ -112,8 +118,8 @@ class Keeper:
         for queue, held in old.items():
             self.extend_queue(queue, held)
 
-    def extend_queue(self, queue: str, held: Sequence[tuple[Lane, Batch]]) -> None:
-        """Extend leases of one queue in one statement; stop what is no longer ours."""
+    def extend_queue(self, queue: str, held: Sequence[tuple[Lane | None, Batch]]) -> None:
+        """Extend leases of one queue in one statement; stop what is no longer ours, if it is in a lane's hand."""
         now = time.monotonic()
         batches = [batch for _, batch in held]
         statement = queries.extend(queue, [b.id for b in batches], [b.claim.token for b in batches], self.lease_seconds)
@@ -122,7 +128,7 @@ class Keeper:
             key = (batch.id, batch.claim.token)
             if key in leases.extended:
                 batch.leased_at = max(batch.leased_at, now)
-            elif key in leases.lost:
+            elif key in leases.lost and lane is not None:
                 self.lose(lane, batch)
 
     def lose(self, lane: Lane, batch: Batch) -> None:

@@ -105,6 +105,7 @@ class Worker:
             self.finisher.throughput,
             max(self.settings.shutdown_seconds, LEAST_TOLD_SECONDS),
             self.wear_out,
+            self.finisher.unwritten,
         )
 
     # ----------------------------------------------------------------------------------------------- from outside

@@ -71,8 +71,9 @@ class Parts:
         self.claimer = Claimer(self.links[1], ["default"], [self.lane], "worker-1", self.runtime)
         row = WorkerRow("worker-1", "here", 1, "0", ["default"], ["work"], 1)
         self.keeper = Keeper(
-            self.links[2], ["default"], [self.lane], row, 60, 30, self.claimer, self.finisher.throughput
-        )
+            self.links[2], ["default"], [self.lane], row, 60, 30, self.claimer, self.finisher.throughput,
+            unwritten=self.finisher.unwritten,
+        )  # fmt: skip
 
     def claim(self, count: int) -> list[Batch]:
         """Claim *count* batches, which wait in the lane."""
@@ -279,6 +280,30 @@ def test_the_keeper_stops_only_the_claim_that_is_lost_not_a_newer_one_of_the_sam
     parts.keeper.extend()
     assert parts.lane.in_hand() == [new]
     assert (type(old.interrupt), new.interrupt) == (batchq.LeaseLost, None)
+
+
+def test_the_leases_of_what_waits_to_be_written_are_extended_too(conn: Conn, admin_dsn: str, parts: Parts) -> None:
+    enqueue(conn, 4)
+    running, writing, waiting, cancelled = parts.claim(4)
+    for batch in (writing, waiting, cancelled):
+        assert parts.lane.end(batch, COMPLETED)
+    step("one is being written, as long as a lock or the line makes it take, and the others wait behind it")
+    parts.finisher.group = [parts.finisher.todo.popleft()]
+    conn.execute("SELECT batchq.cancel(%s)", [cancelled.id])
+    conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() + interval '1 second'")
+    for batch in (running, writing, waiting, cancelled):
+        batch.leased_at -= 21
+    parts.keeper.extend()
+    extended = "SELECT id FROM batchq.batches_live WHERE lease_expires_at > now() + interval '50 seconds' ORDER BY id"
+    assert values(conn, extended) == [running.id, writing.id, waiting.id]
+    assert parts.lane.in_hand() == [running], "what was cancelled meanwhile has ended, and is the finisher's to tell"
+    step("extended once, not at every round; and not when it is written")
+    conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() + interval '1 second'")
+    parts.keeper.extend()
+    assert values(conn, extended) == []
+    while parts.finisher.todo:
+        parts.finisher.write_group()
+    assert parts.finisher.unwritten() == []
 
 
 def test_a_lease_on_a_locked_row_is_extended_at_the_next_round(conn: Conn, admin_dsn: str, parts: Parts) -> None:
