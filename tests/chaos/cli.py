@@ -23,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{fault.name:20} {fault.summary}" for fault in FAULTS.values()))
         return 0
+    if options.table:
+        windows = [each for out in options.table for each in report.read_windows(out / "windows.jsonl")]
+        print(report.table(windows))
+        return 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupted)
     try:
@@ -48,6 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=3.0, help="how long (default: 3)")
     parser.add_argument("--faults", type=names, default=list(FAULTS), metavar="A,B", help="these alone (default: all)")
     parser.add_argument("--list", action="store_true", help="show the faults")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="OUT", help="only print one table of these runs")
     parser.add_argument("--out", type=Path, help="where events, table and, where something was violated, logs go")
     parser.add_argument("--server", choices=("embedded", "container", "dsn"), default="embedded",
                         help="whose Postgres: a private one, for all faults (default); or as BATCHQ_TEST_IMAGE"

@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from tests.chaos.ledger import Violation
 from tests.chaos.run import Run, Window
@@ -37,6 +38,12 @@ def line(window: Window) -> str:
 def json_line(window: Window) -> str:
     """Return a window as JSON."""
     return json.dumps(asdict(window) | {"violations": [each._asdict() for each in window.violations]})
+
+
+def read_windows(path: Path) -> list[Window]:
+    """Return the windows of an earlier run, from the lines that it left; what was violated is not read."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [Window(**json.loads(each) | {"violations": []}) for each in lines]
 
 
 def rows(windows: Sequence[Window]) -> list[Row]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -281,7 +282,7 @@ def test_the_proxy_swallows_what_it_is_given_and_takes_new_connections(admin_dsn
         assert old.pgconn.is_busy()
 
 
-def test_the_report_compares_equal_times_and_names_what_was_violated() -> None:
+def test_the_report_compares_equal_times_and_names_what_was_violated(tmp_path: Path) -> None:
     windows = [
         Window(0, ["kill"], 0.0, recovery_seconds=1.0, rate_before=100, rate_after=90),
         Window(1, ["kill", "cut"], 5.0, recovery_seconds=3.0, rate_before=100, rate_after=110),
@@ -292,6 +293,9 @@ def test_the_report_compares_equal_times_and_names_what_was_violated() -> None:
         report.Row("kill", 2, 1, 2.0, 3.0, 1.0),
     ]
     assert "| kill | 2 | 1 | 2.00 s | 3.00 s | 100% |" in report.table(windows)
+    kept = tmp_path / "windows.jsonl"
+    kept.write_text("".join(f"{report.json_line(window)}\n" for window in windows))
+    assert report.table(report.read_windows(kept)) == report.table(windows)
 
 
 def test_the_command_line_lists_the_faults_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
