@@ -183,7 +183,7 @@ def did_chunk(reader: Reader, job: Job) -> Job:
         job, state="doing", place=chunk.next_place, audit_id=chunk.audit_id, matched=job.matched + chunk.matched,
         changed=job.changed + chunk.changed, rest_seconds=PAUSE_FACTOR * (time.monotonic() - began_at),
     )  # fmt: skip
-    # What was counted is done, and no more: what fails again at once would be matched for ever.
+    # As many as were counted and confirmed are done, and no more, whatever has come to match meanwhile.
     return ended_pass(job) if job.place is None or job.matched >= job.total else job
 
 
