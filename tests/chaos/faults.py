@@ -138,9 +138,10 @@ def at_point(point: str, number: signal.Signals) -> Run:
 
     def run(world: World, dice: random.Random) -> None:
         with world.fleet.lend(dice, dice.choice(["sync", "chunks", "async", "items"])) as place:
-            if not reached(place.worker, point, number):
+            worker = place.worker  # once it has ended, another one takes its place at any time
+            if not reached(worker, point, number):
                 raise NotInjected(f"no {place.style} worker has come to {point} within {POINT_SECONDS:g} s")
-            world.fleet.wait_for_stop(place.worker)
+            world.fleet.wait_for_stop(worker)
 
     what = {"claim": "the claim's COMMIT", "commit": "a handler's COMMIT", "finish": "the finish's COMMIT"}
     whose, _, moment = point.partition("-")
@@ -415,9 +416,12 @@ def pool_busy(world: World, dice: random.Random) -> None:
     target = world.pooler.dsn(world.dbname) if world.pooler else as_role(
         world.server.dsn(world.dbname), world.password, world.role)  # fmt: skip
     with ExitStack() as stack:
-        for _ in range(POOL_SIZE):
-            conn = stack.enter_context(psycopg.connect(target, prepare_threshold=None))
-            conn.execute("SELECT 1")
+        try:
+            for _ in range(POOL_SIZE):
+                conn = stack.enter_context(psycopg.connect(target, prepare_threshold=None))
+                conn.execute("SELECT 1")
+        except psycopg.OperationalError as error:
+            raise NotInjected(f"the pool was busy already: {error}") from error
         world.hold(1.5)
 
 

@@ -233,8 +233,9 @@ class Fleet:
 
     def stop_worker(self, place: Place, number: signal.Signals = signal.SIGTERM) -> None:
         """Tell the worker of a lent place to stop, and see that it does in time."""
-        place.worker.send(number)
-        self.wait_for_stop(place.worker)
+        worker = place.worker  # once it has ended, another one takes its place at any time
+        worker.send(number)
+        self.wait_for_stop(worker)
 
     def wait_for_stop(self, worker: ChaosWorker) -> None:
         """Wait for a worker that was told to stop; exit code 1 says that the database did not answer."""
