@@ -28,9 +28,10 @@ from batchq.web.settings import WebSettings
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
 from tests.support.processes import ROOT
+from tests.support.servers import free_port
 from tests.support.steps import step
 from tests.support.waiting import wait_until
-from tests.support.web import answers, free_port
+from tests.support.web import answers
 
 FOLDER = ROOT / "docs" / "deploy"
 UNITS = sorted(FOLDER.glob("*.service"))

@@ -24,9 +24,10 @@ from tests import newcomer, reference
 from tests.support import settings_table
 from tests.support.alone import run_alone
 from tests.support.markdown import ROOT, Block, blocks
+from tests.support.servers import free_port
 from tests.support.steps import step
 from tests.support.waiting import wait_until
-from tests.support.web import answers, free_port
+from tests.support.web import answers
 
 SECONDS_A_BLOCK = 180
 

@@ -17,9 +17,10 @@ from tests.component.rows import Conn, expire_lease, processing
 from tests.support.alone import run_alone
 from tests.support.batches import put, wait_for_status
 from tests.support.processes import ROOT, Processes
+from tests.support.servers import free_port
 from tests.support.steps import step
 from tests.support.waiting import wait_until
-from tests.support.web import Site, free_port, served
+from tests.support.web import Site, served
 
 app = batchq.App()  # of the worker process
 

@@ -19,6 +19,7 @@ from tests.component.rows import Conn, expire_lease, insert, processing
 from tests.support.alone import run_alone
 from tests.support.batches import put, wait_for_status
 from tests.support.processes import Processes
+from tests.support.servers import free_port
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 from tests.support.web import served
@@ -38,12 +39,6 @@ def samples(text: str) -> Samples:
 def labelled(name: str, **labels: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Return the key of a sample."""
     return name, tuple(sorted(labels.items()))
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
-        return int(listening.getsockname()[1])
 
 
 def mail_app() -> batchq.App:
@@ -157,7 +152,7 @@ def test_it_costs_nothing_when_off(dsn: str) -> None:
 
 
 def test_several_workers_have_ports_that_follow_each_other(dsn: str) -> None:
-    port = free_port()
+    port = free_port(following=1)
     with Processes(dsn, "tests.e2e.apps:app") as processes:
         several = processes.run("workers", "2", "tests.e2e.apps:app", "--metrics-port", str(port))
         for number in (0, 1):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import shutil
 import signal
 import socket
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -236,11 +237,18 @@ def _ping_docker() -> str | None:
     return None
 
 
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(following: int = 0) -> int:
+    """Return a TCP port of 127.0.0.1 that nobody listens on, as on so many *following* it.
+
+    From below those that the kernel gives to outgoing connections, of which other tests make many: one of them would
+    take it before it is listened on.
+    """
+    while True:
+        first = random.randrange(20_000, 32_000)
+        with ExitStack() as probes, suppress(OSError):
+            for port in range(first, first + following + 1):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 _START: dict[str, Callable[[], AbstractContextManager[Server]]] = {

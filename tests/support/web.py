@@ -4,7 +4,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -58,12 +58,6 @@ class Site:
     def do(self, verb: str, target: str = "", **fields: object) -> httpx.Response:
         """Do a verb, by the form of the page that asks."""
         return self.post(f"/verbs/{verb}", self.form_token(f"/verbs/{verb}{target}"), **fields)
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
-        return int(listening.getsockname()[1])
 
 
 def answers(url: str) -> bool:
