@@ -583,7 +583,7 @@ class Chunks:
         """Return the next chunk of items that failed in an earlier attempt, None if none is left."""
         batch = self.batch
         read = batch.claim.runtime.connections.read
-        rows = read(queries.failed_page, batch.queue, batch.id, batch.attempt, self.size)
+        rows = read(queries.failed_page, batch.queue, batch.id, batch.claim.token, batch.attempt, self.size)
         if not rows:
             return None
         return Chunk(batch, [row[0] for row in rows], [parse(row[1], "item") for row in rows], is_retry=True)

@@ -466,8 +466,10 @@ def items_page(conn: Conn, queue: str, batch_id: int, token: UUID, first: int, c
     return row[0] if row else None
 
 
-def failed_page(conn: Conn, queue: str, batch_id: int, attempt: int, count: int) -> list[tuple[int, str]]:
-    """Return index and JSON text of up to *count* items that failed in an attempt before *attempt*."""
+def failed_page(conn: Conn, queue: str, batch_id: int, token: UUID, attempt: int, count: int) -> list[tuple[int, str]]:
+    """Return index and JSON text of up to *count* items that failed in an attempt before *attempt*; none if the batch
+    is no longer ours: cancelled and retried, its attempts count from 0, and what we have just tried would come again.
+    """
     return every(
         conn,
         """
@@ -477,10 +479,15 @@ def failed_page(conn: Conn, queue: str, batch_id: int, attempt: int, count: int)
           AND batch_id = %(id)s
           AND retryable
           AND attempt < %(attempt)s
+          AND EXISTS (SELECT
+                      FROM batchq.batches_live b
+                      WHERE b.queue = %(queue)s
+                        AND b.id = %(id)s
+                        AND b.claim_token = %(token)s)
         ORDER BY item_index
         LIMIT %(count)s
         """,
-        {"queue": queue, "id": batch_id, "attempt": attempt, "count": count},
+        {"queue": queue, "id": batch_id, "token": token, "attempt": attempt, "count": count},
     )
 
 

@@ -413,13 +413,17 @@ def test_the_rescue_goes_by_the_index_of_leases(conn: Conn, backlog: list[dict[s
 
 
 def test_failed_items_are_read_by_the_key_of_their_batch(conn: Conn, backlog: list[dict[str, Any]]) -> None:
+    batch_id, token = take(conn, 1)[0]
     with psycopg.connect(conn.info.dsn, password=conn.info.password, prepare_threshold=None) as other:
         other.execute(
-            "INSERT INTO batchq.failed_items SELECT 'default', n / 10, n % 10, '1', 'no', 1 "
-            "FROM generate_series(1, 20000) n"
+            "INSERT INTO batchq.failed_items SELECT 'default', %s + n / 10, n %% 10, '1', 'no', 1 "
+            "FROM generate_series(0, 20000) n",
+            [batch_id],
         )
         other.execute("ANALYZE batchq.failed_items")
-    assert queries.failed_page(conn, "default", 7, 2, 10) == [(n, "1") for n in range(10)]
+    backlog.clear()
+    assert queries.failed_page(conn, "default", batch_id, token, 2, 10) == [(n, "1") for n in range(10)]
+    assert indexes(backlog) == {"batches_live_id"}
     assert {node.get("Index Name") for plan in backlog for node in nodes(plan)} & {"failed_items_pkey"}
 
 

@@ -316,7 +316,19 @@ def test_a_failed_item_is_stored_with_its_value_and_its_attempt(conn: Conn) -> N
 def test_the_next_attempt_works_what_has_failed_and_may_be_cured(conn: Conn) -> None:
     taken = processing(conn, items=["a", "b", "c"])
     checkpoint(conn, taken, Progress(1, 2, [failure(0), failure(1, retryable=False)], first_index=0))
-    pages = [queries.failed_page(conn, "default", taken.id, attempt, 10) for attempt in (1, 2)]
+    pages = [queries.failed_page(conn, "default", *taken, attempt, 10) for attempt in (1, 2)]
+    assert pages == [[], [(0, '"a"')]]
+
+
+def test_a_late_worker_is_given_no_failed_items(conn: Conn) -> None:
+    late = processing(conn, items=["a", "b"])
+    checkpoint(conn, late, Progress(1, 1, [failure(0)], first_index=0))
+    step("cancelled and retried, the batch's attempts count from 0: to the late worker its own failure looks earlier")
+    conn.execute("SELECT batchq.cancel(%s)", [late.id])
+    conn.execute("SELECT batchq.retry(%s)", [late.id])
+    token = uuid4()
+    assert [row.attempt for row in claim(conn, token=token)] == [1]
+    pages = [queries.failed_page(conn, "default", late.id, its, 1, 10) for its in (late.token, token)]
     assert pages == [[], [(0, '"a"')]]
 
 

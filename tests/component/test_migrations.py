@@ -217,7 +217,7 @@ def write_everything(conn: Conn, taken: Taken) -> None:
     assert extend(conn, taken).lost == set()
     queries.large_input(conn, "default", *taken)
     queries.items_page(conn, "default", *taken, 0, 1)
-    assert len(queries.failed_page(conn, "default", taken.id, 2, 10)) == 1
+    assert len(queries.failed_page(conn, "default", *taken, 2, 10)) == 1
     queries.retryable_items(conn, "default", taken.id)
     assert requeue(conn, queries.Requeue(*taken, 1, False, '{"error": "no"}')) == {taken.id}
     for keep in (True, False):

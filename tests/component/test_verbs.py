@@ -181,8 +181,8 @@ def test_a_retry_runs_the_failed_items_alone(conn: Conn, status: str) -> None:
     assert retry(conn, batch_id) == "pending"
     row = batch(conn, batch_id)
     assert (row["items_done"], row["items_failed"], row["cursor"], row["result"]) == (2, 2, "here", None)
-    [claimed] = claim(conn)
-    assert queries.failed_page(conn, "default", batch_id, claimed.attempt, 10) == [(1, "1"), (2, "2")]
+    [claimed] = claim(conn, token=(token := uuid4()))
+    assert queries.failed_page(conn, "default", batch_id, token, claimed.attempt, 10) == [(1, "1"), (2, "2")]
 
 
 @pytest.mark.parametrize("status", ["failed", "completed", "cancelled"])
@@ -280,8 +280,8 @@ def test_verbs_join_the_callers_transaction(conn: Conn) -> None:
 def test_retrying_items_works_the_failed_items_alone(conn: Conn, status: str) -> None:
     batch_id = half_done(conn, status, max_failed_items=2)
     assert value(conn, "SELECT batchq.retry_items(%s)", [batch_id]) == "pending"
-    [claimed] = claim(conn)
-    assert queries.failed_page(conn, "default", batch_id, claimed.attempt, 10) == [(1, "1"), (2, "2")]
+    [claimed] = claim(conn, token=(token := uuid4()))
+    assert queries.failed_page(conn, "default", batch_id, token, claimed.attempt, 10) == [(1, "1"), (2, "2")]
 
 
 def test_retrying_items_leaves_alone_what_has_no_failed_items(conn: Conn) -> None:
@@ -375,8 +375,8 @@ def test_a_moved_batch_takes_its_failed_items_with_it(conn: Conn) -> None:
     batch_id = half_done(conn, "failed")
     retry(conn, batch_id)
     conn.execute("SELECT batchq.move(%s, 'slow')", [batch_id])
-    [claimed] = claim(conn, queue="slow")
-    assert queries.failed_page(conn, "slow", batch_id, claimed.attempt, 10) == [(1, "1"), (2, "2")]
+    [claimed] = claim(conn, queue="slow", token=(token := uuid4()))
+    assert queries.failed_page(conn, "slow", batch_id, token, claimed.attempt, 10) == [(1, "1"), (2, "2")]
 
 
 def test_a_move_leaves_the_failed_items_of_other_batches(conn: Conn) -> None:

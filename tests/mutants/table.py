@@ -192,6 +192,7 @@ MUTANTS = [
         [
             ("AND retryable", "", "what cannot be cured is not run again"),
             ("AND attempt < %(attempt)s", "", "an item runs once an attempt"),
+            ("AND b.claim_token = %(token)s", "", "fence: a late worker calls no failed item again"),
         ],
     ),
     *of(
