@@ -101,12 +101,20 @@ class Lives(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
+        """Three batches are claimed; in one, an item has failed in an attempt before."""
         self.real.clean()
-        for items in (3, 5):
-            self.enqueue(
-                KINDS[0], QUEUES[0], items, True, priority=0, unique_key=None, max_attempts=4, max_failed_items=1
-            )
-        self.claim(0, QUEUES[0], 0, 2, KINDS, True)
+        self.enqueue_items(2)
+        self.claim(0, QUEUES[0], 0, 1, KINDS, True)
+        self.work_chunk(which=0, size=2, failing=frozenset({0}), is_paused=False, is_again=False)
+        self.end(which=0, how="raises", waits=False, is_paused=False)
+        self.snooze(0, is_due=True)
+        self.enqueue_items(3)
+        self.enqueue_items(5)
+        self.claim(0, QUEUES[0], 0, 3, KINDS, True)
+
+    def enqueue_items(self, count: int) -> None:
+        """Enqueue a batch with so many items."""
+        self.enqueue(KINDS[0], QUEUES[0], count, True, priority=0, unique_key=None, max_attempts=4, max_failed_items=1)
 
     def teardown(self) -> None:
         for held in self.held:
@@ -262,9 +270,9 @@ class Lives(RuleBasedStateMachine):
         return self.curable(held)[:size] if held.failed else []
 
     def curable(self, held: Held) -> list[int]:
-        """Return the failed items that this attempt has not tried yet."""
-        row = self.model.rows.get(held.id)
-        if row is None or row.queue != held.batch.queue:
+        """Return the failed items that this attempt has not tried yet; none for a worker that has lost the batch."""
+        row = self.model.held(held.id, held.token)
+        if row is None:
             return []
         return [i for i, f in sorted(row.failures.items()) if f.retryable and f.attempt < held.batch.attempt]
 
@@ -550,6 +558,9 @@ class Lives(RuleBasedStateMachine):
     def expected_run(self, held: Held, is_transactional: bool, failing: frozenset[int]) -> Outcome:
         """Have the model work all items that are left, two a chunk; return the outcome."""
         held.used_chunks = True
+        if not held.has_worked_all and self.model.held(held.id, held.token) is None:
+            held.batch.interrupt = None
+            return execution.WRITTEN
         while indexes := self.next_chunk(held):
             failed = [index for index in indexes if index in failing]
             is_last = not held.has_worked_all and indexes[-1] == held.total - 1
@@ -653,13 +664,15 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(
         which=which,
-        what=st.sampled_from(["runs out", "rescue", "rescue one", "pause", "claim is given back"]),
+        what=st.sampled_from(["runs out", "rescue", "rescue one", "dies", "pause", "claim is given back"]),
         queue=queues,
     )
     def leases(self, which: int, what: str, queue: str) -> None:
         match what:
             case "runs out":
                 self.lease_runs_out(which)
+            case "dies":
+                self.last_worker_dies()
             case "pause":
                 self.paused(self.one_held(which))
             case "claim is given back":
@@ -670,10 +683,22 @@ class Lives(RuleBasedStateMachine):
     def lease_runs_out(self, which: int) -> None:
         """A worker is paused, or dead, for its whole lease."""
         if row := self.one_row(which, "processing"):
-            statement = "UPDATE batchq.batches_live SET lease_expires_at = now() - interval '9 s' WHERE id = %s"
-            self.real.conn.execute(statement, [row.id])
-            row.lease = "ran out"
-            self.happened("a lease ran out")
+            self.end_lease(row)
+
+    def end_lease(self, row: Row) -> None:
+        """Have a batch's lease run out."""
+        statement = "UPDATE batchq.batches_live SET lease_expires_at = now() - interval '9 s' WHERE id = %s"
+        self.real.conn.execute(statement, [row.id])
+        row.lease = "ran out"
+        self.happened("a lease ran out")
+
+    def last_worker_dies(self) -> None:
+        """The worker of a batch with the fewest attempts left dies, and a keeper takes the batch back."""
+        rows = [row for row in self.model.rows.values() if row.status == "processing"]
+        if rows:
+            row = min(rows, key=lambda row: row.max_attempts - row.attempt)
+            self.end_lease(row)
+            self.rescue(row.queue, 100)
 
     def rescue(self, queue: str, limit: int) -> None:
         """A keeper takes back what has no worker."""
