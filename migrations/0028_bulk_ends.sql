@@ -1,69 +1,6 @@
 -- A verb in bulk ends: what has finished, or was inserted, since its first chunk is not its own. Without that, a retry of
 -- batches that fail again at once found them again for ever.
 
-CREATE OR REPLACE FUNCTION batchq.bulk_find(filter jsonb, from_status text, is_with_items boolean, after_at timestamptz, after_id bigint,
-  most integer, OUT ids bigint[], OUT first_at timestamptz, OUT last_at timestamptz, OUT next_at timestamptz,
-  OUT next_id bigint, OUT is_end boolean)
-LANGUAGE plpgsql STABLE SET enable_seqscan = off SET jit = off
-AS $$
-DECLARE
-  examined   constant integer := 20000;
-  in_queue   text := filter ->> 'queue';
-  of_kind    text := filter ->> 'kind';
-  before     timestamptz := least(now() - (filter ->> 'older_than_seconds')::float8 * interval '1 second',
-                                  (filter ->> 'before')::timestamptz);
-  error_like text := filter ->> 'error_like';
-  statuses   text[] := CASE from_status WHEN 'live' THEN '{pending,processing}' ELSE ARRAY[from_status] END;
-  is_live    boolean := from_status IN ('live', 'pending', 'processing');
-BEGIN
-  IF position('%' IN error_like) = 0 THEN
-    error_like := '%' || error_like || '%';
-  END IF;
-  WITH seen AS MATERIALIZED (
-    (SELECT b.id, b.queue, b.kind, b.status, b.created_at AS at, b.errors, b.items_failed
-     FROM batchq.batches_live b
-     WHERE is_live AND b.id > after_id
-     ORDER BY b.id
-     LIMIT examined)
-    UNION ALL
-    (SELECT b.id, b.queue, b.kind, b.status, b.finished_at, b.errors, b.items_failed
-     FROM batchq.batches_finished b
-     WHERE from_status = 'failed' AND b.status = 'failed'
-       AND b.finished_at >= after_at AND (b.finished_at, b.id) > (after_at, after_id)
-     ORDER BY b.finished_at, b.id
-     LIMIT examined)
-    UNION ALL
-    (SELECT b.id, b.queue, b.kind, b.status, b.finished_at, b.errors, b.items_failed
-     FROM batchq.batches_finished b
-     WHERE from_status IN ('completed', 'cancelled') AND b.id > after_id
-     ORDER BY b.id
-     LIMIT examined)
-  ), numbered AS MATERIALIZED (
-    SELECT *, row_number() OVER () AS number FROM seen
-  ), matching AS MATERIALIZED (
-    SELECT id, at, number
-    FROM numbered
-    WHERE status = ANY (statuses)
-      AND (in_queue IS NULL OR queue = in_queue)
-      AND (of_kind IS NULL OR kind = of_kind)
-      AND (before IS NULL OR at < before)
-      AND (NOT is_with_items OR items_failed > 0)
-      AND (error_like IS NULL OR errors -> -1 ->> 'error' ILIKE error_like)
-    ORDER BY number
-    LIMIT most
-  ), found AS (
-    SELECT array_agg(id ORDER BY number) AS ids, min(at) AS first_at, max(at) AS last_at, count(*) AS count, max(number) AS last
-    FROM matching
-  ), place AS (
-    SELECT CASE WHEN found.count = most THEN found.last ELSE (SELECT count(*) FROM numbered) END AS number FROM found
-  )
-  SELECT coalesce(found.ids, '{}'), found.first_at, found.last_at, n.at, n.id,
-    found.count < most AND (SELECT count(*) FROM numbered) < examined
-  INTO ids, first_at, last_at, next_at, next_id, is_end
-  FROM found CROSS JOIN place LEFT JOIN numbered n ON n.number = place.number;
-END
-$$;
-
 CREATE OR REPLACE FUNCTION batchq.bulk(verb text, filter jsonb DEFAULT '{}', change jsonb DEFAULT '{}', place jsonb DEFAULT NULL,
   dry_run boolean DEFAULT false, most integer DEFAULT 1000, reason text DEFAULT NULL, actor text DEFAULT NULL,
   audit_id bigint DEFAULT NULL)
@@ -77,6 +14,7 @@ DECLARE
   from_status text;
   found       record;
   began_at    timestamptz := coalesce((place ->> 2)::timestamptz, now());
+  older_than  float8 := greatest((filter ->> 'older_than_seconds')::float8, extract(epoch FROM now() - began_at));
 BEGIN
   known := CASE
     WHEN verb = 'cancel' THEN '{live,pending,processing}'
@@ -103,7 +41,7 @@ BEGIN
       USING HINT = 'It takes those that are ' || array_to_string(array_remove(known, 'live'), ' or ');
   END IF;
 
-  found := batchq.bulk_find(filter || jsonb_build_object('before', began_at), from_status,
+  found := batchq.bulk_find(filter || jsonb_build_object('older_than_seconds', older_than), from_status,
     verb = 'retry_items' OR (verb = 'retry' AND from_status = 'completed' AND NOT whole),
     coalesce((place ->> 0)::timestamptz, '-infinity'), coalesce((place ->> 1)::bigint, 0), most);
   matched := cardinality(found.ids);
