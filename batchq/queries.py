@@ -102,30 +102,22 @@ def record_migration(conn: Conn, version: int, name: str, breaking: bool) -> Non
 
 INSERT_BATCH: LiteralString = """
 INSERT INTO batchq.batches (kind, payload, items, queue, priority, run_at, unique_key,
-                            max_attempts, max_failed_items, timeout_seconds)
+                            max_attempts, max_failed_items, timeout_seconds{more_columns})
 VALUES (%(kind)s, %(payload)s::jsonb, %(items)s::jsonb, %(queue)s, %(priority)s,
         coalesce(%(run_at)s::timestamptz, now() + %(delay_seconds)s * interval '1 second'), %(unique_key)s,
-        %(max_attempts)s, %(max_failed_items)s, %(timeout_seconds)s)
+        %(max_attempts)s, %(max_failed_items)s, %(timeout_seconds)s{more_values})
 ON CONFLICT DO NOTHING
 RETURNING id
 """
-
-# The same with a trace's context, for who traces: a program that does not goes on beside a schema without the column.
-INSERT_TRACED_BATCH: LiteralString = """
-INSERT INTO batchq.batches (kind, payload, items, queue, priority, run_at, unique_key,
-                            max_attempts, max_failed_items, timeout_seconds, trace_context)
-VALUES (%(kind)s, %(payload)s::jsonb, %(items)s::jsonb, %(queue)s, %(priority)s,
-        coalesce(%(run_at)s::timestamptz, now() + %(delay_seconds)s * interval '1 second'), %(unique_key)s,
-        %(max_attempts)s, %(max_failed_items)s, %(timeout_seconds)s, %(trace_context)s)
-ON CONFLICT DO NOTHING
-RETURNING id
-"""
+INSERT_UNTRACED_BATCH = INSERT_BATCH.format(more_columns="", more_values="")
+# For who traces: a program that does not goes on beside a schema without the column.
+INSERT_TRACED_BATCH = INSERT_BATCH.format(more_columns=", trace_context", more_values=", %(trace_context)s")
 
 
 def insert_batch(parameters: dict[str, Any], trace_context: str | None) -> Statement:
     """Return the statement that inserts a batch, and returns its id unless its unique_key is taken."""
     if trace_context is None:
-        return INSERT_BATCH, parameters
+        return INSERT_UNTRACED_BATCH, parameters
     return INSERT_TRACED_BATCH, parameters | {"trace_context": trace_context}
 
 

@@ -60,12 +60,8 @@ def one_snapshot(bench: Bench, is_held: bool) -> Run:
                 ended_at = time.monotonic()
                 figures = remains(database)
             produced = producer.stop()
-            workers.wait_for(lambda: workers.records.count() >= produced)
-            workers.wait_for(lambda: is_empty(database))
-            problems = workers.stop()
+            problems = problems_at_the_end(database, workers, produced)
         marks = workers.records.all()
-        problems += records.problems_of_starts(marks, range(produced))
-        problems += records.problems_of_rows(database.conn, produced)
     figures = rates(marks, held_at, ended_at, bench.sizes.seconds("snapshot.window_seconds")) | figures
     return Run(
         "snapshot", "held" if is_held else "control", figures, problems, series(marks, began_at, held_at, ended_at)
@@ -86,6 +82,15 @@ def holding(database: Database) -> Iterator[None]:
         conn.execute("SELECT count(*) FROM batchq.workers")
         yield
         conn.rollback()
+
+
+def problems_at_the_end(database: Database, workers: Workers, produced: int) -> list[str]:
+    """Have all that was produced finished, end the workers, and verify it."""
+    workers.wait_for(lambda: workers.records.count() >= produced)
+    workers.wait_for(lambda: is_empty(database))
+    problems = workers.stop()
+    problems += records.problems_of_starts(workers.records.all(), range(produced))
+    return problems + records.problems_of_rows(database.conn, produced)
 
 
 def nothing() -> AbstractContextManager[None]:
@@ -228,12 +233,8 @@ def steadily(bench: Bench, meeting: Meeting, is_held: bool) -> Run:
                     ended_at = time.monotonic()
                     figures = remains(database)
                 produced = producer.stop()
-            workers.wait_for(lambda: workers.records.count() >= produced)
-            workers.wait_for(lambda: is_empty(database))
-            problems = workers.stop()
+            problems = problems_at_the_end(database, workers, produced)
         marks = workers.records.all()
-        problems += records.problems_of_starts(marks, range(produced))
-        problems += records.problems_of_rows(database.conn, produced)
     first_figures = seen(marks, producer.calls, held_at, held_at + window)
     last = seen(marks, producer.calls, ended_at - window, ended_at)
     figures = {"asked_per_s": round(rate), **last, "first_p50_ms": first_figures["p50_ms"], **figures}
