@@ -291,15 +291,21 @@ class ThreadLane(Lane):
     def take_waiting(self) -> Batch | None:
         """Return the batch that has waited longest. None if the slot is to be idle, and counts as idle from now on: if
         there is no batch, or if batches are brief and another slot gets on with them."""
-        with contextlib.suppress(IndexError):
-            if self.at_work <= 1 or self.mean_seconds > BRIEF_SECONDS:
-                return self.waiting.popleft()
+        is_wanted = self.at_work <= 1 or self.mean_seconds > BRIEF_SECONDS
+        if is_wanted and (batch := self.pop_waiting()) is not None:
+            return batch
         with self.lock:
-            with contextlib.suppress(IndexError):
-                if self.at_work <= 1:  # the other one has just become idle
-                    return self.waiting.popleft()
+            if self.at_work <= 1 and (batch := self.pop_waiting()) is not None:  # the other one has just become idle
+                return batch
             self.awake -= 1
         return None
+
+    def pop_waiting(self) -> Batch | None:
+        """Take the batch that has waited longest out of those that wait, None if there is none."""
+        try:
+            return self.waiting.popleft()
+        except IndexError:
+            return None
 
     @property
     def at_work(self) -> int:

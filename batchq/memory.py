@@ -1,11 +1,15 @@
-"""Memory of a worker process: large buffers go back to the system at once, whichever thread had them."""
+"""Memory of a worker process: large buffers go back to the system at once; rubbish is not looked for all the time."""
 
 import ctypes
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h; see mallopt(3)
 ARENAS = 2
 LARGE_BYTES = 128 * 1024
+NEW_OBJECTS = 10_000  # containers that are made until the collector looks at them; Python's own figure is 700 to 2,000
 
 
 def return_large_buffers() -> bool:
@@ -19,3 +23,23 @@ def return_large_buffers() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_ARENA_MAX, ARENAS)) and bool(mallopt(M_MMAP_THRESHOLD, LARGE_BYTES))
+
+
+@contextmanager
+def collecting_seldom() -> Iterator[None]:
+    """Have the garbage collector look less often, and never again at what was there before the block.
+
+    The thousands of batches that a worker has in hand are no rubbish, but each look goes through them: a fifth of what
+    a batch costs in Python. A collector that is off, or looks less often, is left alone.
+    """
+    before, *older = gc.get_threshold()
+    if not gc.isenabled() or before == 0:
+        yield
+        return
+    gc.freeze()
+    gc.set_threshold(max(before, NEW_OBJECTS), *older)
+    try:
+        yield
+    finally:
+        gc.set_threshold(before, *older)
+        gc.unfreeze()

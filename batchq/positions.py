@@ -47,13 +47,13 @@ class Track:
         return START if self.is_whole and now >= self.sweep_at else self.position
 
     def claimed(self, rows: Sequence[ClaimedRow], start: Position, is_full: bool) -> None:
-        """Move the position behind what a claim from *start* has taken.
+        """Move the position behind what a claim from *start* has taken: *rows*, in the order of claims.
 
         Back too, if a claim from the beginning was full: there may be more between what it took and the position.
         """
         if not rows:
             return
-        last = max(row.position for row in rows)
+        last = rows[-1].position
         self.position = last if is_full else max(last, self.position)
         while len(self.marks) > 1 and self.marks[-1] >= self.position:
             self.marks.pop()

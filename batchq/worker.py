@@ -23,6 +23,7 @@ from batchq.finisher import Finisher
 from batchq.keeper import Keeper
 from batchq.lanes import Lane, LoopLane, ThreadLane
 from batchq.log import get_logger
+from batchq.memory import collecting_seldom
 from batchq.migrate import check_schema
 from batchq.queries import WorkerRow
 from batchq.settings import Settings
@@ -137,7 +138,7 @@ class Worker:
         Raises ConfigError if the database, its schema or the DSN will not do.
         """
         check_database(self.dsn, self.settings.database_timeout_seconds)
-        with switching_quickly():
+        with switching_quickly(), collecting_seldom():
             return self.work()
 
     def work(self) -> bool:

@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "keeper": {"batch", "claimer", "database", "execution", "lanes", "log", "outage", "queries", "text", "throughput"},
     "worker": {
         "app", "batch", "bell", "claimer", "database", "errors", "execution", "finisher", "keeper", "lanes", "log",
-        "metrics", "migrate", "queries", "settings", "text", "traces",
+        "memory", "metrics", "migrate", "queries", "settings", "text", "traces",
     },
     "metrics": {"claimer", "database", "errors", "lanes", "queries", "settings", "throughput"},
     "testing": {"app", "settings", "worker"},

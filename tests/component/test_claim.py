@@ -256,6 +256,27 @@ FROM generate_series(1, 50000) n, LATERAL (SELECT n % 40 = 7 AS claimed) p
 """
 
 
+def test_the_index_by_id_has_room_for_what_claims_write(conn: Conn) -> None:
+    count, size = 20_000, "SELECT pg_relation_size('batchq.batches_live_id')"
+    conn.execute("INSERT INTO batchq.batches (kind) SELECT 'work' FROM generate_series(1, %s)", [count])
+    [before] = values(conn, size)
+    assert len(claim(conn, count)) == count
+    [after] = values(conn, size)
+    step("%s batches: %s bytes before they are claimed, %s afterwards", count, before, after)
+    assert after < 1.05 * before
+
+
+def test_no_trigger_reads_rows_before_each_update(conn: Conn) -> None:
+    query = """
+        SELECT tgname
+        FROM pg_trigger
+        WHERE tgrelid = 'batchq.batches_live'::regclass
+          AND NOT tgisinternal
+          AND pg_get_triggerdef(oid) LIKE '% BEFORE %UPDATE %'
+    """
+    assert values(conn, query) == []
+
+
 class ExplainingCursor(psycopg.Cursor[Any]):
     """A cursor that keeps the plan of each statement, made with its real parameters, before it runs it."""
 

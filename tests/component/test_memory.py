@@ -1,8 +1,13 @@
 """Memory of a worker: what large payloads leave behind in many threads."""
 
+import gc
 import subprocess
 import sys
+from collections.abc import Iterator
 
+import pytest
+
+from batchq.memory import NEW_OBJECTS, collecting_seldom
 from tests.support.alone import run_alone
 from tests.support.steps import step
 
@@ -59,6 +64,60 @@ def test_what_the_environment_sets_stays() -> None:
             [sys.executable, "-c", code], capture_output=True, text=True, env={name: value}, check=True
         )
         assert done.stdout == "False\n"
+
+
+@pytest.fixture
+def threshold() -> Iterator[tuple[int, int, int]]:
+    """Return how often the collector looks; it is enabled, and as before afterwards."""
+    before = gc.get_threshold()
+    yield before
+    gc.set_threshold(*before)
+    gc.enable()
+
+
+def test_a_worker_has_the_collector_look_less_often(threshold: tuple[int, int, int]) -> None:
+    with collecting_seldom():
+        assert gc.get_threshold() == (NEW_OBJECTS, *threshold[1:])
+        assert gc.get_freeze_count() > 0
+    assert gc.get_threshold() == threshold
+    assert gc.get_freeze_count() == 0
+
+
+def test_rubbish_of_handlers_is_found_still(threshold: tuple[int, int, int]) -> None:
+    class Rubbish:
+        """What refers to itself, so that only the collector can free it."""
+
+        count = 0
+
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            Rubbish.count += 1
+
+    with collecting_seldom():
+        for _ in range(NEW_OBJECTS):
+            Rubbish()
+    step("of %s objects of rubbish %s were freed", NEW_OBJECTS, Rubbish.count)
+    assert Rubbish.count > NEW_OBJECTS / 4
+
+
+@pytest.mark.parametrize("own", [(0, 10, 10), (50_000, 5, 5)])
+def test_a_collector_that_looks_less_often_is_left_alone(
+    own: tuple[int, int, int], threshold: tuple[int, int, int]
+) -> None:
+    gc.set_threshold(*own)
+    with collecting_seldom():
+        assert gc.get_threshold() == own
+    assert gc.get_threshold() == own
+
+
+def test_a_collector_that_is_off_stays_off(threshold: tuple[int, int, int]) -> None:
+    gc.disable()
+    with collecting_seldom():
+        assert not gc.isenabled()
+        assert gc.get_threshold() == threshold
+    assert not gc.isenabled()
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_claim_moves_the_position_behind_the_last_row_in_the_order_of_claims() -> None:
     track = Track()
-    track.claimed(rows(3, 9, 5), START, is_full=True)
+    track.claimed(rows(3, 5, 9), START, is_full=True)
     assert track.position == at(9)
     track.claimed([], at(9), is_full=False)
     assert track.position == at(9)
@@ -89,7 +89,7 @@ def test_a_claim_moves_the_position_behind_the_last_row_in_the_order_of_claims()
 def test_rows_of_the_same_time_are_told_apart_by_their_id() -> None:
     first, second = (row._replace(run_at=7.0) for row in rows(1, 2))
     track = Track()
-    track.claimed([second, first], START, is_full=True)
+    track.claimed([first, second], START, is_full=True)
     assert track.position == second.position > first.position
 
 
@@ -390,6 +390,20 @@ def claiming(dsn: str, lane: StillLane) -> Iterator[Claiming]:
     claiming = Claiming(dsn, lane)
     yield claiming
     claiming.link.close()
+
+
+def test_batches_are_handed_over_in_the_order_of_claims_and_the_position_is_behind_the_last(
+    conn: Conn, claiming: Claiming, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed_over: list[int] = []
+    monkeypatch.setattr(claiming.lane, "begin", lambda batches: handed_over.extend(batch.id for batch in batches))
+    for _ in range(5):
+        insert(conn)
+    conn.execute("UPDATE batchq.batches SET run_at = now() - id % 3 * interval '1 hour'")
+    order = values(conn, "SELECT id FROM batchq.batches ORDER BY run_at, id")
+    claiming.claimed()
+    assert handed_over == order != sorted(order)
+    assert claiming.source.tracks[0].position.id == order[-1]
 
 
 @pytest.fixture(params=["swept as a whole", "swept in parts"])
