@@ -184,7 +184,10 @@ def load_app(name: str) -> App:
             raise
         message = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"cannot import {module_name!r}: {message}") from error
-    app = getattr(module, attribute, None)
+    if not hasattr(module, attribute):
+        apps = [name for name, value in vars(module).items() if isinstance(value, App)]
+        raise ConfigError(f"{module_name!r} has no {attribute!r}; its apps: {', '.join(apps) or 'none'}")
+    app = getattr(module, attribute)
     if not isinstance(app, App):
         raise ConfigError(f"{name!r} is not a batchq.App (it is {type(app).__name__})")
     if not app.handlers:

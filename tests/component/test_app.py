@@ -194,7 +194,7 @@ def test_an_app_is_found_in_the_current_directory(here: Path) -> None:
         ("tasks:app", "raise ValueError('two\\nlines')", "cannot import 'tasks': ValueError: two lines"),
         ("tasks:app", "raise SystemExit('bye')", "cannot import 'tasks': SystemExit: bye"),
         ("tasks:app", "x = '\\0'\n\0", "cannot import 'tasks': "),
-        ("tasks:nothing", GOOD, "'tasks:nothing' is not a batchq.App (it is NoneType)"),
+        ("tasks:nothing", GOOD, "'tasks' has no 'nothing'; its apps: app, empty"),
         ("tasks:other", GOOD, "'tasks:other' is not a batchq.App (it is int)"),
         ("tasks:empty", GOOD, "'tasks:empty' has no handlers; decorate functions with @empty.handler(kind)"),
     ],

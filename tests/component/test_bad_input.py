@@ -461,7 +461,7 @@ def test_an_older_schema_is_one_line_of_error(dsn: str, conn: psycopg.Connection
 
 APPS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no module": ("nowhere:app", lambda _: None, "cannot import 'nowhere': ModuleNotFoundError"),
-    "no app": ("tasks:nothing", lambda _: None, "'tasks:nothing' is not a batchq.App"),
+    "no app": ("tasks:nothing", lambda _: None, "'tasks' has no 'nothing'"),
     "a syntax error": (
         "broken:app",
         lambda here: (here / "broken.py").write_text("def broken(:"),

@@ -202,7 +202,7 @@ def test_check_says_what_is_well_and_what_is_not(batchq: CommandLine, conn: psyc
         "kind 'good' in queue 'default': 1 ready, and no live worker knows the kind",
         "kind 'unknown' in queue 'default': the app has no handler for it",
     ]
-    assert batchq("check", "tasks:nothing").complaint == "'tasks:nothing' is not a batchq.App (it is NoneType)"
+    assert batchq("check", "tasks:nothing").complaint == "'tasks' has no 'nothing'; its apps: app"
 
 
 # -------------------------------------------------------------------------------------------------- enqueue
@@ -462,7 +462,7 @@ def test_workers_drain_together_and_exit(batchq: CommandLine, conn: psycopg.Conn
         (["worker", "tasks"], "name the app as MODULE:APP"),
         (["worker", "no_such_module:app"], "cannot import 'no_such_module'"),
         (["workers", "0", "tasks:app"], "the number of processes starts at 1, not 0"),
-        (["workers", "2", "tasks:nothing"], "'tasks:nothing' is not a batchq.App"),
+        (["workers", "2", "tasks:nothing"], "'tasks' has no 'nothing'"),
         (["worker", "tasks:app", "--concurrency", "many"], "BATCHQ_CONCURRENCY: Input should be a valid integer"),
         (["worker", "tasks:app", "--queues", ","], "BATCHQ_QUEUES: Value error, needs at least one queue"),
         (["worker", "tasks:app", "--lease-seconds", "nan"], "BATCHQ_LEASE_SECONDS"),
