@@ -30,7 +30,7 @@ def collecting_seldom() -> Iterator[None]:
     """Have the garbage collector look less often, and never again at what was there before the block.
 
     The thousands of batches that a worker has in hand are no rubbish, but each look goes through them: a fifth of what
-    a batch costs in Python. A collector that is off, or looks less often, is left alone.
+    a batch costs in Python (drains of 100,000, 2026-11-26). One that is off stays off, a larger figure stays as it is.
     """
     before, *older = gc.get_threshold()
     if not gc.isenabled() or before == 0:

@@ -1,14 +1,18 @@
-"""Memory of a worker: what large payloads leave behind in many threads."""
+"""Memory of a worker: what large payloads leave behind in many threads, and how often rubbish is looked for."""
 
 import gc
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import psycopg
 import pytest
 
 from batchq.memory import NEW_OBJECTS, collecting_seldom
 from tests.support.alone import run_alone
+from tests.support.batches import look, put
+from tests.support.commands import CommandLine
 from tests.support.steps import step
 
 GROWTH = """
@@ -118,6 +122,42 @@ def test_a_collector_that_is_off_stays_off(threshold: tuple[int, int, int]) -> N
         assert not gc.isenabled()
         assert gc.get_threshold() == threshold
     assert not gc.isenabled()
+
+
+# What a handler sees: the collector's figure, how often threads take turns, and whether malloc maps a buffer of 15 MB
+# apart (mallinfo2's hblks) after one of 20 MB was freed; by glibc's defaults it does not, from then on.
+SEEING = """
+import ctypes, gc, sys
+import batchq
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("a", "b", "c", "hblks", "e", "f", "g", "h", "i", "j")]
+
+def mapped():
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Info
+    return libc.mallinfo2().hblks
+
+app = batchq.App()
+
+@app.handler("see")
+def see(batch):
+    large = bytes(20_000_000)
+    del large
+    before = mapped()
+    kept = bytes(15_000_000)
+    return {"threshold": gc.get_threshold()[0], "turns": sys.getswitchinterval(), "apart": mapped() - before}
+"""
+
+
+def test_the_worker_of_the_command_line_is_set_up_so(dsn: str, conn: psycopg.Connection, tmp_path: Path) -> None:
+    command_line = CommandLine(dsn, tmp_path)
+    (tmp_path / "seeing.py").write_text(SEEING)
+    batch_id = put(conn, "see")
+    assert command_line.run_program("worker", "seeing:app", "--drain").code == 0
+    seen = look(conn, batch_id).result
+    step("a handler has seen %s", seen)
+    assert seen == {"threshold": NEW_OBJECTS, "turns": 0.001, "apart": 1}
 
 
 if __name__ == "__main__":

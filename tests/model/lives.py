@@ -672,7 +672,7 @@ class Lives(RuleBasedStateMachine):
             case "runs out":
                 self.lease_runs_out(which)
             case "dies":
-                self.last_worker_dies()
+                self.worker_dies()
             case "pause":
                 self.paused(self.one_held(which))
             case "claim is given back":
@@ -692,7 +692,7 @@ class Lives(RuleBasedStateMachine):
         row.lease = "ran out"
         self.happened("a lease ran out")
 
-    def last_worker_dies(self) -> None:
+    def worker_dies(self) -> None:
         """The worker of a batch with the fewest attempts left dies, and a keeper takes the batch back."""
         rows = [row for row in self.model.rows.values() if row.status == "processing"]
         if rows:
