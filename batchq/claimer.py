@@ -66,10 +66,11 @@ class Claimer:
         self.pauses: Pauses = frozenset()
         self.pauses_read_at = float("-inf")
         self.draining = threading.Event()
+        self.from_start = False
 
     def run(self, drain: bool) -> None:
         """Claim until the worker stops or, with *drain*, until nothing is ready and all that was claimed is written."""
-        from_start = True
+        self.from_start = drain  # what was committed late lies before the recorded positions: a drain reads that, too
         while not self.runtime.stopping.is_set():
             self.polled_at = time.monotonic()
             all_written = not any(lane.unwritten for lane in self.lanes)  # looked at before the poll, which comes after
@@ -85,12 +86,12 @@ class Claimer:
                 self.runtime.stopping.wait(self.outage.failed(error))
                 continue
             if found or not (drain and all_written):
-                from_start = False
-            elif from_start:
+                self.from_start = False
+            elif self.from_start:
                 return
             else:
                 self.forget_positions()
-                from_start = True
+                self.from_start = True
                 continue
             if not found:
                 self.wait(self.idle_seconds() if any(lane.room() for lane in self.lanes) else FULL_SECONDS)
@@ -188,19 +189,45 @@ class Claimer:
         if not (starts := source.starts()):  # no batch was ever seen here: no question, so no time to measure by
             return []
         began_at = time.monotonic()
-        with self.link.reading() as conn:
-            ready = queries.ready_priorities(conn, source.queue, source.kinds, starts)
-        source.looked(starts, time.monotonic() - began_at)
+        ready = self.ready_priorities(source, starts)
+        if source.looked(starts, time.monotonic() - began_at):
+            self.take_positions(source)
         return [(priority, starts[priority]) for priority in ready]
+
+    def ready_priorities(self, source: Source, starts: dict[int, Position]) -> list[int]:
+        """Return the priorities that have a ready batch after their start, the most urgent first."""
+        if len(starts) > 1:
+            return [
+                priority
+                for (priority,) in self.link.probe(queries.ready_priorities(source.queue, source.kinds, starts))
+            ]
+        [(priority, start)] = starts.items()  # the usual case of an idle worker
+        with self.link.reading() as conn:
+            return [priority] if queries.has_ready(conn, source.queue, priority, source.kinds, start) else []
 
     def learn(self, source: Source) -> None:
         """Begin a track for each priority that was never seen before."""
-        with self.link.reading() as conn:
-            if not queries.has_unknown_priority(conn, source.queue, source.tracks):
-                return
-        with self.link.reading() as conn:
-            for priority in queries.priorities(conn, source.queue):
+        if not source.tracks:
+            self.take_positions(source)
+        began_at = time.monotonic()
+        if self.link.probe(queries.unknown_priority(source.queue, source.tracks)):
+            for (priority,) in self.link.probe(queries.priorities(source.queue)):
                 source.tracks.setdefault(priority, Track())
+        source.learned(time.monotonic() - began_at)
+
+    def take_positions(self, source: Source) -> None:
+        """Begin where workers have recorded that dead entries end."""
+        if self.from_start:
+            return
+        source.begin_at(queries.as_positions(self.link.probe(queries.known_positions(source.queue))))
+
+    def probe_seconds(self) -> float:
+        """Return the time that the server needs to find the next ready batch, of the most expensive source."""
+        return max(source.look_cost_seconds for source in self.sources)
+
+    def known_priorities(self) -> list[int]:
+        """Return every priority that was seen in any queue, and that of a batch that names none."""
+        return sorted({0}.union(*(source.tracks.copy() for source in self.sources)))
 
     def sweep(self, source: Source) -> int:
         """Claim what landed behind a position, in the part whose turn it is, if one is due; return how many."""
@@ -209,8 +236,7 @@ class Claimer:
         track = source.tracks[priority]
         number, after, until = track.next_part()
         began_at = time.monotonic()
-        with self.link.reading() as conn:
-            found = queries.has_ready_between(conn, source.queue, priority, source.kinds, after, until)
+        found = self.link.probe(queries.ready_between(source.queue, priority, source.kinds, after, until))
         track.was_swept(source.cost(time.monotonic() - began_at), source.busy_priority is not None, number)
         room = self.room(source.lane, 0)
         if not found or room <= 0 or self.heed_pauses():  # what has changed is swept with the next part

@@ -317,10 +317,14 @@ class Link:
         self.quickest_seconds = min(seconds, self.quickest_seconds or seconds)
 
     @contextmanager
-    def transaction(self) -> Iterator[psycopg.Connection[Any]]:
-        """Run the block in one transaction; see the module's `transaction`."""
-        with self.kept() as conn, transaction(conn, self.timeout_seconds):
+    def transaction(self, settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[psycopg.Connection[Any]]:
+        """Run the block in one transaction, with *settings*; see the module's `transaction`."""
+        with self.kept() as conn, transaction(conn, self.timeout_seconds, settings=settings):
             yield conn
+
+    def probe(self, statement: Statement) -> list[Any]:
+        """Return the rows of a statement that probes an index, whatever the statistics say."""
+        return self.run(statement, queries.PROBING)
 
     def run(self, statement: Statement, settings: Mapping[str, str] = queries.BY_INDEX) -> list[Any]:
         """Run one statement over many rows in a transaction of its own, with *settings*; return its rows.

@@ -72,6 +72,22 @@ FROM pg_catalog.pg_stat_all_tables
 WHERE relid = 'batchq.batches_live'::regclass
   AND n_dead_tup > 50000 + n_live_tup / 5
 
+-- name: dead_rows_in_the_way
+SELECT CASE WHEN max(cost_seconds) > 1 THEN 'critical' ELSE 'warning' END,
+  format('reading the queue from its beginning takes %%s ms: dead rows fill its indexes%%s',
+         ceil(1000 * max(cost_seconds)),
+         (SELECT format('; session %%s holds a snapshot for %%s', pid, date_trunc('second', now() - xact_start))
+          FROM pg_catalog.pg_stat_activity
+          WHERE datname = current_database()
+            AND pid <> pg_backend_pid()
+            AND coalesce(backend_xmin, backend_xid) IS NOT NULL
+          ORDER BY xact_start
+          LIMIT 1)),
+  'end what holds a snapshot (a session, a prepared transaction, a replication slot, a replica); until then workers '
+  'and views begin at batchq.positions, and counts may leave out what was committed late'
+FROM batchq.positions
+HAVING max(cost_seconds) > 0.005
+
 -- name: rows_in_the_default_partition
 SELECT 'warning', format('finished batches of %%s lie in finished_default', string_agg(DISTINCT d.day::text, ', ')),
   'have the owner''s workers run, or SELECT batchq.create_finished_partitions(current_date, 8) daily; prune removes these rows'
@@ -99,10 +115,19 @@ LIMIT 10
 -- name: stalled
 SELECT 'warning',
   format('batch %%s of kind %%s: the lease of %%s ran out at %%s', id, kind, claimed_by, lease_expires_at),
-  format('start a worker for queue %%s: it rescues the batch', queue)
-FROM batchq.batches_live
-WHERE status = 'processing'
-  AND lease_expires_at < now() - interval '10 seconds'
+  format('start a worker for queue %%s: it rescues the batch', b.queue)
+FROM batchq.busy_queues() q
+CROSS JOIN LATERAL (
+  SELECT id, kind, queue, claimed_by, lease_expires_at
+  FROM batchq.batches_live
+  WHERE queue = q.queue
+    AND status = 'processing'
+    AND lease_expires_at >= q.at
+    AND lease_expires_at < now() - interval '10 seconds'
+  ORDER BY lease_expires_at
+  LIMIT 10
+) b
+WHERE q.at IS NOT NULL
 ORDER BY lease_expires_at
 LIMIT 10
 
@@ -110,6 +135,7 @@ LIMIT 10
 SELECT 'warning', format('batch %%s of kind %%s: its worker died %%s times, attempt %%s of %%s', id, kind, died, attempt, max_attempts),
   format('batchq logs %%s; look for memory limits and crashes of its handler; batchq cancel %%1$s stops it', id)
 FROM batchq.batches_live
+JOIN unnest(ARRAY(SELECT batchq.newest_live(NULL, NULL, NULL, 9223372036854775807, 10000))) newest(id) USING (id)
 CROSS JOIN LATERAL (SELECT count(*) AS died FROM jsonb_array_elements(errors) e WHERE e ->> 'error' LIKE 'worker died%%') d
 WHERE errors <> '[]'
   AND died >= 2

@@ -21,6 +21,7 @@ from batchq.lanes import Lane
 from batchq.log import current_batch, get_logger
 from batchq.outage import Outage
 from batchq.queries import WorkerRow
+from batchq.survey import SURVEY_SECONDS, Survey
 from batchq.text import one_line
 from batchq.throughput import Throughput
 
@@ -70,17 +71,23 @@ class Keeper:
         self.worn_out = worn_out
         self.unwritten = unwritten
         self.lost = dict.fromkeys(lanes, 0)
+        self.survey = Survey(link, queues, lease_seconds)
         self.expiries = {queue: Expiries() for queue in queues}
         self.closing = threading.Event()
         self.tick_seconds = min(lease_seconds / 10, 0.5)
-        self.duties: list[Duty] = [
+        self.duties = self.all_duties()
+
+    def all_duties(self) -> list["Duty"]:
+        """Return what is to be done, and how often."""
+        return [
             Duty("time limits", self.end_overdue, self.tick_seconds),
             Duty("waiting batches", self.give_back_waiting, self.tick_seconds),
             Duty("lost slots", self.look_for_lost_slots, self.tick_seconds),
             Duty("leases", self.extend, self.tick_seconds),
-            Duty("rescue", self.rescue, lease_seconds / 10),
-            Duty("heartbeat", self.heartbeat, min(HEARTBEAT_SECONDS, lease_seconds)),
+            Duty("rescue", self.rescue, self.lease_seconds / 10),
+            Duty("heartbeat", self.heartbeat, min(HEARTBEAT_SECONDS, self.lease_seconds)),
             Duty("throughput", self.write_throughput, THROUGHPUT_SECONDS),
+            Duty("survey", lambda: self.survey.run_if_due(self.claimer.known_priorities()), SURVEY_SECONDS),
             Duty("merging", self.merge_throughput, MERGING_SECONDS),
             Duty("maintenance", self.maintain, MAINTENANCE_SECONDS),
         ]
@@ -175,12 +182,11 @@ class Keeper:
         for queue, expiries in self.expiries.items():
             rescued: list[tuple[int, str, int, str]] = []
             with expiries.passing() as after:
-                with self.link.reading() as conn:
-                    now, is_any = queries.has_expired(conn, queue, after)
+                [(now, start, is_any)] = self.link.probe(queries.expired(queue, after))
                 expiries.skip_to(now - LONG_AGO_SECONDS)
                 if is_any:
                     with self.link.transaction() as conn:
-                        rescued = queries.rescue(conn, queue, RESCUES_A_ROUND, self.lease_seconds / 2, after)
+                        rescued = queries.rescue(conn, queue, RESCUES_A_ROUND, self.lease_seconds / 2, start)
             if len(rescued) < RESCUES_A_ROUND:
                 expiries.passed_until = now
             for batch_id, kind, attempt, status in rescued:
@@ -196,6 +202,7 @@ class Keeper:
         [row] = self.link.run(statement, queries.HEARTBEAT_SETTINGS)
         beat = queries.beat(row)
         self.claimer.turns = Turns(beat.turn, (began_at + time.monotonic()) / 2)
+        self.survey.dead_rows = beat.dead_rows
         if beat.is_asked_to_drain:
             self.claimer.drain()
 

@@ -49,9 +49,11 @@ def exposition(collect: Callable[[], Iterable[Metric]]) -> bytes:
 # ------------------------------------------------------------------------------------------------------ a worker
 
 
-def worker_metrics(sums: Mapping[Pair, Counts], slots: Mapping[str, tuple[int, int]]) -> Iterator[Metric]:
+def worker_metrics(
+    sums: Mapping[Pair, Counts], slots: Mapping[str, tuple[int, int]], probe_seconds: float = 0.0
+) -> Iterator[Metric]:
     """Yield a worker's metrics: *sums* of what it has counted since its start, by queue and kind; *slots* and how many
-    of them are busy, by style of handler."""
+    of them are busy, by style of handler; *probe_seconds*, the server's time for one probe for ready batches."""
     finished = CounterMetricFamily(
         "batchq_batches_finished", "Attempts that have ended, by how.", labels=("queue", "kind", "status")
     )
@@ -71,6 +73,11 @@ def worker_metrics(sums: Mapping[Pair, Counts], slots: Mapping[str, tuple[int, i
         for style, numbers in slots.items():
             gauge.add_metric((style,), numbers[place])
         yield gauge
+    yield GaugeMetricFamily(
+        "batchq_probe_seconds",
+        "Time that the server needs to find the next ready batch; above 0.02, dead rows are in the way.",
+        value=probe_seconds,
+    )
 
 
 def bounded(sums: Mapping[Pair, Counts]) -> dict[Pair, Counts]:
@@ -193,7 +200,7 @@ def serve_worker(
     def metrics() -> bytes:
         slots = {style: (lane.concurrency, busy(lane)) for style, lane in lanes.items()}
         with throughput.lock:
-            return exposition(lambda: worker_metrics(throughput.sums or {}, slots))
+            return exposition(lambda: worker_metrics(throughput.sums or {}, slots, claimer.probe_seconds()))
 
     def polls() -> str:
         silent = time.monotonic() - claimer.polled_at

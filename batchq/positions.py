@@ -8,7 +8,7 @@ sweeps: of everything while that is cheap, else of one part after another, with 
 
 import time
 from collections import deque
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 
 from batchq.lanes import Lane
 from batchq.queries import START, ClaimedRow, Position
@@ -23,6 +23,7 @@ LOOK_SECONDS = 0.1
 LOOKS = 3
 LEARN_SECONDS = 0.25
 NOISE_SECONDS = 0.002
+RECORDED_PAUSE_SECONDS = 20.0
 
 Pauses = Set[tuple[str | None, str | None]]  # queue and kind; None: any
 
@@ -30,12 +31,12 @@ Pauses = Set[tuple[str | None, str | None]]  # queue and kind; None: any
 class Track:
     """The positions within one priority: where the next claim starts, and the marks between the parts of a sweep."""
 
-    def __init__(self) -> None:
-        self.position = START
-        self.marks = [START]
+    def __init__(self, position: Position = START) -> None:
+        self.position = position
+        self.marks = [START] if position == START else [START, position]
         self.rows_since_mark = 0
         self.swept = 0
-        self.sweep_at = 0.0
+        self.sweep_at = 0.0 if position == START else time.monotonic() + RECORDED_PAUSE_SECONDS
 
     @property
     def is_whole(self) -> bool:
@@ -139,17 +140,30 @@ class Source:
         now = time.monotonic()
         return {priority: track.start(now) for priority, track in self.tracks.items()}
 
-    def looked(self, starts: dict[int, Position], took_seconds: float) -> None:
-        """Note how much longer than the fastest, which is the network's round trip, a look has taken.
+    def looked(self, starts: dict[int, Position], took_seconds: float) -> bool:
+        """Note how much longer than the fastest, which is the network's round trip, a probe has taken. Return whether
+        it began at the beginning and was expensive.
 
-        It is dear with dead entries in its way, and with ready batches of kinds that this lane does not know.
+        It is expensive with dead entries in its way, and with ready batches of kinds that this lane has no handler for.
         """
         self.looked_at = time.monotonic()
         cost_seconds = self.cost(took_seconds)
         self.look_costs.append(cost_seconds)
-        for priority, start in starts.items():
-            if start == START:
-                self.tracks[priority].was_swept(cost_seconds, self.busy_priority is not None)
+        from_start = [priority for priority, start in starts.items() if start == START]
+        for priority in from_start:
+            self.tracks[priority].was_swept(cost_seconds, self.busy_priority is not None)
+        return bool(from_start) and cost_seconds >= CHEAP_SECONDS
+
+    def learned(self, took_seconds: float) -> None:
+        """Note how long it took to look for unknown priorities: the next time comes later where that is expensive."""
+        self.learns_at = max(self.learns_at, time.monotonic() + PAUSE_FACTOR * self.cost(took_seconds))
+
+    def begin_at(self, recorded: Mapping[int, Position]) -> None:
+        """Begin at the positions that workers have recorded, where this one knows of none that is later."""
+        for priority, position in recorded.items():
+            track = self.tracks.get(priority)
+            if track is None or track.position < position:
+                self.tracks[priority] = Track(position)
 
     @property
     def look_cost_seconds(self) -> float:

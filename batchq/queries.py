@@ -40,6 +40,8 @@ BY_INDEX = {
     "enable_mergejoin": "off",
     "jit": "off",  # what is off but unavoidable counts as dear before PostgreSQL 18, and dear plans are compiled: 1 s
 }
+# For probes of an index, one entry each: never by a plan that reads every entry before it returns the first.
+PROBING = {"enable_seqscan": "off", "enable_bitmapscan": "off", "jit": "off"}
 WITHOUT_WAITING_FOR_THE_DISK = {"synchronous_commit": "off"}
 READ_ONLY = {"transaction_read_only": "on", "jit": "off"}
 
@@ -220,81 +222,107 @@ ORDER BY known.priority
 """
 
 
-def ready_priorities(conn: Conn, queue: str, kinds: Sequence[str], after: Mapping[int, Position]) -> list[int]:
-    """Return the priorities that have a ready batch of *kinds* behind their position in *after*, the most urgent first.
-
-    One cheap read: a probe of the index for each.
-    """
-    if len(after) == 1:  # the usual case of an idle worker
-        return [priority for priority, position in after.items() if has_ready(conn, queue, priority, kinds, position)]
-    parameters = {
+def ready_priorities(queue: str, kinds: Sequence[str], after: Mapping[int, Position]) -> Statement:
+    """Return the statement that returns the priorities that have a ready batch of *kinds* after their position in
+    *after*, the most urgent first: one probe of the index for each."""
+    return READY, {
         "queue": queue,
         "kinds": list(kinds),
         "priorities": list(after),
         "run_ats": [position.run_at for position in after.values()],
         "ids": [position.id for position in after.values()],
     }
-    return [priority for (priority,) in every(conn, READY, parameters)] if after else []
 
 
-def has_unknown_priority(conn: Conn, queue: str, known: Iterable[int]) -> bool:
-    """Tell whether a batch is pending, ready or not, of a priority that is not *known*: a probe between each two."""
+UNKNOWN_PRIORITY: LiteralString = """
+SELECT true
+FROM unnest(%(froms)s::integer[], %(tos)s::integer[]) AS gap(above, below)
+CROSS JOIN LATERAL (
+  SELECT true
+  FROM batchq.batches_live b
+  WHERE b.queue = %(queue)s
+    AND b.status = 'pending'
+    AND b.priority > gap.above
+    AND b.priority < gap.below
+  ORDER BY b.priority
+  LIMIT 1
+) AS first_of_gap
+LIMIT 1
+"""
+
+
+def unknown_priority(queue: str, known: Iterable[int]) -> Statement:
+    """Return the statement that returns a row if any pending batch, ready or not, has a priority that is not *known*.
+
+    It probes the index at most once per gap, including the gaps below and above all known priorities.
+    """
     priorities = sorted(known)
-    rows = every(
-        conn,
-        """
-        SELECT true
-        FROM unnest(%(froms)s::integer[], %(tos)s::integer[]) AS gap(above, below)
-        CROSS JOIN LATERAL (
-          SELECT true
-          FROM batchq.batches_live b
-          WHERE b.queue = %(queue)s
-            AND b.status = 'pending'
-            AND b.priority > gap.above
-            AND b.priority < gap.below
-          ORDER BY b.priority
-          LIMIT 1
-        ) AS first_of_gap
-        LIMIT 1
-        """,
-        {"queue": queue, "froms": [-BEYOND_PRIORITIES, *priorities], "tos": [*priorities, BEYOND_PRIORITIES]},
-    )
-    return bool(rows)
+    return UNKNOWN_PRIORITY, {
+        "queue": queue,
+        "froms": [-BEYOND_PRIORITIES, *priorities],
+        "tos": [*priorities, BEYOND_PRIORITIES],
+    }
 
 
 BEYOND_PRIORITIES = 40_000  # the column is a smallint
 
 
-def priorities(conn: Conn, queue: str) -> list[int]:
-    """Return every priority that has a pending batch, by steps through the index (a loose index scan)."""
-    rows = every(
+PRIORITIES: LiteralString = """
+WITH RECURSIVE level AS (
+  (SELECT priority
+   FROM batchq.batches_live
+   WHERE queue = %(queue)s
+     AND status = 'pending'
+   ORDER BY priority
+   LIMIT 1)
+  UNION ALL
+  SELECT (SELECT b.priority
+          FROM batchq.batches_live b
+          WHERE b.queue = %(queue)s
+            AND b.status = 'pending'
+            AND b.priority > level.priority
+          ORDER BY b.priority
+          LIMIT 1)
+  FROM level
+  WHERE level.priority IS NOT NULL
+)
+SELECT priority
+FROM level
+WHERE priority IS NOT NULL
+"""
+
+
+def priorities(queue: str) -> Statement:
+    """Return the statement that returns every priority that has a pending batch, by steps through the index (a loose
+    index scan)."""
+    return PRIORITIES, {"queue": queue}
+
+
+KNOWN_POSITIONS: LiteralString = """
+SELECT priority, date_part('epoch', at), id
+FROM batchq.positions
+WHERE index = 'ready'
+  AND queue = %(queue)s
+"""
+
+
+def known_positions(queue: str) -> Statement:
+    """Return the statement that returns what workers recorded of a queue, for `as_positions`."""
+    return KNOWN_POSITIONS, {"queue": queue}
+
+
+def as_positions(rows: Iterable[tuple[int, float, int]]) -> dict[int, Position]:
+    """Return the positions, by priority, before which nothing was pending, from the rows of `known_positions`."""
+    return {priority: Position(run_at, batch_id) for priority, run_at, batch_id in rows}
+
+
+def move_positions(conn: Conn, queues: Sequence[str], priorities: Sequence[int], lease_seconds: float) -> None:
+    """Record from where reading the indexes of these queues and priorities begins; see batchq.positions."""
+    one(
         conn,
-        """
-        WITH RECURSIVE level AS (
-          (SELECT priority
-           FROM batchq.batches_live
-           WHERE queue = %(queue)s
-             AND status = 'pending'
-           ORDER BY priority
-           LIMIT 1)
-          UNION ALL
-          SELECT (SELECT b.priority
-                  FROM batchq.batches_live b
-                  WHERE b.queue = %(queue)s
-                    AND b.status = 'pending'
-                    AND b.priority > level.priority
-                  ORDER BY b.priority
-                  LIMIT 1)
-          FROM level
-          WHERE level.priority IS NOT NULL
-        )
-        SELECT priority
-        FROM level
-        WHERE priority IS NOT NULL
-        """,
-        {"queue": queue},
+        "SELECT batchq.move_positions(%(queues)s, %(priorities)s::smallint[], %(lease_seconds)s)",
+        {"queues": list(queues), "priorities": list(priorities), "lease_seconds": lease_seconds},
     )
-    return [priority for (priority,) in rows]
 
 
 def has_ready(conn: Conn, queue: str, priority: int, kinds: Sequence[str], after: Position) -> bool:
@@ -307,28 +335,24 @@ def has_ready(conn: Conn, queue: str, priority: int, kinds: Sequence[str], after
     return found
 
 
-def has_ready_between(
-    conn: Conn, queue: str, priority: int, kinds: Sequence[str], after: Position, until: Position
-) -> bool:
-    """Tell whether a batch of *kinds* is ready behind one position and up to another."""
-    rows = every(
-        conn,
-        """
-        SELECT true
-        FROM batchq.batches_live
-        WHERE queue = %(queue)s
-          AND status = 'pending'
-          AND priority = %(priority)s
-          AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)
-          AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)
-          AND run_at <= now()
-          AND kind = ANY (%(kinds)s)
-        ORDER BY run_at, id
-        LIMIT 1
-        """,
-        {"queue": queue, "priority": priority, "kinds": list(kinds)} | bounds(after, until),
-    )
-    return bool(rows)
+READY_BETWEEN: LiteralString = """
+SELECT true
+FROM batchq.batches_live
+WHERE queue = %(queue)s
+  AND status = 'pending'
+  AND priority = %(priority)s
+  AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)
+  AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)
+  AND run_at <= now()
+  AND kind = ANY (%(kinds)s)
+ORDER BY run_at, id
+LIMIT 1
+"""
+
+
+def ready_between(queue: str, priority: int, kinds: Sequence[str], after: Position, until: Position) -> Statement:
+    """Return the statement that returns a row if a batch of *kinds* is ready after one position and up to another."""
+    return READY_BETWEEN, {"queue": queue, "priority": priority, "kinds": list(kinds)} | bounds(after, until)
 
 
 def bounds(after: Position, until: Position) -> dict[str, Any]:
@@ -937,23 +961,29 @@ def now(conn: Conn) -> float:
     return seconds
 
 
-HAS_EXPIRED: LiteralString = """
-SELECT date_part('epoch', now()),
+EXPIRED: LiteralString = """
+SELECT date_part('epoch', now()), date_part('epoch', start.at),
   (SELECT true
    FROM batchq.batches_live
    WHERE queue = %(queue)s
      AND status = 'processing'
-     AND lease_expires_at > to_timestamp(%(after)s)
+     AND lease_expires_at > start.at
      AND lease_expires_at < now()
    ORDER BY lease_expires_at  -- by its index: without, a plan may count on meeting one soon, and read them all
    LIMIT 1) IS NOT NULL
+FROM (SELECT greatest(to_timestamp(%(after)s),
+                      (SELECT at
+                       FROM batchq.positions
+                       WHERE index = 'lease'
+                         AND queue = %(queue)s
+                         AND %(after)s = '-infinity'::float8)) AS at) AS start
 """
 
 
-def has_expired(conn: Conn, queue: str, after: float) -> tuple[float, bool]:
-    """Return the time, in seconds since 1970, and whether any lease has run out since *after*. One cheap read."""
-    row: tuple[float, bool] = one(conn, HAS_EXPIRED, {"queue": queue, "after": after})
-    return row
+def expired(queue: str, after: float) -> Statement:
+    """Return the statement that returns whether any lease has expired since *after*: the time now, where the probe
+    began, and the answer; times in seconds since 1970. From minus infinity it begins at the row of batchq.positions."""
+    return EXPIRED, {"queue": queue, "after": after}
 
 
 def status_of(conn: Conn, queue: str, batch_id: int) -> str | None:
@@ -996,7 +1026,8 @@ WITH beat AS (
 SELECT (SELECT is_asked_to_drain FROM beat),
   count(*) + (NOT %(stopping)s)::integer,
   count(*) FILTER (WHERE id < %(id)s),
-  date_part('epoch', clock_timestamp())
+  date_part('epoch', clock_timestamp()),
+  pg_stat_get_dead_tuples('batchq.batches_live'::regclass)
 FROM batchq.workers
 WHERE id <> %(id)s
   AND heartbeat_at > now() - %(silent_seconds)s * interval '1 second'
@@ -1015,10 +1046,11 @@ class Turn(NamedTuple):
 
 
 class Beat(NamedTuple):
-    """The answer to a heartbeat."""
+    """The answer to a heartbeat. *dead_rows*: how many the live table has, as the server's statistics count them."""
 
     is_asked_to_drain: bool
     turn: Turn
+    dead_rows: int
 
 
 def heartbeat(
@@ -1032,7 +1064,7 @@ def heartbeat(
 
 def beat(row: Sequence[Any]) -> Beat:
     """Return what the row of a `heartbeat` tells."""
-    return Beat(bool(row[0]), Turn(*row[1:]))
+    return Beat(bool(row[0]), Turn(*row[1:4]), row[4])
 
 
 def forget_silent_workers(conn: Conn) -> None:
@@ -1340,6 +1372,9 @@ def failure_rows(conn: Conn) -> list[dict[str, Any]]:
 
 # Of the finer statuses of batchq.status: those of batchq.batches, by which partitions that cannot match are left out.
 STORED_STATUS = {"ready": "pending", "scheduled": "pending", "retrying": "pending", "stalled": "processing"}
+FINAL_STATUSES = ("completed", "failed", "cancelled")
+HIGHEST_ID = 2**63 - 1
+MOST_PROCESSING = 100_000  # of one queue, in which changes are looked for
 
 
 def status_rows(
@@ -1349,20 +1384,29 @@ def status_rows(
     return objects(
         conn,
         """
+        WITH newest AS (
+          SELECT id
+          FROM batchq.newest_live(%(queue)s, %(kind)s, %(status)s, %(highest_id)s, %(limit)s) AS live(id)
+          UNION ALL
+          (SELECT id
+           FROM batchq.status
+           WHERE stored_status = ANY (%(finals)s)
+             AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+             AND (%(kind)s::text IS NULL OR kind = %(kind)s)
+           ORDER BY id DESC
+           LIMIT %(limit)s)
+        )
         SELECT to_jsonb(s)
         FROM batchq.status s
-        WHERE (%(queue)s::text IS NULL OR s.queue = %(queue)s)
-          AND (%(kind)s::text IS NULL OR s.kind = %(kind)s)
-          AND (%(status)s::text IS NULL OR s.status = %(status)s)
-          AND (%(stored)s::text IS NULL OR s.stored_status = %(stored)s)
+        WHERE s.id = ANY (ARRAY(SELECT id FROM newest ORDER BY id DESC LIMIT %(limit)s))
         ORDER BY s.id DESC
-        LIMIT %(limit)s
         """,
         {
             "queue": queue,
             "kind": kind,
             "status": status,
-            "stored": STORED_STATUS.get(status or "", status),
+            "finals": [final for final in FINAL_STATUSES if status in (None, final)],
+            "highest_id": HIGHEST_ID,
             "limit": limit,
         },
     )
@@ -1380,16 +1424,25 @@ def running_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) ->
         conn,
         """
         WITH running AS (
-          SELECT id, queue
-          FROM batchq.batches_live
-          WHERE status = 'processing'
-            AND (%(queue)s::text IS NULL OR queue = %(queue)s)
-            AND (%(kind)s::text IS NULL OR kind = %(kind)s)
+          SELECT b.id
+          FROM batchq.busy_queues() q
+          CROSS JOIN LATERAL (
+            SELECT id
+            FROM batchq.batches_live
+            WHERE queue = q.queue
+              AND status = 'processing'
+              AND lease_expires_at >= q.at
+              AND (%(kind)s::text IS NULL OR kind = %(kind)s)
+            ORDER BY lease_expires_at
+            LIMIT %(limit)s
+          ) b
+          WHERE q.at IS NOT NULL
+            AND (%(queue)s::text IS NULL OR q.queue = %(queue)s)
           LIMIT %(limit)s
         )
         SELECT to_jsonb(s)
-        FROM running
-        JOIN batchq.status s USING (id, queue)
+        FROM batchq.status s
+        WHERE s.id = ANY (ARRAY(SELECT id FROM running))
         """,
         {"queue": queue, "kind": kind, "limit": limit},
     )
@@ -1401,7 +1454,7 @@ def failed_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) -> 
         conn,
         """
         WITH failed AS (
-          SELECT id, queue
+          SELECT id
           FROM batchq.batches_finished
           WHERE status = 'failed'
             AND finished_at > now() - interval '1 day'
@@ -1411,8 +1464,9 @@ def failed_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) -> 
           LIMIT %(limit)s
         )
         SELECT to_jsonb(s)
-        FROM failed
-        JOIN batchq.status s USING (id, queue)
+        FROM batchq.status s
+        WHERE s.id = ANY (ARRAY(SELECT id FROM failed))
+        ORDER BY s.finished_at DESC
         """,
         {"queue": queue, "kind": kind, "limit": limit},
     )
@@ -1472,49 +1526,79 @@ def failed_item_objects(conn: Conn, batch_id: int, limit: int) -> list[dict[str,
 
 
 def newest_id(conn: Conn) -> int:
-    """Return the highest id of a batch that is pending or processing, 0 without any."""
-    newest: int = one(conn, "SELECT coalesce(max(id), 0) FROM batchq.batches_live", {})[0]
+    """Return the highest id of a batch, 0 without any."""
+    newest: int = one(
+        conn,
+        """
+        SELECT greatest((SELECT max(id) FROM batchq.batches_finished),
+                        (SELECT max(id) FROM batchq.newest_live(NULL, NULL, NULL, %(highest_id)s, 1) AS live(id)), 0)
+        """,
+        {"highest_id": HIGHEST_ID},
+    )[0]
     return newest
+
+
+CHANGED: LiteralString = """
+WITH changed AS (
+  SELECT id, queue, kind, 1 AS rank FROM batchq.batches_finished WHERE finished_at >= %(since)s::timestamptz
+    AND status = 'failed'
+  UNION ALL
+  SELECT b.id, b.queue, b.kind, CASE WHEN b.lease_expires_at < now() THEN 2 ELSE 3 END
+  FROM batchq.busy_queues() q
+  CROSS JOIN LATERAL (
+    SELECT id, queue, kind, lease_expires_at
+    FROM batchq.batches_live
+    WHERE queue = q.queue
+      AND status = 'processing'
+      AND lease_expires_at >= q.at
+    ORDER BY lease_expires_at
+    LIMIT %(most_processing)s
+  ) b
+  WHERE q.at IS NOT NULL
+  UNION ALL
+  SELECT id, queue, kind, 4 FROM batchq.batches_finished WHERE finished_at >= %(since)s::timestamptz
+  UNION ALL
+  SELECT id, queue, kind, 5 FROM batchq.batches_live WHERE id = ANY (%(ids)s)
+  UNION ALL
+  SELECT id, queue, kind, 6 FROM batchq.batches_live WHERE id = ANY (ARRAY(
+    SELECT new.id
+    FROM batchq.newest_live(%(queue)s, %(kind)s, NULL, %(highest_id)s, %(limit)s) AS new(id)
+    WHERE new.id > %(after_id)s))
+), first_changed AS (
+  SELECT id
+  FROM changed
+  WHERE (%(queue)s::text IS NULL OR queue = %(queue)s)
+    AND (%(kind)s::text IS NULL OR kind = %(kind)s)
+  GROUP BY id
+  ORDER BY min(rank), id
+  LIMIT %(limit)s
+)
+SELECT to_jsonb(s)
+FROM batchq.status s
+WHERE s.id = ANY (ARRAY(SELECT id FROM first_changed))
+ORDER BY s.id
+"""
 
 
 def changed_rows(
     conn: Conn, since: str, after_id: int, ids: Sequence[int], queue: str | None, kind: str | None, limit: int
 ) -> list[dict[str, Any]]:
     """Return up to *limit* rows of batchq.status: those that failed after *since* or are stalled; those processing,
-    finished after *since*, new (their id is above *after_id*) or named by *ids*. Where there are more, the first ones
+    finished after *since*, named by *ids* or new (their id is above *after_id*). Where there are more, the first ones
     of that order are taken."""
     return objects(
         conn,
-        """
-        WITH changed AS (
-          SELECT id, 1 AS rank FROM batchq.batches_finished WHERE finished_at >= %(since)s::timestamptz
-            AND status = 'failed'
-          UNION ALL
-          SELECT id, 2 FROM batchq.batches_live WHERE status = 'processing' AND lease_expires_at < now()
-          UNION ALL
-          SELECT id, 3 FROM batchq.batches_live WHERE status = 'processing'
-          UNION ALL
-          SELECT id, 4 FROM batchq.batches_finished WHERE finished_at >= %(since)s::timestamptz
-          UNION ALL
-          SELECT id, 5 FROM batchq.batches_live WHERE id = ANY (%(ids)s)
-          UNION ALL
-          SELECT id, 6 FROM batchq.batches_live WHERE id > %(after_id)s
-        ), first_changed AS (
-          SELECT b.id, min(changed.rank) AS rank
-          FROM changed
-          JOIN batchq.batches b USING (id)
-          WHERE (%(queue)s::text IS NULL OR b.queue = %(queue)s)
-            AND (%(kind)s::text IS NULL OR b.kind = %(kind)s)
-          GROUP BY b.id
-          ORDER BY rank, b.id
-          LIMIT %(limit)s
-        )
-        SELECT to_jsonb(s)
-        FROM first_changed
-        JOIN batchq.status s USING (id)
-        ORDER BY s.id
-        """,
-        {"since": since, "after_id": after_id, "ids": list(ids), "queue": queue, "kind": kind, "limit": limit},
+        CHANGED,
+        {
+            "since": since,
+            "after_id": after_id,
+            "ids": list(ids),
+            "queue": queue,
+            "kind": kind,
+            "highest_id": HIGHEST_ID,
+            "most_processing": MOST_PROCESSING,
+            "limit": limit,
+        },
     )
 
 

@@ -61,13 +61,25 @@ ORDER BY id DESC
 LIMIT %(limit)s
 
 -- name: looked_at_by_id
-WITH looked_at AS MATERIALIZED (
-  SELECT b.id, b.id::text AS key, b.queue, b.kind, b.status, b.run_at, b.lease_expires_at, b.created_at, b.claimed_at,
+WITH finished AS (
+  SELECT b.id, b.queue, b.kind, b.status, b.run_at, b.lease_expires_at, b.created_at, b.claimed_at,
          b.finished_at, b.items_total, b.items_done, b.items_failed, b.attempt, b.max_attempts, b.priority,
-         b.unique_key, b.errors, row_number() OVER (ORDER BY b.id DESC) AS number
+         b.unique_key, b.errors
   FROM batchq.batches b
   WHERE b.id < %(before_id)s
+    AND b.status = ANY (%(final_statuses)s)
+  ORDER BY b.id DESC
+  LIMIT %(look)s
+), live AS (
+  SELECT b.id, b.queue, b.kind, b.status, b.run_at, b.lease_expires_at, b.created_at, b.claimed_at,
+         b.finished_at, b.items_total, b.items_done, b.items_failed, b.attempt, b.max_attempts, b.priority,
+         b.unique_key, b.errors
+  FROM batchq.batches_live b
+  WHERE b.id = ANY (ARRAY(SELECT batchq.newest_live(NULL, NULL, NULL, %(before_id)s, %(look)s)))
     AND b.status = ANY (%(statuses)s)
+), looked_at AS MATERIALIZED (
+  SELECT b.*, b.id::text AS key, row_number() OVER (ORDER BY b.id DESC) AS number
+  FROM (SELECT * FROM finished UNION ALL SELECT * FROM live) b
   ORDER BY b.id DESC
   LIMIT %(look)s
 )
@@ -78,8 +90,17 @@ WITH looked_at AS MATERIALIZED (
   FROM (SELECT l.id, l.queue, l.kind, l.status, l.run_at, l.lease_expires_at, l.created_at, l.claimed_at,
                l.finished_at, l.items_total, l.items_done, l.items_failed, l.attempt, l.max_attempts, l.priority,
                l.unique_key, l.errors
-        FROM batchq.batches l
-        WHERE l.status = 'processing'
+        FROM batchq.busy_queues() q
+        CROSS JOIN LATERAL (
+          SELECT *
+          FROM batchq.batches_live b
+          WHERE b.queue = q.queue
+            AND b.status = 'processing'
+            AND b.lease_expires_at >= q.at
+          ORDER BY b.lease_expires_at
+          LIMIT 20000
+        ) l
+        WHERE q.at IS NOT NULL
         ORDER BY l.queue, l.lease_expires_at
         LIMIT 20000) b
   WHERE b.id < %(before_id)s

@@ -88,6 +88,7 @@ def batch_list(
     parameters = {
         "queue": queue, "kind": kind, "status": status, "error": error, "look": look, "limit": PAGE_ROWS,
         "before_time": before_time, "before_id": before_id, "statuses": BASES.get(status or "", EVERY_BASE),
+        "final_statuses": [final for final in queries.FINAL_STATUSES if final in BASES.get(status or "", EVERY_BASE)],
     }  # fmt: skip
 
     def read(conn: Conn) -> tuple[list[Row], str | None, int]:

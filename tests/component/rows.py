@@ -1,6 +1,6 @@
 """Rows of batchq.batches for the tests: insert, claim, end, age and read them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -73,6 +73,34 @@ def batch(conn: Conn, batch_id: int) -> dict[str, Any]:
 def run(conn: Conn, statement: Statement) -> list[Any]:
     """Run a statement of batchq's on a connection, whatever transaction that is in; return its rows."""
     return conn.cursor(row_factory=tuple_row).execute(*statement).fetchall()
+
+
+def has_unknown_priority(conn: Conn, queue: str, known: Iterable[int]) -> bool:
+    """Return whether a pending batch has a priority that is not known."""
+    return bool(run(conn, queries.unknown_priority(queue, known)))
+
+
+def priorities(conn: Conn, queue: str) -> list[int]:
+    """Return the priorities that have a pending batch."""
+    return [priority for (priority,) in run(conn, queries.priorities(queue))]
+
+
+def ready_priorities(conn: Conn, queue: str, kinds: Sequence[str], after: Mapping[int, Position]) -> list[int]:
+    """Return the priorities that have a ready batch after their position."""
+    return [priority for (priority,) in run(conn, queries.ready_priorities(queue, kinds, after))]
+
+
+def is_ready_between(
+    conn: Conn, queue: str, priority: int, kinds: Sequence[str], after: Position, until: Position
+) -> bool:
+    """Return whether a batch is ready after one position and up to another."""
+    return bool(run(conn, queries.ready_between(queue, priority, kinds, after, until)))
+
+
+def has_expired(conn: Conn, queue: str, after: float = float("-inf")) -> tuple[float, bool]:
+    """Return the time, and whether any lease has expired since *after*."""
+    [(now, _, is_any)] = run(conn, queries.expired(queue, after))
+    return now, is_any
 
 
 def claim(

@@ -43,7 +43,11 @@ ALLOWED: dict[str, set[str]] = {
     "claimer": {"batch", "database", "errors", "lanes", "log", "outage", "positions", "queries"},
     "throughput": {"batch", "database", "errors", "queries"},
     "finisher": {"batch", "database", "errors", "execution", "lanes", "log", "outage", "queries", "text", "throughput"},
-    "keeper": {"batch", "claimer", "database", "execution", "lanes", "log", "outage", "queries", "text", "throughput"},
+    "survey": {"database", "queries"},
+    "keeper": {
+        "batch", "claimer", "database", "execution", "lanes", "log", "outage", "queries", "survey", "text",
+        "throughput",
+    },
     "worker": {
         "app", "batch", "bell", "claimer", "database", "errors", "execution", "finisher", "keeper", "lanes", "log",
         "memory", "metrics", "migrate", "queries", "settings", "text", "traces",

@@ -18,8 +18,12 @@ from tests.component.rows import (
     batch,
     change,
     claim,
+    has_unknown_priority,
     insert,
+    is_ready_between,
+    priorities,
     processing,
+    ready_priorities,
     requeue,
     run,
     value,
@@ -34,7 +38,7 @@ STATUSES = "SELECT status FROM batchq.batches ORDER BY id"
 
 def ready(conn: Conn, *, kind: str = KIND, queue: str = "default") -> list[int]:
     """Return the priorities in which something is ready, the most urgent first."""
-    return queries.ready_priorities(conn, queue, [kind], dict.fromkeys(queries.priorities(conn, queue), START))
+    return ready_priorities(conn, queue, [kind], dict.fromkeys(priorities(conn, queue), START))
 
 
 def ids(rows: list[queries.ClaimedRow]) -> list[int]:
@@ -74,8 +78,8 @@ def test_every_priority_of_a_queue_is_told_whether_or_not_it_is_ready(conn: Conn
     conn.execute("UPDATE batchq.batches SET run_at = now() + interval '1 hour'")
     insert(conn, priority=4, queue="elsewhere")
     processing(conn, priority=2)
-    assert queries.priorities(conn, "default") == levels
-    assert queries.priorities(conn, "nowhere") == []
+    assert priorities(conn, "default") == levels
+    assert priorities(conn, "nowhere") == []
 
 
 @pytest.mark.parametrize("unknown", [-32768, -7, 1, 3, 5, 32767])
@@ -83,12 +87,12 @@ def test_one_priority_that_is_not_known_is_noticed_wherever_it_lies(conn: Conn, 
     levels = {-32768, -7, 1, 3, 5, 32767}
     for priority in levels - {unknown}:
         insert(conn, priority=priority)
-    assert not queries.has_unknown_priority(conn, "default", levels)
-    assert not queries.has_unknown_priority(conn, "default", levels - {unknown})
+    assert not has_unknown_priority(conn, "default", levels)
+    assert not has_unknown_priority(conn, "default", levels - {unknown})
     insert(conn, priority=unknown)
-    assert queries.has_unknown_priority(conn, "default", levels - {unknown})
-    assert queries.has_unknown_priority(conn, "default", [])
-    assert not queries.has_unknown_priority(conn, "default", levels)
+    assert has_unknown_priority(conn, "default", levels - {unknown})
+    assert has_unknown_priority(conn, "default", [])
+    assert not has_unknown_priority(conn, "default", levels)
 
 
 def test_a_priority_is_ready_only_behind_its_position(conn: Conn) -> None:
@@ -96,11 +100,11 @@ def test_a_priority_is_ready_only_behind_its_position(conn: Conn) -> None:
     [row] = claim(conn, 1)
     requeue(conn, Requeue(batch_id, value(conn, "SELECT claim_token FROM batchq.batches"), None, True))
     before = Position(row.run_at, batch_id - 1)
-    assert queries.ready_priorities(conn, "default", [KIND], {0: before}) == [0]
-    assert queries.ready_priorities(conn, "default", [KIND], {0: row.position}) == []
+    assert ready_priorities(conn, "default", [KIND], {0: before}) == [0]
+    assert ready_priorities(conn, "default", [KIND], {0: row.position}) == []
     step("and up to another, the end of the part included")
     for after, until, is_found in ((before, row.position, True), (START, before, False), (row.position, END, False)):
-        assert queries.has_ready_between(conn, "default", 0, [KIND], after, until) is is_found
+        assert is_ready_between(conn, "default", 0, [KIND], after, until) is is_found
         with conn.transaction(force_rollback=True):
             assert len(claim(conn, after=after, until=until)) == is_found
 
@@ -406,12 +410,12 @@ def test_the_look_for_ready_priorities_goes_by_the_index_of_the_claim(
     conn: Conn, backlog: list[dict[str, Any]], levels: list[int]
 ) -> None:
     known = dict.fromkeys(levels, START)
-    assert queries.ready_priorities(conn, "default", [KIND], known) == levels[:2]
+    assert ready_priorities(conn, "default", [KIND], known) == levels[:2]
     near_the_end = Position(value(conn, "SELECT extract(epoch FROM now() - interval '60 s')::float8"), 0)
-    assert queries.ready_priorities(conn, "default", ["nobody"], dict.fromkeys(levels, near_the_end)) == []
-    assert queries.has_unknown_priority(conn, "default", levels) is (levels == [0])
-    assert queries.priorities(conn, "default") == [0, 1]
-    assert queries.has_ready_between(conn, "default", 0, [KIND], START, END)
+    assert ready_priorities(conn, "default", ["nobody"], dict.fromkeys(levels, near_the_end)) == []
+    assert has_unknown_priority(conn, "default", levels) is (levels == [0])
+    assert priorities(conn, "default") == [0, 1]
+    assert is_ready_between(conn, "default", 0, [KIND], START, END)
     assert indexes(backlog) == {"batches_live_ready"}
 
 

@@ -11,7 +11,17 @@ import pytest
 
 from batchq import queries
 from batchq.queries import END, START, Position
-from tests.component.rows import KIND, Conn, claim, insert, value
+from tests.component.rows import (
+    KIND,
+    Conn,
+    claim,
+    has_unknown_priority,
+    insert,
+    is_ready_between,
+    priorities,
+    ready_priorities,
+    value,
+)
 from tests.support.alone import run_alone
 
 AN_HOUR = {"run_at": "2000-01-01 01:00:00+00"}
@@ -25,12 +35,12 @@ def by_one(conn: Conn, after: Position = START, until: Position = END) -> bool:
 
 def by_several(conn: Conn, after: Position = START, until: Position = END) -> bool:
     """Look at several priorities, as a worker of several does; 7 is never used."""
-    return queries.ready_priorities(conn, "default", [KIND], {0: after, 7: START}) == [0]
+    return ready_priorities(conn, "default", [KIND], {0: after, 7: START}) == [0]
 
 
 def by_part(conn: Conn, after: Position = START, until: Position = END) -> bool:
     """Look at a part, as a sweep does."""
-    return queries.has_ready_between(conn, "default", 0, [KIND], after, until)
+    return is_ready_between(conn, "default", 0, [KIND], after, until)
 
 
 Look = Callable[..., bool]
@@ -89,23 +99,23 @@ def test_a_look_at_a_part_ends_with_the_part(conn: Conn) -> None:
 @pytest.mark.parametrize("gone", ["queue", "status"])
 def test_priorities_are_those_of_what_waits_in_the_queue(conn: Conn, gone: str) -> None:
     insert(conn, priority=3)
-    assert queries.priorities(conn, "default") == [3]
-    assert queries.has_unknown_priority(conn, "default", [])
-    assert not queries.has_unknown_priority(conn, "default", [3])
+    assert priorities(conn, "default") == [3]
+    assert has_unknown_priority(conn, "default", [])
+    assert not has_unknown_priority(conn, "default", [3])
     if gone == "queue":
         conn.execute("UPDATE batchq.batches SET queue = 'other'")
     else:
         claim(conn, priority=3)
-    assert queries.priorities(conn, "default") == []
-    assert not queries.has_unknown_priority(conn, "default", [])
+    assert priorities(conn, "default") == []
+    assert not has_unknown_priority(conn, "default", [])
 
 
 def test_a_priority_between_known_ones_and_beyond_them_is_unknown(conn: Conn) -> None:
     for priority in (-5, 0, 5):
         insert(conn, priority=priority)
         known = {-5, 0, 5} - {priority}
-        assert queries.has_unknown_priority(conn, "default", known)
-        assert not queries.has_unknown_priority(conn, "default", known | {priority})
+        assert has_unknown_priority(conn, "default", known)
+        assert not has_unknown_priority(conn, "default", known | {priority})
 
 
 def test_a_claim_of_unknown_outcome_is_given_back_in_its_own_queue_alone(conn: Conn) -> None:

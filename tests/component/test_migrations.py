@@ -24,8 +24,12 @@ from tests.component.rows import (
     extend,
     failure,
     finished,
+    has_unknown_priority,
     insert,
+    is_ready_between,
+    priorities,
     processing,
+    ready_priorities,
     requeue,
     value,
     values,
@@ -189,11 +193,11 @@ def check_every_statement(conn: Conn) -> None:
     check_schema(conn)
     batchq.enqueue(conn, KIND)
     batchq.enqueue_many(conn, KIND, items=[1, 2], items_per_batch=1, delay_seconds=-1)
-    assert queries.priorities(conn, "default") == [0]
-    assert queries.has_unknown_priority(conn, "default", [1])
-    assert queries.ready_priorities(conn, "default", [KIND], {0: queries.START}) == [0]
-    assert queries.ready_priorities(conn, "default", [KIND], {0: queries.START, 1: queries.START}) == [0]
-    assert queries.has_ready_between(conn, "default", 0, [KIND], queries.START, queries.END)
+    assert priorities(conn, "default") == [0]
+    assert has_unknown_priority(conn, "default", [1])
+    assert ready_priorities(conn, "default", [KIND], {0: queries.START}) == [0]
+    assert ready_priorities(conn, "default", [KIND], {0: queries.START, 1: queries.START}) == [0]
+    assert is_ready_between(conn, "default", 0, [KIND], queries.START, queries.END)
     assert len(claim(conn, 2, token=(token := processing(conn, kind="other").token))) == 2
     assert queries.give_back_claim(conn, "default", token) == 3
     taken = processing(conn, kind="third", items=[1, 2])

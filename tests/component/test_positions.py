@@ -321,8 +321,8 @@ def test_a_look_does_not_walk_over_what_was_claimed_while_a_snapshot_is_held(
     monkeypatch.setattr(queries, "every", lambda _, *statement: statements.append(statement) or [(False,)])
     for position in (START, last):
         queries.has_ready(conn, "default", 0, [KIND], position)
-        queries.has_ready_between(conn, "default", 0, [KIND], position, END)
-        queries.ready_priorities(conn, "default", [KIND], {0: position, 1: position})
+        statements.append(queries.ready_between("default", 0, [KIND], position, END))
+        statements.append(queries.ready_priorities("default", [KIND], {0: position, 1: position}))
     from_start, from_position = [[pages_met(conn, one) for one in three] for three in (statements[:3], statements[3:])]
     step("from the beginning %s pages, from the position %s", from_start, from_position)
     assert min(from_start) > 30, "the snapshot does not matter here, so this test proves nothing"

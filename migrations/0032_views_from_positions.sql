@@ -1,0 +1,161 @@
+-- The views begin where batchq.positions says: they do not walk over what is dead.
+
+CREATE OR REPLACE FUNCTION batchq.count_live(most integer DEFAULT 10000)
+RETURNS TABLE (queue text, kind text, state text, count bigint, late bigint, oldest_at timestamptz, is_estimate boolean,
+               is_oldest_estimate boolean)
+-- SECURITY DEFINER, since who may look at batchq.queues need not be allowed to read the partitions.
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off
+SET enable_bitmapscan = off SET jit = off
+AS $$
+#variable_conflict use_column
+DECLARE
+  pages     float8 := pg_relation_size('batchq.batches_live') / current_setting('block_size')::integer;
+  in_sample float8 := least(100, 100 * 200 / greatest(pages, 1));
+BEGIN
+  RETURN QUERY
+  WITH waiting AS MATERIALIZED (
+    SELECT * FROM batchq.waiting_levels() WHERE at IS NOT NULL LIMIT 1000
+  ), busy AS MATERIALIZED (
+    SELECT * FROM batchq.busy_queues() WHERE at IS NOT NULL LIMIT 1000
+  ), share AS MATERIALIZED (
+    SELECT greatest(100, most / greatest((SELECT count(*) FROM waiting), 1))::integer AS of_waiting,
+           greatest(100, most / greatest((SELECT count(*) FROM busy), 1))::integer AS of_busy
+  ), entry AS MATERIALIZED (
+    SELECT w.queue, w.priority, 'ready' AS state, b.kind, b.run_at AS at, share.of_waiting AS share
+    FROM waiting w CROSS JOIN share CROSS JOIN LATERAL (
+      SELECT b.kind, b.run_at
+      FROM batchq.batches_live b
+      WHERE b.queue = w.queue AND b.status = 'pending' AND b.priority = w.priority AND b.run_at <= now()
+        AND (b.run_at, b.id) >= (w.at, w.id)
+      ORDER BY b.run_at, b.id
+      LIMIT share.of_waiting + 1
+    ) b
+    UNION ALL
+    SELECT w.queue, w.priority, 'scheduled', b.kind, b.run_at, share.of_waiting
+    FROM waiting w CROSS JOIN share CROSS JOIN LATERAL (
+      SELECT b.kind, b.run_at
+      FROM batchq.batches_live b
+      WHERE b.queue = w.queue AND b.status = 'pending' AND b.priority = w.priority AND b.run_at > now()
+        AND (b.run_at, b.id) >= (w.at, w.id)
+      ORDER BY b.run_at, b.id
+      LIMIT share.of_waiting + 1
+    ) b
+    UNION ALL
+    SELECT q.queue, 0, 'processing', b.kind, b.lease_expires_at, share.of_busy
+    FROM busy q CROSS JOIN share CROSS JOIN LATERAL (
+      SELECT b.kind, b.lease_expires_at
+      FROM batchq.batches_live b
+      WHERE b.queue = q.queue AND b.status = 'processing' AND b.lease_expires_at >= q.at
+      ORDER BY b.lease_expires_at
+      LIMIT share.of_busy + 1
+    ) b
+  ), cut AS MATERIALIZED (
+    SELECT queue, state, min(until) AS known_until
+    FROM (SELECT queue, state, max(at) AS until FROM entry GROUP BY queue, state, priority, share HAVING count(*) > share) heads
+    GROUP BY queue, state
+  ), counted AS (
+    SELECT queue, kind, state, count(*) AS count, count(*) FILTER (WHERE at < now()) AS late, min(at) AS oldest_at
+    FROM entry
+    GROUP BY queue, kind, state
+  ), sampled AS (
+    SELECT queue, kind, state, ceil(count(*) * 100 / in_sample)::bigint AS count, min(at) AS oldest_at
+    FROM (
+      SELECT b.queue, b.kind, coalesce(b.lease_expires_at, b.run_at) AS at,
+        CASE WHEN b.status = 'processing' THEN 'processing' WHEN b.run_at <= now() THEN 'ready' ELSE 'scheduled' END AS state
+      FROM batchq.batches_live b TABLESAMPLE SYSTEM (in_sample) REPEATABLE (1)
+      WHERE EXISTS (SELECT FROM cut)
+    ) rows
+    JOIN cut USING (queue, state)
+    GROUP BY queue, kind, state
+  )
+  SELECT queue, kind, state, greatest(c.count, s.count), coalesce(c.late, 0), least(c.oldest_at, s.oldest_at),
+    cut.queue IS NOT NULL, cut.known_until IS NOT NULL AND (c.oldest_at IS NULL OR c.oldest_at > cut.known_until)
+  FROM counted c
+  FULL JOIN sampled s USING (queue, kind, state)
+  LEFT JOIN cut USING (queue, state);
+END
+$$;
+
+CREATE FUNCTION batchq.shown_status(status text, run_at timestamptz, lease_expires_at timestamptz, errors jsonb)
+RETURNS text
+LANGUAGE sql STABLE
+RETURN CASE
+         WHEN status = 'processing' AND lease_expires_at < now() THEN 'stalled'
+         WHEN status = 'pending' AND run_at <= now() THEN 'ready'
+         WHEN status = 'pending' AND jsonb_array_length(errors) > 0 THEN 'retrying'
+         WHEN status = 'pending' THEN 'scheduled'
+         ELSE status
+       END;
+
+COMMENT ON FUNCTION batchq.shown_status(text, timestamptz, timestamptz, jsonb) IS
+  'Returns the status that batchq.status shows: pending is ready, scheduled or retrying; processing may be stalled.';
+
+CREATE FUNCTION batchq.newest_live(in_queue text, in_kind text, in_status text, before_id bigint, most integer)
+RETURNS SETOF bigint
+-- SECURITY DEFINER, since who may look at batchq.status need not be allowed to read the partitions.
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off
+SET enable_bitmapscan = off SET jit = off
+AS $$
+BEGIN
+  IF NOT EXISTS (SELECT FROM batchq.positions) THEN
+    RETURN QUERY
+    SELECT b.id
+    FROM batchq.batches_live b
+    WHERE b.id < before_id
+      AND (in_queue IS NULL OR b.queue = in_queue)
+      AND (in_kind IS NULL OR b.kind = in_kind)
+      AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
+    ORDER BY b.id DESC
+    LIMIT most;
+    RETURN;
+  END IF;
+  -- By the indexes of the claim and of the leases, since those know where to begin: the newest of each level.
+  RETURN QUERY
+  SELECT b.id
+  FROM (
+    SELECT b.id, b.queue, b.kind, b.status, b.run_at, b.lease_expires_at, b.errors
+    FROM batchq.waiting_levels() w
+    CROSS JOIN LATERAL (
+      SELECT *
+      FROM batchq.batches_live b
+      WHERE b.queue = w.queue
+        AND b.status = 'pending'
+        AND b.priority = w.priority
+        AND (b.run_at, b.id) >= (w.at, w.id)
+        AND b.id < before_id
+        AND (in_kind IS NULL OR b.kind = in_kind)
+        AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
+      ORDER BY b.run_at DESC, b.id DESC
+      LIMIT most
+    ) b
+    WHERE w.at IS NOT NULL
+      AND (in_status IS NULL OR in_status NOT IN ('processing', 'stalled'))
+    UNION ALL
+    SELECT b.id, b.queue, b.kind, b.status, b.run_at, b.lease_expires_at, b.errors
+    FROM batchq.busy_queues() q
+    CROSS JOIN LATERAL (
+      SELECT *
+      FROM batchq.batches_live b
+      WHERE b.queue = q.queue
+        AND b.status = 'processing'
+        AND b.lease_expires_at >= q.at
+        AND b.id < before_id
+        AND (in_kind IS NULL OR b.kind = in_kind)
+        AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
+      ORDER BY b.lease_expires_at DESC
+      LIMIT most
+    ) b
+    WHERE q.at IS NOT NULL
+      AND (in_status IS NULL OR in_status IN ('processing', 'stalled'))
+  ) b
+  WHERE in_queue IS NULL
+     OR b.queue = in_queue
+  ORDER BY b.id DESC
+  LIMIT most;
+END
+$$;
+
+COMMENT ON FUNCTION batchq.newest_live(text, text, text, bigint, integer) IS
+  'Returns the ids of the newest live batches below before_id, at most "most", newest first; in_queue, in_kind and '
+  'in_status (as batchq.status shows it) filter, null does not. While dead entries fill the indexes it begins at '
+  'batchq.positions, and takes the newest of each queue and priority by run_at.';

@@ -1,0 +1,209 @@
+"""Cost follows live work, whatever the statistics of the live table say.
+
+Each statement of a worker and each view is run while a held snapshot keeps dead entries in the indexes. Buffers are
+counted, since those do not depend on the machine.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg.rows import tuple_row
+
+from batchq import queries
+from batchq.queries import END, Finish, Position, Progress, Requeue, Statement
+from batchq.web.reads import batch_list
+from tests.component.rows import KIND, Conn, value
+from tests.support.alone import run_alone
+from tests.support.databases import Databases
+from tests.support.servers import Server
+from tests.support.steps import step
+
+DEAD = 60_000
+LIVE = 50_000
+CLAIMED_AT_ONCE = 2_000
+BASE_BUFFERS, BUFFERS_A_ROW = 50, 20
+EVERY_PARTITION = 3 * 12  # a lookup by id descends the index of each day's partition
+
+MAKE = "INSERT INTO batchq.batches_live (kind, payload) SELECT 'work', '{}' FROM generate_series(1, %s)"
+CLAIM_ALL = """
+UPDATE batchq.batches_live
+SET status = 'processing', attempt = 1, claimed_by = 'w', claim_token = gen_random_uuid(), claimed_at = now(),
+  lease_expires_at = now() - interval '1 second'
+"""
+
+
+class Table(NamedTuple):
+    """A live table full of dead entries. *position*: behind them, as a worker that claimed them knows it."""
+
+    conn: Conn
+    position: Position
+    live: int
+
+
+def analyzed_when_empty(conn: Conn) -> None:
+    """Record that a table of many pages has no rows, which is what misleads the planner most."""
+    conn.execute("VACUUM ANALYZE batchq.batches_live")
+
+
+def vacuumed_when_empty(conn: Conn) -> None:
+    """Have only a vacuum record it: the columns keep the statistics of before."""
+    conn.execute("VACUUM batchq.batches_live")
+
+
+def never_analyzed(conn: Conn) -> None:
+    """Leave the statistics of a new table."""
+
+
+STATES: dict[str, tuple[Callable[[Conn], None], Callable[[Conn], None], int]] = {
+    # what the statistics are taken of: before the end, and at the end; then how many are inserted
+    "vacuumed and analyzed when empty": (never_analyzed, analyzed_when_empty, 0),
+    "vacuumed when empty": (vacuumed_when_empty, vacuumed_when_empty, 0),
+    "analyzed just before the end": (analyzed_when_empty, never_analyzed, 0),
+    "never analyzed": (never_analyzed, never_analyzed, 0),
+    "many live beside the dead": (never_analyzed, analyzed_when_empty, LIVE),
+}
+
+
+@pytest.fixture(scope="module", params=STATES)
+def table(request: pytest.FixtureRequest, databases: Databases, server: Server) -> Iterator[Table]:
+    """Make the table: filled, drained and filled again while somebody holds a snapshot, which keeps every dead row."""
+    before_the_end, at_the_end, live = STATES[request.param]
+    with (
+        databases.migrated() as name,
+        psycopg.connect(server.dsn(name), autocommit=True, prepare_threshold=None) as conn,
+        psycopg.connect(server.dsn(name)) as holder,
+    ):
+        conn.execute("ALTER TABLE batchq.batches_live SET (autovacuum_enabled = off)")
+        holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        holder.execute("SELECT count(*) FROM batchq.workers")
+        conn.execute(MAKE, [DEAD])
+        [(run_at, last_id)] = conn.execute("SELECT date_part('epoch', max(run_at)), max(id) FROM batchq.batches_live")
+        conn.execute(CLAIM_ALL.encode())
+        conn.execute("DELETE FROM batchq.batches_live WHERE id <= %s", [last_id - 100])
+        before_the_end(conn)
+        conn.execute("DELETE FROM batchq.batches_live")
+        at_the_end(conn)
+        conn.execute("SELECT batchq.move_positions('{default}', '{0}', 0)")
+        conn.execute(MAKE, [live])
+        step("%s: positions %s", request.param, values_of(conn))
+        yield Table(conn, Position(run_at, last_id), live)
+        holder.rollback()
+
+
+def values_of(conn: Conn) -> list[Any]:
+    """Return the positions."""
+    return conn.execute("SELECT index, at::text, id FROM batchq.positions ORDER BY index").fetchall()
+
+
+def buffers(conn: Conn, statement: Statement, settings: dict[str, str]) -> tuple[int, int, Any]:
+    """Run a statement as a worker does, and undo it; return how many buffers it read, how many rows it returned, and
+    its plan. It runs twice, since the first time reads the catalog, too."""
+    text, parameters = statement
+    with conn.transaction(force_rollback=True):
+        conn.execute(queries.limits(60, settings=settings))
+        with conn.transaction(force_rollback=True):
+            rows = len(conn.cursor(row_factory=tuple_row).execute(text, parameters).fetchall())
+        cursor = psycopg.ClientCursor(conn)
+        cursor.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {text}".encode(), parameters)
+        [(explained,)] = cursor.fetchall()
+    plan = explained[0]["Plan"]
+    return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"], rows, plan
+
+
+TOKEN = uuid4()
+IDS = list(range(1, 101))
+OF_A_WORKER: dict[str, Callable[[Position], Statement]] = {
+    "probe of one priority": lambda at: (
+        "SELECT batchq.has_ready('default', 0::smallint, '{work}', %(run_at)s, %(id)s)",
+        {"run_at": at.run_at, "id": at.id},
+    ),
+    "probe of two priorities": lambda at: queries.ready_priorities("default", [KIND], {0: at, 5: at}),
+    "probe of a part": lambda at: queries.ready_between("default", 0, [KIND], at, END),
+    "unknown priority": lambda _: queries.unknown_priority("default", [0]),
+    "recorded positions": lambda _: queries.known_positions("default"),
+    "claim": lambda at: queries.claim("default", 0, [KIND], CLAIMED_AT_ONCE, "w", TOKEN, 60, at, END),
+    "expired leases": lambda _: queries.expired("default", float("-inf")),
+    "extend": lambda _: queries.extend("default", IDS, [TOKEN] * len(IDS), 60),
+    "complete": lambda _: queries.complete("default", IDS, [str(TOKEN)] * len(IDS)),
+    "complete and forget": lambda _: queries.complete("default", IDS, [str(TOKEN)] * len(IDS), keep=False),
+    "finish": lambda _: queries.finish("default", [Finish(number, TOKEN, "failed") for number in IDS]),
+    "requeue": lambda _: queries.requeue("default", [Requeue(number, TOKEN, None, True) for number in IDS]),
+    "checkpoint": lambda _: queries.checkpoint("default", 7, TOKEN, 60, Progress(done=1)),
+}
+PROBES = {name for name in OF_A_WORKER if "probe" in name or "priority" in name or name == "expired leases"}
+BY_IDS = {"extend", "complete", "complete and forget", "finish", "requeue"}
+
+
+@pytest.mark.parametrize("name", OF_A_WORKER)
+def test_a_statement_of_a_worker_reads_only_what_it_returns(table: Table, name: str) -> None:
+    settings = queries.PROBING if name in PROBES else queries.BY_INDEX
+    read, rows, plan = buffers(table.conn, OF_A_WORKER[name](table.position), settings)
+    rows = max(rows, len(IDS) if name in BY_IDS else 0)
+    step("%s buffers, %s rows", read, rows)
+    assert read <= BASE_BUFFERS + BUFFERS_A_ROW * rows, plan
+
+
+def test_priorities_are_learned_without_reading_the_dead(table: Table) -> None:
+    read, _, plan = buffers(table.conn, queries.unknown_priority("default", [0]), queries.PROBING)
+    assert read <= BASE_BUFFERS, plan
+    recorded = queries.as_positions(table.conn.execute(*queries.known_positions("default")).fetchall())
+    assert recorded[0] >= table.position, "a new worker begins after the dead"
+
+
+LOOKED_AT: dict[str, Callable[[Conn], Any]] = {
+    "status": lambda conn: queries.status_rows(conn, None, None, None, 20),
+    "status, ready": lambda conn: queries.status_rows(conn, None, None, "ready", 20),
+    "status, processing": lambda conn: queries.status_rows(conn, None, None, "processing", 20),
+    "one batch": lambda conn: queries.status_row(conn, 7),
+    "running": lambda conn: queries.running_rows(conn, None, None, 20),
+    "failed": lambda conn: queries.failed_rows(conn, None, None, 20),
+    "monitor": lambda conn: queries.changed_rows(conn, "2100-01-01", 2**62, [], None, None, 20),
+    "newest id": queries.newest_id,
+    "page": lambda conn: batch_list(None, None, None, None, None)(conn),
+    "page, processing": lambda conn: batch_list(None, None, "processing", None, None)(conn),
+    "doctor, stalled": lambda conn: queries.ailing(conn, "stalled", {}),
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_AT)
+def test_what_people_look_at_does_not_read_the_dead(table: Table, name: str) -> None:
+    read = read_by(table.conn, LOOKED_AT[name])
+    step("%s buffers", read)
+    assert read <= BASE_BUFFERS + (20 + 2 * EVERY_PARTITION) * BUFFERS_A_ROW
+
+
+def test_counts_read_the_live_and_not_the_dead(table: Table) -> None:
+    conn = table.conn
+    read = read_by(conn, queries.queue_rows)
+    counted = min(table.live, 10_000)
+    step("%s buffers for %s", read, counted)
+    assert read <= 1_000 + 2 * counted
+    rows = queries.queue_rows(conn)
+    assert [row["ready"] for row in rows] in ([], [table.live]) or "ready" in rows[0]["estimated"]
+
+
+def read_by(conn: Conn, look: Callable[[Conn], Any]) -> int:
+    """Return how many buffers *look* read of batchq's tables and indexes, the second time."""
+    look(conn)
+    with conn.transaction(force_rollback=True):
+        before = read_so_far(conn)
+        look(conn)
+        return read_so_far(conn) - before
+
+
+def read_so_far(conn: Conn) -> int:
+    """Return how many buffers of batchq's tables and indexes this transaction has read: what is counted since its
+    begin."""
+    query = """
+    SELECT coalesce(sum(pg_stat_get_xact_blocks_fetched(c.oid)), 0)
+    FROM pg_catalog.pg_class c
+    WHERE c.relnamespace = 'batchq'::regnamespace
+    """
+    return int(value(conn, query))
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
