@@ -184,14 +184,13 @@ COMMENT ON FUNCTION batchq.busy_queues() IS
   'Returns each queue that has processing batches, with the lease that expires first and the seconds that it took to find '
   'it. is_known: batchq.positions has the queue; the lease is null if none lies after the position.';
 
-CREATE FUNCTION batchq.move_positions(queues text[], priorities smallint[], lease_seconds float8)
+CREATE FUNCTION batchq.move_positions(queues text[], priorities smallint[], lease_seconds float8, cheap_seconds float8 DEFAULT 0.002)
 RETURNS integer
 -- SECURITY DEFINER: a worker needs no rights on the table of positions.
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off
 SET enable_bitmapscan = off SET jit = off
 AS $$
 DECLARE
-  cheap_seconds CONSTANT float8 := 0.002;
   -- A transaction that began before this may still commit batches with an earlier run_at.
   horizon CONSTANT timestamptz := now() - interval '1 second';
   found   record;
@@ -235,10 +234,10 @@ BEGIN
 END
 $$;
 
-COMMENT ON FUNCTION batchq.move_positions(text[], smallint[], float8) IS
+COMMENT ON FUNCTION batchq.move_positions(text[], smallint[], float8, float8) IS
   'Moves batchq.positions up to the first live batch of each index, for the given queues and priorities and for all others '
   'whose first batch is expensive to find; forgets the positions that are no longer needed. lease_seconds: the lease of a '
-  'claim. Returns how many positions there are; null if another worker is doing it.';
+  'claim; cheap_seconds: how long finding the first batch may take without a position. Returns how many positions there are; null if another worker is doing it.';
 
 CREATE FUNCTION batchq.check_positions(cheap_seconds float8)
 RETURNS void
