@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "enqueue": {"errors", "queries", "text", "traces"},
     "app": {"errors", "retry"},
     "batch": {"database", "errors", "forks", "queries", "text"},
-    "items": {"app", "batch", "database", "errors"},
+    "items": {"app", "batch", "database", "errors", "text"},
     "execution": {"app", "batch", "errors", "forks", "items", "log", "queries", "retry", "text", "traces"},
     "lanes": {"app", "batch", "database", "errors", "execution", "log"},
     "positions": {"lanes", "queries"},
