@@ -223,9 +223,11 @@ def test_lines_that_nobody_reads_are_dropped_counted_and_hold_nobody_up() -> Non
 
 
 def test_whoever_shares_the_file_finds_it_as_it_was() -> None:
-    with full_pipe() as (_, writable):
-        Outlet(writable, lambda _: None).put(b"line\n")
+    with full_pipe() as (readable, writable):
+        outlet = Outlet(writable, lambda _: None)
+        outlet.put(b"line\n")
         assert os.get_blocking(writable)
+        assert read_lines(readable, 1) == [b"line"]  # else its thread would write into whatever has the number next
 
 
 def test_a_line_is_written_before_put_returns_if_there_is_room() -> None:
