@@ -56,3 +56,37 @@ class LeaseLost(Interrupted):
 
 class TimedOut(Interrupted):
     """The batch ran for longer than its timeout_seconds; its attempt has failed."""
+
+
+# What ends a batch, or puts it back, without a failed attempt; the first of these that a group has decides.
+CONTROL = (LeaseLost, TimedOut, InvalidInput, Cancel, Snooze, StopRequested, DatabaseAway)
+
+
+def of_group(error: BaseException) -> BaseException:
+    """Return the control exception that a group stands for, which has nothing else in it; else *error* itself.
+
+    asyncio.TaskGroup raises a group even for the one Snooze of one task. Of several LeaseLost and TimedOut decide
+    before what the handler asks for, of that InvalidInput, which must not go unseen, before Cancel, Cancel before
+    Snooze, and of several Snooze the longest.
+    """
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    found = leaves(error)
+    ranked = [(rank, leaf) for leaf in found for rank, kind in enumerate(CONTROL) if isinstance(leaf, kind)]
+    if len(ranked) < len(found):
+        return error
+    first = min(rank for rank, _ in ranked)
+    return max((leaf for rank, leaf in ranked if rank == first), key=lambda leaf: getattr(leaf, "seconds", 0))
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """Return the exceptions in a group, and in the groups within it, however deep."""
+    found: list[BaseException] = []
+    todo: list[BaseException] = [group]
+    while todo:
+        error = todo.pop()
+        if isinstance(error, BaseExceptionGroup):
+            todo.extend(reversed(error.exceptions))
+        else:
+            found.append(error)
+    return found

@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from batchq import queries, traces
 from batchq.app import Handler, ItemHandler
 from batchq.batch import Batch
-from batchq.errors import Cancel, DatabaseAway, InvalidInput, LeaseLost, Snooze, StopRequested, TimedOut
+from batchq.errors import Cancel, DatabaseAway, InvalidInput, LeaseLost, Snooze, StopRequested, TimedOut, of_group
 from batchq.forks import end_if_forked
 from batchq.items import run_items, run_items_async, validate
 from batchq.log import current_batch, get_logger
@@ -83,8 +84,8 @@ async def run_async(batch: Batch, handler: Handler) -> Outcome:
         if batch.entered is not None:
             with contextlib.suppress(BaseException):
                 await batch.entered.__aexit__(type(error), error, error.__traceback__)
-        ended_by = error  # the name that `except` binds is gone when the thread would look it up
-        return await off_the_loop(batch, lambda: safely(raised, batch, handler, ended_by))
+        # No local name for the error: its traceback has this frame, and only the collector would find the two.
+        return await off_the_loop(batch, partial(safely, raised, batch, handler, error))
 
 
 def run_traced(batch: Batch, handler: Handler) -> Outcome:
@@ -196,7 +197,7 @@ def safely(
 
 def raised(batch: Batch, handler: Handler, error: BaseException) -> Outcome:
     """Return the outcome of a handler that raised *error*."""
-    error = cause_of_cancellation(batch, error)
+    error = of_group(cause_of_cancellation(batch, error))
     if batch.completed:
         log.error("handler failed after its batch was completed", error=one_line(error))
         return WRITTEN

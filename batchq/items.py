@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 from batchq.app import ItemHandler
 from batchq.batch import Batch, Chunk
 from batchq.database import AnyConnection, is_lost
-from batchq.errors import Cancel, Interrupted, InvalidInput, Snooze
+from batchq.errors import Cancel, Interrupted, InvalidInput, Snooze, of_group
+from batchq.text import close_coroutine
 
 CHUNK_SECONDS = 1.0
 PASSED_ON = (Interrupted, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit)
@@ -63,6 +64,7 @@ class ChunkRun:
 
         Raised at once, KeyboardInterrupt would end the event loop, and other items would run on unseen.
         """
+        error = of_group(error)
         if isinstance(error, PASSED_ON):
             self.broken_by = self.broken_by or error
         elif conn is not None and is_lost(conn):
@@ -109,7 +111,8 @@ class ChunkRun:
         call = self.caller(conn)
         for position in self.positions:
             try:
-                call(position)
+                if (result := call(position)) is not None:
+                    refuse_coroutine(result)
             except BaseException as error:
                 self.failed(position, error, conn)
             if self.is_over():
@@ -124,11 +127,11 @@ class ChunkRun:
             return lambda position: function(self.item(position), **arguments)
         return lambda position: function(items[position])
 
-    def call_in_savepoint(self, position: int, conn: psycopg.Connection[Any]) -> None:
-        """Call the handler with an item, in a savepoint of the chunk's transaction."""
+    def call_in_savepoint(self, position: int, conn: psycopg.Connection[Any]) -> Any:
+        """Call the handler with an item, in a savepoint of the chunk's transaction; return what it returns."""
         with_conn = {"conn": conn} if self.handler.wants_conn else {}
         with conn.transaction():
-            self.handler.function(self.item(position), **self.arguments, **with_conn)
+            return self.handler.function(self.item(position), **self.arguments, **with_conn)
 
     def work_concurrently(self) -> None:
         """Work items in as many threads as the handler's concurrency says."""
@@ -160,6 +163,12 @@ class ChunkRun:
     async def work_concurrently_async(self) -> None:
         """Work as many items at once as the handler's concurrency says."""
         await asyncio.gather(*(self.work_async() for _ in range(self.handler.concurrency)))
+
+
+def refuse_coroutine(result: Any) -> None:
+    """Raise TypeError if an item handler that is no ``async def`` has returned a coroutine: nothing of it has run."""
+    if close_coroutine(result):
+        raise TypeError("the item handler returned a coroutine, which nobody awaited; declare it with `async def`")
 
 
 def run_items(batch: Batch, handler: ItemHandler) -> None:

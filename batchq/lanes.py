@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -270,7 +271,8 @@ class ThreadLane(Lane):
         while (batch := self.next_batch()) is not None:
             if not self.begins(batch):
                 continue
-            outcome = self.run(batch, self.handlers[batch.kind])
+            # A context of its own, as a task has: what its handler binds is not for the thread's next batch.
+            outcome = copy_context().run(self.run, batch, self.handlers[batch.kind])
             if not self.end(batch, outcome):
                 self.came_back(batch)
                 return  # abandoned while it ran: another slot has taken this one's place
@@ -497,6 +499,8 @@ class LoopLane(Lane):
 
     def ask(self) -> None:
         """Have the loop answer, when it comes to it; tell of one that does not."""
+        if not self.ready.is_set():  # it was never started
+            return
         if self.asked_at is None:
             self.asked_at = time.monotonic()
             self.loop.call_soon_threadsafe(self.answer)
@@ -538,6 +542,8 @@ class LoopLane(Lane):
             task.cancel()
 
     def stop(self) -> None:
-        """Let the loop end, and wait for it a second."""
+        """Let the loop end, and wait for it a second; unless it was never started."""
+        if not (self.thread.is_alive() and self.ready.wait(1)):
+            return
         self.loop.call_soon_threadsafe(self.stopped.set)
         self.thread.join(1)

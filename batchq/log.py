@@ -2,13 +2,15 @@
 
 import logging
 import sys
+import traceback
 from collections.abc import MutableMapping
 from contextlib import suppress
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import structlog
 
+from batchq.outlet import Outlet
 from batchq.settings import hide_password
 
 
@@ -66,12 +68,43 @@ def configure(log_format: str, log_level: str) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = handler_for(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=last_processors(log_format))
     )
     logging.basicConfig(handlers=[handler], level=log_level.upper(), force=True)
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # its retries are told by our own lines
+
+
+class OutletHandler(logging.Handler):
+    """Writes the lines of `logging` to the file of a stream; a reader that stands still holds up nobody who logs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.encoding = stream.encoding
+        self.outlet = Outlet(stream.fileno(), lambda lines: get_logger().warning("log lines dropped", lines=lines))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; instead of one that cannot be made, why not."""
+        try:
+            text = self.format(record)
+        except Exception:
+            text = f"--- Logging error ---\n{traceback.format_exc()}"
+        self.outlet.put(f"{text}\n".encode(self.encoding, "backslashreplace"))
+
+    def flush(self) -> None:
+        """Wait for what is on its way, for as long as it moves."""
+        self.outlet.flush()
+
+
+def handler_for(stream: TextIO | None) -> logging.Handler:
+    """Return what writes to a stream; nothing at all to one that was closed before the process began."""
+    if stream is None:
+        return logging.NullHandler()
+    try:
+        return OutletHandler(stream)
+    except (OSError, ValueError):  # it is no file, or is closed
+        return logging.StreamHandler(stream)
 
 
 def last_processors(log_format: str) -> list[Any]:
@@ -82,7 +115,8 @@ def last_processors(log_format: str) -> list[Any]:
         return [*first, structlog.processors.JSONRenderer()]
     # A plain traceback: the renderer's own shows the values of local variables, secrets among them.
     plain = structlog.dev.plain_traceback
-    return [*first, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return [*first, structlog.dev.ConsoleRenderer(colors=is_terminal, exception_formatter=plain)]
 
 
 def get_logger() -> "SafeLogger":

@@ -50,4 +50,5 @@ class Signs:
                 os.write(self.fd, b".")
             if self.watchdog:
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
+                    peer.setblocking(False)  # nor for a systemd that does not read
                     peer.sendto(b"WATCHDOG=1", self.watchdog)

@@ -1,5 +1,6 @@
 """Texts that Postgres takes: JSON, and errors cut to a size that people read."""
 
+import inspect
 import json
 import re
 import traceback
@@ -38,7 +39,17 @@ def model_value(value: Any) -> Any:
     """Return what stands for a pydantic model in JSON."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
+    close_coroutine(value)
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
+def close_coroutine(value: Any) -> bool:
+    """Return whether *value* is a coroutine; close it: nobody will await it, and where the collector found it, Python
+    would warn of that in the middle of something else."""
+    if not inspect.iscoroutine(value):
+        return False
+    value.close()
+    return True
 
 
 encoder = json.JSONEncoder(default=model_value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))

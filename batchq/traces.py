@@ -6,6 +6,7 @@ follow OpenTelemetry's conventions for messaging. Runs need BATCHQ_TRACES and th
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     Running = tuple[Span, Token[Context]]
 
+FLUSH_SECONDS = 2.0
 log = get_logger()
 
 
@@ -158,7 +160,17 @@ def fail(span: "Span", told: dict[str, str]) -> None:
 
 
 def flush() -> None:
-    """Have the spans that have ended exported, where the SDK gathers them: the process may be about to go."""
+    """Have the spans that have ended exported, where the SDK gathers them: the process may be about to go.
+
+    In a thread, for FLUSH_SECONDS at most: an exporter whose server does not answer tries for a minute.
+    """
+    thread = threading.Thread(target=flush_provider, name="batchq-last-spans", daemon=True)
+    thread.start()
+    thread.join(FLUSH_SECONDS)
+
+
+def flush_provider() -> None:
+    """Have the spans that have ended exported, however long it takes. Raises nothing."""
     from opentelemetry import trace
 
     try:

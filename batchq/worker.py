@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SWITCH_SECONDS = 0.001
 WRITING_SECONDS = 2.0
 LEAST_TOLD_SECONDS = 1.0
+KEEPER, FINISHER = "batchq-keeper", "batchq-finisher"
 
 log = get_logger()
 
@@ -68,6 +69,8 @@ class Worker:
         self.keeper = self.make_keeper(app)
         listen_dsn = settings.checked_listen_dsn()
         self.bell = Bell(listen_dsn, self.claimer.nudge) if listen_dsn else None
+        self.metrics: MetricsServer | None = None
+        self.services: dict[str, threading.Thread] = {}
 
     def make_lanes(self, app: App) -> list[Lane]:
         """Make a lane for each style of handler that the app has."""
@@ -142,27 +145,33 @@ class Worker:
             return self.work()
 
     def work(self) -> bool:
-        """Start everything, claim until the end, and end everything; return whether every outcome was written."""
-        self.connections.open()
-        for lane in self.lanes:
-            lane.start()
-        keeping = self.start_service(self.keeper.run, "batchq-keeper")
-        finishing = self.start_service(self.finisher.run, "batchq-finisher")
-        if self.bell:
-            self.start_service(self.bell.run, "batchq-bell")
-        metrics = self.serve_metrics()
-        log.info("worker started", worker=self.id, queues=self.settings.queues, kinds=self.keeper.row.kinds)
+        """Start everything, claim until the end, and end everything; return whether every outcome was written.
+
+        What fails at the start, a port that is taken for one, leaves nothing running: its threads would keep up the
+        heartbeat of a worker that never claims.
+        """
         try:
+            self.begin()
             self.claimer.run(self.drain)
         finally:
-            written = self.shut_down(keeping, finishing)
-            if metrics:
-                metrics.close()
+            written = self.shut_down_whatever_comes()
         return written and not self.is_broken
 
     # ------------------------------------------------------------------------------------------------- beginning
 
-    def start_service(self, run: Callable[[], None], name: str) -> threading.Thread:
+    def begin(self) -> None:
+        """Start everything. Raises ConfigError, PoolTimeout."""
+        self.metrics = self.serve_metrics()
+        self.connections.open()
+        for lane in self.lanes:
+            lane.start()
+        self.start_service(self.keeper.run, KEEPER)
+        self.start_service(self.finisher.run, FINISHER)
+        if self.bell:
+            self.start_service(self.bell.run, "batchq-bell")
+        log.info("worker started", worker=self.id, queues=self.settings.queues, kinds=self.keeper.row.kinds)
+
+    def start_service(self, run: Callable[[], None], name: str) -> None:
         """Start a service thread; should it fail, which it must not, the worker stops: half a worker does harm."""
 
         def guarded() -> None:
@@ -173,9 +182,8 @@ class Worker:
                 self.is_broken = True
                 self.end()
 
-        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        self.services[name] = thread = threading.Thread(target=guarded, name=name, daemon=True)
         thread.start()
-        return thread
 
     def wear_out(self) -> None:
         """Stop in order to be replaced: lost threads hold memory and connections, a blocked event loop runs nothing."""
@@ -198,8 +206,17 @@ class Worker:
 
     # ---------------------------------------------------------------------------------------------------- ending
 
-    def shut_down(self, keeping: threading.Thread, finishing: threading.Thread) -> bool:
-        """End everything, in the order in which nothing is lost; return whether every outcome was written."""
+    def shut_down_whatever_comes(self) -> bool:
+        """Do as `shut_down` does; an interruption, a second Ctrl-C for one, makes it short."""
+        try:
+            return self.shut_down()
+        except BaseException:
+            self.leaving.set()
+            self.shut_down()
+            raise
+
+    def shut_down(self) -> bool:
+        """End what has begun, in the order in which nothing is lost; return whether every outcome was written."""
         self.told_at = min(self.told_at, time.monotonic())
         self.stopping.set()
         if self.bell:
@@ -207,16 +224,18 @@ class Worker:
         self.give_back_claims()
         self.wait_for_handlers()
         self.give_back_running()
-        written = self.finish_writing(finishing)
+        written = self.finish_writing()
         self.keeper.close()
-        keeping.join(1)
-        if written:  # else the database does not answer
+        self.has_ended(KEEPER, 1)
+        if written and self.services:  # else the database does not answer, or nobody has written a heartbeat
             self.say_goodbye()
         for lane in self.lanes:
             lane.stop()
         self.connections.close()
         for link in self.links:
             link.close()
+        if self.metrics:
+            self.metrics.close()
         if self.settings.traces:
             traces.flush()
         lost_slots = sum(self.keeper.lost.values())
@@ -250,7 +269,14 @@ class Worker:
                 if lane.end_from_outside(batch, RELEASED):
                     log.info("batch given back while it ran", batch_id=batch.id, kind=batch.kind)
 
-    def finish_writing(self, finishing: threading.Thread) -> bool:
+    def has_ended(self, name: str, seconds: float) -> bool:
+        """Wait for a service to end; return whether it has, or was never started."""
+        thread = self.services.get(name)
+        if thread is not None and thread.is_alive():
+            thread.join(max(0.0, seconds))
+        return thread is None or not thread.is_alive()
+
+    def finish_writing(self) -> bool:
         """Wait until the finisher has written everything; return False if the database did not let it.
 
         For a while after the handlers' time at most: the platform is about to kill the process.
@@ -261,8 +287,7 @@ class Worker:
         while any(lane.unwritten for lane in self.lanes) and time.monotonic() < until:
             time.sleep(0.01)  # an outcome may still be on its way to the finisher
         self.finisher.close()
-        finishing.join(max(0.0, until - time.monotonic()))
-        if not finishing.is_alive():
+        if self.has_ended(FINISHER, until - time.monotonic()):
             return True
         self.finisher.give_up.set()
         log.error("not every outcome could be written; the leases will bring those batches back")

@@ -1,6 +1,7 @@
 """The command line: ``batchq COMMAND``. Arguments are read here; each command is a function of `commands`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from typing import Any
 import psycopg
 
 from batchq.cli import commands, doctor, invariants, one_batch, verbs, web
+from batchq.cli.leaving import WRITE_SECONDS, flush, leave, within
 from batchq.errors import BatchqError, DatabaseAway, OutcomeUnknown
 from batchq.settings import Settings, hide_password
 
@@ -23,6 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not all(is_text(argument) for argument in given):
         parser.error("an argument is not valid UTF-8")
     options = parser.parse_args(given)
+    code = run(options)
+    if options.run in (commands.worker, commands.workers):
+        leave(code)
+    return code
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command of *options*; return its exit code."""
     try:
         return int(options.run(options))
     except (OutcomeUnknown, DatabaseAway) as error:
@@ -35,13 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return EXIT_TROUBLE
     except KeyboardInterrupt:
+        if not flush():  # nobody reads what it was printing
+            os._exit(EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
 
 
 def complain(error: Exception, code: int) -> int:
-    """Print the error in one line; return *code*."""
+    """Print the error in one line, if somebody reads it; return *code*."""
     refusal = commands.refusal(error) if isinstance(error, psycopg.Error) else ""
-    print(f"batchq: {hide_password(' '.join((refusal or str(error)).split()))}", file=sys.stderr)
+    line = f"batchq: {hide_password(' '.join((refusal or str(error)).split()))}"
+    if not within(WRITE_SECONDS, lambda: print(line, file=sys.stderr)):
+        os._exit(code)
     return code
 
 

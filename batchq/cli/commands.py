@@ -3,11 +3,10 @@
 import json
 import os
 import sys
-import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from batchq import log, memory, queries
 from batchq import migrate as migrations
 from batchq.app import load_app
 from batchq.cli import enqueue_file, show_tables
+from batchq.cli.leaving import flush
 from batchq.cli.signals import StopSignals
 from batchq.database import Link, check_server, connect, transaction
 from batchq.enqueue import enqueue as enqueue_batch
@@ -127,7 +127,7 @@ def worker(options: Namespace) -> int:
         code = EXIT_REPLACE
         if not signs.is_supervised:
             start_again(options, settings, started_in)
-    return leave(code)
+    return code
 
 
 def start_again(options: Namespace, settings: Settings, directory: Path) -> None:
@@ -140,24 +140,6 @@ def start_again(options: Namespace, settings: Settings, directory: Path) -> None
         os.execve(words[0], words, environment)  # noqa: S606 (the command is this one)
     except OSError as error:
         print(f"batchq: the worker cannot start again: {error}", file=sys.stderr)
-
-
-def flush() -> None:
-    """Let nothing that was printed be lost with the process, whatever handlers have done to its streams."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-
-
-def leave(code: int) -> int:
-    """Return *code*; or end the process with it at once, where Python would wait for threads that handlers left behind.
-
-    Their batches were given back: what they still do writes nothing, and the platform is waiting for us to go.
-    """
-    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
-        flush()
-        os._exit(code)
-    return code
 
 
 def workers(options: Namespace) -> int:

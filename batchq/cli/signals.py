@@ -6,12 +6,10 @@ import signal
 import threading
 from collections.abc import Callable
 
-from batchq.log import get_logger
+from batchq.cli.leaving import leave_after
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SPARE_SECONDS = 3.0
-
-log = get_logger()
 
 
 class StopSignals:
@@ -55,16 +53,3 @@ class StopSignals:
             if self.seconds is not None:
                 leave_after(SPARE_SECONDS)
             self.second()
-
-
-def leave_after(seconds: float) -> None:
-    """End the process after so many seconds, whatever it waits for then: the platform is about to kill it."""
-    timer = threading.Timer(seconds, leave_now)
-    timer.daemon = True
-    timer.start()
-
-
-def leave_now() -> None:
-    """End the process."""
-    log.error("the worker leaves, though not all was written; the leases will bring those batches back")
-    os._exit(1)

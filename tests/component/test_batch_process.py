@@ -3,10 +3,12 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import psycopg
 import pytest
+import structlog
 from pydantic import BaseModel
 
 import batchq
@@ -179,6 +181,110 @@ def test_cancel_ends_the_batch_with_its_reason(dsn: str, conn: psycopg.Connectio
 
     row = look(conn, batch_id)
     assert (row.status, row.errors[0]["error"]) == ("cancelled", "cancelled: the customer left")
+
+
+# -------------------------------------------------------------------------------------------- groups of exceptions
+
+GROUPS: dict[str, tuple[Callable[[], BaseException], str]] = {
+    "Snooze": (lambda: group(batchq.Snooze(100)), "scheduled 0"),
+    "Snooze twice": (lambda: group(batchq.Snooze(100), batchq.Snooze(1)), "scheduled 0"),
+    "Cancel": (lambda: group(batchq.Cancel("no")), "cancelled 1"),
+    "Cancel and Snooze": (lambda: group(batchq.Snooze(1), batchq.Cancel("no")), "cancelled 1"),
+    "Cancel within": (lambda: group(batchq.Snooze(1), group(group(batchq.Cancel("no")))), "cancelled 1"),
+    "InvalidInput and Cancel": (lambda: group(batchq.Cancel("no"), batchq.InvalidInput("bad")), "failed 1"),
+    "Snooze and an error": (lambda: group(batchq.Snooze(100), ValueError("bad")), "retrying 1"),
+    "Cancel within, and an error": (lambda: group(group(batchq.Cancel("no")), group(ValueError())), "retrying 1"),
+}
+
+
+def group(*errors: BaseException) -> BaseException:
+    """Return errors as asyncio.TaskGroup raises them."""
+    return BaseExceptionGroup("unhandled errors in a TaskGroup", errors)
+
+
+@both_styles
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_of_nothing_but_control_exceptions_is_the_one_that_decides(
+    dsn: str, conn: psycopg.Connection, style: str, name: str
+) -> None:
+    make, shown = GROUPS[name]
+    app = batchq.App()
+    register(app, style, "work", raising(make), backoff=batchq.Backoff(3600, 3600))
+    batch_id = put(conn, "work")
+
+    drain(app, dsn)
+
+    row = look(conn, batch_id)
+    assert f"{row.shown} {row.attempt}" == shown
+    if row.shown == "scheduled":
+        assert row.wait_seconds > 90, "the longest of them"
+
+
+def test_a_snooze_in_a_task_group_gives_the_attempt_back(dsn: str, conn: psycopg.Connection) -> None:
+    app = batchq.App()
+
+    @app.handler("work")
+    async def work(batch: batchq.Batch) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(asyncio.sleep(3600))
+            tasks.create_task(snooze())
+
+    async def snooze() -> None:
+        raise batchq.Snooze(100)
+
+    batch_id = put(conn, "work", max_attempts=1)
+    drain(app, dsn)
+    row = look(conn, batch_id)
+    assert (row.shown, row.attempt, row.errors) == ("scheduled", 0, [])
+
+
+def test_a_stop_that_reaches_a_task_of_a_group_costs_no_attempt(dsn: str, conn: psycopg.Connection) -> None:
+    app = batchq.App()
+    begun = threading.Event()
+
+    @app.handler("work")
+    async def work(batch: batchq.Batch) -> None:
+        async def go_on() -> None:
+            while True:
+                begun.set()
+                await batch.checkpoint_async(1)
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(go_on())
+            tasks.create_task(asyncio.sleep(3600))
+
+    batch_id = put(conn, "work", max_attempts=1)
+    with running_worker(app, dsn):
+        assert begun.wait(20)
+    row = look(conn, batch_id)
+    assert (row.shown, row.attempt, row.errors) == ("ready", 0, [])
+
+
+# ------------------------------------------------------------------------------------------------ one batch's context
+
+tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
+
+
+@both_styles
+@pytest.mark.parametrize("how", ["returns", "raises"])
+def test_what_a_handler_binds_is_gone_for_the_next_batch(
+    dsn: str, conn: psycopg.Connection, style: str, how: str
+) -> None:
+    app = batchq.App()
+    found: list[tuple[str, dict[str, Any]]] = []
+
+    def body(batch: batchq.Batch) -> None:
+        found.append((tenant.get(), structlog.contextvars.get_contextvars()))
+        tenant.set("acme")
+        structlog.contextvars.bind_contextvars(tenant="acme")
+        if how == "raises":
+            raise ValueError("bad")
+
+    register(app, style, "work", body)
+    for _ in range(3):
+        put(conn, "work", max_attempts=1)
+    drain(app, dsn, concurrency=1)
+    assert found == [("nobody", {})] * 3
 
 
 class Order(BaseModel):

@@ -254,7 +254,6 @@ RESULTS: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:coroutine")
 def test_a_result_that_is_no_json_fails_its_batch_and_says_why(dsn: str, conn: psycopg.Connection) -> None:
     app = batchq.App()
 

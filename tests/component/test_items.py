@@ -400,12 +400,32 @@ def test_a_checkpoint_follows_after_a_second(dsn: str, conn: psycopg.Connection,
     assert committed == [0, 0, 0, 3, 3, 3]
 
 
+@pytest.mark.parametrize("options", [{}, {"concurrency": 3}, {"transactional": True}], ids=str)
+def test_an_item_whose_handler_returns_a_coroutine_has_failed(
+    dsn: str, conn: psycopg.Connection, options: dict[str, Any]
+) -> None:
+    app = batchq.App()
+
+    async def forgotten(item: int) -> None:
+        raise AssertionError("nobody awaits it")
+
+    app.item_handler("work", **options)(lambda item: forgotten(item))
+    batch_id = put(conn, "work", items=[1, 2], max_attempts=1)
+    drain(app, dsn)
+    assert counters(conn, batch_id) == (0, 2)
+    assert "declare it with `async def`" in failed_items(conn, batch_id)[0].error
+
+
 @both_styles
 @pytest.mark.parametrize("concurrency", [1, 3])
 @pytest.mark.parametrize(
     ("end", "shown"),
-    [(batchq.Snooze(3600), "scheduled"), (batchq.Cancel("enough"), "cancelled")],
-    ids=["snooze", "cancel"],
+    [
+        (batchq.Snooze(3600), "scheduled"),
+        (batchq.Cancel("enough"), "cancelled"),
+        (ExceptionGroup("unhandled errors in a TaskGroup", [batchq.Snooze(3600)]), "scheduled"),
+    ],
+    ids=["snooze", "cancel", "a group"],
 )
 def test_an_item_that_ends_the_batch_commits_the_items_before_it(
     dsn: str, conn: psycopg.Connection, style: str, concurrency: int, end: Exception, shown: str

@@ -274,5 +274,20 @@ def test_a_sign_that_nobody_reads_holds_nobody_up() -> None:
     os.close(writing)
 
 
+def test_a_sign_that_systemd_does_not_read_holds_nobody_up(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        given = Signs({"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_PID": str(os.getpid())})
+
+        def give_many() -> None:
+            for _ in range(10_000):
+                given.give()
+
+        giving = threading.Thread(target=give_many, daemon=True)
+        giving.start()
+        giving.join(20)
+        assert not giving.is_alive()
+
+
 if __name__ == "__main__":
     run_alone(__file__)

@@ -2,6 +2,8 @@
 
 import asyncio
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import uuid4
@@ -434,6 +436,32 @@ def test_a_worker_that_ends_has_its_spans_exported(
     work(app, dsn)
     assert [span.name for span in exporter.get_finished_spans()] == ["process k"]
     provider.shutdown()
+
+
+def test_a_server_of_traces_that_does_not_answer_keeps_no_worker(
+    dsn: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+
+    class Waiting(SpanProcessor):
+        """A processor whose server does not answer."""
+
+        def force_flush(self, timeout_millis: int = 30_000) -> bool:
+            """Wait for it."""
+            return answers.wait(timeout_millis)
+
+    provider = TracerProvider()
+    provider.add_span_processor(Waiting())
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    app = batchq.App()
+    register(app, "def", "k", nothing)
+    put(conn, "k")
+    try:
+        began_at = time.monotonic()
+        work(app, dsn)
+        assert time.monotonic() - began_at < 20
+    finally:
+        answers.set()
 
 
 def test_a_slot_is_left_without_the_span_of_its_last_batch(exporter: InMemorySpanExporter) -> None:

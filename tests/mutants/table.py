@@ -30,6 +30,7 @@ POSITION, ACTIONS, CREATE, FORGET, PARTS, TRANSACTIONS, TOTALS = (
     f"component/test_{name}.py"
     for name in ("positions", "verbs", "batch_create", "keep_completed", "worker_parts", "transactions", "items_total")
 )
+ENDING = "component/test_ending.py"
 LOOKS, FINISHER, VIEWS = (f"component/test_{name}.py" for name in ("looks", "finisher", "views"))
 BULK_ACTIONS = "component/test_bulk_verbs.py"
 CONNECTIONS = "foundation/test_db_connection.py"
@@ -685,5 +686,30 @@ MUTANTS = [
             )
         ],
         KEEPER,
+    ),
+    # ---------------------------------------------------------------------------------------------------- the process
+    *of(
+        "    def has_room(self",
+        ENDING,
+        [("self.waiting_bytes + size <= MOST_BYTES", "True", "what waits for a reader is bounded")],
+        "batchq/outlet.py",
+    ),
+    *of(
+        "def leave(code",
+        ENDING,
+        [("leave_after(LEAVE_SECONDS)", "pass", "a process ends in time, whatever handlers leave behind")],
+        "batchq/cli/leaving.py",
+    ),
+    *of(
+        "def raised(",
+        LIFE,
+        [
+            (
+                "of_group(cause_of_cancellation(batch, error))",
+                "cause_of_cancellation(batch, error)",
+                "a Snooze is no failure",
+            )
+        ],
+        "batchq/execution.py",
     ),
 ]
