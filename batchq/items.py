@@ -7,8 +7,9 @@ chunk, also when several run at once: so "how many" is all that a checkpoint has
 import asyncio
 import contextvars
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -127,8 +128,20 @@ class ChunkRun:
     def call_in_savepoint(self, position: int, conn: psycopg.Connection[Any]) -> None:
         """Call the handler with an item, in a savepoint of the chunk's transaction."""
         with_conn = {"conn": conn} if self.handler.wants_conn else {}
-        with conn.transaction():
+        with self.cursor_of_success(), conn.transaction():
             self.handler.function(self.item(position), **self.arguments, **with_conn)
+
+    @contextmanager
+    def cursor_of_success(self) -> Iterator[None]:
+        """Forget a cursor that the block saves in the chunk's transaction if it fails, as its savepoint does rows."""
+        opened = self.batch.open_transaction
+        before = opened.progress if opened is not None else None
+        try:
+            yield
+        except BaseException:
+            if opened is not None and before is not None:
+                opened.progress = before
+            raise
 
     def work_concurrently(self) -> None:
         """Work items in as many threads as the handler's concurrency says."""
@@ -150,8 +163,9 @@ class ChunkRun:
                 if conn is None:
                     await self.handler.function(self.item(position), **self.arguments)
                 else:
-                    async with conn.transaction():
-                        await self.handler.function(self.item(position), **self.arguments)
+                    with self.cursor_of_success():
+                        async with conn.transaction():
+                            await self.handler.function(self.item(position), **self.arguments)
             except BaseException as error:
                 self.failed(position, error, conn)
             if self.is_over():
