@@ -18,6 +18,7 @@ from batchq.database import AnyConnection, HandlerConnections
 from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested
 from batchq.forks import end_if_forked
 from batchq.queries import ClaimedRow, Finish, ItemFailure, Progress, Statement
+from batchq.retry import Conflicts
 from batchq.text import MOST_ERROR_BYTES, clean, cut, json_text, one_line
 
 PAGE_BYTES = 4_000_000
@@ -34,6 +35,7 @@ class Runtime:
     lease_seconds: float
     stopping: threading.Event
     keep_completed: bool = True
+    conflicts: Conflicts = field(default_factory=Conflicts)
 
 
 @dataclass(slots=True)

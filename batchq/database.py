@@ -53,6 +53,12 @@ POOL_OPTIONS: dict[str, Any] = {
 OLDEST_SERVER = 150_000
 BORROW_SECONDS = 0.5
 TURN_SECONDS = 1.0
+# What ends a transaction and passes by itself.
+CONFLICTS = (
+    psycopg.errors.SerializationFailure,
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.ReadOnlySqlTransaction,
+)
 LONGEST_TEXT = 15_000  # characters of one statement: Amazon's RDS Proxy gives who sends 16 KB a backend for good
 
 
@@ -131,21 +137,34 @@ gate = LoginGate()
 
 
 class Connection(psycopg.Connection[Any]):
-    """A psycopg connection that asks the gate before it logs in."""
+    """A psycopg connection that asks the gate before it logs in; its BEGIN says READ COMMITTED.
+
+    A role may have another default. A lease is extended while a handler's transaction is open: any other level fails.
+    """
+
+    is_direct: bool | None = None  # no pooler in between; None: not known yet
+    is_used = False  # a handler's transaction has been on it
 
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
         with gate.log_in(gate.take_turn()):
-            return super().connect(conninfo, **kwargs)
+            conn = super().connect(conninfo, **kwargs)
+        conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        return conn
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):
     """The same for asyncio."""
 
+    is_direct: bool | None = None
+    is_used = False
+
     @classmethod
     async def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
         with gate.log_in(await gate.take_turn_async()):
-            return await super().connect(conninfo, **kwargs)
+            conn = await super().connect(conninfo, **kwargs)
+        await conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+        return conn
 
 
 Arguments = ParamSpec("Arguments")
@@ -331,7 +350,9 @@ class Link:
         """
         with self.kept() as conn:
             cursor = psycopg.ClientCursor(conn, row_factory=tuple_row)
-            script = f"BEGIN; {queries.limits(self.timeout_seconds, settings=settings)}; {statement[0]}; COMMIT"
+            script = (
+                f"{queries.BEGIN}; {queries.limits(self.timeout_seconds, settings=settings)}; {statement[0]}; COMMIT"
+            )
             text = cursor.mogrify(script, statement[1])
             if len(text) <= LONGEST_TEXT:
                 return self.run_text(cursor, text)
@@ -392,6 +413,8 @@ class HandlerConnections:
         borrow_seconds: float,
         transaction_seconds: float,
         queue_seconds: float = float("inf"),
+        *,
+        cleans: bool = True,
     ) -> None:
         kwargs = connect_options(borrow_seconds)
         self.options = POOL_OPTIONS | {"max_size": size, "kwargs": kwargs, "timeout": BORROW_SECONDS}
@@ -399,8 +422,9 @@ class HandlerConnections:
         self.borrow_seconds = borrow_seconds
         self.transaction_seconds = transaction_seconds
         self.queue_seconds = queue_seconds
+        self.cleans = cleans
         self.pool: ConnectionPool[Any] = ConnectionPool(
-            dsn, connection_class=Connection, name="handlers", **self.options
+            dsn, connection_class=Connection, name="handlers", reset=self.clean if cleans else None, **self.options
         )
         self.places = self.new_places(size)
         self.async_pool: AsyncConnectionPool[Any] | None = None
@@ -447,6 +471,7 @@ class HandlerConnections:
                 raise_if_lost(conn, error)
                 raise
             stack.push(begun.pop_all())
+        conn.is_used = True  # type: ignore[attr-defined]
         return conn
 
     def read(self, query: Callable[Concatenate[psycopg.Connection[Any], Arguments], Result], *args: Arguments.args,
@@ -481,10 +506,39 @@ class HandlerConnections:
             try:
                 with self.places.using(conn):
                     yield as_new(conn)
+            except psycopg.errors.ReadOnlySqlTransaction:
+                conn.close()  # a role that may write again, or a server that took over, is seen by a new one alone
+                raise
             finally:
                 if is_lost(conn):
                     self.pool.drain()  # its idle siblings are probably dead too
                 self.pool.putconn(conn)
+
+    def clean(self, conn: Connection) -> None:
+        """Remove from the session what a handler has left there; the pool's thread does so before the next borrower.
+
+        Only where no pooler is in between: behind one, the next transaction may meet another session.
+        """
+        if not conn.is_used or conn.is_direct is False:
+            return
+        conn.is_used = False
+        with bounded(conn, self.borrow_seconds + 1):
+            if conn.is_direct is None:
+                conn.is_direct = queries.backend_pid(conn) == conn.info.backend_pid
+            if conn.is_direct:
+                conn.execute(queries.CLEAN_SESSION)
+
+    async def clean_async(self, conn: AsyncConnection) -> None:
+        """Do as `clean` does, in the event loop."""
+        if not conn.is_used or conn.is_direct is False:
+            return
+        conn.is_used = False
+        with bounded(conn, self.borrow_seconds + 1):
+            if conn.is_direct is None:
+                cursor = await conn.cursor(row_factory=tuple_row).execute(queries.BACKEND_PID)
+                conn.is_direct = await cursor.fetchone() == (conn.info.backend_pid,)
+            if conn.is_direct:
+                await conn.execute(queries.CLEAN_SESSION)
 
     @contextmanager
     def place(self, patience: Patience, check: Callable[[], None]) -> Iterator[None]:
@@ -522,7 +576,11 @@ class HandlerConnections:
         """Open the event loop's pool; call it in that loop, again if the tasks of the last one are dead."""
         old = self.async_pool
         self.async_pool = AsyncConnectionPool(
-            self.dsn, connection_class=AsyncConnection, name="async-handlers", **(self.options | {"min_size": 0})
+            self.dsn,
+            connection_class=AsyncConnection,
+            name="async-handlers",
+            reset=self.clean_async if self.cleans else None,
+            **(self.options | {"min_size": 0}),
         )
         await self.async_pool.open()
         if old is not None:
@@ -564,6 +622,7 @@ class HandlerConnections:
                 raise_if_lost(conn, error)
                 raise
             stack.push_async_exit(begun.pop_all())
+        conn.is_used = True  # type: ignore[attr-defined]
         return conn
 
     @asynccontextmanager
@@ -580,6 +639,9 @@ class HandlerConnections:
             try:
                 with self.async_places.using(conn):
                     yield as_new(conn)
+            except psycopg.errors.ReadOnlySqlTransaction:
+                await conn.close()
+                raise
             finally:
                 if is_lost(conn):
                     await pool.drain()

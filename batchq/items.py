@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from batchq.app import ItemHandler
 from batchq.batch import Batch, Chunk
-from batchq.database import AnyConnection, is_lost
+from batchq.database import CONFLICTS, AnyConnection, is_lost
 from batchq.errors import Cancel, Interrupted, InvalidInput, Snooze
 
 CHUNK_SECONDS = 1.0
@@ -68,6 +68,8 @@ class ChunkRun:
             self.broken_by = self.broken_by or error
         elif conn is not None and is_lost(conn):
             self.broken_by = self.broken_by or self.lost_at(position, error)
+        elif conn is not None and isinstance(error, CONFLICTS):
+            self.broken_by = self.broken_by or error
         elif isinstance(error, Snooze | Cancel):
             if self.ended_by is None or position < self.ended_by[0]:
                 self.ended_by = (position, error)

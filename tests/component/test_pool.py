@@ -79,11 +79,12 @@ def test_each_batch_begins_once_however_long_the_pool_is_in_use(dsn: str, conn: 
 
 @both_styles
 def test_no_more_batches_begin_than_get_on_soon_and_the_others_stay_pending(
-    dsn: str, conn: psycopg.Connection, style: str
+    admin_dsn: str, conn: psycopg.Connection, style: str
 ) -> None:
+    step("past every pooler: a pooler with two backends would have none left for the worker")
     gate = Gate()
     ids = [put(conn, style) for _ in range(40)]
-    with running_worker(gate.app, dsn, **IMPATIENT, concurrency=20) as worker:
+    with running_worker(gate.app, admin_dsn, **IMPATIENT, concurrency=20) as worker:
         wait_until(lambda: len(gate.begun) >= 4, 10, "two inside, and two that wait")
         step("what has not begun within a second is given back, and not claimed again")
         lane = worker.lanes[STYLES.index(style)]

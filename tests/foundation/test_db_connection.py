@@ -380,7 +380,7 @@ def test_a_statement_goes_as_one_message_with_its_transaction(
     assert link.run(made("SELECT %(word)s || '!'", word="it's")) == [("it's!",)]
     [(kind, body)] = messages
     assert kind == b"Q"
-    assert body.startswith(b"BEGIN; SELECT set_config(")
+    assert body.startswith(b"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT set_config(")
     assert body.endswith(b"'it''s' || '!'; COMMIT\0")
     link.close()
     assert sim.settled() == []
