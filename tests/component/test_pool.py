@@ -205,7 +205,7 @@ def test_a_wait_ends_where_no_connection_can_be_made(monkeypatch: pytest.MonkeyP
             pass
         away.append(raised.value)
 
-    threads = [threading.Thread(target=borrow) for _ in range(4)]
+    threads = [threading.Thread(target=borrow, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     wait_until(lambda: len(away) == 4, 5, "all to give up")
