@@ -4,10 +4,10 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import psycopg
@@ -18,10 +18,12 @@ from batchq.database import AnyConnection, HandlerConnections
 from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested
 from batchq.forks import end_if_forked
 from batchq.queries import ClaimedRow, Finish, ItemFailure, Progress, Statement
+from batchq.retry import Conflicts
 from batchq.text import MOST_ERROR_BYTES, clean, cut, json_text, one_line
 
 PAGE_BYTES = 4_000_000
 UNCHANGED: Any = object()
+Result = TypeVar("Result")
 decoder = json.JSONDecoder()  # its raw_decode, since what Postgres sends has no space around it: a third faster
 
 
@@ -33,6 +35,7 @@ class Runtime:
     lease_seconds: float
     stopping: threading.Event
     keep_completed: bool = True
+    conflicts: Conflicts = field(default_factory=Conflicts)
 
 
 @dataclass(slots=True)
@@ -99,7 +102,7 @@ class Batch:
         self.leased_at = claim.began_at
         self.begun_at: float | None = None
         self.interrupt: Interrupted | None = None
-        self.open_transaction: BatchTransaction | None = None
+        self.open_transaction: FencedTransaction | None = None
         self.entered: FencedTransaction | None = None  # whose block has begun, and not ended
         self.completed = False
         self.used_chunks = False
@@ -141,10 +144,19 @@ class Batch:
     def load(self) -> None:
         """Fetch payload and cursor if the claim left them out, being large. Raises LeaseLost."""
         if self.row.payload is None:
-            found = self.claim.runtime.connections.read(queries.large_input, self.queue, self.id, self.claim.token)
+            found = self.read(queries.large_input, self.queue, self.id, self.claim.token)
             if found is None:
                 raise self.lost()
             self.row = self.row._replace(payload=found[0], cursor=found[1])
+
+    def read(self, query: Callable[..., Result], *args: Any) -> Result:
+        """Return what *query* returns, asked on the batch's own connection while a transaction is open.
+
+        A second connection might only come free when this one does.
+        """
+        if self.open_transaction is not None and (conn := self.open_transaction.conn) is not None:
+            return query(conn, *args)
+        return self.claim.runtime.connections.read(query, *args)
 
     # ---------------------------------------------------------------------------------------------- interruptions
 
@@ -160,6 +172,17 @@ class Batch:
         if self.claim.runtime.stopping.is_set():
             raise StopRequested(f"the worker stops: batch {self.id} is given back")
 
+    def raise_if_taken(self) -> None:
+        """Raise what ended the batch from outside. A stop does not: what waits may get on until it is given back."""
+        if self.interrupt is not None:
+            raise self.interrupt
+
+    @property
+    def may_be_ending(self) -> bool:
+        """Whether a transaction that may complete the batch has begun, or has ended."""
+        opened = self.open_transaction
+        return self.completed or (opened is not None and opened.has_begun and opened.can_complete)
+
     def lost(self) -> LeaseLost:
         """Return the error to raise when a fenced write matched nothing."""
         self.interrupt = LeaseLost(f"batch {self.id} is no longer this worker's; nothing was written")
@@ -168,7 +191,7 @@ class Batch:
     # --------------------------------------------------------------------------------- checkpoints, transactions
 
     def checkpoint(self, cursor: Any = UNCHANGED) -> None:
-        """Save *cursor* (JSON) and extend the lease; within ``batch.transaction()``, as part of its commit.
+        """Save *cursor* (JSON) and extend the lease; within a transaction of the batch, as part of its commit.
 
         Raises LeaseLost; StopRequested, after the save, if the worker is stopping; InvalidInput for what is no JSON.
         """
@@ -272,12 +295,19 @@ def refuse_in_event_loop(what: str, instead: str) -> None:
     raise RuntimeError(f"{what} would block the event loop; in an `async def` handler use {instead}")
 
 
+def running_here() -> int:
+    """Return what tells this task or, outside an event loop, this thread from others."""
+    try:
+        return id(asyncio.current_task())
+    except RuntimeError:
+        return threading.get_ident()
+
+
 def read_items(batch: Batch, first: int, count: int) -> str:
     """Return *count* items from number *first* as JSON text. Raises LeaseLost."""
     if count == 0:
         return "[]"
-    connections = batch.claim.runtime.connections
-    text = connections.read(queries.items_page, batch.queue, batch.id, batch.claim.token, first, count)
+    text = batch.read(queries.items_page, batch.queue, batch.id, batch.claim.token, first, count)
     if text is None:
         raise batch.lost()
     return text
@@ -292,8 +322,14 @@ class FencedTransaction:
     Gives the psycopg connection to write with. Committing or rolling it back by hand is refused by psycopg.
     """
 
+    can_complete = False
+
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
+        self.progress = batch.standing()
+        self.has_begun = False
+        self.conn: psycopg.Connection[Any] | None = None  # of a `def` handler, while its transaction is open
+        self.opened_by = 0
         self.context: AbstractContextManager[psycopg.Connection[Any]] | None = None
         self.async_context: AbstractAsyncContextManager[psycopg.AsyncConnection[Any]] | None = None
 
@@ -304,6 +340,12 @@ class FencedTransaction:
     def committed(self, written_at: float) -> None:
         """Take over what has been committed. *written_at*: monotonic time before the write."""
         raise NotImplementedError
+
+    def set_cursor(self, cursor: Any) -> None:
+        """Save *cursor* with the commit."""
+        if cursor is not UNCHANGED:
+            text = None if cursor is None else json_text(cursor, "the cursor")
+            self.progress = self.progress._replace(keeps_cursor=False, cursor=text)
 
     def __enter__(self) -> psycopg.Connection[Any]:
         refuse_in_event_loop("`with ...transaction()`", "`async with ...transaction()`")
@@ -334,7 +376,8 @@ class FencedTransaction:
     def run(self) -> Iterator[psycopg.Connection[Any]]:
         """Give a connection of the pool in a transaction, and end it with the fenced write."""
         with self.opened():
-            with self.batch.claim.runtime.connections.transaction() as conn:
+            with self.batch.claim.runtime.connections.transaction(self.batch.raise_if_taken) as conn:
+                self.has_begun, self.conn = True, conn
                 yield conn
                 self.refuse_if_ended(conn)
                 written_at = time.monotonic()
@@ -346,7 +389,8 @@ class FencedTransaction:
     async def run_async(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         """Do as `run` does, in the event loop."""
         with self.opened():
-            async with self.batch.claim.runtime.connections.transaction_async() as conn:
+            async with self.batch.claim.runtime.connections.transaction_async(self.batch.raise_if_taken) as conn:
+                self.has_begun = True
                 yield conn
                 self.refuse_if_ended(conn)
                 written_at = time.monotonic()
@@ -364,19 +408,29 @@ class FencedTransaction:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Note on the batch that a transaction is open. One at a time."""
-        if self.batch.open_transaction is not None:
-            raise RuntimeError(f"batch {self.batch.id} has a transaction open already; end it before the next")
-        yield
+        """Note on the batch that a transaction is open: `Batch.checkpoint` joins it. One at a time.
+
+        A second one would commit apart from the first, or wait for ever for a connection that the first one holds.
+        """
+        self.opened_by = running_here()
+        if (other := self.batch.open_transaction) is not None:
+            message = f"batch {self.batch.id} has a transaction open already; end it before the next"
+            raise InvalidInput(message) if other.opened_by == self.opened_by else RuntimeError(message)
+        self.batch.open_transaction = self
+        try:
+            yield
+        finally:
+            self.batch.open_transaction = self.conn = None
 
 
 class BatchTransaction(FencedTransaction):
     """The transaction of `Batch.transaction`."""
 
+    can_complete = True
+
     def __init__(self, batch: Batch, cursor: Any, complete: bool, result: Any) -> None:
         super().__init__(batch)
         self.complete = complete
-        self.progress = batch.standing()
         self.result = None if result is None else json_text(result, "the result")
         if cursor is not UNCHANGED:
             self.set_cursor(cursor)
@@ -385,19 +439,7 @@ class BatchTransaction(FencedTransaction):
     def set_cursor(self, cursor: Any) -> None:
         """Save *cursor* with the commit, and do not complete the batch."""
         self.complete = False
-        if cursor is not UNCHANGED:
-            text = None if cursor is None else json_text(cursor, "the cursor")
-            self.progress = self.progress._replace(keeps_cursor=False, cursor=text)
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Let `Batch.checkpoint` find this transaction while it is open."""
-        with super().opened():
-            self.batch.open_transaction = self
-            try:
-                yield
-            finally:
-                self.batch.open_transaction = None
+        super().set_cursor(cursor)
 
     def write(self) -> Statement:
         """Complete the batch, or save the checkpoint."""
@@ -506,11 +548,11 @@ class ChunkTransaction(FencedTransaction):
     def __init__(self, chunk: Chunk) -> None:
         super().__init__(chunk.batch)
         self.chunk = chunk
-        self.progress = chunk.batch.standing()
 
     def write(self) -> Statement:
-        """Move counters, failed items and lease."""
-        self.progress = self.chunk.progress()
+        """Move counters, failed items, lease, and the cursor of a checkpoint within the block."""
+        keeps_cursor, cursor = self.progress.keeps_cursor, self.progress.cursor
+        self.progress = self.chunk.progress()._replace(keeps_cursor=keeps_cursor, cursor=cursor)
         return self.batch.checkpoint_statement(self.progress)
 
     def committed(self, written_at: float) -> None:
@@ -582,8 +624,7 @@ class Chunks:
     def next_retry(self) -> Chunk | None:
         """Return the next chunk of items that failed in an earlier attempt, None if none is left."""
         batch = self.batch
-        read = batch.claim.runtime.connections.read
-        rows = read(queries.failed_page, batch.queue, batch.id, batch.claim.token, batch.attempt, self.size)
+        rows = batch.read(queries.failed_page, batch.queue, batch.id, batch.claim.token, batch.attempt, self.size)
         if not rows:
             return None
         return Chunk(batch, [row[0] for row in rows], [parse(row[1], "item") for row in rows], is_retry=True)

@@ -25,6 +25,7 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 from batchq import queries
 from batchq.errors import ConfigError, ConnectionLost, DatabaseAway, OutcomeUnknown
 from batchq.forks import end_if_forked
+from batchq.places import Patience, Places
 from batchq.queries import Statement
 from batchq.settings import hide_password
 
@@ -52,6 +53,12 @@ POOL_OPTIONS: dict[str, Any] = {
 OLDEST_SERVER = 150_000
 BORROW_SECONDS = 0.5
 TURN_SECONDS = 1.0
+# What ends a transaction and passes by itself.
+CONFLICTS = (
+    psycopg.errors.SerializationFailure,
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.ReadOnlySqlTransaction,
+)
 LONGEST_TEXT = 15_000  # characters of one statement: Amazon's RDS Proxy gives who sends 16 KB a backend for good
 
 
@@ -130,21 +137,34 @@ gate = LoginGate()
 
 
 class Connection(psycopg.Connection[Any]):
-    """A psycopg connection that asks the gate before it logs in."""
+    """A psycopg connection that asks the gate before it logs in; its BEGIN says READ COMMITTED.
+
+    A role may have another default. A lease is extended while a handler's transaction is open: any other level fails.
+    """
+
+    is_direct: bool | None = None  # no pooler in between; None: not known yet
+    is_used = False  # a handler's transaction has been on it
 
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
         with gate.log_in(gate.take_turn()):
-            return super().connect(conninfo, **kwargs)
+            conn = super().connect(conninfo, **kwargs)
+        conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        return conn
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):
     """The same for asyncio."""
 
+    is_direct: bool | None = None
+    is_used = False
+
     @classmethod
     async def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
         with gate.log_in(await gate.take_turn_async()):
-            return await super().connect(conninfo, **kwargs)
+            conn = await super().connect(conninfo, **kwargs)
+        await conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+        return conn
 
 
 Arguments = ParamSpec("Arguments")
@@ -334,7 +354,9 @@ class Link:
         """
         with self.kept() as conn:
             cursor = psycopg.ClientCursor(conn, row_factory=tuple_row)
-            script = f"BEGIN; {queries.limits(self.timeout_seconds, settings=settings)}; {statement[0]}; COMMIT"
+            script = (
+                f"{queries.BEGIN}; {queries.limits(self.timeout_seconds, settings=settings)}; {statement[0]}; COMMIT"
+            )
             text = cursor.mogrify(script, statement[1])
             if len(text) <= LONGEST_TEXT:
                 return self.run_text(cursor, text)
@@ -382,19 +404,40 @@ class Link:
 
 
 class HandlerConnections:
-    """The connections for handlers' transactions: a pool for threads, and one for the event loop."""
+    """The connections for handlers' transactions: a pool for threads, and one for the event loop.
 
-    def __init__(self, dsn: str, size: int, borrow_seconds: float, transaction_seconds: float) -> None:
+    A borrower waits for as long as connections of the pool are in use, in order of arrival, *queue_seconds* at most.
+    Where none can be made, *borrow_seconds*.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        size: int,
+        borrow_seconds: float,
+        transaction_seconds: float,
+        queue_seconds: float = float("inf"),
+        *,
+        cleans: bool = True,
+    ) -> None:
         kwargs = connect_options(borrow_seconds)
         self.options = POOL_OPTIONS | {"max_size": size, "kwargs": kwargs, "timeout": BORROW_SECONDS}
         self.dsn = dsn
         self.borrow_seconds = borrow_seconds
         self.transaction_seconds = transaction_seconds
+        self.queue_seconds = queue_seconds
+        self.cleans = cleans
         self.pool: ConnectionPool[Any] = ConnectionPool(
-            dsn, connection_class=Connection, name="handlers", **self.options
+            dsn, connection_class=Connection, name="handlers", reset=self.clean if cleans else None, **self.options
         )
+        self.places = self.new_places(size)
         self.async_pool: AsyncConnectionPool[Any] | None = None
+        self.async_places = self.new_places(size)
         self.threads = ThreadPoolExecutor(size, thread_name_prefix="batchq-reads")  # for the event loop
+
+    def new_places(self, size: int) -> Places:
+        """Return the places before a pool. A transaction is cut a second after its time."""
+        return Places(size, max(self.transaction_seconds, self.borrow_seconds) + 2)
 
     def open(self) -> None:
         """Open the pool, and wait until it has a connection. Raises PoolTimeout."""
@@ -406,31 +449,33 @@ class HandlerConnections:
         self.pool.close(timeout=1)
 
     @contextmanager
-    def transaction(self) -> Iterator[psycopg.Connection[Any]]:
+    def transaction(self, check: Callable[[], None] = lambda: None) -> Iterator[psycopg.Connection[Any]]:
         """Run the block in one transaction on a connection of the pool.
 
-        Raises DatabaseAway if none could be begun, OutcomeUnknown if the connection was lost while committing.
+        *check* is called while it waits for its turn, and may raise. Raises DatabaseAway if no transaction could be
+        begun, OutcomeUnknown if the connection was lost while committing.
         """
         with ExitStack() as stack:
-            yield self.begin(stack)
+            yield self.begin(stack, check)
 
-    def begin(self, stack: ExitStack) -> psycopg.Connection[Any]:
+    def begin(self, stack: ExitStack, check: Callable[[], None]) -> psycopg.Connection[Any]:
         """Begin a transaction that ends with *stack*; on another connection if the pool's was dead already."""
         try:
-            return self.begin_once(stack)
+            return self.begin_once(stack, check)
         except ConnectionLost:
-            return self.begin_once(stack)
+            return self.begin_once(stack, check)
 
-    def begin_once(self, stack: ExitStack) -> psycopg.Connection[Any]:
+    def begin_once(self, stack: ExitStack, check: Callable[[], None]) -> psycopg.Connection[Any]:
         """Begin a transaction that ends with *stack*. Raises ConnectionLost if the pool's connection is dead."""
         with ExitStack() as begun:
-            conn = begun.enter_context(self.borrowed())
+            conn = begun.enter_context(self.borrowed(check))
             try:
                 begun.enter_context(transaction(conn, self.transaction_seconds, self.transaction_seconds))
             except psycopg.Error as error:
                 raise_if_lost(conn, error)
                 raise
             stack.push(begun.pop_all())
+        conn.is_used = True  # type: ignore[attr-defined]
         return conn
 
     def read(self, query: Callable[Concatenate[psycopg.Connection[Any], Arguments], Result], *args: Arguments.args,
@@ -456,32 +501,90 @@ class HandlerConnections:
                 raise
 
     @contextmanager
-    def borrowed(self) -> Iterator[psycopg.Connection[Any]]:
+    def borrowed(self, check: Callable[[], None] = lambda: None) -> Iterator[psycopg.Connection[Any]]:
         """Give a connection of the pool, and take it back; drain the pool if it comes back broken."""
-        conn = self.borrow()
-        try:
-            yield as_new(conn)
-        finally:
-            if is_lost(conn):
-                self.pool.drain()  # its idle siblings are probably dead too
-            self.pool.putconn(conn)
-
-    def borrow(self) -> Any:
-        """Take a connection out of the pool; ask again each half second, since only asking makes the pool try."""
         end_if_forked()
-        until = time.monotonic() + self.borrow_seconds
+        patience = Patience(self.places, self.borrow_seconds, self.queue_seconds)
+        with self.place(patience, check):
+            conn = self.borrow(patience, check)
+            try:
+                with self.places.using(conn):
+                    yield as_new(conn)
+            except psycopg.errors.ReadOnlySqlTransaction:
+                conn.close()  # a role that may write again, or a server that took over, is seen by a new one alone
+                raise
+            finally:
+                if is_lost(conn):
+                    self.pool.drain()  # its idle siblings are probably dead too
+                self.pool.putconn(conn)
+
+    def clean(self, conn: Connection) -> None:
+        """Remove from the session what a handler has left there; the pool's thread does so before the next borrower.
+
+        Only where no pooler is in between: behind one, the next transaction may meet another session.
+        """
+        if not conn.is_used or conn.is_direct is False:
+            return
+        conn.is_used = False
+        with bounded(conn, self.borrow_seconds + 1):
+            if conn.is_direct is None:
+                conn.is_direct = queries.backend_pid(conn) == conn.info.backend_pid
+            if conn.is_direct:
+                conn.execute(queries.CLEAN_SESSION)
+
+    async def clean_async(self, conn: AsyncConnection) -> None:
+        """Do as `clean` does, in the event loop."""
+        if not conn.is_used or conn.is_direct is False:
+            return
+        conn.is_used = False
+        with bounded(conn, self.borrow_seconds + 1):
+            if conn.is_direct is None:
+                cursor = await conn.cursor(row_factory=tuple_row).execute(queries.BACKEND_PID)
+                conn.is_direct = await cursor.fetchone() == (conn.info.backend_pid,)
+            if conn.is_direct:
+                await conn.execute(queries.CLEAN_SESSION)
+
+    @contextmanager
+    def place(self, patience: Patience, check: Callable[[], None]) -> Iterator[None]:
+        """Hold a place before the pool for the block. Raises DatabaseAway, and what *check* raises."""
+        event = threading.Event()
+        go = event.set
+        if not self.places.take(go):
+            try:
+                while not event.wait(BORROW_SECONDS / 2):
+                    self.check_wait(patience, check)
+            except BaseException:
+                self.places.leave(go)
+                raise
+        taken_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self.places.give_back(taken_at)
+
+    def check_wait(self, patience: Patience, check: Callable[[], None]) -> None:
+        """Raise what *check* raises, and DatabaseAway if a wait has been too long."""
+        check()
+        if patience.is_over():
+            raise DatabaseAway(f"no connection for {min(patience.seconds, self.queue_seconds):g} s")
+
+    def borrow(self, patience: Patience, check: Callable[[], None]) -> Any:
+        """Take a connection out of the pool; ask again each half second, since only asking makes the pool try."""
         while True:
             try:
                 return self.pool.getconn()
-            except PoolTimeout as error:
-                if time.monotonic() > until:
-                    raise DatabaseAway(f"no connection for {self.borrow_seconds:g} s: {error}") from error
+            except PoolTimeout:
+                self.check_wait(patience, check)
 
     async def open_async(self) -> None:
         """Open the event loop's pool; call it in that loop, again if the tasks of the last one are dead."""
         old = self.async_pool
         self.async_pool = AsyncConnectionPool(
-            self.dsn, connection_class=AsyncConnection, name="async-handlers", **(self.options | {"min_size": 0})
+            self.dsn,
+            connection_class=AsyncConnection,
+            name="async-handlers",
+            reset=self.clean_async if self.cleans else None,
+            **(self.options | {"min_size": 0}),
         )
         await self.async_pool.open()
         if old is not None:
@@ -502,50 +605,81 @@ class HandlerConnections:
         return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: context.run(look))
 
     @asynccontextmanager
-    async def transaction_async(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    async def transaction_async(
+        self, check: Callable[[], None] = lambda: None
+    ) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         """Do as `transaction` does, in the event loop."""
         async with AsyncExitStack() as stack:
             try:
-                conn = await self.begin_async(stack)
+                conn = await self.begin_async(stack, check)
             except ConnectionLost:
-                conn = await self.begin_async(stack)
+                conn = await self.begin_async(stack, check)
             yield conn
 
-    async def begin_async(self, stack: AsyncExitStack) -> psycopg.AsyncConnection[Any]:
+    async def begin_async(self, stack: AsyncExitStack, check: Callable[[], None]) -> psycopg.AsyncConnection[Any]:
         """Do as `begin_once` does, in the event loop."""
         async with AsyncExitStack() as begun:
-            conn = await begun.enter_async_context(self.borrowed_async())
+            conn = await begun.enter_async_context(self.borrowed_async(check))
             try:
                 await begun.enter_async_context(transaction_async(conn, self.transaction_seconds))
             except psycopg.Error as error:
                 raise_if_lost(conn, error)
                 raise
             stack.push_async_exit(begun.pop_all())
+        conn.is_used = True  # type: ignore[attr-defined]
         return conn
 
     @asynccontextmanager
-    async def borrowed_async(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    async def borrowed_async(
+        self, check: Callable[[], None] = lambda: None
+    ) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         """Do as `borrowed` does, in the event loop."""
-        if (pool := self.async_pool) is None:
-            raise RuntimeError("no event loop runs here: `async with` is for `async def` handlers")
-        conn = await self.borrow_async(pool)
-        try:
-            yield as_new(conn)
-        finally:
-            if is_lost(conn):
-                await pool.drain()
-            await pool.putconn(conn)
-
-    async def borrow_async(self, pool: AsyncConnectionPool[Any]) -> Any:
-        """Do as `borrow` does, in the event loop."""
         end_if_forked()
-        until = time.monotonic() + self.borrow_seconds
+        patience = Patience(self.async_places, self.borrow_seconds, self.queue_seconds)
+        async with self.place_async(patience, check):
+            if (pool := self.async_pool) is None:
+                raise RuntimeError("no event loop runs here: `async with` is for `async def` handlers")
+            conn = await self.borrow_async(pool, patience, check)
+            try:
+                with self.async_places.using(conn):
+                    yield as_new(conn)
+            except psycopg.errors.ReadOnlySqlTransaction:
+                await conn.close()
+                raise
+            finally:
+                if is_lost(conn):
+                    await pool.drain()
+                await pool.putconn(conn)
+
+    @asynccontextmanager
+    async def place_async(self, patience: Patience, check: Callable[[], None]) -> AsyncIterator[None]:
+        """Do as `place` does, in the event loop."""
+        future = asyncio.get_running_loop().create_future()
+
+        def go() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        if not self.async_places.take(go):
+            try:
+                while not (await asyncio.wait([future], timeout=BORROW_SECONDS))[0]:
+                    self.check_wait(patience, check)
+            except BaseException:
+                self.async_places.leave(go)
+                raise
+        taken_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self.async_places.give_back(taken_at)
+
+    async def borrow_async(self, pool: AsyncConnectionPool[Any], patience: Patience, check: Callable[[], None]) -> Any:
+        """Do as `borrow` does, in the event loop."""
         while True:
             try:
                 return await pool.getconn()
-            except PoolTimeout as error:
-                if time.monotonic() > until:
-                    raise DatabaseAway(f"no connection for {self.borrow_seconds:g} s: {error}") from error
+            except PoolTimeout:
+                self.check_wait(patience, check)
 
 
 def as_new(conn: Any) -> Any:

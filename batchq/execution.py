@@ -10,6 +10,7 @@ from typing import Any
 from batchq import queries, traces
 from batchq.app import Handler, ItemHandler
 from batchq.batch import Batch
+from batchq.database import CONFLICTS
 from batchq.errors import Cancel, DatabaseAway, InvalidInput, LeaseLost, Snooze, StopRequested, TimedOut, of_group
 from batchq.forks import end_if_forked
 from batchq.items import run_items, run_items_async, validate
@@ -201,6 +202,9 @@ def raised(batch: Batch, handler: Handler, error: BaseException) -> Outcome:
     if batch.completed:
         log.error("handler failed after its batch was completed", error=one_line(error))
         return WRITTEN
+    if isinstance(error, CONFLICTS) and (delay := batch.claim.runtime.conflicts.delay_seconds(batch.id)) is not None:
+        log.warning("batch conflicted", error=one_line(error), retry_in_seconds=round(delay, 1))
+        return Outcome("pending", delay_seconds=delay, give_back=True)
     match error:
         case StopRequested() | DatabaseAway():
             log.info("batch given back", why=one_line(error))

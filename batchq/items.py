@@ -7,8 +7,9 @@ chunk, also when several run at once: so "how many" is all that a checkpoint has
 import asyncio
 import contextvars
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from batchq.app import ItemHandler
 from batchq.batch import Batch, Chunk
-from batchq.database import AnyConnection, is_lost
+from batchq.database import CONFLICTS, AnyConnection, is_lost
 from batchq.errors import Cancel, Interrupted, InvalidInput, Snooze, of_group
 from batchq.text import close_coroutine
 
@@ -69,6 +70,8 @@ class ChunkRun:
             self.broken_by = self.broken_by or error
         elif conn is not None and is_lost(conn):
             self.broken_by = self.broken_by or self.lost_at(position, error)
+        elif conn is not None and isinstance(error, CONFLICTS):
+            self.broken_by = self.broken_by or error
         elif isinstance(error, Snooze | Cancel):
             if self.ended_by is None or position < self.ended_by[0]:
                 self.ended_by = (position, error)
@@ -130,8 +133,20 @@ class ChunkRun:
     def call_in_savepoint(self, position: int, conn: psycopg.Connection[Any]) -> Any:
         """Call the handler with an item, in a savepoint of the chunk's transaction; return what it returns."""
         with_conn = {"conn": conn} if self.handler.wants_conn else {}
-        with conn.transaction():
+        with self.cursor_of_success(), conn.transaction():
             return self.handler.function(self.item(position), **self.arguments, **with_conn)
+
+    @contextmanager
+    def cursor_of_success(self) -> Iterator[None]:
+        """Forget a cursor that the block saves in the chunk's transaction if it fails, as its savepoint does rows."""
+        opened = self.batch.open_transaction
+        before = opened.progress if opened is not None else None
+        try:
+            yield
+        except BaseException:
+            if opened is not None and before is not None:
+                opened.progress = before
+            raise
 
     def work_concurrently(self) -> None:
         """Work items in as many threads as the handler's concurrency says."""
@@ -153,8 +168,9 @@ class ChunkRun:
                 if conn is None:
                     await self.handler.function(self.item(position), **self.arguments)
                 else:
-                    async with conn.transaction():
-                        await self.handler.function(self.item(position), **self.arguments)
+                    with self.cursor_of_success():
+                        async with conn.transaction():
+                            await self.handler.function(self.item(position), **self.arguments)
             except BaseException as error:
                 self.failed(position, error, conn)
             if self.is_over():

@@ -140,7 +140,7 @@ class Keeper:
 
     def lose(self, lane: Lane, batch: Batch) -> None:
         """Stop a batch that somebody else has rescued, cancelled or finished, if it is not just ending here."""
-        if batch.completed or batch.open_transaction is not None:
+        if batch.may_be_ending:
             return
         batch.lost()
         if lane.end_from_outside(batch, WRITTEN):

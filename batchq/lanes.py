@@ -34,6 +34,7 @@ from batchq.execution import (
     safely,
 )
 from batchq.log import get_logger
+from batchq.places import Places
 
 PREFETCH_SECONDS = 0.2
 MOST_PREFETCHED = 4000
@@ -78,8 +79,11 @@ class Spurt:
 class Lane:
     """The handlers of one style, and the batches in hand for them. *ended* is told of each batch that ends."""
 
-    def __init__(self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended) -> None:
+    def __init__(
+        self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended, places: Places | None = None
+    ) -> None:
         self.handlers = handlers
+        self.places = places or Places(concurrency, 0.0)
         self.kinds = sorted(handlers)
         self.concurrency = concurrency
         self.ended = ended
@@ -111,7 +115,21 @@ class Lane:
 
     def wanted(self) -> int:
         """Return how many batches to have claimed at once."""
-        return self.concurrency
+        return self.able(self.concurrency)
+
+    def able(self, wanted: int) -> int:
+        """Return *wanted*; where handlers wait for connections, only as many batches as get on soon."""
+        if not self.places.line:
+            return wanted
+        return min(wanted, self.unwritten + max(0, self.places.room() - self.not_begun()))
+
+    def is_held_up(self) -> bool:
+        """Whether to begin nothing: as many handlers wait for connections as get on soon."""
+        return bool(self.places.line) and self.places.room() <= 0
+
+    def not_begun(self) -> int:
+        """Return about how many batches in hand have not begun."""
+        return 0
 
     def room(self) -> int:
         """Return how many batches to claim now."""
@@ -213,12 +231,19 @@ class ThreadLane(Lane):
     """
 
     def __init__(
-        self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended, *, traced: bool = False
+        self,
+        handlers: Mapping[str, Handler],
+        concurrency: int,
+        ended: Ended,
+        places: Places | None = None,
+        *,
+        traced: bool = False,
     ) -> None:
-        super().__init__(handlers, concurrency, ended)
+        super().__init__(handlers, concurrency, ended, places)
         self.run = run_traced if traced else run
         self.waiting: deque[Batch] = deque()
         self.wake = threading.Event()  # for the slot that stands by
+        self.places.on_move = self.go_on
         self.standby = threading.Lock()  # held by it
         self.awake = 0  # slots that are not idle, counted under the lock
         self.stuck: set[Batch] = set()  # that were seen to take long, and have not ended
@@ -232,7 +257,12 @@ class ThreadLane(Lane):
     def wanted(self) -> int:
         """Return the prefetch, at least one batch a slot."""
         self.measure_pace()
-        return max(self.concurrency, int(min(self.pace * self.ahead_seconds, MOST_PREFETCHED * self.stretch)))
+        ahead = min(self.pace * self.ahead_seconds, MOST_PREFETCHED * self.stretch)
+        return self.able(max(self.concurrency, int(ahead)))
+
+    def not_begun(self) -> int:
+        """Return how many batches wait for a slot."""
+        return len(self.waiting)
 
     def room(self) -> int:
         """Return how many to claim: nothing until half of the prefetch, or 1,000, are free: claims are to be large."""
@@ -250,6 +280,11 @@ class ThreadLane(Lane):
             run_count = self.run_count
             self.pace = max((self.pace + (run_count - self.paced_run_count) / seconds) / 2, self.spurt.take_pace())
             self.paced_at, self.paced_run_count = now, run_count
+
+    def go_on(self) -> None:
+        """Let an idle slot see whether a batch may begin now."""
+        if self.waiting:
+            self.wake.set()
 
     def begin(self, batches: list[Batch]) -> None:
         """Queue batches for the slots."""
@@ -303,7 +338,10 @@ class ThreadLane(Lane):
         return None
 
     def pop_waiting(self) -> Batch | None:
-        """Take the batch that has waited longest out of those that wait, None if there is none."""
+        """Take the batch that has waited longest out of those that wait. None if there is none, or if it would only
+        wait for a connection, behind others."""
+        if self.is_held_up():
+            return None
         try:
             return self.waiting.popleft()
         except IndexError:
@@ -330,9 +368,9 @@ class ThreadLane(Lane):
 
     def is_needed(self) -> bool:
         """Wait for a batch; tell whether to take it: unless a slot is at work that gets on quickly."""
-        if not self.waiting:
+        if not self.waiting or self.is_held_up():
             self.wake.wait()
-            return bool(self.waiting) and self.is_alone()
+            return bool(self.waiting) and not self.is_held_up() and self.is_alone()
         if self.is_alone():
             return True
         run_count = self.run_count
@@ -421,9 +459,11 @@ class LoopLane(Lane):
         *,
         traced: bool = False,
     ) -> None:
-        super().__init__(handlers, concurrency, ended)
+        super().__init__(handlers, concurrency, ended, connections.async_places)
         self.run = run_async_traced if traced else run_async
         self.connections = connections
+        self.places.on_move = self.begin_next
+        self.held_up: deque[asyncio.Future[None]] = deque()  # of tasks whose batches have not begun
         self.tasks: dict[Batch, asyncio.Task[None]] = {}
         self.ready = threading.Event()
         self.thread = threading.Thread(target=self.run_loop, name="batchq-event-loop", daemon=True)
@@ -471,9 +511,32 @@ class LoopLane(Lane):
             task.add_done_callback(partial(self.task_ended, batch))
 
     async def run_task(self, batch: Batch) -> None:
-        """Run one batch."""
+        """Run one batch, when it is its turn to begin."""
+        if self.held_up or self.is_held_up():
+            await self.turn()
         if self.begins(batch):
             self.end(batch, await self.run(batch, self.handlers[batch.kind]))
+
+    async def turn(self) -> None:
+        """Wait until as few handlers wait for connections as get on soon; one task after the other."""
+        future = self.loop.create_future()
+        self.held_up.append(future)
+        try:
+            await future
+        finally:
+            self.loop.call_soon(self.begin_next)  # when this one has come to its first wait
+
+    def begin_next(self) -> None:
+        """Let the task begin that has waited longest, unless too many handlers wait for connections; in the loop."""
+        while self.held_up and not self.is_held_up():
+            future = self.held_up.popleft()
+            if not future.done():
+                future.set_result(None)
+                return
+
+    def not_begun(self) -> int:
+        """Return about how many tasks wait for their turn to begin."""
+        return len(self.held_up)
 
     def task_ended(self, batch: Batch, task: asyncio.Task[None]) -> None:
         """Forget a task; end its batch if it was cancelled by another one before it began, or as its end was told."""
@@ -522,13 +585,19 @@ class LoopLane(Lane):
         return self.concurrency if lost and self.blocked_seconds() > for_seconds else lost
 
     def give_back_waiting(self, for_seconds: float) -> int:
-        """Give back what a blocked loop keeps waiting; with 0 seconds all that has not begun."""
+        """Give back what has not begun: a blocked loop keeps it waiting, or its turn to use connections has not come.
+
+        With 0 seconds all of it.
+        """
         self.ask()
-        if for_seconds and self.blocked_seconds() < BLOCKED_SECONDS:
+        if for_seconds and self.blocked_seconds() < BLOCKED_SECONDS and not self.held_up:
             return 0
         since = time.monotonic() - for_seconds
         waiting = [batch for batch in self.in_hand() if batch.begun_at is None and batch.claim.arrived_at <= since]
-        return sum(self.end(batch, RELEASED, unless_begun=True) for batch in waiting)
+        given_back = [batch for batch in waiting if self.end(batch, RELEASED, unless_begun=True)]
+        for batch in given_back:
+            self.abandon(batch)
+        return len(given_back)
 
     # ---------------------------------------------------------------------------------------------------- its end
 

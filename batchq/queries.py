@@ -62,6 +62,15 @@ def limits(
     return f"SELECT {', '.join(calls)}"
 
 
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a role may have another default, and 40001 with it
+BACKEND_PID: LiteralString = "SELECT pg_backend_pid()"
+# DISCARD ALL without DISCARD PLANS, after which each foreign key's check and each function would be planned again.
+CLEAN_SESSION = """
+CLOSE ALL; RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL; DEALLOCATE ALL; UNLISTEN *;
+SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES
+"""
+
+
 def server_version(conn: Conn) -> tuple[int, str]:
     """Return the server's version as a number (150004) and as text. A pooler may report another than the server."""
     row: tuple[int, str] = one(conn, "SELECT current_setting('server_version_num')::integer, version()", {})
@@ -1652,7 +1661,7 @@ def clock(conn: Conn) -> float:
 
 def backend_pid(conn: Conn) -> int:
     """Return the process id of the backend, which a pooler may choose anew for each transaction."""
-    pid: int = one(conn, "SELECT pg_backend_pid()", {})[0]
+    pid: int = one(conn, BACKEND_PID, {})[0]
     return pid
 
 

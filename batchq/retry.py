@@ -1,6 +1,7 @@
 """When a failed batch runs again."""
 
 import random
+import threading
 from dataclasses import dataclass
 
 from batchq.errors import InvalidInput
@@ -30,3 +31,29 @@ class Backoff:
 def jitter() -> float:
     """Return a random factor from 0.5 to 1.5."""
     return random.uniform(0.5, 1.5)  # noqa: S311 (spreads load; not a secret)
+
+
+class Conflicts:
+    """How often batches have met conflicts (a deadlock, for one) in this process: what passes by itself is not charged.
+
+    The wait grows, and after ten times in a row the next conflict counts as a failed attempt: it does not pass.
+    """
+
+    MOST = 10
+    MOST_BATCHES = 1000
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.counts: dict[int, int] = {}
+        self.backoff = Backoff(first_seconds=0.1, most_seconds=60)
+
+    def delay_seconds(self, batch_id: int) -> float | None:
+        """Note a conflict of a batch; return how long it is to wait, None if it is to be charged."""
+        with self.lock:
+            count = self.counts.pop(batch_id, 0) + 1
+            if count > self.MOST:
+                return None
+            if len(self.counts) >= self.MOST_BATCHES:
+                del self.counts[next(iter(self.counts))]
+            self.counts[batch_id] = count
+        return self.backoff.delay_seconds(count)

@@ -81,7 +81,8 @@ class Worker:
         if traced := self.settings.traces:
             traces.require()
         if in_threads:
-            lanes.append(ThreadLane(in_threads, self.settings.concurrency, self.finisher.put, traced=traced))
+            slots, places = self.settings.concurrency, self.connections.places
+            lanes.append(ThreadLane(in_threads, slots, self.finisher.put, places, traced=traced))
         if in_loop:
             slots = self.settings.async_concurrency
             lanes.append(LoopLane(in_loop, slots, self.finisher.put, self.connections, traced=traced))

@@ -35,7 +35,7 @@ class Reader:
     """The page's few connections."""
 
     def __init__(self, dsn: str, seconds: float = READ_SECONDS) -> None:
-        self.connections = HandlerConnections(dsn, POOL_SIZE, seconds, seconds)
+        self.connections = HandlerConnections(dsn, POOL_SIZE, seconds, seconds, queue_seconds=seconds, cleans=False)
 
     def open(self) -> None:
         """Connect. Raises PoolTimeout."""

@@ -94,8 +94,8 @@ def with_points(transaction: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the transactions of ``def`` handlers."""
 
     @contextmanager
-    def wrapped(self: HandlerConnections) -> Iterator[Any]:
-        with transaction(self) as conn:
+    def wrapped(self: HandlerConnections, *options: Any) -> Iterator[Any]:
+        with transaction(self, *options) as conn:
             yield conn
             reach("commit-before")
             reach_within("commit-within", lambda: send(conn, b"COMMIT"))
@@ -108,8 +108,8 @@ def with_points_async(transaction: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the transactions of ``async def`` handlers."""
 
     @asynccontextmanager
-    async def wrapped(self: HandlerConnections) -> AsyncIterator[Any]:
-        async with transaction(self) as conn:
+    async def wrapped(self: HandlerConnections, *options: Any) -> AsyncIterator[Any]:
+        async with transaction(self, *options) as conn:
             yield conn
             reach("commit-before")
             reach_within("commit-within", lambda: send(conn, b"COMMIT"))

@@ -3,11 +3,13 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import psycopg
 import pytest
 
 import batchq
+from batchq.batch import Chunk
 from batchq.testing import running_worker
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, await_status, drain, look, put, values
@@ -465,7 +467,7 @@ def test_transactions_do_not_nest(dsn: str, conn: psycopg.Connection, style: str
                 pass
 
     said = raised_by(dsn, conn, app, style)
-    assert said == "RuntimeError: batch N has a transaction open already; end it before the next"
+    assert said == "InvalidInput: batch N has a transaction open already; end it before the next"
     assert values(conn, DONE) == []
 
 
@@ -486,7 +488,119 @@ def test_a_chunks_transaction_does_not_nest_either(dsn: str, conn: psycopg.Conne
                 pass
 
     said = raised_by(dsn, conn, app, style, items=[1])
-    assert said == "RuntimeError: batch N has a transaction open already; end it before the next"
+    assert said == "InvalidInput: batch N has a transaction open already; end it before the next"
+
+
+NESTED = ["batch in chunk", "chunk in chunk", "batch in batch", "chunk in batch"]
+
+
+def two_transactions(batch: batchq.Batch, chunk: Chunk, what: str) -> list[Any]:
+    """Return the outer transaction, and the inner one."""
+    inner, outer = what.split(" in ")
+    return [chunk.transaction() if which == "chunk" else batch.transaction(cursor=1) for which in (outer, inner)]
+
+
+@both_styles
+@pytest.mark.parametrize("what", NESTED)
+def test_a_transaction_within_another_fails_its_batch_once_though_the_pool_has_one_connection(
+    dsn: str, conn: psycopg.Connection, style: str, what: str
+) -> None:
+    app = batchq.App()
+    begun: list[int] = []
+
+    @app.handler("def")
+    def work(batch: batchq.Batch) -> None:
+        begun.append(batch.id)
+        for chunk in batch.chunks(1):
+            outer, inner = two_transactions(batch, chunk, what)
+            with outer as own:
+                own.execute(INSERT, [batch.id, 1])
+                with inner:
+                    pass
+
+    @app.handler("async def")
+    async def work_async(batch: batchq.Batch) -> None:
+        begun.append(batch.id)
+        async for chunk in batch.chunks(1):
+            outer, inner = two_transactions(batch, chunk, what)
+            async with outer as own:
+                await own.execute(INSERT, [batch.id, 1])
+                async with inner:
+                    pass
+
+    batch_id = put(conn, style, items=[1, 2])
+    drain(app, dsn, pool_size=1)
+    row = look(conn, batch_id)
+    assert (row.status, row.attempt, row.cursor, row.items_done) == ("failed", 1, None, 0)
+    assert row.errors[0]["error"].startswith(f"InvalidInput: batch {batch_id} has a transaction open already")
+    assert begun == [batch_id]
+    assert values(conn, DONE) == []
+
+
+@both_styles
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_checkpoint_within_a_chunks_transaction_joins_it(
+    dsn: str, conn: psycopg.Connection, style: str, fails: bool
+) -> None:
+    app = batchq.App()
+    seen: list[object] = []
+
+    def middle(batch: batchq.Batch) -> None:
+        seen.append(look(conn, batch.id).cursor)
+        if fails and batch.attempt == 1:
+            raise ValueError("after the checkpoint, before the commit")
+
+    @app.handler("def", backoff=AT_ONCE)
+    def work(batch: batchq.Batch) -> None:
+        for chunk in batch.chunks(2):
+            with chunk.transaction() as own:
+                own.execute(INSERT, [batch.id, chunk.items[0]])
+                batch.checkpoint({"item": chunk.items[0]})
+                middle(batch)
+            seen.append(batch.cursor)
+
+    @app.handler("async def", backoff=AT_ONCE)
+    async def work_async(batch: batchq.Batch) -> None:
+        async for chunk in batch.chunks(2):
+            async with chunk.transaction() as own:
+                await own.execute(INSERT, [batch.id, chunk.items[0]])
+                await batch.checkpoint_async({"item": chunk.items[0]})
+                middle(batch)
+            seen.append(batch.cursor)
+
+    batch_id = put(conn, style, items=[1, 2, 3, 4])
+    drain(app, dsn, pool_size=1)
+    row = look(conn, batch_id)
+    assert (row.status, row.cursor, row.items_done) == ("completed", {"item": 3}, 4)
+    assert seen == ([None] * (2 if fails else 1)) + [{"item": 1}, {"item": 1}, {"item": 3}]
+    assert values(conn, DONE) == [1, 3]
+
+
+@both_styles
+def test_a_checkpoint_of_an_item_in_the_chunks_transaction_is_there_if_the_items_rows_are(
+    dsn: str, conn: psycopg.Connection, style: str
+) -> None:
+    app = batchq.App()
+
+    @app.item_handler("def", transactional=True, chunk_size=10)
+    def work(item: int, batch: batchq.Batch, conn: psycopg.Connection) -> None:
+        conn.execute(INSERT, [batch.id, item])
+        batch.checkpoint(item)
+        if item > 2:
+            raise ValueError("its rows are rolled back")
+
+    @app.item_handler("async def", transactional=True, chunk_size=10)
+    async def work_async(item: int, batch: batchq.Batch, conn: psycopg.AsyncConnection) -> None:
+        await conn.execute(INSERT, [batch.id, item])
+        await batch.checkpoint_async(item)
+        if item > 2:
+            raise ValueError("its rows are rolled back")
+
+    batch_id = put(conn, style, items=[1, 2, 3], max_attempts=1)
+    drain(app, dsn, pool_size=1)
+    row = look(conn, batch_id)
+    assert (row.cursor, row.items_done, row.items_failed) == (2, 2, 1)
+    assert values(conn, DONE) == [1, 2]
 
 
 @both_styles

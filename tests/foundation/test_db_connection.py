@@ -33,7 +33,7 @@ from batchq.database import (
     transaction,
     transaction_async,
 )
-from batchq.errors import ConfigError, DatabaseAway, OutcomeUnknown
+from batchq.errors import ConfigError, OutcomeUnknown
 from batchq.queries import Finish, Requeue
 from batchq.settings import Settings, dsn_problems, hide_password
 from tests.support import supasim
@@ -380,7 +380,7 @@ def test_a_statement_goes_as_one_message_with_its_transaction(
     assert link.run(made("SELECT %(word)s || '!'", word="it's")) == [("it's!",)]
     [(kind, body)] = messages
     assert kind == b"Q"
-    assert body.startswith(b"BEGIN; SELECT set_config(")
+    assert body.startswith(b"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT set_config(")
     assert body.endswith(b"'it''s' || '!'; COMMIT\0")
     link.close()
     assert sim.settled() == []
@@ -565,7 +565,7 @@ def test_the_handlers_pool_is_open_only_when_it_has_a_connection(dsn: str) -> No
 
 def fill(connections: HandlerConnections, size: int) -> None:
     """Have *size* connections open and idle."""
-    conns = [connections.borrow() for _ in range(size)]
+    conns = [connections.pool.getconn() for _ in range(size)]
     for conn in conns:
         connections.pool.putconn(conn)
 
@@ -610,7 +610,7 @@ def test_connections_of_the_async_pool_that_died_while_idle_fail_no_handler(admi
     async def lose_and_go_on() -> None:
         pool = connections.async_pool
         assert pool is not None
-        for conn in [await connections.borrow_async(pool) for _ in range(3)]:
+        for conn in [await pool.getconn() for _ in range(3)]:
             await pool.putconn(conn)
         await asyncio.to_thread(terminate_all, admin)
         for _ in range(6):
@@ -618,15 +618,6 @@ def test_connections_of_the_async_pool_that_died_while_idle_fail_no_handler(admi
                 await conn.execute("SELECT 1")
 
     asyncio.run(with_async_pool(connections, lose_and_go_on()))
-
-
-def test_a_handler_waits_for_a_connection_no_longer_than_it_may(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "BORROW_SECONDS", 0.2)
-    connections = HandlerConnections(dsn, 1, borrow_seconds=0.3, transaction_seconds=10)
-    connections.open()
-    with connections.transaction(), pytest.raises(DatabaseAway, match="no connection for"), connections.transaction():
-        pass
-    connections.close()
 
 
 async def enter(context: AbstractAsyncContextManager[Any]) -> None:

@@ -34,6 +34,8 @@ ENDING = "component/test_ending.py"
 LOOKS, FINISHER, VIEWS = (f"component/test_{name}.py" for name in ("looks", "finisher", "views"))
 BULK_ACTIONS = "component/test_bulk_verbs.py"
 CONNECTIONS = "foundation/test_db_connection.py"
+POOL, SESSIONS = (f"component/test_{name}.py" for name in ("pool", "sessions"))
+DATABASE, PLACES = (f"batchq/{name}.py" for name in ("database", "places"))
 SECTION_END = re.compile(r'^"""$|\n\n\n|^\$\$;', re.MULTILINE)
 
 
@@ -338,6 +340,49 @@ MUTANTS = [
             ('        "lock_timeout": str(int(min(seconds, lock_seconds) * 1000)),\n', "", "lock waits are bounded"),
             ('        "idle_in_transaction_session_timeout": str(milliseconds),\n', "", "no transaction is left open"),
         ],
+    ),
+    *of(
+        "BEGIN = ",
+        CONNECTIONS,
+        [(" ISOLATION LEVEL READ COMMITTED", "", "no serialization failure by the role's default")],
+    ),
+    *of(
+        "class Connection(psycopg",
+        SESSIONS,
+        [
+            (
+                "conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED",
+                "pass",
+                "no serialization failure by the role's default",
+            )
+        ],
+        DATABASE,
+    ),
+    *of(
+        "class Conflicts:",
+        SESSIONS,
+        [("if count > self.MOST:", "if False:", "a conflict that does not pass is charged in the end")],
+        "batchq/retry.py",
+    ),
+    *of(
+        "class Places:",
+        POOL,
+        [
+            ("go = self.line.popleft()", "go = self.line.pop()", "a connection goes to who came first"),
+            ("if is_in_line := go in self.line:", "if is_in_line := True:", "who leaves the line takes no place along"),
+            ("max(self.held_seconds, time.monotonic() - self.moved_at)", "0.001", "no more begin than get on"),
+        ],
+        PLACES,
+    ),
+    *of(
+        "class Patience:",
+        POOL,
+        [
+            ("if self.places.is_busy():", "if False:", "a pool in use is no outage"),
+            ("if self.places.is_busy():", "if True:", "a wait ends where no connection can be made"),
+            ("min(self.until, self.last)", "self.until", "the page waits no longer than it may"),
+        ],
+        PLACES,
     ),
     *of(
         "HEARTBEAT: LiteralString",
