@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
@@ -26,7 +27,7 @@ from batchq import queries
 from batchq.errors import ConfigError, ConnectionLost, DatabaseAway, OutcomeUnknown
 from batchq.forks import end_if_forked
 from batchq.queries import Statement
-from batchq.settings import hide_password
+from batchq.settings import hide_password, parameter_problems
 
 CONNECT_OPTIONS: dict[str, Any] = {
     "autocommit": True,  # a transaction exists only inside `with conn.transaction()`
@@ -38,8 +39,13 @@ CONNECT_OPTIONS: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
     "gssencmode": "disable",  # Supavisor answers a GSS request with a FATAL
-    "application_name": "batchq",  # the only optional start-up parameter that every pooler takes
+    "application_name": "batchq",
+    # Texts travel as UTF-8 whatever the role, the database or PGCLIENTENCODING says: else one text that LATIN1 has no
+    # letter for would stop a claim or a finish. Supavisor drops it, as it may: `check_server` looks at what has come.
+    "client_encoding": "UTF8",
 }
+# What a DSN may say otherwise, and the variable in which libpq looks for it too.
+VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "gssencmode": "PGGSSENCMODE", "application_name": "PGAPPNAME"}
 POOL_OPTIONS: dict[str, Any] = {
     "min_size": 1,
     "open": False,
@@ -129,13 +135,22 @@ def is_login_failure(error: BaseException) -> bool:
 gate = LoginGate()
 
 
+def not_given(conninfo: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *options* without those that *conninfo* or the environment gives itself: its own counts.
+
+    The encoding stays ours.
+    """
+    given = conninfo_to_dict(conninfo).keys() | {name for name in VARIABLES if os.environ.get(VARIABLES[name])}
+    return {name: value for name, value in options.items() if name not in given - {"client_encoding"}}
+
+
 class Connection(psycopg.Connection[Any]):
     """A psycopg connection that asks the gate before it logs in."""
 
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
         with gate.log_in(gate.take_turn()):
-            return super().connect(conninfo, **kwargs)
+            return super().connect(conninfo, **not_given(conninfo, kwargs))
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):
@@ -144,7 +159,7 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
     @classmethod
     async def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
         with gate.log_in(await gate.take_turn_async()):
-            return await super().connect(conninfo, **kwargs)
+            return await super().connect(conninfo, **not_given(conninfo, kwargs))
 
 
 Arguments = ParamSpec("Arguments")
@@ -230,6 +245,15 @@ def is_lost(conn: AnyConnection) -> bool:
     return conn.closed or conn.broken
 
 
+def is_read_only(error: BaseException | None) -> bool:
+    """Return whether a write was refused because the server, the role or the session is read-only.
+
+    Its connection answers, and never writes again: that of a server which is a standby by now, or that of a role whose
+    default_transaction_read_only was on when it was opened. Close it; a new one sees what has changed since.
+    """
+    return isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
+
+
 @contextmanager
 def transaction(
     conn: psycopg.Connection[Any],
@@ -302,6 +326,7 @@ class Link:
         self.timeout_seconds = timeout_seconds
         self.conn: psycopg.Connection[Any] | None = None
         self.quickest_seconds: float | None = None
+        self.is_stale = False
 
     @property
     def round_trip_seconds(self) -> float:
@@ -360,18 +385,29 @@ class Link:
 
     @contextmanager
     def kept(self) -> Iterator[psycopg.Connection[Any]]:
-        """Give the connection, and close it if it comes back broken."""
+        """Give the connection, and close it if it comes back broken or read-only."""
+        if self.is_stale:
+            self.close()
         if self.conn is None:
             self.conn = Connection.connect(self.dsn, **connect_options(self.timeout_seconds))
             self.quickest_seconds = None
         try:
             yield self.conn
-        finally:
-            if is_lost(self.conn):
+        except psycopg.Error as error:
+            if is_read_only(error):
                 self.close()
+            raise
+        finally:
+            if self.conn is not None and is_lost(self.conn):
+                self.close()
+
+    def renew(self) -> None:
+        """Let the next use open another connection. May be called by any thread."""
+        self.is_stale = True
 
     def close(self) -> None:
         """Close the connection; the next use opens another."""
+        self.is_stale = False
         if self.conn is not None:
             self.conn.close()
             self.conn = None
@@ -559,7 +595,52 @@ def raise_if_lost(conn: AnyConnection, error: psycopg.Error) -> None:
 
 
 def check_server(conn: psycopg.Connection[Any]) -> None:
-    """Raise ConfigError for a server older than PostgreSQL 15."""
+    """Raise ConfigError for a server older than PostgreSQL 15, one that is read-only, texts that are not UTF-8, and
+    for what a service of libpq adds to the DSN that no pooler takes."""
+    if problems := parameter_problems(conn.info.get_parameters()):
+        raise ConfigError("; ".join(problems))
+    if problem := encoding_problem(conn):  # first: nothing else could be read
+        raise ConfigError("; ".join(problem))
     number, text = queries.server_version(conn)
     if number < OLDEST_SERVER:
         raise ConfigError(f"batchq needs PostgreSQL 15 or later; the server is {text.split(',')[0]}")
+    if problem := read_only_problem(conn):
+        raise ConfigError("; ".join(problem))
+
+
+Problem = tuple[str, str]
+"""What is wrong, and what to do."""
+
+
+def encoding_problem(conn: psycopg.Connection[Any]) -> Problem | None:
+    """Return what is wrong if texts do not travel as UTF-8, though each connection asks for it: a pooler dropped that.
+
+    What the pooler reports at log-in counts as well, since texts are read by it.
+    """
+    role, encoding = queries.role_and_encoding(conn)
+    if encoding == "UTF8" and conn.info.encoding == "utf-8":
+        return None
+    found = encoding if encoding != "UTF8" else conn.info.encoding
+    remedy = f"run: ALTER ROLE {role} SET client_encoding = 'UTF8', and have the pooler reconnect"
+    return f"client_encoding is {found}, not UTF8: the pooler drops it from the start of a connection", remedy
+
+
+SETS_READ_ONLY = {
+    "user": "ALTER ROLE {role} RESET default_transaction_read_only",
+    "database": "ALTER DATABASE {database} RESET default_transaction_read_only",
+    "database user": "ALTER ROLE {role} IN DATABASE {database} RESET default_transaction_read_only",
+    "configuration file": "ALTER SYSTEM RESET default_transaction_read_only, or edit postgresql.conf, then reload",
+}
+
+
+def read_only_problem(conn: psycopg.Connection[Any]) -> Problem | None:
+    """Return what is wrong if nothing can be written: on a standby, or by a setting, whose source is named."""
+    role, database, is_standby, is_off, source = queries.read_only_state(conn)
+    if is_standby:
+        return "the server is a standby, which is read-only", "point BATCHQ_DSN at the primary, or promote this server"
+    if is_off:
+        return None
+    evidence = f"the database is read-only: default_transaction_read_only is on for role {role} (source: {source})"
+    if source in SETS_READ_ONLY:
+        return evidence, f"run: {SETS_READ_ONLY[source].format(role=role, database=database)}"
+    return evidence, "set default_transaction_read_only to off where it was set"

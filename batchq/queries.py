@@ -66,6 +66,28 @@ def server_version(conn: Conn) -> tuple[int, str]:
     return row
 
 
+def role_and_encoding(conn: Conn) -> tuple[str, str]:
+    """Return the role, and the encoding in which the server sends and takes texts."""
+    row = one(conn, "SELECT current_user, current_setting('client_encoding')", {})
+    role, encoding = (text.decode(errors="replace") if isinstance(text, bytes) else text for text in row)
+    return role, encoding  # where psycopg takes it for SQL_ASCII, every text comes as bytes
+
+
+def read_only_state(conn: Conn) -> tuple[str, str, bool, bool, str]:
+    """Return role, database, whether the server is a standby, whether transactions may write by default, and what has
+    set that default (pg_settings.source)."""
+    row: tuple[str, str, bool, bool, str] = one(
+        conn,
+        """
+        SELECT current_user, current_database(), pg_is_in_recovery(), setting = 'off', source
+        FROM pg_catalog.pg_settings
+        WHERE name = 'default_transaction_read_only'
+        """,
+        {},
+    )
+    return row
+
+
 def listen(conn: Conn) -> None:
     """Listen to the bell, for as long as the connection lives: only on one that goes straight to the server."""
     conn.execute("LISTEN batchq")

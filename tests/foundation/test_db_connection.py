@@ -30,6 +30,7 @@ from batchq.database import (
     connect,
     gate,
     is_login_failure,
+    is_read_only,
     transaction,
     transaction_async,
 )
@@ -120,7 +121,7 @@ def test_the_pools_check_no_connection_and_keep_few() -> None:
     assert POOL_OPTIONS["min_size"] <= 1
     assert POOL_OPTIONS["max_lifetime"] <= 15 * 60
     assert CONNECT_OPTIONS["gssencmode"] == "disable"
-    assert not CONNECT_OPTIONS.keys() & {"options", "client_encoding", "replication"}
+    assert not CONNECT_OPTIONS.keys() & {"options", "replication"}
 
 
 def test_no_statement_is_prepared_however_often_it_runs(admin_dsn: str) -> None:
@@ -552,6 +553,31 @@ def test_a_link_keeps_its_connection_through_an_error_of_sql(link: Link) -> None
     assert link.conn is kept is not None
 
 
+def test_a_link_drops_a_connection_that_only_reads(admin_dsn: str, database: str, admin: Conn) -> None:
+    link = Link(admin_dsn, 10)
+    admin.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on".encode())
+    with pytest.raises(psycopg.errors.ReadOnlySqlTransaction) as caught, link.transaction() as conn:
+        batchq.enqueue(conn, "work")
+    assert is_read_only(caught.value)
+    assert link.conn is None
+    step("so the next use sees that it may write again")
+    admin.execute("SET default_transaction_read_only = off")
+    admin.execute(f"ALTER DATABASE {database} RESET default_transaction_read_only".encode())
+    with link.transaction() as conn:
+        assert batchq.enqueue(conn, "work") == 1
+    link.close()
+
+
+def test_a_link_that_is_to_be_renewed_opens_another_connection_at_its_next_use(link: Link) -> None:
+    with link.reading():
+        old = link.conn
+    link.renew()
+    with link.reading() as conn:
+        assert conn is not old
+    with link.reading() as again:
+        assert again is conn
+
+
 def test_the_handlers_pool_is_open_only_when_it_has_a_connection(dsn: str) -> None:
     nowhere = HandlerConnections(f"host=127.0.0.1 port={free_port()} dbname=x", 3, 0.5, 10)
     with pytest.raises(PoolTimeout):
@@ -775,6 +801,8 @@ SUPABASE = "postgresql://batchq.abcdef:pw@aws-0-eu-central-1.pooler.supabase.com
     [
         "postgresql://user:pw@host:6543/postgres",
         "host=/run/postgresql dbname=app",
+        "service=mine",
+        "host=h client_encoding=LATIN1",
         "postgresql://user:pw@ep-x.neon.tech/db?sslmode=require&channel_binding=require",
         "postgresql://user:pw@host/db?application_name=mine&target_session_attrs=read-write",
         SUPABASE,
@@ -791,7 +819,6 @@ def test_a_dsn_that_works_through_poolers_has_no_problems(dsn: str) -> None:
         ("postgresql://u:s3cr3t-w0rd@h/db?options=-c%20search_path%3Dx", "options= does not survive a pooler"),
         ("host=h options='-c statement_timeout=1s' password=s3cr3t-w0rd", "options= does not survive a pooler"),
         ("postgresql://u:s3cr3t-w0rd@h/db?replication=database", "replication= does not survive a pooler"),
-        ("service=mine password=s3cr3t-w0rd", "service= does not survive a pooler"),
         ("postgresql://u:s3cr3t-w0rd@h/db?channel_binding=require", "channel_binding=require"),
         ("postgresql://u:s3cr3t-w0rd@h/db?sslnegotiation=direct", "sslnegotiation=direct"),
         (f"postgresql://u:s3cr3t-w0rd@h/{'d' * 900}", "together over 900 bytes"),
@@ -826,7 +853,7 @@ def test_a_dsn_that_a_pooler_would_break_is_refused_with_its_remedy_and_without_
     assert PASSWORD not in f"{problems}{caught.value}{caught.value!r}"
 
 
-@pytest.mark.parametrize("name", ["PGOPTIONS", "PGTZ", "PGDATESTYLE", "PGGEQO", "PGCLIENTENCODING"])
+@pytest.mark.parametrize("name", ["PGOPTIONS", "PGTZ", "PGDATESTYLE", "PGGEQO"])
 def test_a_variable_that_would_reach_the_start_of_each_connection_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
