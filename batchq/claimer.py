@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any
 
 from batchq import queries
 from batchq.batch import Batch, Claim, Runtime
@@ -15,7 +16,7 @@ from batchq.lanes import Lane
 from batchq.log import get_logger
 from batchq.outage import Outage
 from batchq.positions import MOST_PRIORITIES, Pauses, Source, Track
-from batchq.queries import END, ClaimedRow, Position, Turn
+from batchq.queries import END, ClaimedRow, Position, Statement, Turn
 
 POLLS_A_SECOND = 54  # of all idle workers together
 MOST_IDLE_SECONDS = 5.0
@@ -232,7 +233,7 @@ class Claimer:
             source.queue, priority, source.kinds, room, self.worker_id, claim.token, lease_seconds, after, until
         )
         try:
-            rows = self.link.run(statement, SETTINGS)
+            rows = self.run_claim(statement)
         except OutcomeUnknown:
             self.unknown.append((source.queue, claim.token))
             raise
@@ -240,6 +241,14 @@ class Claimer:
         claim.arrived_at = time.monotonic()
         source.lane.take([Batch(row, claim) for row in claimed])
         return claimed
+
+    def run_claim(self, statement: Statement) -> list[Any]:
+        """Run the statement of a claim. If the server cannot send a payload as UTF-8, claim without payloads: each is
+        then fetched by itself, and only that batch fails."""
+        try:
+            return self.link.run(statement, SETTINGS)
+        except queries.UNREADABLE:
+            return self.link.run(queries.without_inputs(statement), SETTINGS)
 
     def give_back_unknown(self) -> None:
         """Give back what a claim whose COMMIT was cut off may have claimed."""

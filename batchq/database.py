@@ -301,16 +301,20 @@ async def transaction_async(
 def connect(dsn: str) -> psycopg.Connection[Any]:
     """Open one connection, with the settings that every pooler takes.
 
-    Raises ConfigError where trying again would not help (log-in refused, no such database), else OperationalError;
-    both in one line, without the password.
+    Raises ConfigError where trying again would not help (log-in refused, no such database, texts that are not UTF-8),
+    else OperationalError; both in one line, without the password.
     """
     try:
-        return Connection.connect(dsn, **CONNECT_OPTIONS)
+        conn = Connection.connect(dsn, **CONNECT_OPTIONS)
     except psycopg.Error as error:
         message = f"cannot connect: {hide_password(' '.join(str(error).split()))}"
         if is_login_failure(error) and PASSES_BY_ITSELF not in message:
             raise ConfigError(message) from None
         raise psycopg.OperationalError(message) from None
+    if conn.info.encoding != "utf-8":
+        with conn:
+            raise ConfigError("; ".join(encoding_problem(conn) or ()))
+    return conn
 
 
 def connect_options(seconds: float) -> dict[str, Any]:

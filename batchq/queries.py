@@ -88,6 +88,11 @@ def read_only_state(conn: Conn) -> tuple[str, str, bool, bool, str]:
     return row
 
 
+def take_in(conn: Conn, names: Sequence[str]) -> None:
+    """Send *names* to the server. Raises psycopg.DataError for one that the database's encoding cannot hold."""
+    conn.execute("SELECT %(names)s::text[]", {"names": list(names)})
+
+
 def listen(conn: Conn) -> None:
     """Listen to the bell, for as long as the connection lives: only on one that goes straight to the server."""
     conn.execute("LISTEN batchq")
@@ -386,15 +391,18 @@ SET status = 'processing',
 WHERE b.queue = %(queue)s
   AND b.id = ANY (ARRAY(SELECT id FROM ready))
 RETURNING b.id, b.kind, b.attempt, b.max_attempts,
-  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= 1000
+  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= %(most_bytes)s
         AND num_nonnulls(pg_column_compression(b.payload), pg_column_compression(b.cursor)) = 0
        THEN b.payload::text END,
-  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= 1000
+  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= %(most_bytes)s
         AND num_nonnulls(pg_column_compression(b.payload), pg_column_compression(b.cursor)) = 0
        THEN b.cursor::text END,
   b.items_total, b.items_done, b.items_failed, b.max_failed_items, b.timeout_seconds, date_part('epoch', b.run_at),
-  b.trace_context
+  CASE WHEN %(most_bytes)s > 0 THEN b.trace_context END
 """
+MOST_CLAIMED_BYTES = 1000  # of payload and cursor
+# How the server refuses to send a text: bytes that are none in its encoding, or a letter that UTF-8 does not have.
+UNREADABLE = (psycopg.errors.CharacterNotInRepertoire, psycopg.errors.UntranslatableCharacter)
 
 
 def claim(
@@ -421,8 +429,14 @@ def claim(
         "worker": worker,
         "token": token,
         "lease_seconds": lease_seconds,
+        "most_bytes": MOST_CLAIMED_BYTES,
         **bounds(after, until),
     }
+
+
+def without_inputs(claim: Statement) -> Statement:
+    """Return a `claim` that leaves out every payload and cursor: nothing that a producer has written is sent."""
+    return claim[0], claim[1] | {"most_bytes": 0}
 
 
 def give_back_claim(conn: Conn, queue: str, token: UUID) -> int:

@@ -137,7 +137,7 @@ class Worker:
 
         Raises ConfigError if the database, its schema or the DSN will not do.
         """
-        check_database(self.dsn, self.settings.database_timeout_seconds)
+        check_database(self.dsn, self.settings.database_timeout_seconds, self.keeper.row)
         with switching_quickly(), collecting_seldom():
             return self.work()
 
@@ -289,8 +289,15 @@ def switching_quickly() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def check_database(dsn: str, seconds: float) -> None:
-    """Raise ConfigError unless the database is new enough and has our schema, OperationalError if it is away."""
+def check_database(dsn: str, seconds: float, row: WorkerRow | None = None) -> None:
+    """Raise ConfigError unless the database is new enough and has our schema, OperationalError if it is away.
+
+    Also ConfigError if its encoding does not have a letter of a name in *row*: no claim and no heartbeat would work.
+    """
     with connect(dsn) as conn, bounded(conn, seconds):
         check_server(conn)
         check_schema(conn)
+        try:
+            queries.take_in(conn, [*row.queues, *row.kinds, row.id] if row else [])
+        except queries.UNREADABLE as error:
+            raise ConfigError(f"the name of a queue or a kind: {error.diag.message_primary}") from None
