@@ -21,6 +21,7 @@ from batchq.queries import END, ClaimedRow, Position, Statement, Turn
 POLLS_A_SECOND = 54  # of all idle workers together
 MOST_IDLE_SECONDS = 5.0
 PAUSES_SECONDS = 1.0
+WRITABLE_SECONDS = 5.0
 FULL_SECONDS = 0.5
 DEAR_POLL_FACTOR = 20
 MOST_A_CLAIM = 2000
@@ -66,6 +67,7 @@ class Claimer:
         self.unknown: list[tuple[str, uuid.UUID]] = []
         self.pauses: Pauses = frozenset()
         self.pauses_read_at = float("-inf")
+        self.writable_at = time.monotonic()
         self.draining = threading.Event()
 
     def run(self, drain: bool) -> None:
@@ -129,6 +131,7 @@ class Claimer:
 
     def round(self) -> int:
         """Claim for every queue and lane that has room; return how many batches were claimed."""
+        self.leave_if_read_only()
         self.give_back_unknown()
         for lane in self.lanes:
             lane.heed_distance(self.link.round_trip_seconds)
@@ -136,6 +139,17 @@ class Claimer:
             self.heed_pauses()
         self.sources.append(self.sources.pop(0))
         return sum(self.claim_from(source) for source in self.sources if source.kinds and source.lane.room())
+
+    def leave_if_read_only(self) -> None:
+        """Every 5 s, close the connection if it only reads: who finds nothing to claim writes nothing, and would look
+        for ever at a server that has become a standby behind the same name."""
+        if time.monotonic() - self.writable_at < WRITABLE_SECONDS:
+            return
+        with self.link.reading() as conn:
+            only_reads = queries.only_reads(conn)
+        self.writable_at = time.monotonic()
+        if only_reads:
+            self.link.close()
 
     def heed_pauses(self) -> bool:
         """Leave out what is paused, as known for a second at most; tell whether that has changed.

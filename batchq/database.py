@@ -330,7 +330,6 @@ class Link:
         self.timeout_seconds = timeout_seconds
         self.conn: psycopg.Connection[Any] | None = None
         self.quickest_seconds: float | None = None
-        self.is_stale = False
 
     @property
     def round_trip_seconds(self) -> float:
@@ -390,8 +389,6 @@ class Link:
     @contextmanager
     def kept(self) -> Iterator[psycopg.Connection[Any]]:
         """Give the connection, and close it if it comes back broken or read-only."""
-        if self.is_stale:
-            self.close()
         if self.conn is None:
             self.conn = Connection.connect(self.dsn, **connect_options(self.timeout_seconds))
             self.quickest_seconds = None
@@ -405,13 +402,8 @@ class Link:
             if self.conn is not None and is_lost(self.conn):
                 self.close()
 
-    def renew(self) -> None:
-        """Let the next use open another connection. May be called by any thread."""
-        self.is_stale = True
-
     def close(self) -> None:
         """Close the connection; the next use opens another."""
-        self.is_stale = False
         if self.conn is not None:
             self.conn.close()
             self.conn = None

@@ -72,6 +72,7 @@ class Keeper:
         self.lost = dict.fromkeys(lanes, 0)
         self.expiries = {queue: Expiries() for queue in queues}
         self.closing = threading.Event()
+        self.beat_at = time.monotonic()  # when a heartbeat was written
         self.tick_seconds = min(lease_seconds / 10, 0.5)
         self.duties: list[Duty] = [
             Duty("time limits", self.end_overdue, self.tick_seconds),
@@ -195,6 +196,7 @@ class Keeper:
         began_at = time.monotonic()
         [row] = self.link.run(statement, queries.HEARTBEAT_SETTINGS)
         beat = queries.beat(row)
+        self.beat_at = time.monotonic()
         self.claimer.turns = Turns(beat.turn, (began_at + time.monotonic()) / 2)
         if beat.is_asked_to_drain:
             self.claimer.drain()

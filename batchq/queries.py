@@ -88,6 +88,12 @@ def read_only_state(conn: Conn) -> tuple[str, str, bool, bool, str]:
     return row
 
 
+def only_reads(conn: Conn) -> bool:
+    """Return whether the connection cannot write now: that of a standby, or by default_transaction_read_only."""
+    statement: LiteralString = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on'"
+    return bool(one(conn, statement, {})[0])
+
+
 def take_in(conn: Conn, names: Sequence[str]) -> None:
     """Send *names* to the server. Raises psycopg.DataError for one that the database's encoding cannot hold."""
     conn.execute("SELECT %(names)s::text[]", {"names": list(names)})

@@ -194,7 +194,7 @@ class Worker:
             raise ConfigError(f"metrics need an extra ({error}): pip install 'batchq[metrics]'") from None
         lanes = {"async def" if isinstance(lane, LoopLane) else "def": lane for lane in self.lanes}
         silent_seconds = 30 + 2 * self.settings.database_timeout_seconds
-        return serve_worker(self.settings, self.finisher.throughput, lanes, self.claimer, silent_seconds)
+        return serve_worker(self.settings, self.finisher.throughput, lanes, self.keeper, silent_seconds)
 
     # ---------------------------------------------------------------------------------------------------- ending
 

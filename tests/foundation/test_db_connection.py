@@ -568,16 +568,6 @@ def test_a_link_drops_a_connection_that_only_reads(admin_dsn: str, database: str
     link.close()
 
 
-def test_a_link_that_is_to_be_renewed_opens_another_connection_at_its_next_use(link: Link) -> None:
-    with link.reading():
-        old = link.conn
-    link.renew()
-    with link.reading() as conn:
-        assert conn is not old
-    with link.reading() as again:
-        assert again is conn
-
-
 def test_the_handlers_pool_is_open_only_when_it_has_a_connection(dsn: str) -> None:
     nowhere = HandlerConnections(f"host=127.0.0.1 port={free_port()} dbname=x", 3, 0.5, 10)
     with pytest.raises(PoolTimeout):
