@@ -347,7 +347,7 @@ class Link:
     @contextmanager
     def transaction(self) -> Iterator[psycopg.Connection[Any]]:
         """Run the block in one transaction; see the module's `transaction`."""
-        with self.kept() as conn, transaction(conn, self.timeout_seconds):
+        with self.kept() as conn, transaction(conn, self.timeout_seconds, settings=queries.PLAIN):
             yield conn
 
     def run(self, statement: Statement, settings: Mapping[str, str] = queries.BY_INDEX) -> list[Any]:
@@ -591,8 +591,7 @@ def raise_if_lost(conn: AnyConnection, error: psycopg.Error) -> None:
 
 
 def check_server(conn: psycopg.Connection[Any]) -> None:
-    """Raise ConfigError for a server older than PostgreSQL 15, one that is read-only, texts that are not UTF-8, and
-    for what a service of libpq adds to the DSN that no pooler takes."""
+    """Raise ConfigError for a server older than PostgreSQL 15, for texts that are not UTF-8, and for what a service of libpq adds to the DSN that no pooler takes."""
     if problems := parameter_problems(conn.info.get_parameters()):
         raise ConfigError("; ".join(problems))
     if problem := encoding_problem(conn):  # first: nothing else could be read
@@ -600,6 +599,10 @@ def check_server(conn: psycopg.Connection[Any]) -> None:
     number, text = queries.server_version(conn)
     if number < OLDEST_SERVER:
         raise ConfigError(f"batchq needs PostgreSQL 15 or later; the server is {text.split(',')[0]}")
+
+
+def check_writable(conn: psycopg.Connection[Any]) -> None:
+    """Raise ConfigError for a database that is read-only, which says who has made it so."""
     if problem := read_only_problem(conn):
         raise ConfigError("; ".join(problem))
 
@@ -622,10 +625,10 @@ def encoding_problem(conn: psycopg.Connection[Any]) -> Problem | None:
 
 
 SETS_READ_ONLY = {
-    "user": "ALTER ROLE {role} RESET default_transaction_read_only",
-    "database": "ALTER DATABASE {database} RESET default_transaction_read_only",
-    "database user": "ALTER ROLE {role} IN DATABASE {database} RESET default_transaction_read_only",
-    "configuration file": "ALTER SYSTEM RESET default_transaction_read_only, or edit postgresql.conf, then reload",
+    "user": "run: ALTER ROLE {role} RESET default_transaction_read_only",
+    "database": "run: ALTER DATABASE {database} RESET default_transaction_read_only",
+    "database user": "run: ALTER ROLE {role} IN DATABASE {database} RESET default_transaction_read_only",
+    "configuration file": "run: ALTER SYSTEM RESET default_transaction_read_only, or edit postgresql.conf, then reload",
 }
 
 
@@ -638,5 +641,5 @@ def read_only_problem(conn: psycopg.Connection[Any]) -> Problem | None:
         return None
     evidence = f"the database is read-only: default_transaction_read_only is on for role {role} (source: {source})"
     if source in SETS_READ_ONLY:
-        return evidence, f"run: {SETS_READ_ONLY[source].format(role=role, database=database)}"
+        return evidence, SETS_READ_ONLY[source].format(role=role, database=database)
     return evidence, "set default_transaction_read_only to off where it was set"

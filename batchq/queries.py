@@ -29,11 +29,22 @@ OWN_LOCK_SECONDS = 5.0  # how long a statement of our own waits for a lock
 # -------------------------------------------------------------------------------------------------- connections
 
 
+# How values are written and read, whatever the role or the database sets: a float keeps all of its digits (a position
+# cut to 15 would pass over batches), a time or an interval looks as people expect, NULL in a list is null, and a
+# backslash in a statement is one.
+PLAIN = {
+    "DateStyle": "ISO",
+    "IntervalStyle": "postgres",
+    "extra_float_digits": "1",
+    "array_nulls": "on",
+    "standard_conforming_strings": "on",
+}
+
 # For statements over many ids, which all look them up by `id = ANY (array)`: by the index whatever the statistics say,
 # and what is left to join, that list with itself, by hash. Left alone, the planner reads the whole table from some
 # hundred ids on (claim of 1,000 of 50,000: 19 ms, by the index 9 ms); with nested loops only, a list that meets
 # statistics of an empty table becomes quadratic (1,000 ids: 5 s).
-BY_INDEX = {
+BY_INDEX = PLAIN | {
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
     "enable_nestloop": "off",
@@ -41,7 +52,7 @@ BY_INDEX = {
     "jit": "off",  # what is off but unavoidable counts as dear before PostgreSQL 18, and dear plans are compiled: 1 s
 }
 WITHOUT_WAITING_FOR_THE_DISK = {"synchronous_commit": "off"}
-READ_ONLY = {"transaction_read_only": "on", "jit": "off"}
+READ_ONLY = PLAIN | {"transaction_read_only": "on", "jit": "off"}
 
 
 def limits(
@@ -55,6 +66,7 @@ def limits(
         "lock_timeout": str(int(min(seconds, lock_seconds) * 1000)),
         "idle_in_transaction_session_timeout": str(milliseconds),
         "client_connection_check_interval": "2000",
+        "array_nulls": "on",  # of a handler's transaction, too: its end writes a list with null
     }
     calls = (f"set_config('{name}', '{value}', true)" for name, value in (bounds | dict(settings)).items())
     return f"SELECT {', '.join(calls)}"
@@ -155,8 +167,9 @@ def insert_batch(parameters: dict[str, Any], trace_context: str | None) -> State
 
 
 def now_plus(conn: Conn, seconds: float) -> str:
-    """Return the database's time in *seconds*, as text."""
-    text: str = one(conn, "SELECT (now() + %(seconds)s * interval '1 second')::text", {"seconds": seconds})[0]
+    """Return the database's time in *seconds*, as text in ISO 8601 whatever DateStyle and TimeZone are: as in JSON."""
+    statement: LiteralString = "SELECT to_jsonb(now() + %(seconds)s * interval '1 second') #>> '{}'"
+    text: str = one(conn, statement, {"seconds": seconds})[0]
     return text
 
 
@@ -975,12 +988,11 @@ def rescue(
 
 def now(conn: Conn) -> float:
     """Return when the transaction began, in seconds since 1970."""
-    seconds: float = one(conn, "SELECT date_part('epoch', now())", {})[0]
-    return seconds
+    return float(one(conn, "SELECT extract(epoch FROM now())", {})[0])
 
 
 HAS_EXPIRED: LiteralString = """
-SELECT date_part('epoch', now()),
+SELECT extract(epoch FROM now()),  -- numeric: its digits depend on no setting
   (SELECT true
    FROM batchq.batches_live
    WHERE queue = %(queue)s
@@ -994,8 +1006,8 @@ SELECT date_part('epoch', now()),
 
 def has_expired(conn: Conn, queue: str, after: float) -> tuple[float, bool]:
     """Return the time, in seconds since 1970, and whether any lease has run out since *after*. One cheap read."""
-    row: tuple[float, bool] = one(conn, HAS_EXPIRED, {"queue": queue, "after": after})
-    return row
+    now, is_any = one(conn, HAS_EXPIRED, {"queue": queue, "after": after})
+    return float(now), is_any
 
 
 def status_of(conn: Conn, queue: str, batch_id: int) -> str | None:
@@ -1045,7 +1057,9 @@ WHERE id <> %(id)s
   AND queues && %(queues)s::text[]
   AND NOT stopping
 """
-HEARTBEAT_SETTINGS = WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}  # ms: leases are kept by the same thread
+HEARTBEAT_SETTINGS = (
+    PLAIN | WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}
+)  # ms: leases are kept by the same thread
 
 
 class Turn(NamedTuple):
@@ -1604,8 +1618,7 @@ def ailing(conn: Conn, name: str, parameters: dict[str, float]) -> list[tuple[st
 
 def clock(conn: Conn) -> float:
     """Return the database's time now, in seconds since 1970."""
-    seconds: float = one(conn, "SELECT date_part('epoch', clock_timestamp())", {})[0]
-    return seconds
+    return float(one(conn, "SELECT extract(epoch FROM clock_timestamp())", {})[0])
 
 
 def backend_pid(conn: Conn) -> int:

@@ -16,7 +16,7 @@ from batchq.app import App
 from batchq.batch import Runtime
 from batchq.bell import Bell
 from batchq.claimer import Claimer
-from batchq.database import HandlerConnections, Link, bounded, check_server, connect
+from batchq.database import HandlerConnections, Link, bounded, check_server, check_writable, connect
 from batchq.errors import ConfigError, StopRequested
 from batchq.execution import RELEASED
 from batchq.finisher import Finisher
@@ -296,6 +296,7 @@ def check_database(dsn: str, seconds: float, row: WorkerRow | None = None) -> No
     """
     with connect(dsn) as conn, bounded(conn, seconds):
         check_server(conn)
+        check_writable(conn)
         check_schema(conn)
         try:
             queries.take_in(conn, [*row.queues, *row.kinds, row.id] if row else [])
