@@ -591,7 +591,10 @@ def raise_if_lost(conn: AnyConnection, error: psycopg.Error) -> None:
 
 
 def check_server(conn: psycopg.Connection[Any]) -> None:
-    """Raise ConfigError for a server older than PostgreSQL 15, for texts that are not UTF-8, and for what a service of libpq adds to the DSN that no pooler takes."""
+    """Raise ConfigError for a server older than PostgreSQL 15, texts that are not UTF-8, or what no pooler takes.
+
+    The last may come from a service of libpq, of which the DSN has only the name.
+    """
     if problems := parameter_problems(conn.info.get_parameters()):
         raise ConfigError("; ".join(problems))
     if problem := encoding_problem(conn):  # first: nothing else could be read

@@ -1057,9 +1057,8 @@ WHERE id <> %(id)s
   AND queues && %(queues)s::text[]
   AND NOT stopping
 """
-HEARTBEAT_SETTINGS = (
-    PLAIN | WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}
-)  # ms: leases are kept by the same thread
+# lock_timeout in ms: leases are kept by the same thread
+HEARTBEAT_SETTINGS = PLAIN | WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}
 
 
 class Turn(NamedTuple):

@@ -45,12 +45,19 @@ def settings_of(options: Namespace) -> Settings:
 @contextmanager
 def database(options: Namespace, seconds: float | None = None) -> Iterator[psycopg.Connection[Any]]:
     """Give a connection in a transaction of at most *seconds*, on a database with our schema. Raises ConfigError."""
+    timeout_seconds = settings_of(options).database_timeout_seconds
+    with connected(options) as conn, transaction(conn, seconds or timeout_seconds, settings=queries.PLAIN):
+        yield conn
+
+
+@contextmanager
+def connected(options: Namespace) -> Iterator[psycopg.Connection[Any]]:
+    """Give a connection to a database with our schema. Raises ConfigError."""
     settings = settings_of(options)
     with connect(settings.require_dsn()) as conn:
         with transaction(conn, settings.database_timeout_seconds):
             migrations.check_schema(conn)
-        with transaction(conn, seconds or settings.database_timeout_seconds, settings=queries.PLAIN):
-            yield conn
+        yield conn
 
 
 def print_json(value: Any) -> None:

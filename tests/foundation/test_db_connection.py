@@ -3,10 +3,12 @@
 import asyncio
 import json
 import logging
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -114,6 +116,52 @@ def test_every_connection_is_one_that_a_transaction_mode_pooler_can_share(
             assert "options" not in conn.info.get_parameters()
             assert conn.info.get_parameters()["application_name"] == "batchq"
         linked.close()
+
+
+@pytest.mark.parametrize("by", ["the DSN", "the environment"])
+def test_what_the_dsn_or_the_environment_says_of_connections_counts(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    if by == "the DSN":
+        dsn = psycopg.conninfo.make_conninfo(dsn, connect_timeout=3, keepalives_idle=7, application_name="mine")
+    else:
+        monkeypatch.setenv("PGCONNECT_TIMEOUT", "3")
+        monkeypatch.setenv("PGAPPNAME", "mine")
+    connections = HandlerConnections(dsn, 1, borrow_seconds=5, transaction_seconds=10)
+    connections.open()
+    with connect(dsn) as alone, connections.borrowed() as pooled, Link(dsn, 30).reading() as linked:
+        for conn in (alone, pooled, linked):
+            own = conn.info.get_parameters()
+            assert {name: own.get(name) for name in ("application_name", "connect_timeout")} == {
+                "application_name": "mine",
+                "connect_timeout": "3",
+            }
+            assert own["keepalives_idle"] == ("7" if by == "the DSN" else "30")
+        linked.close()
+    connections.close()
+
+
+def test_the_second_host_is_tried_when_the_dsns_own_time_is_over(admin_dsn: str, database: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        parts = psycopg.conninfo.conninfo_to_dict(admin_dsn)
+        hosts = {"host": f"127.0.0.1,{parts['host']}", "port": f"{silent.getsockname()[1]},{parts.get('port', 5432)}"}
+        began_at = time.monotonic()
+        connect(psycopg.conninfo.make_conninfo(admin_dsn, **hosts, connect_timeout=2)).close()
+        assert 2 <= time.monotonic() - began_at < 6
+
+
+def test_a_service_of_libpq_is_a_dsn_and_what_no_pooler_takes_is_found_in_it(
+    admin_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "services"
+    lines = [f"{name}={value}" for name, value in psycopg.conninfo.conninfo_to_dict(admin_dsn).items()]
+    file.write_text("\n".join(["[mine]", *lines, "[odd]", *lines, "options=-c jit=off"]) + "\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(file))
+    dsn = Settings.load(dsn="service=mine").require_dsn()
+    with connect(dsn) as conn:
+        check_server(conn)
+    with connect("service=odd") as conn, pytest.raises(ConfigError, match="options= does not survive a pooler"):
+        check_server(conn)
 
 
 def test_the_pools_check_no_connection_and_keep_few() -> None:
