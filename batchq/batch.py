@@ -19,7 +19,7 @@ from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested
 from batchq.forks import end_if_forked
 from batchq.queries import ClaimedRow, Finish, ItemFailure, Progress, Statement
 from batchq.retry import Conflicts
-from batchq.text import MOST_ERROR_BYTES, clean, cut, json_text, one_line
+from batchq.text import MOST_ERROR_BYTES, clean, cut, in_letters_of, json_text, one_line
 
 PAGE_BYTES = 4_000_000
 UNCHANGED: Any = object()
@@ -142,9 +142,13 @@ class Batch:
         return self._items  # type: ignore[no-any-return]
 
     def load(self) -> None:
-        """Fetch payload and cursor if the claim left them out, being large. Raises LeaseLost."""
+        """Fetch payload and cursor if the claim left them out, being large. Raises LeaseLost, and InvalidInput if they
+        are not text in the database's encoding, or have letters that UTF-8 does not have."""
         if self.row.payload is None:
-            found = self.read(queries.large_input, self.queue, self.id, self.claim.token)
+            try:
+                found = self.read(queries.large_input, self.queue, self.id, self.claim.token)
+            except queries.UNREADABLE as error:
+                raise InvalidInput(f"payload or cursor cannot be read as UTF-8: {error.diag.message_primary}") from None
             if found is None:
                 raise self.lost()
             self.row = self.row._replace(payload=found[0], cursor=found[1])
@@ -381,7 +385,7 @@ class FencedTransaction:
                 yield conn
                 self.refuse_if_ended(conn)
                 written_at = time.monotonic()
-                if conn.execute(*self.write()).rowcount == 0:
+                if conn.execute(*storable(conn, self.write())).rowcount == 0:
                     raise self.batch.lost()
             self.committed(written_at)
 
@@ -394,7 +398,7 @@ class FencedTransaction:
                 yield conn
                 self.refuse_if_ended(conn)
                 written_at = time.monotonic()
-                if (await conn.execute(*self.write())).rowcount == 0:
+                if (await conn.execute(*storable(conn, self.write()))).rowcount == 0:
                     raise self.batch.lost()
             self.committed(written_at)
 
@@ -421,6 +425,15 @@ class FencedTransaction:
             yield
         finally:
             self.batch.open_transaction = self.conn = None
+
+
+def storable(conn: AnyConnection, statement: Statement) -> Statement:
+    """Return a checkpoint whose failed items' errors are of letters that the database has."""
+    text, parameters = statement
+    encoding = conn.info.parameter_status("server_encoding") or ""
+    if encoding == "UTF8" or text is not queries.CHECKPOINT:
+        return statement
+    return text, parameters | {"errors": [in_letters_of(error, encoding) for error in parameters["errors"]]}
 
 
 class BatchTransaction(FencedTransaction):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import psycopg
 
 from batchq import queries
-from batchq.database import CONNECT_OPTIONS, is_login_failure
+from batchq.database import CONNECT_OPTIONS, is_login_failure, not_given
 from batchq.outage import Outage
 
 LISTEN_SECONDS = 1.0  # how long until a stop is seen
@@ -32,7 +32,7 @@ class Bell:
 
     def listen(self) -> None:
         """Listen on one connection until closed or lost."""
-        with psycopg.connect(self.dsn, **CONNECT_OPTIONS) as conn:
+        with psycopg.connect(self.dsn, **not_given(self.dsn, CONNECT_OPTIONS)) as conn:
             queries.listen(conn)
             self.outage.over()
             self.nudge()  # what came meanwhile made no sound

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any
 
 from batchq import queries
 from batchq.batch import Batch, Claim, Runtime
@@ -15,11 +16,12 @@ from batchq.lanes import Lane
 from batchq.log import get_logger
 from batchq.outage import Outage
 from batchq.positions import MOST_PRIORITIES, Pauses, Source, Track
-from batchq.queries import END, ClaimedRow, Position, Turn
+from batchq.queries import END, ClaimedRow, Position, Statement, Turn
 
 POLLS_A_SECOND = 54  # of all idle workers together
 MOST_IDLE_SECONDS = 5.0
 PAUSES_SECONDS = 1.0
+WRITABLE_SECONDS = 5.0
 FULL_SECONDS = 0.5
 DEAR_POLL_FACTOR = 20
 MOST_A_CLAIM = 2000
@@ -65,6 +67,7 @@ class Claimer:
         self.unknown: list[tuple[str, uuid.UUID]] = []
         self.pauses: Pauses = frozenset()
         self.pauses_read_at = float("-inf")
+        self.writable_at = time.monotonic()
         self.draining = threading.Event()
         self.from_start = False
 
@@ -129,6 +132,7 @@ class Claimer:
 
     def round(self) -> int:
         """Claim for every queue and lane that has room; return how many batches were claimed."""
+        self.leave_if_read_only()
         self.give_back_unknown()
         for lane in self.lanes:
             lane.heed_distance(self.link.round_trip_seconds)
@@ -136,6 +140,17 @@ class Claimer:
             self.heed_pauses()
         self.sources.append(self.sources.pop(0))
         return sum(self.claim_from(source) for source in self.sources if source.kinds and source.lane.room())
+
+    def leave_if_read_only(self) -> None:
+        """Every 5 s, close the connection if it only reads: who finds nothing to claim writes nothing, and would look
+        for ever at a server that has become a standby behind the same name."""
+        if time.monotonic() - self.writable_at < WRITABLE_SECONDS:
+            return
+        with self.link.reading() as conn:
+            only_reads = queries.only_reads(conn)
+        self.writable_at = time.monotonic()
+        if only_reads:
+            self.link.close()
 
     def heed_pauses(self) -> bool:
         """Leave out what is paused, as known for a second at most; tell whether that has changed.
@@ -258,7 +273,7 @@ class Claimer:
             source.queue, priority, source.kinds, room, self.worker_id, claim.token, lease_seconds, after, until
         )
         try:
-            rows = self.link.run(statement, SETTINGS)
+            rows = self.run_claim(statement)
         except OutcomeUnknown:
             self.unknown.append((source.queue, claim.token))
             raise
@@ -266,6 +281,14 @@ class Claimer:
         claim.arrived_at = time.monotonic()
         source.lane.take([Batch(row, claim) for row in claimed])
         return claimed
+
+    def run_claim(self, statement: Statement) -> list[Any]:
+        """Run the statement of a claim. If the server cannot send a payload as UTF-8, claim without payloads: each is
+        then fetched by itself, and only that batch fails."""
+        try:
+            return self.link.run(statement, SETTINGS)
+        except queries.UNREADABLE:
+            return self.link.run(queries.without_inputs(statement), SETTINGS)
 
     def give_back_unknown(self) -> None:
         """Give back what a claim whose COMMIT was cut off may have claimed."""

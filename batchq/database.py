@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
@@ -27,7 +28,7 @@ from batchq.errors import ConfigError, ConnectionLost, DatabaseAway, OutcomeUnkn
 from batchq.forks import end_if_forked
 from batchq.places import Patience, Places
 from batchq.queries import Statement
-from batchq.settings import hide_password
+from batchq.settings import hide_password, parameter_problems
 
 CONNECT_OPTIONS: dict[str, Any] = {
     "autocommit": True,  # a transaction exists only inside `with conn.transaction()`
@@ -39,8 +40,13 @@ CONNECT_OPTIONS: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
     "gssencmode": "disable",  # Supavisor answers a GSS request with a FATAL
-    "application_name": "batchq",  # the only optional start-up parameter that every pooler takes
+    "application_name": "batchq",
+    # Texts travel as UTF-8 whatever the role, the database or PGCLIENTENCODING says: else one text that LATIN1 has no
+    # letter for would stop a claim or a finish. Supavisor drops it, as it may: `check_server` looks at what has come.
+    "client_encoding": "UTF8",
 }
+# What a DSN may say otherwise, and the variable in which libpq looks for it too.
+VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "gssencmode": "PGGSSENCMODE", "application_name": "PGAPPNAME"}
 POOL_OPTIONS: dict[str, Any] = {
     "min_size": 1,
     "open": False,
@@ -136,6 +142,15 @@ def is_login_failure(error: BaseException) -> bool:
 gate = LoginGate()
 
 
+def not_given(conninfo: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *options* without those that *conninfo* or the environment gives itself: its own counts.
+
+    The encoding stays ours.
+    """
+    given = conninfo_to_dict(conninfo).keys() | {name for name in VARIABLES if os.environ.get(VARIABLES[name])}
+    return {name: value for name, value in options.items() if name not in given - {"client_encoding"}}
+
+
 class Connection(psycopg.Connection[Any]):
     """A psycopg connection that asks the gate before it logs in; its BEGIN says READ COMMITTED.
 
@@ -148,7 +163,7 @@ class Connection(psycopg.Connection[Any]):
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
         with gate.log_in(gate.take_turn()):
-            conn = super().connect(conninfo, **kwargs)
+            conn = super().connect(conninfo, **not_given(conninfo, kwargs))
         conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         return conn
 
@@ -162,7 +177,7 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
     @classmethod
     async def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
         with gate.log_in(await gate.take_turn_async()):
-            conn = await super().connect(conninfo, **kwargs)
+            conn = await super().connect(conninfo, **not_given(conninfo, kwargs))
         await conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
         return conn
 
@@ -250,6 +265,15 @@ def is_lost(conn: AnyConnection) -> bool:
     return conn.closed or conn.broken
 
 
+def is_read_only(error: BaseException | None) -> bool:
+    """Return whether a write was refused because the server, the role or the session is read-only.
+
+    Its connection answers, and never writes again: that of a server which is a standby by now, or that of a role whose
+    default_transaction_read_only was on when it was opened. Close it; a new one sees what has changed since.
+    """
+    return isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
+
+
 @contextmanager
 def transaction(
     conn: psycopg.Connection[Any],
@@ -297,16 +321,20 @@ async def transaction_async(
 def connect(dsn: str) -> psycopg.Connection[Any]:
     """Open one connection, with the settings that every pooler takes.
 
-    Raises ConfigError where trying again would not help (log-in refused, no such database), else OperationalError;
-    both in one line, without the password.
+    Raises ConfigError where trying again would not help (log-in refused, no such database, texts that are not UTF-8),
+    else OperationalError; both in one line, without the password.
     """
     try:
-        return Connection.connect(dsn, **CONNECT_OPTIONS)
+        conn = Connection.connect(dsn, **CONNECT_OPTIONS)
     except psycopg.Error as error:
         message = f"cannot connect: {hide_password(' '.join(str(error).split()))}"
         if is_login_failure(error) and PASSES_BY_ITSELF not in message:
             raise ConfigError(message) from None
         raise psycopg.OperationalError(message) from None
+    if conn.info.encoding != "utf-8":
+        with conn:
+            raise ConfigError("; ".join(encoding_problem(conn) or ()))
+    return conn
 
 
 def connect_options(seconds: float) -> dict[str, Any]:
@@ -337,7 +365,7 @@ class Link:
         self.quickest_seconds = min(seconds, self.quickest_seconds or seconds)
 
     @contextmanager
-    def transaction(self, settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[psycopg.Connection[Any]]:
+    def transaction(self, settings: Mapping[str, str] = queries.PLAIN) -> Iterator[psycopg.Connection[Any]]:
         """Run the block in one transaction, with *settings*; see the module's `transaction`."""
         with self.kept() as conn, transaction(conn, self.timeout_seconds, settings=settings):
             yield conn
@@ -386,14 +414,18 @@ class Link:
 
     @contextmanager
     def kept(self) -> Iterator[psycopg.Connection[Any]]:
-        """Give the connection, and close it if it comes back broken."""
+        """Give the connection, and close it if it comes back broken or read-only."""
         if self.conn is None:
             self.conn = Connection.connect(self.dsn, **connect_options(self.timeout_seconds))
             self.quickest_seconds = None
         try:
             yield self.conn
+        except psycopg.Error as error:
+            if is_read_only(error):
+                self.close()
+            raise
         finally:
-            if is_lost(self.conn):
+            if self.conn is not None and is_lost(self.conn):
                 self.close()
 
     def close(self) -> None:
@@ -697,7 +729,58 @@ def raise_if_lost(conn: AnyConnection, error: psycopg.Error) -> None:
 
 
 def check_server(conn: psycopg.Connection[Any]) -> None:
-    """Raise ConfigError for a server older than PostgreSQL 15."""
+    """Raise ConfigError for a server older than PostgreSQL 15, texts that are not UTF-8, or what no pooler takes.
+
+    The last may come from a service of libpq, of which the DSN has only the name.
+    """
+    if problems := parameter_problems(conn.info.get_parameters()):
+        raise ConfigError("; ".join(problems))
+    if problem := encoding_problem(conn):  # first: nothing else could be read
+        raise ConfigError("; ".join(problem))
     number, text = queries.server_version(conn)
     if number < OLDEST_SERVER:
         raise ConfigError(f"batchq needs PostgreSQL 15 or later; the server is {text.split(',')[0]}")
+
+
+def check_writable(conn: psycopg.Connection[Any]) -> None:
+    """Raise ConfigError for a database that is read-only, which says who has made it so."""
+    if problem := read_only_problem(conn):
+        raise ConfigError("; ".join(problem))
+
+
+Problem = tuple[str, str]
+"""What is wrong, and what to do."""
+
+
+def encoding_problem(conn: psycopg.Connection[Any]) -> Problem | None:
+    """Return what is wrong if texts do not travel as UTF-8, though each connection asks for it: a pooler dropped that.
+
+    What the pooler reports at log-in counts as well, since texts are read by it.
+    """
+    role, encoding = queries.role_and_encoding(conn)
+    if encoding == "UTF8" and conn.info.encoding == "utf-8":
+        return None
+    found = encoding if encoding != "UTF8" else conn.info.encoding
+    remedy = f"run: ALTER ROLE {role} SET client_encoding = 'UTF8', and have the pooler reconnect"
+    return f"client_encoding is {found}, not UTF8: the pooler drops it from the start of a connection", remedy
+
+
+SETS_READ_ONLY = {
+    "user": "run: ALTER ROLE {role} RESET default_transaction_read_only",
+    "database": "run: ALTER DATABASE {database} RESET default_transaction_read_only",
+    "database user": "run: ALTER ROLE {role} IN DATABASE {database} RESET default_transaction_read_only",
+    "configuration file": "run: ALTER SYSTEM RESET default_transaction_read_only, or edit postgresql.conf, then reload",
+}
+
+
+def read_only_problem(conn: psycopg.Connection[Any]) -> Problem | None:
+    """Return what is wrong if nothing can be written: on a standby, or by a setting, whose source is named."""
+    role, database, is_standby, is_off, source = queries.read_only_state(conn)
+    if is_standby:
+        return "the server is a standby, which is read-only", "point BATCHQ_DSN at the primary, or promote this server"
+    if is_off:
+        return None
+    evidence = f"the database is read-only: default_transaction_read_only is on for role {role} (source: {source})"
+    if source in SETS_READ_ONLY:
+        return evidence, SETS_READ_ONLY[source].format(role=role, database=database)
+    return evidence, "set default_transaction_read_only to off where it was set"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import psycopg
 
 from batchq import queries
-from batchq.database import connect, transaction
+from batchq.database import connect, read_only_problem, transaction
 from batchq.errors import ConfigError
 from batchq.migrate import all_migrations
 
@@ -45,6 +45,7 @@ def findings(
         yield Finding("connection", "critical", str(error), "start the server or the pooler, or correct BATCHQ_DSN")
         return
     with connected as conn:
+        yield writing(conn)
         yield from schema(conn, seconds)
         yield from clock(conn, seconds)
         yield from pooler(conn, dsn, seconds)
@@ -68,6 +69,13 @@ def looked(conn: Conn, name: str, parameters: dict[str, float], seconds: float) 
         psycopg.errors.InvalidSchemaName,
     ) as error:
         return [Finding(name, "note", f"not checked: {error.diag.message_primary}", "ask with a role that may see it")]
+
+
+def writing(conn: Conn) -> Finding:
+    """Find out whether anything can be written, or who has forbidden it."""
+    if problem := read_only_problem(conn):
+        return Finding("writing", "critical", *problem)
+    return Finding("writing", "ok", "the database takes writes")
 
 
 def schema(conn: Conn, seconds: float) -> list[Finding]:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from batchq.lanes import Lane
 from batchq.log import get_logger
 from batchq.outage import Outage
 from batchq.queries import Finish, Requeue, Statement
-from batchq.text import message_object, one_line
+from batchq.text import message_object, one_line, plain_object
 from batchq.throughput import MOST_TIMED, Throughput, run_times_of
 
 MOST_A_GROUP = 2000
@@ -27,6 +28,7 @@ FEW = 500
 GATHER_SECONDS = 0.003
 PUT_BACK_SECONDS = 0.5
 ABOUT_CONTENT = (
+    UnicodeError,
     psycopg.DataError,
     psycopg.IntegrityError,
     psycopg.errors.ProgramLimitExceeded,
@@ -116,7 +118,8 @@ class Finisher:
             try:
                 lost = self.write(queue, entries)
             except Exception as error:
-                if isinstance(error, psycopg.Error) and self.link.conn is not None:  # refused: the database is there
+                is_refused = isinstance(error, psycopg.Error | UnicodeError)
+                if is_refused and self.link.conn is not None:  # the database is there
                     self.write_apart(queue, entries, error)
                     return
                 unknown = unknown or isinstance(error, OutcomeUnknown)
@@ -132,7 +135,7 @@ class Finisher:
                     self.tally([entry for entry in entries if entry.batch not in late])
                 return
 
-    def write_apart(self, queue: str, entries: list[Ended], error: psycopg.Error) -> None:
+    def write_apart(self, queue: str, entries: list[Ended], error: Exception) -> None:
         """Write what can be written of entries that were refused together.
 
         Halves them until the one that is refused is alone. That one has failed if it is to blame itself; else (a lock,
@@ -151,7 +154,13 @@ class Finisher:
             self.todo.append(entries[0]._replace(is_put_back=True))
 
     def fail(self, queue: str, entry: Ended, error: Exception) -> None:
-        """Have a batch fail whose outcome Postgres cannot store. If it cannot store that either, its lease runs out."""
+        """Have a batch fail whose outcome Postgres cannot store. If it cannot store that either, its lease runs out.
+
+        An error in letters that a database in another encoding than UTF8 does not have is written without them.
+        """
+        if (plain := in_plain_letters(entry.outcome)) != entry.outcome:
+            self.write_stubbornly(queue, [entry._replace(outcome=plain)])
+            return
         message = f"the outcome could not be stored: {one_line(error)}"
         log.error("batch failed", batch_id=entry.batch.id, kind=entry.batch.kind, error=message)
         if entry.is_last_word:
@@ -261,6 +270,11 @@ def as_requeue(entry: Ended) -> Requeue:
     """Return an entry as the statement takes it that makes batches pending again."""
     batch, outcome = entry.batch, entry.outcome
     return Requeue(batch.id, batch.claim.token, outcome.delay_seconds, outcome.give_back, outcome.error)
+
+
+def in_plain_letters(outcome: Outcome) -> Outcome:
+    """Return an outcome with an error of ASCII letters only."""
+    return outcome if outcome.error is None else replace(outcome, error=plain_object(outcome.error))
 
 
 def report_lost(lost: Sequence[Ended]) -> None:

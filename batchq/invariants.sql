@@ -96,7 +96,7 @@ WHERE NOT EXISTS (SELECT FROM batchq.batches b WHERE b.id = f.batch_id AND b.que
     FROM pg_catalog.pg_inherits i
     JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid
     WHERE i.inhparent = 'batchq.batches_finished'::regclass
-      AND c.relname ~ '^finished_\d{8}$')
+      AND c.relname ~ '^finished_[0-9]{8}$')
 
 -- name: failed_item_was_worked
 SELECT b.id, format('item %s failed, and the batch is at item %s', f.item_index, b.items_done + b.items_failed)

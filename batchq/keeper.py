@@ -74,6 +74,7 @@ class Keeper:
         self.survey = Survey(link, queues, lease_seconds)
         self.expiries = {queue: Expiries() for queue in queues}
         self.closing = threading.Event()
+        self.beat_at = time.monotonic()  # when a heartbeat was written
         self.tick_seconds = min(lease_seconds / 10, 0.5)
         self.duties = self.all_duties()
 
@@ -201,6 +202,7 @@ class Keeper:
         began_at = time.monotonic()
         [row] = self.link.run(statement, queries.HEARTBEAT_SETTINGS)
         beat = queries.beat(row)
+        self.beat_at = time.monotonic()
         self.claimer.turns = Turns(beat.turn, (began_at + time.monotonic()) / 2)
         self.survey.dead_rows = beat.dead_rows
         if beat.is_asked_to_drain:

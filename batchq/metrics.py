@@ -14,10 +14,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from batchq import queries
-from batchq.claimer import Claimer
-from batchq.database import Link
+from batchq.database import Link, read_only_problem
 from batchq.errors import ConfigError
+from batchq.keeper import HEARTBEAT_SECONDS, Keeper
 from batchq.lanes import Lane
 from batchq.settings import Settings
 from batchq.throughput import BOUNDS, ENDS, Counts, Throughput
@@ -25,6 +24,7 @@ from batchq.throughput import BOUNDS, ENDS, Counts, Throughput
 MOST_PAIRS = 200  # of queue and kind that have labels of their own; what comes after is "other"
 OTHER = ("other", "other")
 READY_SECONDS = 3.0
+UNWRITTEN_SECONDS = 3 * HEARTBEAT_SECONDS
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 EVERY_FOURTH = slice(0, None, 4)  # of the bounds that are counted: from 15 us, in steps of 4
 STATES = ("ready", "scheduled", "processing")
@@ -192,9 +192,9 @@ def judged(problem: str) -> tuple[int, bytes]:
 
 
 def serve_worker(
-    settings: Settings, throughput: Throughput, lanes: Mapping[str, Lane], claimer: Claimer, silent_seconds: float
+    settings: Settings, throughput: Throughput, lanes: Mapping[str, Lane], keeper: Keeper, silent_seconds: float
 ) -> MetricsServer:
-    """Serve a worker's metrics, whether it polls, and whether its database answers. Raises ConfigError."""
+    """Serve a worker's metrics, whether it polls, and whether its database takes writes. Raises ConfigError."""
     throughput.sums = {}
 
     def metrics() -> bytes:
@@ -203,11 +203,17 @@ def serve_worker(
             return exposition(lambda: worker_metrics(throughput.sums or {}, slots, claimer.probe_seconds()))
 
     def polls() -> str:
-        silent = time.monotonic() - claimer.polled_at
+        silent = time.monotonic() - keeper.claimer.polled_at
         return f"no poll has finished for {silent:.0f} s" if silent > silent_seconds else ""
 
+    def writes() -> str:
+        silent = time.monotonic() - keeper.beat_at
+        if silent > UNWRITTEN_SECONDS:
+            return f"no heartbeat was written for {silent:.0f} s"
+        return database_problem(settings)
+
     try:
-        checks = {"/healthz": polls, "/readyz": lambda: database_problem(settings)}
+        checks = {"/healthz": polls, "/readyz": writes}
         server = MetricsServer(settings.metrics_host, settings.metrics_port, metrics, checks)
     except OSError as error:
         raise ConfigError(f"BATCHQ_METRICS_PORT {settings.metrics_port}: {error.strerror}") from None
@@ -221,13 +227,13 @@ def busy(lane: Lane) -> int:
 
 
 def database_problem(settings: Settings) -> str:
-    """Return why the database does not answer, "" if it does; on a connection of its own."""
+    """Return why the database does not answer or takes no writes, "" if it does; on a connection of its own."""
     link = Link(settings.require_dsn(), READY_SECONDS)
     try:
         with link.reading() as conn:
-            queries.server_version(conn)
+            problem = read_only_problem(conn)
     except psycopg.Error:
         return "the database does not answer"
     finally:
         link.close()
-    return ""
+    return problem[0] if problem else ""

@@ -29,11 +29,22 @@ OWN_LOCK_SECONDS = 5.0  # how long a statement of our own waits for a lock
 # -------------------------------------------------------------------------------------------------- connections
 
 
+# How values are written and read, whatever the role or the database sets: a float keeps all of its digits (a position
+# cut to 15 would pass over batches), a time or an interval looks as people expect, NULL in a list is null, and a
+# backslash in a statement is one.
+PLAIN = {
+    "DateStyle": "ISO",
+    "IntervalStyle": "postgres",
+    "extra_float_digits": "1",
+    "array_nulls": "on",
+    "standard_conforming_strings": "on",
+}
+
 # For statements over many ids, which all look them up by `id = ANY (array)`: by the index whatever the statistics say,
 # and what is left to join, that list with itself, by hash. Left alone, the planner reads the whole table from some
 # hundred ids on (claim of 1,000 of 50,000: 19 ms, by the index 9 ms); with nested loops only, a list that meets
 # statistics of an empty table becomes quadratic (1,000 ids: 5 s).
-BY_INDEX = {
+BY_INDEX = PLAIN | {
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
     "enable_nestloop": "off",
@@ -41,9 +52,9 @@ BY_INDEX = {
     "jit": "off",  # what is off but unavoidable counts as dear before PostgreSQL 18, and dear plans are compiled: 1 s
 }
 # For probes of an index, one entry each: never by a plan that reads every entry before it returns the first.
-PROBING = {"enable_seqscan": "off", "enable_bitmapscan": "off", "jit": "off"}
+PROBING = PLAIN | {"enable_seqscan": "off", "enable_bitmapscan": "off", "jit": "off"}
 WITHOUT_WAITING_FOR_THE_DISK = {"synchronous_commit": "off"}
-READ_ONLY = {"transaction_read_only": "on", "jit": "off"}
+READ_ONLY = PLAIN | {"transaction_read_only": "on", "jit": "off"}
 
 
 def limits(
@@ -57,6 +68,7 @@ def limits(
         "lock_timeout": str(int(min(seconds, lock_seconds) * 1000)),
         "idle_in_transaction_session_timeout": str(milliseconds),
         "client_connection_check_interval": "2000",
+        "array_nulls": "on",  # of a handler's transaction, too: its end writes a list with null
     }
     calls = (f"set_config('{name}', '{value}', true)" for name, value in (bounds | dict(settings)).items())
     return f"SELECT {', '.join(calls)}"
@@ -75,6 +87,39 @@ def server_version(conn: Conn) -> tuple[int, str]:
     """Return the server's version as a number (150004) and as text. A pooler may report another than the server."""
     row: tuple[int, str] = one(conn, "SELECT current_setting('server_version_num')::integer, version()", {})
     return row
+
+
+def role_and_encoding(conn: Conn) -> tuple[str, str]:
+    """Return the role, and the encoding in which the server sends and takes texts."""
+    row = one(conn, "SELECT current_user, current_setting('client_encoding')", {})
+    role, encoding = (text.decode(errors="replace") if isinstance(text, bytes) else text for text in row)
+    return role, encoding  # where psycopg takes it for SQL_ASCII, every text comes as bytes
+
+
+def read_only_state(conn: Conn) -> tuple[str, str, bool, bool, str]:
+    """Return role, database, whether the server is a standby, whether transactions may write by default, and what has
+    set that default (pg_settings.source)."""
+    row: tuple[str, str, bool, bool, str] = one(
+        conn,
+        """
+        SELECT current_user, current_database(), pg_is_in_recovery(), setting = 'off', source
+        FROM pg_catalog.pg_settings
+        WHERE name = 'default_transaction_read_only'
+        """,
+        {},
+    )
+    return row
+
+
+def only_reads(conn: Conn) -> bool:
+    """Return whether the connection cannot write now: that of a standby, or by default_transaction_read_only."""
+    statement: LiteralString = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on'"
+    return bool(one(conn, statement, {})[0])
+
+
+def take_in(conn: Conn, names: Sequence[str]) -> None:
+    """Send *names* to the server. Raises psycopg.DataError for one that the database's encoding cannot hold."""
+    conn.execute("SELECT %(names)s::text[]", {"names": list(names)})
 
 
 def listen(conn: Conn) -> None:
@@ -133,8 +178,9 @@ def insert_batch(parameters: dict[str, Any], trace_context: str | None) -> State
 
 
 def now_plus(conn: Conn, seconds: float) -> str:
-    """Return the database's time in *seconds*, as text."""
-    text: str = one(conn, "SELECT (now() + %(seconds)s * interval '1 second')::text", {"seconds": seconds})[0]
+    """Return the database's time in *seconds*, as text in ISO 8601 whatever DateStyle and TimeZone are: as in JSON."""
+    statement: LiteralString = "SELECT to_jsonb(now() + %(seconds)s * interval '1 second') #>> '{}'"
+    text: str = one(conn, statement, {"seconds": seconds})[0]
     return text
 
 
@@ -397,15 +443,18 @@ SET status = 'processing',
 WHERE b.queue = %(queue)s
   AND b.id = ANY (ARRAY(SELECT id FROM ready))
 RETURNING b.id, b.kind, b.attempt, b.max_attempts,
-  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= 1000
+  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= %(most_bytes)s
         AND num_nonnulls(pg_column_compression(b.payload), pg_column_compression(b.cursor)) = 0
        THEN b.payload::text END,
-  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= 1000
+  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= %(most_bytes)s
         AND num_nonnulls(pg_column_compression(b.payload), pg_column_compression(b.cursor)) = 0
        THEN b.cursor::text END,
   b.items_total, b.items_done, b.items_failed, b.max_failed_items, b.timeout_seconds, date_part('epoch', b.run_at),
-  b.trace_context
+  CASE WHEN %(most_bytes)s > 0 THEN b.trace_context END
 """
+MOST_CLAIMED_BYTES = 1000  # of payload and cursor
+# How the server refuses to send a text: bytes that are none in its encoding, or a letter that UTF-8 does not have.
+UNREADABLE = (psycopg.errors.CharacterNotInRepertoire, psycopg.errors.UntranslatableCharacter)
 
 
 def claim(
@@ -432,8 +481,14 @@ def claim(
         "worker": worker,
         "token": token,
         "lease_seconds": lease_seconds,
+        "most_bytes": MOST_CLAIMED_BYTES,
         **bounds(after, until),
     }
+
+
+def without_inputs(claim: Statement) -> Statement:
+    """Return a `claim` that leaves out every payload and cursor: nothing that a producer has written is sent."""
+    return claim[0], claim[1] | {"most_bytes": 0}
 
 
 def give_back_claim(conn: Conn, queue: str, token: UUID) -> int:
@@ -966,8 +1021,7 @@ def rescue(
 
 def now(conn: Conn) -> float:
     """Return when the transaction began, in seconds since 1970."""
-    seconds: float = one(conn, "SELECT date_part('epoch', now())", {})[0]
-    return seconds
+    return float(one(conn, "SELECT extract(epoch FROM now())", {})[0])
 
 
 EXPIRED: LiteralString = """
@@ -1043,7 +1097,8 @@ WHERE id <> %(id)s
   AND queues && %(queues)s::text[]
   AND NOT stopping
 """
-HEARTBEAT_SETTINGS = WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}  # ms: leases are kept by the same thread
+# lock_timeout in ms: leases are kept by the same thread
+HEARTBEAT_SETTINGS = PLAIN | WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}
 
 
 class Turn(NamedTuple):
@@ -1655,8 +1710,7 @@ def ailing(conn: Conn, name: str, parameters: dict[str, float]) -> list[tuple[st
 
 def clock(conn: Conn) -> float:
     """Return the database's time now, in seconds since 1970."""
-    seconds: float = one(conn, "SELECT date_part('epoch', clock_timestamp())", {})[0]
-    return seconds
+    return float(one(conn, "SELECT extract(epoch FROM clock_timestamp())", {})[0])
 
 
 def backend_pid(conn: Conn) -> int:

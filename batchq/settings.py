@@ -157,7 +157,8 @@ def describe_problem(error: ValidationError) -> str:
 
 
 # What becomes a start-up parameter of libpq; poolers refuse it or drop it (psycopg sends these from the environment).
-STARTUP_VARIABLES = ("PGOPTIONS", "PGTZ", "PGDATESTYLE", "PGGEQO", "PGCLIENTENCODING")
+# Not PGCLIENTENCODING: each connection asks for UTF-8 itself, which comes before the variable.
+STARTUP_VARIABLES = ("PGOPTIONS", "PGTZ", "PGDATESTYLE", "PGGEQO")
 SUPABASE_POOLER = ".pooler.supabase.com"
 MAX_STARTUP_BYTES = 900  # Supavisor (2.9 and later) refuses a start-up packet over 1024
 
@@ -183,7 +184,7 @@ def parameter_problems(parts: dict[str, str]) -> list[str]:
     """Return what is wrong with the DSN's parameters."""
     problems = [
         f"{name}= does not survive a pooler; use ALTER ROLE ... SET, or leave it out"
-        for name in ("options", "replication", "service")
+        for name in ("options", "replication")
         if parts.get(name)
     ]
     if parts.get("channel_binding") == "require" and "neon" not in parts.get("host", ""):
@@ -192,7 +193,7 @@ def parameter_problems(parts: dict[str, str]) -> list[str]:
         problems.append("sslnegotiation=direct: poolers wait for an SSLRequest first; leave it out")
     if "@" in parts.get("host", "") or not re.fullmatch(r"[\d,]*", parts.get("port", "")):
         problems.append("its host or port has characters of a password: write @ : / ? # % in a password as %40 %3A ...")
-    startup = ("user", "dbname", "application_name", "client_encoding")
+    startup = ("user", "dbname", "application_name")
     if sum(len(name) + len(parts.get(name, "").encode()) + 2 for name in startup) > MAX_STARTUP_BYTES:
         problems.append("user, database and application_name are together over 900 bytes; shorten them")
     return problems

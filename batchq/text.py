@@ -100,12 +100,29 @@ def error_object(error: BaseException) -> str:
         trace = cut(clean("".join(lines)), MOST_TRACEBACK_BYTES)
     except BaseException as second:
         trace = f"(its traceback raised {name_of_type(second)})"
-    return json.dumps({"error": one_line(error), "traceback": trace})
+    return json.dumps({"error": one_line(error), "traceback": trace}, ensure_ascii=False)
 
 
 def message_object(message: str) -> str:
     """Return the JSON object of batchq.batches.errors for an error without an exception."""
-    return json.dumps({"error": cut(clean(" ".join(message.split())), MOST_ERROR_BYTES)})
+    return json.dumps({"error": cut(clean(" ".join(message.split())), MOST_ERROR_BYTES)}, ensure_ascii=False)
+
+
+def in_letters_of(text: str, encoding: str) -> str:
+    """Return *text* with an escape (``\\u20ac``) for each letter that *encoding*, by Postgres' name, may not have."""
+    if encoding in ("UTF8", "SQL_ASCII"):  # SQL_ASCII takes any bytes
+        return text
+    name = encoding.replace("WIN", "cp")
+    try:
+        return text.encode(name, "backslashreplace").decode(name)
+    except LookupError:  # unknown to Python
+        return text.encode("ascii", "backslashreplace").decode()
+
+
+def plain_object(text: str) -> str:
+    """Return the JSON object *text*, its values texts, with an escape for each letter that is not ASCII."""
+    values = json.loads(text)
+    return json.dumps({name: value.encode("ascii", "backslashreplace").decode() for name, value in values.items()})
 
 
 def period_seconds(text: str) -> float:

@@ -16,7 +16,7 @@ from batchq.app import App
 from batchq.batch import Runtime
 from batchq.bell import Bell
 from batchq.claimer import Claimer
-from batchq.database import HandlerConnections, Link, bounded, check_server, connect
+from batchq.database import HandlerConnections, Link, bounded, check_server, check_writable, connect
 from batchq.errors import ConfigError, StopRequested
 from batchq.execution import RELEASED
 from batchq.finisher import Finisher
@@ -141,7 +141,7 @@ class Worker:
 
         Raises ConfigError if the database, its schema or the DSN will not do.
         """
-        check_database(self.dsn, self.settings.database_timeout_seconds)
+        check_database(self.dsn, self.settings.database_timeout_seconds, self.keeper.row)
         with switching_quickly(), collecting_seldom():
             return self.work()
 
@@ -203,7 +203,7 @@ class Worker:
             raise ConfigError(f"metrics need an extra ({error}): pip install 'batchq[metrics]'") from None
         lanes = {"async def" if isinstance(lane, LoopLane) else "def": lane for lane in self.lanes}
         silent_seconds = 30 + 2 * self.settings.database_timeout_seconds
-        return serve_worker(self.settings, self.finisher.throughput, lanes, self.claimer, silent_seconds)
+        return serve_worker(self.settings, self.finisher.throughput, lanes, self.keeper, silent_seconds)
 
     # ---------------------------------------------------------------------------------------------------- ending
 
@@ -315,8 +315,16 @@ def switching_quickly() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def check_database(dsn: str, seconds: float) -> None:
-    """Raise ConfigError unless the database is new enough and has our schema, OperationalError if it is away."""
+def check_database(dsn: str, seconds: float, row: WorkerRow | None = None) -> None:
+    """Raise ConfigError unless the database is new enough and has our schema, OperationalError if it is away.
+
+    Also ConfigError if its encoding does not have a letter of a name in *row*: no claim and no heartbeat would work.
+    """
     with connect(dsn) as conn, bounded(conn, seconds):
         check_server(conn)
+        check_writable(conn)
         check_schema(conn)
+        try:
+            queries.take_in(conn, [*row.queues, *row.kinds, row.id] if row else [])
+        except queries.UNREADABLE as error:
+            raise ConfigError(f"the name of a queue or a kind: {error.diag.message_primary}") from None

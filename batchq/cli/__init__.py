@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
         return int(options.run(options))
     except (OutcomeUnknown, DatabaseAway) as error:
         return complain(error, EXIT_TROUBLE)
-    except (BatchqError, psycopg.DataError, psycopg.IntegrityError) as error:
+    except (BatchqError, psycopg.DataError, psycopg.IntegrityError, UnicodeError) as error:
         return complain(error, EXIT_MISTAKE)
     except psycopg.Error as error:
         return complain(error, EXIT_TROUBLE)

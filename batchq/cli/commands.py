@@ -20,7 +20,7 @@ from batchq.app import load_app
 from batchq.cli import enqueue_file, show_tables
 from batchq.cli.leaving import flush
 from batchq.cli.signals import StopSignals
-from batchq.database import Link, check_server, connect, transaction
+from batchq.database import Link, check_server, check_writable, connect, transaction
 from batchq.enqueue import enqueue as enqueue_batch
 from batchq.errors import ConfigError, InvalidInput
 from batchq.monitor import Monitor
@@ -45,12 +45,19 @@ def settings_of(options: Namespace) -> Settings:
 @contextmanager
 def database(options: Namespace, seconds: float | None = None) -> Iterator[psycopg.Connection[Any]]:
     """Give a connection in a transaction of at most *seconds*, on a database with our schema. Raises ConfigError."""
+    timeout_seconds = settings_of(options).database_timeout_seconds
+    with connected(options) as conn, transaction(conn, seconds or timeout_seconds, settings=queries.PLAIN):
+        yield conn
+
+
+@contextmanager
+def connected(options: Namespace) -> Iterator[psycopg.Connection[Any]]:
+    """Give a connection to a database with our schema. Raises ConfigError."""
     settings = settings_of(options)
     with connect(settings.require_dsn()) as conn:
         with transaction(conn, settings.database_timeout_seconds):
             migrations.check_schema(conn)
-        with transaction(conn, seconds or settings.database_timeout_seconds):
-            yield conn
+        yield conn
 
 
 def print_json(value: Any) -> None:
@@ -66,6 +73,7 @@ def migrate(options: Namespace) -> int:
     dsn = settings_of(options).require_dsn(for_migration=True)
     with connect(dsn) as conn:
         check_server(conn)
+        check_writable(conn)
     applied = migrations.migrate(dsn)
     print(f"applied {', '.join(applied)}" if applied else "the schema is up to date")
     return 0
@@ -77,8 +85,9 @@ def check(options: Namespace) -> int:
     findings: list[tuple[bool, str]] = []
     dsn = settings.require_dsn()
     kinds = set(load_app(options.app).handlers) if options.app else None
-    with connect(dsn) as conn, transaction(conn, settings.database_timeout_seconds):
+    with connect(dsn) as conn, transaction(conn, settings.database_timeout_seconds, settings=queries.PLAIN):
         check_server(conn)
+        check_writable(conn)
         findings.append((True, f"the server answers: {queries.server_version(conn)[1].split(',')[0]}"))
         migrations.check_schema(conn)
         findings.append((True, f"the schema is at version {max(queries.applied_migrations(conn))}"))

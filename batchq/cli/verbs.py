@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from batchq import queries
 from batchq.bulk import DONE, LEFT_OUT, PAUSE_FACTOR, Bulk
 from batchq.cli import show_tables
-from batchq.cli.commands import console, database, print_json, refusal, settings_of
-from batchq.database import Link
+from batchq.cli.commands import connected, console, database, print_json, refusal, settings_of
+from batchq.database import Link, transaction
 from batchq.errors import InvalidInput
 from batchq.text import period_seconds
 
@@ -176,13 +176,15 @@ def each_batch(options: Namespace, verb: Verb) -> int:
     """Apply *verb* to each batch in a transaction of its own, and say how each stands; 1 if one was refused."""
     results: dict[int, str] = {}
     refused = False
-    for batch_id in options.ids:
-        try:
-            with database(options) as conn:
-                results[batch_id] = verb(conn, batch_id) or "there is no such batch"
-        except (psycopg.errors.RaiseException, psycopg.errors.UniqueViolation) as error:
-            results[batch_id] = refusal(error)
-            refused = True
+    seconds = settings_of(options).database_timeout_seconds
+    with connected(options) as conn:
+        for batch_id in options.ids:
+            try:
+                with transaction(conn, seconds, settings=queries.PLAIN):
+                    results[batch_id] = verb(conn, batch_id) or "there is no such batch"
+            except (psycopg.errors.RaiseException, psycopg.errors.UniqueViolation) as error:
+                results[batch_id] = refusal(error)
+                refused = True
     if options.json:
         print_json(results)
     else:

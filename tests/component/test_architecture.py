@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         "app", "batch", "bell", "claimer", "database", "errors", "execution", "finisher", "keeper", "lanes", "log",
         "memory", "metrics", "migrate", "queries", "settings", "text", "traces",
     },
-    "metrics": {"claimer", "database", "errors", "lanes", "queries", "settings", "throughput"},
+    "metrics": {"database", "errors", "keeper", "lanes", "settings", "throughput"},
     "testing": {"app", "settings", "worker"},
     "bulk": {"database", "errors", "queries"},
     "monitor": {"database", "queries", "settings"},

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import logging
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -30,6 +32,7 @@ from batchq.database import (
     connect,
     gate,
     is_login_failure,
+    is_read_only,
     transaction,
     transaction_async,
 )
@@ -115,12 +118,58 @@ def test_every_connection_is_one_that_a_transaction_mode_pooler_can_share(
         linked.close()
 
 
+@pytest.mark.parametrize("by", ["the DSN", "the environment"])
+def test_what_the_dsn_or_the_environment_says_of_connections_counts(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    if by == "the DSN":
+        dsn = psycopg.conninfo.make_conninfo(dsn, connect_timeout=3, keepalives_idle=7, application_name="mine")
+    else:
+        monkeypatch.setenv("PGCONNECT_TIMEOUT", "3")
+        monkeypatch.setenv("PGAPPNAME", "mine")
+    connections = HandlerConnections(dsn, 1, borrow_seconds=5, transaction_seconds=10)
+    connections.open()
+    with connect(dsn) as alone, connections.borrowed() as pooled, Link(dsn, 30).reading() as linked:
+        for conn in (alone, pooled, linked):
+            own = conn.info.get_parameters()
+            assert {name: own.get(name) for name in ("application_name", "connect_timeout")} == {
+                "application_name": "mine",
+                "connect_timeout": "3",
+            }
+            assert own["keepalives_idle"] == ("7" if by == "the DSN" else "30")
+        linked.close()
+    connections.close()
+
+
+def test_the_second_host_is_tried_when_the_dsns_own_time_is_over(admin_dsn: str, database: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        parts = psycopg.conninfo.conninfo_to_dict(admin_dsn)
+        hosts = {"host": f"127.0.0.1,{parts['host']}", "port": f"{silent.getsockname()[1]},{parts.get('port', 5432)}"}
+        began_at = time.monotonic()
+        connect(psycopg.conninfo.make_conninfo(admin_dsn, **hosts, connect_timeout=2)).close()
+        assert 2 <= time.monotonic() - began_at < 6
+
+
+def test_a_service_of_libpq_is_a_dsn_and_what_no_pooler_takes_is_found_in_it(
+    admin_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "services"
+    lines = [f"{name}={value}" for name, value in psycopg.conninfo.conninfo_to_dict(admin_dsn).items()]
+    file.write_text("\n".join(["[mine]", *lines, "[odd]", *lines, "options=-c jit=off"]) + "\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(file))
+    dsn = Settings.load(dsn="service=mine").require_dsn()
+    with connect(dsn) as conn:
+        check_server(conn)
+    with connect("service=odd") as conn, pytest.raises(ConfigError, match="options= does not survive a pooler"):
+        check_server(conn)
+
+
 def test_the_pools_check_no_connection_and_keep_few() -> None:
     assert POOL_OPTIONS["check"] is None
     assert POOL_OPTIONS["min_size"] <= 1
     assert POOL_OPTIONS["max_lifetime"] <= 15 * 60
     assert CONNECT_OPTIONS["gssencmode"] == "disable"
-    assert not CONNECT_OPTIONS.keys() & {"options", "client_encoding", "replication"}
+    assert not CONNECT_OPTIONS.keys() & {"options", "replication"}
 
 
 def test_no_statement_is_prepared_however_often_it_runs(admin_dsn: str) -> None:
@@ -552,6 +601,21 @@ def test_a_link_keeps_its_connection_through_an_error_of_sql(link: Link) -> None
     assert link.conn is kept is not None
 
 
+def test_a_link_drops_a_connection_that_only_reads(admin_dsn: str, database: str, admin: Conn) -> None:
+    link = Link(admin_dsn, 10)
+    admin.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on".encode())
+    with pytest.raises(psycopg.errors.ReadOnlySqlTransaction) as caught, link.transaction() as conn:
+        batchq.enqueue(conn, "work")
+    assert is_read_only(caught.value)
+    assert link.conn is None
+    step("so the next use sees that it may write again")
+    admin.execute("SET default_transaction_read_only = off")
+    admin.execute(f"ALTER DATABASE {database} RESET default_transaction_read_only".encode())
+    with link.transaction() as conn:
+        assert batchq.enqueue(conn, "work") == 1
+    link.close()
+
+
 def test_the_handlers_pool_is_open_only_when_it_has_a_connection(dsn: str) -> None:
     nowhere = HandlerConnections(f"host=127.0.0.1 port={free_port()} dbname=x", 3, 0.5, 10)
     with pytest.raises(PoolTimeout):
@@ -766,6 +830,8 @@ SUPABASE = "postgresql://batchq.abcdef:pw@aws-0-eu-central-1.pooler.supabase.com
     [
         "postgresql://user:pw@host:6543/postgres",
         "host=/run/postgresql dbname=app",
+        "service=mine",
+        "host=h client_encoding=LATIN1",
         "postgresql://user:pw@ep-x.neon.tech/db?sslmode=require&channel_binding=require",
         "postgresql://user:pw@host/db?application_name=mine&target_session_attrs=read-write",
         SUPABASE,
@@ -782,7 +848,6 @@ def test_a_dsn_that_works_through_poolers_has_no_problems(dsn: str) -> None:
         ("postgresql://u:s3cr3t-w0rd@h/db?options=-c%20search_path%3Dx", "options= does not survive a pooler"),
         ("host=h options='-c statement_timeout=1s' password=s3cr3t-w0rd", "options= does not survive a pooler"),
         ("postgresql://u:s3cr3t-w0rd@h/db?replication=database", "replication= does not survive a pooler"),
-        ("service=mine password=s3cr3t-w0rd", "service= does not survive a pooler"),
         ("postgresql://u:s3cr3t-w0rd@h/db?channel_binding=require", "channel_binding=require"),
         ("postgresql://u:s3cr3t-w0rd@h/db?sslnegotiation=direct", "sslnegotiation=direct"),
         (f"postgresql://u:s3cr3t-w0rd@h/{'d' * 900}", "together over 900 bytes"),
@@ -817,7 +882,7 @@ def test_a_dsn_that_a_pooler_would_break_is_refused_with_its_remedy_and_without_
     assert PASSWORD not in f"{problems}{caught.value}{caught.value!r}"
 
 
-@pytest.mark.parametrize("name", ["PGOPTIONS", "PGTZ", "PGDATESTYLE", "PGGEQO", "PGCLIENTENCODING"])
+@pytest.mark.parametrize("name", ["PGOPTIONS", "PGTZ", "PGDATESTYLE", "PGGEQO"])
 def test_a_variable_that_would_reach_the_start_of_each_connection_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -1,0 +1,199 @@
+"""A role whose settings change how values look and are read: the heart of batchq does not mind."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from psycopg import sql
+
+import batchq
+from batchq import queries
+from batchq.claimer import SETTINGS
+from batchq.cli import main
+from batchq.database import Link
+from batchq.migrate import migrate
+from batchq.monitor import Monitor
+from tests.support.batches import drain, failed_items, look, put
+from tests.support.servers import Server
+from tests.support.steps import step
+
+Conn = psycopg.Connection[Any]
+ODD = {
+    "DateStyle": "SQL, DMY",
+    "TimeZone": "Asia/Shanghai",  # CST, which as text is taken for Chicago's
+    "IntervalStyle": "iso_8601",
+    "extra_float_digits": "-15",
+    "bytea_output": "escape",
+    "standard_conforming_strings": "off",
+    "escape_string_warning": "on",
+    "backslash_quote": "off",
+    "array_nulls": "off",
+    "client_min_messages": "debug1",
+    "client_encoding": "LATIN1",
+    "xmloption": "document",
+    "xmlbinary": "hex",
+    "lc_messages": "C",
+    "lc_monetary": "C",
+    "lc_numeric": "C",
+    "lc_time": "C",
+    "default_text_search_config": "pg_catalog.simple",
+    "quote_all_identifiers": "on",
+    "transform_null_equals": "on",
+    "search_path": "",
+}
+TOKEN = UUID("12345678-1234-5678-1234-567812345678")
+AT = datetime(2031, 2, 3, 4, 5, 6, tzinfo=UTC)
+
+
+@pytest.fixture
+def odd_dsn(server: Server, empty_database: str) -> str:
+    """Return the DSN of a database in which each session begins with the odd settings; migrated under them."""
+    dsn = server.dsn(empty_database)
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        for name, value in ODD.items():
+            statement = sql.SQL("ALTER DATABASE {} SET {} = {}")
+            admin.execute(statement.format(sql.Identifier(empty_database), sql.Identifier(name), sql.Literal(value)))
+    migrate(dsn)
+    return dsn
+
+
+@pytest.fixture
+def plain(odd_dsn: str) -> Iterator[Conn]:
+    """Return a connection that sees everything as it is."""
+    with psycopg.connect(odd_dsn, autocommit=True, client_encoding="UTF8") as conn:
+        for name, value in (queries.PLAIN | {"TimeZone": "UTC"}).items():
+            conn.execute("SELECT set_config(%s, %s, false)", [name, value])
+        yield conn
+
+
+@pytest.fixture
+def odd(odd_dsn: str) -> Iterator[Conn]:
+    """Return a producer's connection, under the odd settings."""
+    with psycopg.connect(odd_dsn, autocommit=True, prepare_threshold=None, client_encoding="UTF8") as conn:
+        yield conn
+
+
+@pytest.fixture
+def app() -> batchq.App:
+    """Return an app with a handler of each style."""
+    app = batchq.App()
+
+    @app.handler("echo")
+    def echo(batch: batchq.Batch) -> Any:
+        return batch.payload
+
+    @app.handler("echo async")
+    async def echo_async(batch: batchq.Batch) -> Any:
+        return batch.payload
+
+    @app.handler("transaction")
+    def transaction(batch: batchq.Batch) -> None:
+        with batch.transaction():
+            pass
+
+    @app.handler("fails")
+    def fails(batch: batchq.Batch) -> None:
+        raise ValueError(batch.payload)
+
+    @app.item_handler("items")
+    def item(item: Any) -> None:
+        if item == "bad":
+            raise ValueError("it's \\bad\\ \u20ac")
+
+    return app
+
+
+def test_what_is_enqueued_is_due_when_it_says(odd: Conn, plain: Conn) -> None:
+    in_a_minute = put(odd, "echo", delay_seconds=60)
+    assert batchq.enqueue_many(odd, "echo", [1, 2], delay_seconds=60) == 2
+    fixed = put(odd, "echo", run_at=AT)
+    assert batchq.enqueue_many(odd, "echo", [1], run_at=AT) == 1
+    for batch_id in range(in_a_minute, in_a_minute + 3):
+        assert 50 < look(plain, batch_id).wait_seconds <= 60
+    assert [look(plain, batch_id).run_at for batch_id in (fixed, fixed + 1)] == [AT, AT]
+
+
+def test_every_text_comes_through_a_worker_as_it_was(odd_dsn: str, odd: Conn, plain: Conn, app: batchq.App) -> None:
+    text = 'it\'s \\ "quoted" \\n NULL \u20ac {a,b}'
+    done = [put(odd, kind, {"text": text}) for kind in ("echo", "echo async")]
+    in_transaction = put(odd, "transaction", "NULL")
+    failed = put(odd, "fails", text, max_attempts=1)
+    items = put(odd, "items", items=["good", "bad", *["good"] * 50], max_attempts=1)
+    drain(app, odd_dsn)
+    assert [look(plain, batch_id).result for batch_id in done] == [{"text": text}] * 2
+    assert look(plain, in_transaction).status == "completed"
+    assert look(plain, failed).errors[0]["error"] == f"ValueError: {text}"
+    assert [item.error for item in failed_items(plain, items)] == ["ValueError: it's \\bad\\ \u20ac"]
+    retried = put(odd, "fails", text)
+    drain(app, odd_dsn)
+    assert 1 < look(plain, retried).wait_seconds < 60
+
+
+def test_positions_keep_every_digit(odd_dsn: str, odd: Conn, plain: Conn) -> None:
+    put(odd, "echo")
+    link = Link(odd_dsn, 10)
+    [row] = map(queries.ClaimedRow._make, link.run(queries.claim("default", 0, ["echo"], 1, "w", TOKEN, 60), SETTINGS))
+    assert row.run_at == look(plain, row.id).run_at.timestamp()
+    with link.reading() as conn:
+        now, _ = queries.has_expired(conn, "default", float("-inf"))
+    link.close()
+    assert abs(now - queries.clock(plain)) < 60
+
+
+def test_verbs_and_looks_say_the_same(odd_dsn: str, odd: Conn, plain: Conn, capsys: pytest.CaptureFixture[str]) -> None:
+    def command(*arguments: str) -> str:
+        code = main([*arguments, "--dsn", odd_dsn])
+        said = capsys.readouterr()
+        assert code == 0, (arguments, said)
+        return said.out
+
+    batch_id, other = put(odd, "echo"), put(odd, "echo")
+    step("snooze, for and until, by id and in bulk")
+    command("snooze", str(batch_id), "--for", "60s")
+    assert 50 < look(plain, batch_id).wait_seconds <= 60
+    command("snooze", str(batch_id), "--until", "2031-02-03 04:05:06Z")
+    assert look(plain, batch_id).run_at == AT
+    command("snooze", "--kind", "echo", "--until", "2031-02-03 04:05:07Z")
+    assert {look(plain, id_).run_at for id_ in (batch_id, other)} == {AT + timedelta(seconds=1)}
+    step("the others")
+    for verb in (["priority", "--to", "3"], ["move", "--to", "mail"], ["cancel"], ["retry"], ["cancel"]):
+        command(verb[0], str(batch_id), *verb[1:])
+    command("pause", "--queue", "mail", "--for", "60s")
+    command("pause")
+    command("resume", "--queue", "mail")
+    step("an age is hours, minutes and seconds, as everywhere")
+    put(odd, "echo")
+    plain.execute("UPDATE batchq.batches SET created_at = now() - interval '3 hours'")
+    assert "03:00:0" in command("status")
+    looks = ["audit"], ["logs", str(batch_id)], ["show", str(batch_id)], ["prune"], ["check", "--invariants"]
+    for arguments in looks:
+        command(*arguments)
+    assert main(["doctor", "--dsn", odd_dsn]) in (0, 1)
+
+
+def test_the_monitor_misses_no_failure(odd_dsn: str, odd: Conn, app: batchq.App) -> None:
+    monitor = Monitor(batchq.Settings.load(dsn=odd_dsn))
+    monitor.changes()
+    for _ in range(2):
+        failed = put(odd, "fails", max_attempts=1)
+        drain(app, odd_dsn)
+        assert {row["id"]: row["status"] for row in monitor.changes()}[failed] == "failed"
+    monitor.link.close()
+
+
+def test_days_begin_in_utc_and_old_ones_are_dropped(odd_dsn: str, plain: Conn) -> None:
+    days = "SELECT batchq.create_finished_partitions((now() AT TIME ZONE 'UTC')::date - 40, 3)"
+    link = Link(odd_dsn, 10)
+    with link.transaction() as conn:
+        assert conn.execute(days.encode()).fetchall() == [(3,)]
+        assert queries.prune(conn, 30) == 3
+    link.close()
+    bounds = plain.execute(
+        "SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE relname = "
+        "'finished_' || to_char(now() AT TIME ZONE 'UTC', 'YYYYMMDD')"
+    ).fetchall()
+    today = datetime.now(UTC).date()
+    assert bounds == [(f"FOR VALUES FROM ('{today} 00:00:00+00') TO ('{today + timedelta(days=1)} 00:00:00+00')",)]
