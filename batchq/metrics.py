@@ -158,7 +158,7 @@ class MetricsServer:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, *_: object) -> None:
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
                 """Log nothing."""
 
         self.server = ThreadingHTTPServer((host, port), Handler)

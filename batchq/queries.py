@@ -46,7 +46,7 @@ READ_ONLY = {"transaction_read_only": "on", "jit": "off"}
 
 def limits(
     seconds: float, lock_seconds: float = OWN_LOCK_SECONDS, settings: Mapping[str, str] = MappingProxyType({})
-) -> str:
+) -> LiteralString:
     """Return the statement that bounds a transaction, and each wait for a lock, on the server, until its end; and that
     makes other *settings* for as long."""
     milliseconds = int(seconds * 1000)
@@ -57,7 +57,7 @@ def limits(
         "client_connection_check_interval": "2000",
     }
     calls = (f"set_config('{name}', '{value}', true)" for name, value in (bounds | dict(settings)).items())
-    return f"SELECT {', '.join(calls)}"
+    return f"SELECT {', '.join(calls)}"  # pyright: ignore[reportReturnType]
 
 
 def server_version(conn: Conn) -> tuple[int, str]:
