@@ -396,7 +396,7 @@ class Link:
         conn = cursor.connection
         try:
             with bounded(conn, self.timeout_seconds + 1), self.timed():
-                cursor.execute(text)
+                cursor.execute(text)  # pyright: ignore[reportArgumentType, reportCallIssue]
         except psycopg.Error as error:
             if is_lost(conn):
                 raise OutcomeUnknown(f"connection lost during a transaction: {error}") from error
@@ -611,12 +611,13 @@ class HandlerConnections:
     async def open_async(self) -> None:
         """Open the event loop's pool; call it in that loop, again if the tasks of the last one are dead."""
         old = self.async_pool
+        options: dict[str, Any] = self.options | {"min_size": 0}
         self.async_pool = AsyncConnectionPool(
             self.dsn,
             connection_class=AsyncConnection,
             name="async-handlers",
             reset=self.clean_async if self.cleans else None,
-            **(self.options | {"min_size": 0}),
+            **options,
         )
         await self.async_pool.open()
         if old is not None:
@@ -717,7 +718,7 @@ class HandlerConnections:
 def as_new(conn: Any) -> Any:
     """Return a pool's connection without what an earlier handler has set on it: how rows come, how values go."""
     conn.row_factory = tuple_row
-    conn.cursor_factory = psycopg.AsyncCursor if isinstance(conn, psycopg.AsyncConnection) else psycopg.Cursor
+    conn.cursor_factory = (psycopg.Cursor, psycopg.AsyncCursor)[isinstance(conn, psycopg.AsyncConnection)]
     conn.prepare_threshold = None
     return conn
 

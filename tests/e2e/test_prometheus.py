@@ -17,6 +17,7 @@ from tests.component.rows import Conn, expire_lease, processing
 from tests.support.alone import run_alone
 from tests.support.batches import put, wait_for_status
 from tests.support.processes import ROOT, Processes
+from tests.support.programs import path_of
 from tests.support.servers import free_port
 from tests.support.steps import step
 from tests.support.waiting import wait_until
@@ -70,8 +71,8 @@ def prometheus(directory: Path, targets: dict[str, int]) -> Iterator[Prometheus]
     config = {"global": times, "rule_files": ["alerts.yml"], "scrape_configs": jobs}
     (directory / "prometheus.yml").write_text(json.dumps(config), encoding="utf-8")
     port = free_port()
-    command = ["prometheus", f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data",
-               f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]  # fmt: skip
+    command = [path_of("prometheus"), f"--config.file={directory}/prometheus.yml", "--log.level=warn",
+               f"--storage.tsdb.path={directory}/data", f"--web.listen-address=127.0.0.1:{port}"]  # fmt: skip
     with (directory / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         made = Prometheus(port)
         try:
@@ -83,7 +84,7 @@ def prometheus(directory: Path, targets: dict[str, int]) -> Iterator[Prometheus]
 
 
 def test_the_rules_are_right() -> None:
-    done = subprocess.run(["promtool", "check", "rules", RULES], capture_output=True, text=True, check=False)
+    done = subprocess.run([path_of("promtool"), "check", "rules", RULES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "5 rules found" in done.stdout
 

@@ -1,5 +1,8 @@
 """The laws that the tests' own infrastructure keeps: a check that cannot fail proves nothing."""
 
+import os
+import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
@@ -9,10 +12,13 @@ from threading import Thread
 import psycopg
 import pytest
 
-from tests.run_all_tests import ROOT, problem_of, read_results
+from tests.run_all_tests import ROOT, report
+from tests.support import programs
 from tests.support.alone import run_alone
 from tests.support.databases import Databases
+from tests.support.plan import ALONE, Plan
 from tests.support.poolers import PgBouncer
+from tests.support.pytest_runs import Outcome, Runner, problem_of, read_results
 from tests.support.servers import Server
 from tests.support.steps import step
 from tests.support.supasim import SupaSim
@@ -209,7 +215,7 @@ def pipeline(conn: psycopg.Connection) -> None:
 def pipeline_without_waiting(conn: psycopg.Connection) -> None:
     """Send COMMIT while the first statement runs: other drivers do so, psycopg only through libpq."""
     conn.pgconn.enter_pipeline_mode()
-    for statement in (b"SELECT pg_sleep(0.02)", b"COMMIT"):
+    for statement in (b"SELECT pg_sleep(5)", b"COMMIT"):  # nobody waits for it: the client leaves
         conn.pgconn.send_query_params(statement, None)
         conn.pgconn.pipeline_sync()
     conn.pgconn.flush()
@@ -245,6 +251,7 @@ def test_the_simulator_records_each_breach(
 ) -> None:
     with suppress(psycopg.Error), connect(sim.dsn()) as conn:
         breach(conn)
+    wait_until(lambda: not sim.clients, 10, "the simulator to have read all that the client sent")
     assert rule in {found.rule for found in sim.settled()}
 
 
@@ -367,6 +374,45 @@ def leave_a_prepared_statement(dsn: str) -> None:
     conn.close()
 
 
+# The programs that are installed
+
+
+def test_a_test_that_asks_for_a_missing_program_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "find", lambda _: None)
+    monkeypatch.setenv(programs.WHY_MISSING, "no network")
+    with pytest.raises(pytest.skip.Exception, match=r"^left out: needs pgbouncer \(no network\)$"):
+        programs.path_of("pgbouncer")
+
+
+def test_what_only_root_could_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "find", lambda name: None if name in ("promtool", "chromium") else name)
+    monkeypatch.setattr(programs.os, "geteuid", lambda: 1000)
+    assert programs.install().endswith("apt-get install chromium fonts-dejavu-core prometheus")
+
+
+@pytest.fixture
+def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in for apt-get: it prints the next line of the file that is returned, and fails unless that is empty."""
+    program, answers = tmp_path / "apt-get", tmp_path / "answers"
+    program.write_text(f"#!/bin/sh\nline=$(head -n 1 {answers}); sed -i 1d {answers}\n"
+                       '[ -z "$line" ] || { echo "W: warned" >&2; echo "$line" >&2; exit 100; }\n')  # fmt: skip
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return answers
+
+
+@pytest.mark.parametrize("lock", ["/var/lib/apt/lists/lock", "/var/cache/apt/archives/lock"])
+def test_an_installation_waits_while_another_apt_has_a_lock(apt: Path, lock: str) -> None:
+    apt.write_text(f"E: Could not get lock {lock}. It is held by process 7 (apt-get)\n" * 3 + "\n")
+    assert programs.apt_get("install", "pgbouncer", pause_seconds=0) == ""
+    assert apt.read_text() == "", "it was asked again until the lock was free"
+
+
+def test_an_installation_that_fails_says_why_and_is_not_tried_again(apt: Path) -> None:
+    apt.write_text("E: Unable to locate package pgbouncer\nE: asked again\n")
+    assert programs.apt_get("install", "pgbouncer") == "apt-get failed: Unable to locate package pgbouncer"
+
+
 # The runner
 
 REPORT = """<testsuites><testsuite>
@@ -375,14 +421,17 @@ REPORT = """<testsuites><testsuite>
   <testcase classname="c" name="bad_at_its_end"/>
   <testcase classname="c" name="bad_at_its_end"><error/></testcase>
   <testcase classname="c" name="skipped"><skipped/></testcase>
+  <testcase classname="c" name="skipped_for_a_reason"><skipped message="slow"/></testcase>
+  <testcase classname="c" name="left_out"><skipped message="left out: needs chromium (no network)"/></testcase>
 </testsuite></testsuites>"""
 
 
-def test_the_runner_counts_errors_and_skipped_tests_as_failed(tmp_path: Path) -> None:
+def test_the_runner_counts_errors_and_skipped_tests_as_failed_but_not_those_left_out(tmp_path: Path) -> None:
     results = tmp_path / "results.xml"
     results.write_text(REPORT)
     outcome = read_results(ROOT / "tests" / "foundation" / "test_x.py", results, exit_code=1)
-    assert (outcome.passed, outcome.failed, outcome.is_good) == (1, 3, False)
+    assert (outcome.passed, outcome.failed, outcome.is_good) == (1, 4, False)
+    assert outcome.left_out == {"needs chromium (no network)": 1}
 
 
 @pytest.mark.parametrize("exit_code", [0, 2, 5, -9, None])
@@ -393,6 +442,152 @@ def test_the_runner_fails_a_file_without_tests_or_with_a_crash(exit_code: int | 
 
 def test_the_runner_finds_nothing_wrong_with_a_good_run() -> None:
     assert problem_of(exit_code=0, cases=3, skipped=0) == ""
+
+
+@pytest.mark.parametrize(
+    ("passed", "strict", "exit_code"), [(1, False, 0), (1, True, 1), (0, False, 1)], ids=["some", "strict", "nothing"]
+)
+def test_the_summary_has_a_line_for_what_was_left_out_and_the_exit_code_is_by_what_ran(
+    passed: int, strict: bool, exit_code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "needs chromium (no network)"
+    left_out = Outcome(Path("e2e/test_y.py"), left_out=Counter({reason: 2}))
+    assert report([Outcome(Path("e2e/test_x.py"), passed=passed), left_out], 1.0, strict) == exit_code
+    lines = capsys.readouterr().out.splitlines()
+    assert "⏭ e2e/test_y.py: 0 passed, 0 failed, 2 left out in 0.0 s (needs chromium (no network))" in lines
+    assert f"Left out: 2 tests, {reason}" in lines
+    assert lines[-1] == f"{passed} passed, 0 failed"
+
+
+# In which order it runs files
+
+FILES = [
+    Path(f"{name}.py")
+    for name in ("e2e/test_e", "component/test_short", "component/test_long", "component/test_measures",
+                 "foundation/test_f", "foundation/test_g")
+]  # fmt: skip
+SECONDS = {"component/test_short.py": 10, "component/test_long.py": 60, "component/test_measures.py": 5,
+           "foundation/test_f.py": 20, "foundation/test_g.py": 30, "e2e/test_e.py": 40}  # fmt: skip
+
+
+def plan(jobs: int) -> Plan:
+    return Plan(FILES, jobs, SECONDS, alone=["component/test_measures.py"])
+
+
+def test_layers_keep_their_order_and_the_longest_file_of_a_layer_comes_first() -> None:
+    made = plan(jobs=1)
+    order = [file.stem.removeprefix("test_") for _ in FILES if (file := made.next([]))]
+    assert order == ["g", "f", "measures", "long", "short", "e"]
+
+
+def test_no_more_files_run_at_a_time_than_were_asked_for() -> None:
+    assert Plan(FILES[:1], 2, SECONDS).next(FILES[1:2]) is not None
+    assert Plan(FILES[:1], 2, SECONDS).next(FILES[1:3]) is None
+
+
+def test_nothing_else_starts_before_foundation_has_finished() -> None:
+    made = plan(jobs=4)
+    running = [made.next([]), made.next([FILES[4]])]
+    assert [file.name for file in running if file] == ["test_g.py", "test_f.py"]
+    assert made.next([FILES[4]]) is None
+    assert made.next([]) is not None
+
+
+def test_a_file_that_measures_runs_alone() -> None:
+    made = plan(jobs=4)
+    made.waiting = [FILES[3], FILES[1]]
+    assert made.next([FILES[2]]) is None, "another one is running"
+    assert (measures := made.next([])) == FILES[3]
+    assert made.next([measures]) is None, "nothing starts beside it"
+    assert made.next([]) == FILES[1]
+
+
+def test_the_files_that_run_alone_are_there() -> None:
+    assert [name for name in ALONE if not (ROOT / "tests" / name).is_file()] == []
+
+
+def test_the_time_left_is_that_of_the_order_at_this_machines_speed() -> None:
+    made = plan(jobs=2)
+    foundation, measures, others = 30, 5, 60  # test_long beside test_short and test_e
+    assert made.seconds_left({}) == pytest.approx(foundation + measures + others, abs=5)
+    while file := made.next([]):
+        made.finished(file, 2 * made.expected(file))
+        if file == FILES[3]:
+            break
+    assert made.seconds_left({}) == 2 * others
+    running = {file: 30.0 for _ in "ab" if (file := made.next([]))}
+    assert made.seconds_left(running) == 2 * others - 30
+
+
+# How it runs them
+
+WAITS = """
+import signal, time
+from pathlib import Path
+import pytest
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+here = Path(__file__)
+
+@pytest.fixture
+def thing():
+    yield
+    here.with_suffix(".cleaned").touch()
+
+def test_waits_for_company(thing):
+    here.with_suffix(".here").touch()
+    until = time.monotonic() + 20
+    while len(list(here.parent.glob("*.here"))) < {files}:
+        assert time.monotonic() < until, "nobody came"
+        time.sleep(0.01)
+    print("MARK", here.stem)
+"""
+
+
+def runner(directory: Path, jobs: int, texts: dict[str, str]) -> tuple[Runner, list[str]]:
+    """Return a runner for files with these *texts*, and what it will say."""
+    for name, text in texts.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(text)
+    said: list[str] = []
+    files = Plan([directory / name for name in texts], jobs, {})
+    return Runner(files, [dict(os.environ) for _ in range(jobs)], said.append), said
+
+
+def test_files_run_at_the_same_time_and_each_log_comes_out_whole(tmp_path: Path) -> None:
+    text = WAITS.replace("{files}", "2") + "\ndef test_fails():\n    print('FAILED', here.stem)\n    assert False\n"
+    made, said = runner(tmp_path, 2, {"component/test_a.py": text, "component/test_b.py": text})
+    outcomes = list(made.run())
+    assert [(one.passed, one.failed) for one in outcomes] == [(1, 1), (1, 1)]
+    for name in ("test_a", "test_b"):
+        (log,) = [entry for entry in said if f"FAILED {name}" in entry]
+        assert log.startswith(f"▶ component/{name}.py\n")
+        assert "2 items" in log, "from its beginning"
+        assert "1 failed, 1 passed" in log.splitlines()[-1], "to its end"
+    assert said[-1] == "⏳ 2 of 2 files; about 0 s left"
+
+
+def test_after_a_failure_in_foundation_only_the_rest_of_it_runs(tmp_path: Path) -> None:
+    good, bad = "def test_it():\n    pass\n", "def test_it():\n    assert False\n"
+    made, _ = runner(tmp_path, 1, {"foundation/test_a.py": bad, "foundation/test_b.py": good, "e2e/test_c.py": good})
+    found = {outcome.file.name: (outcome.ran, outcome.is_good) for outcome in made.run()}
+    assert found == {"test_a.py": (True, False), "test_b.py": (True, True), "test_c.py": (False, False)}
+
+
+def test_an_interrupted_run_stops_every_file_and_waits_until_it_has_cleaned_up(tmp_path: Path) -> None:
+    text = WAITS.replace("{files}", "3")
+    made, _ = runner(tmp_path, 2, {"component/test_a.py": text, "component/test_b.py": text})
+    both = Thread(target=lambda: interrupt_when(lambda: len(list(tmp_path.glob("component/*.here"))) == 2))
+    both.start()
+    with pytest.raises(KeyboardInterrupt):
+        list(made.run())
+    both.join()
+    assert len(list(tmp_path.glob("component/*.cleaned"))) == 2
+
+
+def interrupt_when(condition: Callable[[], bool]) -> None:
+    """Send this process what Ctrl-C sends."""
+    wait_until(condition, 20, "the files to run")
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -444,14 +444,14 @@ class CommitCutter:
     async def cut_now(self, client: supasim.Client, kind: bytes, body: bytes) -> None:
         """Cut the client off, without a word."""
         self.cut += 1
-        assert client.backend
+        backend = client.backend or await client._take_backend()  # a message may be its whole transaction
         if client.answering:
             client.answering.cancel()
             await asyncio.wait([client.answering])
         if self.carried_out:
-            client.backend.writer.write(supasim.message(kind, body))
-            await client.backend.writer.drain()
-            while (await supasim.read_message(client.backend.reader))[0] != b"Z":
+            backend.writer.write(supasim.message(kind, body))
+            await backend.writer.drain()
+            while (await supasim.read_message(backend.reader))[0] != b"Z":
                 pass
         raise supasim.DisconnectError
 

@@ -6,7 +6,8 @@ from typing import Literal
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-CHROMIUM = "/usr/bin/chromium"
+from tests.support.programs import path_of
+
 THEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 WIDTHS = (390, 1280)
 WAIT_MILLISECONDS = 30_000
@@ -15,8 +16,9 @@ WAIT_MILLISECONDS = 30_000
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """Run a browser."""
+    path = path_of("chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         try:
             yield browser
         finally:

@@ -1,6 +1,5 @@
 """PgBouncer in transaction mode, strict, with two backends that take turns."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
 from batchq.embedded import hand_over, run_unprivileged
+from tests.support.programs import path_of
 from tests.support.servers import Server, free_port
 from tests.support.waiting import wait_until
 
@@ -49,7 +49,7 @@ class PgBouncer:
     def start(self) -> None:
         """Start the process, for the first time or after kill(), and wait until it listens."""
         self.process = subprocess.Popen(
-            [_program(), "--quiet", str(self.directory / "pgbouncer.ini")],
+            [path_of("pgbouncer"), "--quiet", str(self.directory / "pgbouncer.ini")],
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for pytest, which then ends it
             **run_unprivileged(),
@@ -168,13 +168,6 @@ class PgBouncer:
         ini.write_text(databases + "[pgbouncer]\n" + "\n".join(lines) + "\n")
         for path in (self.directory, ini, files["auth_file"]):
             hand_over(path)
-
-
-def _program() -> str:
-    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
-    if program is None:
-        raise FileNotFoundError("pgbouncer is not installed: apt-get install pgbouncer")
-    return program
 
 
 def _quoted(word: object) -> str:

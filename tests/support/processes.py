@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
+from tests.support.programs import path_of
 from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -99,9 +100,7 @@ class Process:
 
     def children(self) -> list[int]:
         """Return the ids of its child processes, which `batchq workers` has."""
-        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-        pairs = [line.split() for line in listed.splitlines()]
-        return [int(pid) for pid, parent in pairs if int(parent) == self.pid]
+        return [int(pid) for pid, parent in listed_processes("pid", "ppid") if int(parent) == self.pid]
 
     def end(self) -> None:
         """End it and its children, whatever state they are in."""
@@ -157,6 +156,13 @@ class Processes:
         process = self.run(*arguments, **settings)
         process.wait(timeout_seconds)
         return process
+
+
+def listed_processes(*columns: str) -> list[list[str]]:
+    """Return these columns of ps, for each process of the machine."""
+    command = [path_of("ps"), "-A", "-o", ",".join(f"{column}=" for column in columns)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [line.split() for line in listed.splitlines()]
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
