@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QUERIES, MIGRATE, POSITIONS, KEEPER = (f"batchq/{name}.py" for name in ("queries", "migrate", "positions", "keeper"))
-TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED = (
+TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES = (
     f"migrations/{name}.sql"
     for name in (
         "0001_batches",
@@ -21,6 +21,7 @@ TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED = (
         "0023_verbs_lock_first",
         "0016_bulk",
         "0026_trace_context",
+        "0035_replica_identities",
     )
 )
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
@@ -386,8 +387,8 @@ MUTANTS = [
         [("    wait_briefly_for_locks(conn)\n", "", "maintenance waits 100 ms for a lock at most")],
     ),
     *of(
-        "CREATE FUNCTION batchq.create_finished_partitions",
-        RETENTION,
+        "CREATE OR REPLACE FUNCTION batchq.create_finished_partitions",
+        (RETENTION, SCHEMA),
         [
             (
                 "  PERFORM pg_advisory_xact_lock(hashtextextended('batchq.partitions', 0));\n",
@@ -400,8 +401,13 @@ MUTANTS = [
                 "EXCEPTION WHEN division_by_zero THEN",
                 "a day that lies in the default partition stops nothing",
             ),
+            (
+                "      EXECUTE format('ALTER TABLE batchq.%I REPLICA IDENTITY FULL', name);\n",
+                "",
+                "no publication stops a retry",
+            ),
         ],
-        PARTITIONS,
+        IDENTITIES,
     ),
     *of(
         "CREATE FUNCTION batchq.prune(",
