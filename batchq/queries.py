@@ -1477,6 +1477,18 @@ def newest_id(conn: Conn) -> int:
     return newest
 
 
+def ids_given_twice(conn: Conn, finished_days: float) -> list[tuple[str, int, int]]:
+    """Return relation, last id given and largest id in use, where new rows would get ids that are in use.
+
+    Looks at what finished in the last *finished_days* days: each older day would be another lock.
+    """
+    statement: LiteralString = """
+        SELECT relation, last_given, newest
+        FROM batchq.ids_given_twice(now() - %(days)s * interval '1 day')
+    """
+    return every(conn, statement, {"days": finished_days})
+
+
 def changed_rows(
     conn: Conn, since: str, after_id: int, ids: Sequence[int], queue: str | None, kind: str | None, limit: int
 ) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SWITCH_SECONDS = 0.001
 WRITING_SECONDS = 2.0
 LEAST_TOLD_SECONDS = 1.0
+IDS_FINISHED_DAYS = 30.0
 
 log = get_logger()
 
@@ -294,3 +295,5 @@ def check_database(dsn: str, seconds: float) -> None:
     with connect(dsn) as conn, bounded(conn, seconds):
         check_server(conn)
         check_schema(conn)
+        for relation, last_given, newest in queries.ids_given_twice(conn, IDS_FINISHED_DAYS):
+            log.error("ids given twice", relation=relation, last_given=last_given, newest=newest)
