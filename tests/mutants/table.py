@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QUERIES, MIGRATE, POSITIONS, KEEPER = (f"batchq/{name}.py" for name in ("queries", "migrate", "positions", "keeper"))
-TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES = (
+TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK = (
     f"migrations/{name}.sql"
     for name in (
         "0001_batches",
@@ -22,6 +22,7 @@ TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES = (
         "0016_bulk",
         "0026_trace_context",
         "0035_replica_identities",
+        "0037_true_bulk_numbers",
     )
 )
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
@@ -540,6 +541,19 @@ MUTANTS = [
             ),
         ],
         BULK,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.bulk(",
+        BULK_ACTIONS,
+        [
+            (
+                "coalesce((filter ->> 'before')::timestamptz, (place",
+                "coalesce((place",
+                "a verb in bulk takes each batch once",
+            ),
+            ("OR b.queue <> change ->> 'to_queue'));", "));", "what is as wanted is not left out"),
+        ],
+        TRUE_BULK,
     ),
     # ------------------------------------------------------------------------------------------------------ tables
     *of(
