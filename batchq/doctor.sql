@@ -150,6 +150,21 @@ SELECT 'warning', format('finished batches of %%s lie in finished_default', stri
 FROM (SELECT (finished_at AT TIME ZONE 'UTC')::date AS day FROM batchq.finished_default LIMIT 10000) d
 HAVING count(*) > 0
 
+-- name: locks_near_limit
+-- What looks over all days locks each one's table and indexes. Three at once ought to fit.
+SELECT CASE WHEN held >= room THEN 'critical' ELSE 'warning' END,
+  format('a look over the %%s days of finished batches takes %%s locks, of %%s that the server has room for', days, held, room),
+  'a smaller BATCHQ_KEEP_FINISHED_DAYS and batchq prune, or a higher max_locks_per_transaction'
+FROM (
+  SELECT count(DISTINCT i.inhrelid) AS days, count(DISTINCT i.inhrelid) + count(x.indexrelid) AS held,
+    current_setting('max_locks_per_transaction')::bigint
+      * (current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint) AS room
+  FROM pg_catalog.pg_inherits i
+  LEFT JOIN pg_catalog.pg_index x ON x.indrelid = i.inhrelid
+  WHERE i.inhparent = 'batchq.batches_finished'::regclass
+) locks
+WHERE 3 * held >= room
+
 -- name: partitions_missing
 SELECT CASE WHEN min(d.day) = (now() AT TIME ZONE 'UTC')::date THEN 'critical' ELSE 'warning' END,
   format('no partition for batches that finish on %%s', string_agg(d.day::text, ', ' ORDER BY d.day)),

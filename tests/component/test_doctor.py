@@ -159,6 +159,18 @@ def test_ids_that_begin_again_are_told(dsn: str, admin: Conn, copied: str, given
     assert found(dsn, "ids_given_twice").severity == "ok"
 
 
+def test_days_whose_locks_leave_little_room_are_told(dsn: str, admin: Conn) -> None:
+    assert found(dsn, "locks_near_limit").severity == "ok"
+    room = value(
+        admin, "SELECT current_setting('max_locks_per_transaction')::int * current_setting('max_connections')::int"
+    )
+    for _ in range(3):  # in place of hundreds of days, as many indexes
+        each = "FOR n IN 1 .. %s LOOP EXECUTE format('CREATE INDEX ON batchq.finished_default (id) WHERE id > %%s', n);"
+        admin.execute(f"DO $$BEGIN {each % (room // 9)} END LOOP; END$$".encode())
+    finding = found(dsn, "locks_near_limit")
+    assert (finding.severity, f"of {room} that" in finding.evidence) == ("warning", True)
+
+
 def test_days_without_a_partition_are_told(dsn: str, admin: Conn) -> None:
     today = value(admin, f"SELECT to_char({NOW}, 'YYYYMMDD')")
     admin.execute(f"DROP TABLE batchq.finished_{today}")

@@ -11,11 +11,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QUERIES, MIGRATE, POSITIONS, KEEPER = (f"batchq/{name}.py" for name in ("queries", "migrate", "positions", "keeper"))
-TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK = (
+TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE = (
     f"migrations/{name}.sql"
     for name in (
         "0001_batches",
-        "0003_partitions",
         "0008_items_total",
         "0010_has_ready",
         "0023_verbs_lock_first",
@@ -23,6 +22,7 @@ TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRU
         "0026_trace_context",
         "0035_replica_identities",
         "0037_true_bulk_numbers",
+        "0038_prune_in_steps",
     )
 )
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
@@ -411,7 +411,7 @@ MUTANTS = [
         IDENTITIES,
     ),
     *of(
-        "CREATE FUNCTION batchq.prune(",
+        "CREATE OR REPLACE FUNCTION batchq.prune(",
         RETENTION,
         [
             (
@@ -419,6 +419,7 @@ MUTANTS = [
                 "",
                 "workers that prune at once do not collide",
             ),
+            ("    LIMIT most\n", "", "locks of a prune do not grow with history"),
             ("< first_kept_day\n", "<= first_kept_day\n", "only days wholly before are dropped"),
             (
                 "AND NOT EXISTS (SELECT FROM batchq.batches b WHERE b.id = o.batch_id)",
@@ -427,7 +428,7 @@ MUTANTS = [
             ),
             ("IF older_than < interval '0' THEN", "IF false THEN", "a negative age is refused"),
         ],
-        PARTITIONS,
+        PRUNE,
     ),
     # ------------------------------------------------------------------------------------------------------- verbs
     *of(
