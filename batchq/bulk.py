@@ -31,6 +31,34 @@ DONE = {
     "move": "moved",
 }
 LEFT_OUT = "changed meanwhile, locked, or beside a live one of their unique_key"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """How many batches were counted and not changed, by the reason. changed: they no longer match."""
+
+    keyed: int = 0
+    locked: int = 0
+    changed: int = 0
+
+    def __str__(self) -> str:
+        """Return the reasons that there are."""
+        reasons = (
+            (self.keyed, "beside a live one of their unique_key"),
+            (self.locked, "locked"),
+            (self.changed, "changed meanwhile"),
+        )
+        return ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
+
+
+def left_out(total: int, changed: int, matched_last: int, changed_last: int, keyed_last: int) -> LeftOut:
+    """Return why fewer were changed than counted, by what the last pass matched, changed, and left for its key."""
+    left = max(0, total - changed)
+    keyed = min(left, keyed_last)
+    locked = min(left - keyed, max(0, matched_last - changed_last - keyed_last))
+    return LeftOut(keyed, locked, left - keyed - locked)
+
+
 LOCK_SECONDS = 1.0
 PASSING = (
     OutcomeUnknown,
@@ -44,8 +72,8 @@ PASSING = (
 class Bulk:
     """A verb, what it is done to, and how far it is. *verb*, *filter* and *change* are as batchq.bulk takes them.
 
-    matched, changed: of the pass that goes on and of all. longest_seconds: what the longest chunk took: no row was
-    locked for longer.
+    total: how many were counted; no more are changed. matched and keyed: of the current pass; changed: of all passes.
+    longest_seconds: what the longest chunk took: no row was locked for longer.
     """
 
     link: Link
@@ -57,43 +85,61 @@ class Bulk:
     pause_factor: float = PAUSE_FACTOR
     stopping: threading.Event = field(default_factory=threading.Event)
     audit_id: int | None = None
+    total: int | None = None
     matched: int = 0
+    keyed: int = 0
     changed: int = 0
+    changed_before: int = 0
     longest_seconds: float = 0.0
 
     def count(self, told: Callable[[int], None] = lambda _: None) -> int:
         """Return how many batches match; change nothing. *told* is called with the sum so far."""
+        self.begin()
         total = 0
         for chunk in self.walk(MOST_COUNTED, dry_run=True):
             total += chunk.matched
             told(total)
+        self.total = total
         return total
+
+    def begin(self) -> None:
+        """Take the time before which its batches finished or were inserted: one for the count and all passes."""
+        if "before" not in self.filter:
+            with self.link.transaction() as conn:
+                self.filter = {**self.filter, "before": queries.clock_json(conn)}
 
     def chunks(self) -> Iterator[Chunk]:
         """Do it; yield each chunk when it is committed. Up to three times, while batches are left out that were locked.
 
         Raises psycopg.Error; what was yielded is done.
         """
+        self.begin()
         for _ in range(MOST_PASSES):
-            self.matched, changed_before = 0, self.changed
+            self.matched, self.keyed, self.changed_before = 0, 0, self.changed
             for chunk in self.walk(MOST_A_CHUNK, dry_run=False):
                 self.matched += chunk.matched
+                self.keyed += chunk.keyed
                 self.changed += chunk.changed
                 self.audit_id = chunk.audit_id
                 yield chunk
-            if self.left_out(changed_before) == 0 or self.changed == changed_before:
+            if self.changed - self.changed_before in (0, self.matched):
                 return
 
-    def left_out(self, changed_before: int) -> int:
-        """Return how many of this pass matched and were not changed: locked, or beside a live batch of their key."""
-        return self.matched - (self.changed - changed_before)
+    def left_out(self) -> LeftOut:
+        """Return why fewer were changed than counted."""
+        changed = self.changed - self.changed_before
+        return left_out(self.total or 0, self.changed, self.matched, changed, self.keyed)
+
+    def allowed(self, most: int) -> int:
+        """Return how many batches the next chunk may change: *most*, and no more than were counted in all."""
+        return most if self.total is None else min(most, self.total - self.changed_before - self.matched)
 
     def walk(self, most: int, *, dry_run: bool) -> Iterator[Chunk]:
         """Go through all that matches, once, until told to stop."""
         place: str | None = None
-        while not self.stopping.is_set():
+        while not self.stopping.is_set() and (dry_run or self.allowed(most) > 0):
             began_at = time.monotonic()
-            chunk = self.patiently(place, most, dry_run)
+            chunk = self.patiently(place, most if dry_run else self.allowed(most), dry_run)
             took_seconds = time.monotonic() - began_at
             if not dry_run:
                 self.longest_seconds = max(self.longest_seconds, took_seconds)

@@ -66,6 +66,7 @@ def looked(conn: Conn, name: str, parameters: dict[str, float], seconds: float) 
     except (
         psycopg.errors.InsufficientPrivilege,
         psycopg.errors.UndefinedTable,
+        psycopg.errors.UndefinedFunction,
         psycopg.errors.InvalidSchemaName,
     ) as error:
         return [Finding(name, "note", f"not checked: {error.diag.message_primary}", "ask with a role that may see it")]

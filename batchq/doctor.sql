@@ -51,6 +51,78 @@ FROM pg_catalog.pg_stat_replication
 WHERE age(backend_xmin) > %(ages)s
 LIMIT 10
 
+-- name: writes_stopped_by_a_publication
+-- Postgres refuses UPDATE and DELETE on a published table without a replica identity, or with a column list or a row
+-- filter that does not fit it. A partition is covered by a publication of any table above it.
+WITH covered AS (
+  SELECT p.pubname, c.oid::regclass AS relation, r.is_part,
+    c.relreplident = 'f' OR EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid
+      AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident END) AS is_identified
+  FROM pg_catalog.pg_publication p
+  JOIN pg_catalog.pg_class c ON c.relnamespace = 'batchq'::regnamespace AND c.relkind = 'r'
+  CROSS JOIN LATERAL (
+    SELECT bool_or(r.prattrs IS NOT NULL OR r.prqual IS NOT NULL) AS is_part, count(*) AS named
+    FROM pg_catalog.pg_publication_rel r
+    WHERE r.prpubid = p.oid
+      AND (r.prrelid = c.oid OR r.prrelid IN (SELECT a.relid FROM pg_catalog.pg_partition_ancestors(c.oid) a))
+  ) r
+  WHERE (p.pubupdate OR p.pubdelete)
+    AND (p.puballtables OR r.named > 0
+         OR EXISTS (SELECT FROM pg_catalog.pg_publication_namespace n WHERE n.pnpubid = p.oid AND n.pnnspid = c.relnamespace))
+)
+SELECT 'critical',
+  format('publication %%I covers %%s tables without a replica identity, such as %%s: Postgres refuses to change their rows',
+         pubname, count(*), min(relation::text)),
+  'as the owner: SELECT batchq.give_replica_identities();'
+FROM covered
+WHERE NOT is_identified
+GROUP BY pubname
+UNION ALL
+SELECT 'warning',
+  format('publication %%I has a column list or a row filter for %%s tables, such as %%s', pubname, count(*), min(relation::text)),
+  'publish whole tables: Postgres refuses to change rows where the list or the filter does not fit the replica identity'
+FROM covered
+WHERE is_part
+GROUP BY pubname
+
+-- name: triggers_of_others
+SELECT 'note', format('trigger %%I on %%s calls %%s', t.tgname, t.tgrelid::regclass, t.tgfoid::regprocedure),
+  'make sure that it never fails: its errors stop the writes of workers, and its time is added to each'
+FROM pg_catalog.pg_trigger t
+JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid AND c.relnamespace = 'batchq'::regnamespace
+JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid AND p.pronamespace <> c.relnamespace
+WHERE NOT t.tgisinternal
+  AND t.tgparentid = 0
+  AND t.tgenabled <> 'D'
+UNION ALL
+SELECT 'warning', format('rule %%I on %%s rewrites what is written', r.rulename, r.ev_class::regclass),
+  'drop the rule'
+FROM pg_catalog.pg_rewrite r
+JOIN pg_catalog.pg_class c ON c.oid = r.ev_class AND c.relnamespace = 'batchq'::regnamespace AND c.relkind IN ('r', 'p')
+UNION ALL
+SELECT 'warning', format('foreign key %%I of %%s references %%s: batches cannot finish while it does', f.conname,
+                         f.conrelid::regclass, f.confrelid::regclass),
+  'drop the constraint: a batch leaves its partition when it finishes'
+FROM pg_catalog.pg_constraint f
+JOIN pg_catalog.pg_class c ON c.oid = f.confrelid AND c.relnamespace = 'batchq'::regnamespace
+WHERE f.contype = 'f'
+LIMIT 20
+
+-- name: row_level_security
+SELECT 'critical', format('row-level security hides rows of %%s from %%s', string_agg(c.oid::regclass::text, ', ' ORDER BY c.oid), current_user),
+  'disable it for these tables, or give the role BYPASSRLS; until then batches are neither seen nor run'
+FROM pg_catalog.pg_class c
+WHERE c.relnamespace = 'batchq'::regnamespace
+  AND c.relkind IN ('r', 'p')
+  AND row_security_active(c.oid)
+HAVING count(*) > 0
+
+-- name: ids_given_twice
+SELECT 'critical',
+  format('the last id given in batchq.%%s is %%s, and %%s is in use: new rows get ids of old ones', relation, last_given, newest),
+  format('as the owner: SELECT setval(pg_get_serial_sequence(''batchq.%%s'', ''id''), %%s);', relation, newest)
+FROM batchq.ids_given_twice()
+
 -- name: autovacuum_off
 SELECT 'critical', format('%%s is off on the server', name), 'turn it on: dead rows are never removed'
 FROM pg_catalog.pg_settings
@@ -93,6 +165,21 @@ SELECT 'warning', format('finished batches of %%s lie in finished_default', stri
   'have the owner''s workers run, or SELECT batchq.create_finished_partitions(current_date, 8) daily; prune removes these rows'
 FROM (SELECT (finished_at AT TIME ZONE 'UTC')::date AS day FROM batchq.finished_default LIMIT 10000) d
 HAVING count(*) > 0
+
+-- name: locks_near_limit
+-- What looks over all days locks each one's table and indexes. Three at once ought to fit.
+SELECT CASE WHEN held >= room THEN 'critical' ELSE 'warning' END,
+  format('a look over the %%s days of finished batches takes %%s locks, of %%s that the server has room for', days, held, room),
+  'a smaller BATCHQ_KEEP_FINISHED_DAYS and batchq prune, or a higher max_locks_per_transaction'
+FROM (
+  SELECT count(DISTINCT i.inhrelid) AS days, count(DISTINCT i.inhrelid) + count(x.indexrelid) AS held,
+    current_setting('max_locks_per_transaction')::bigint
+      * (current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint) AS room
+  FROM pg_catalog.pg_inherits i
+  LEFT JOIN pg_catalog.pg_index x ON x.indrelid = i.inhrelid
+  WHERE i.inhparent = 'batchq.batches_finished'::regclass
+) locks
+WHERE 3 * held >= room
 
 -- name: partitions_missing
 SELECT CASE WHEN min(d.day) = (now() AT TIME ZONE 'UTC')::date THEN 'critical' ELSE 'warning' END,

@@ -28,6 +28,7 @@ from batchq.throughput import Throughput
 RESCUES_A_ROUND = 100
 HEARTBEAT_SECONDS = 5.0
 MAINTENANCE_SECONDS = 3600.0
+PRUNING_SECONDS = 1.0
 THROUGHPUT_SECONDS = 1.0
 MERGING_SECONDS = 60.0
 PAUSE_FACTOR = 20
@@ -70,6 +71,7 @@ class Keeper:
         self.told_seconds = told_seconds
         self.worn_out = worn_out
         self.unwritten = unwritten
+        self.has_more_to_prune = False
         self.lost = dict.fromkeys(lanes, 0)
         self.survey = Survey(link, queues, lease_seconds)
         self.expiries = {queue: Expiries() for queue in queues}
@@ -91,6 +93,7 @@ class Keeper:
             Duty("survey", lambda: self.survey.run_if_due(self.claimer.known_priorities()), SURVEY_SECONDS),
             Duty("merging", self.merge_throughput, MERGING_SECONDS),
             Duty("maintenance", self.maintain, MAINTENANCE_SECONDS),
+            Duty("pruning", self.prune_more, PRUNING_SECONDS),
         ]
 
     def run(self) -> None:
@@ -234,15 +237,27 @@ class Keeper:
                 if not queries.take_maintenance(conn):
                     return
                 queries.create_finished_partitions(conn, PARTITIONS_AHEAD_DAYS)
-            with self.link.transaction() as conn:
-                if queries.take_maintenance(conn) and (dropped := queries.prune(conn, self.keep_finished_days)):
-                    log.info("pruned", partitions=dropped, older_than_days=self.keep_finished_days)
+            self.prune()
             with self.link.transaction() as conn:
                 queries.prune_records(conn)
         except psycopg.Error as error:
             if self.link.conn is None:  # lost: done again when the database is back
                 raise
             log.warning("maintenance put off", error=one_line(error))
+
+    def prune(self) -> None:
+        """Drop the oldest partitions that are too old, a few: more at once would take too many locks."""
+        self.has_more_to_prune = False
+        with self.link.transaction() as conn:
+            dropped = queries.prune(conn, self.keep_finished_days) if queries.take_maintenance(conn) else 0
+        if dropped:
+            log.info("pruned", partitions=dropped, older_than_days=self.keep_finished_days)
+        self.has_more_to_prune = dropped > 0
+
+    def prune_more(self) -> None:
+        """Drop some more, where the last time left some: one step at a time, so that leases are extended in between."""
+        if self.has_more_to_prune:
+            self.prune()
 
 
 class Expiries:

@@ -1356,12 +1356,23 @@ def drain_worker(conn: Conn, worker_id: str, reason: str | None = None, actor: s
 
 
 class Chunk(NamedTuple):
-    """What came of one chunk of a verb in bulk. next_place: from where to go on, None at the end."""
+    """What came of one chunk of a verb in bulk.
+
+    next_place: from where to go on, None at the end. keyed: how many were left out beside a live batch of their
+    unique_key.
+    """
 
     matched: int
     changed: int
     next_place: str | None
     audit_id: int | None
+    keyed: int
+
+
+def clock_json(conn: Conn) -> str:
+    """Return the database's time as JSON writes it, whatever the session's DateStyle is."""
+    text: str = one(conn, "SELECT to_jsonb(now()) #>> '{}'", {})[0]
+    return text
 
 
 def bulk(
@@ -1380,7 +1391,7 @@ def bulk(
     row = one(
         conn,
         """
-        SELECT matched, changed, next_place::text, audit
+        SELECT matched, changed, next_place::text, audit, keyed
         FROM batchq.bulk(%(verb)s, %(filter)s::jsonb, %(change)s::jsonb, %(place)s::jsonb, %(dry_run)s, %(most)s,
                          %(reason)s, %(actor)s, %(audit_id)s)
         """,
@@ -1600,6 +1611,18 @@ def newest_id(conn: Conn) -> int:
         {"highest_id": HIGHEST_ID},
     )[0]
     return newest
+
+
+def ids_given_twice(conn: Conn, finished_days: float) -> list[tuple[str, int, int]]:
+    """Return relation, last id given and largest id in use, where new rows would get ids that are in use.
+
+    Looks at what finished in the last *finished_days* days: each older day would be another lock.
+    """
+    statement: LiteralString = """
+        SELECT relation, last_given, newest
+        FROM batchq.ids_given_twice(now() - %(days)s * interval '1 day')
+    """
+    return every(conn, statement, {"days": finished_days})
 
 
 CHANGED: LiteralString = """

@@ -12,6 +12,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from batchq.errors import ConfigError
 
 MAX_CONCURRENCY = 1000
+# A statement that looks over all days takes 5 locks for each. With max_locks_per_transaction = 64 and
+# max_connections = 100 there is room for 6,400: for three such statements at once.
+MAX_KEEP_FINISHED_DAYS = 400
 
 
 class Settings(BaseSettings):
@@ -67,7 +70,10 @@ class Settings(BaseSettings):
         description="Connections for transactions of handlers, at most: for threads, and as many for the event loop.",
     )
     keep_finished_days: int = Field(
-        30, ge=1, le=36_500, description="Finished batches older than this are dropped, a whole day at a time."
+        30,
+        ge=1,
+        le=MAX_KEEP_FINISHED_DAYS,
+        description="Finished batches older than this are dropped, a whole day at a time.",
     )
     keep_completed: bool = Field(
         True, description="`no`: a batch that completes is deleted at once; failed and cancelled ones are kept."

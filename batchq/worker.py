@@ -36,6 +36,7 @@ SWITCH_SECONDS = 0.001
 WRITING_SECONDS = 2.0
 LEAST_TOLD_SECONDS = 1.0
 KEEPER, FINISHER = "batchq-keeper", "batchq-finisher"
+IDS_FINISHED_DAYS = 30.0
 
 log = get_logger()
 
@@ -328,3 +329,5 @@ def check_database(dsn: str, seconds: float, row: WorkerRow | None = None) -> No
             queries.take_in(conn, [*row.queues, *row.kinds, row.id] if row else [])
         except queries.UNREADABLE as error:
             raise ConfigError(f"the name of a queue or a kind: {error.diag.message_primary}") from None
+        for relation, last_given, newest in queries.ids_given_twice(conn, IDS_FINISHED_DAYS):
+            log.error("ids given twice", relation=relation, last_given=last_given, newest=newest)

@@ -365,11 +365,25 @@ def prune(options: Namespace) -> int:
         days = settings_of(options).keep_finished_days
     if not 0 <= days < 1_000_000:
         raise InvalidInput(f"--older-than-days takes a number from 0 up, not {days:g}")
+    dropped = 0
     try:
-        with database(options) as conn:
-            dropped = queries.prune(conn, days)
+        for count in pruned(options, days):
+            dropped += count
     except psycopg.errors.LockNotAvailable:
-        print("batchq: a table is in use; nothing was dropped, try again", file=sys.stderr)
+        print(f"batchq: a table is in use; {dropped} daily partitions were dropped, try again", file=sys.stderr)
         return 1
     print_json({"dropped_partitions": dropped}) if options.json else print(f"dropped {dropped} daily partitions")
     return 0
+
+
+def pruned(options: Namespace, days: float) -> Iterator[int]:
+    """Drop old partitions, a few in each transaction; yield how many in each."""
+    settings = settings_of(options)
+    with connect(settings.require_dsn()) as conn:
+        with transaction(conn, settings.database_timeout_seconds):
+            migrations.check_schema(conn)
+        count = 1
+        while count > 0:
+            with transaction(conn, settings.database_timeout_seconds):
+                count = queries.prune(conn, days)
+            yield count

@@ -8,6 +8,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import psycopg
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from batchq import queries
-from batchq.bulk import DONE, LEFT_OUT, PAUSE_FACTOR, Bulk
+from batchq.bulk import DONE, PAUSE_FACTOR, Bulk
 from batchq.cli import show_tables
 from batchq.cli.commands import connected, console, database, print_json, refusal, settings_of
 from batchq.database import Link, transaction
@@ -255,7 +256,8 @@ def report(options: Namespace, bulk: Bulk, total: int) -> int:
     """Say what was done, and return the exit code: 130 if it was broken off, 1 if something was left out."""
     left = max(0, total - bulk.changed)
     said = {
-        "matched": total, "changed": bulk.changed, "left": left, "interrupted": bulk.stopping.is_set(),
+        "matched": total, "changed": bulk.changed, "left": left, "left_out": asdict(bulk.left_out()),
+        "interrupted": bulk.stopping.is_set(),
         "longest_chunk_ms": round(1000 * bulk.longest_seconds, 1), "audit_id": bulk.audit_id,
     }  # fmt: skip
     if options.json:
@@ -273,7 +275,7 @@ def left_text(bulk: Bulk, left: int) -> str:
     """Return what is said of those that were not changed."""
     if bulk.stopping.is_set():
         return f"; interrupted, {left:,} are left"
-    return f"; {left:,} left as they are: {LEFT_OUT}" if left else ""
+    return f"; {left:,} left as they are: {bulk.left_out()}" if left else ""
 
 
 # ---------------------------------------------------------------------------------------------------- the arguments

@@ -14,7 +14,16 @@ from typing import Any
 import psycopg
 
 from batchq import queries
-from batchq.bulk import DONE, LEFT_OUT, LOCK_SECONDS, MOST_A_CHUNK, MOST_COUNTED, MOST_PASSES, PAUSE_FACTOR
+from batchq.bulk import (
+    DONE,
+    LEFT_OUT,
+    LOCK_SECONDS,
+    MOST_A_CHUNK,
+    MOST_COUNTED,
+    MOST_PASSES,
+    PAUSE_FACTOR,
+    left_out,
+)
 from batchq.errors import BatchqError
 from batchq.queries import Chunk
 from batchq.text import period_seconds
@@ -45,7 +54,8 @@ class Job:
     """A verb, what it is done to, and how far it is.
 
     given: the filter, as people gave it; filter and change: as batchq.bulk takes them. state: counting, counted, doing,
-    done. matched and changed_before: of the pass that goes on. rest_seconds: how long the workers are left alone now.
+    done. matched and keyed: of the current pass; changed_before: in the passes before it. rest_seconds: how long the
+    workers are left alone now.
     """
 
     verb: str
@@ -59,6 +69,7 @@ class Job:
     total: int = 0
     passes: int = 0
     matched: int = 0
+    keyed: int = 0
     changed: int = 0
     changed_before: int = 0
     audit_id: int | None = None
@@ -84,6 +95,11 @@ class Job:
         """How many of those that were counted are not changed."""
         return max(0, self.total - self.changed)
 
+    @property
+    def still_allowed(self) -> int:
+        """How many more of those that were counted this pass may meet."""
+        return self.total - self.changed_before - self.matched
+
     def as_text(self) -> str:
         """Return it as a text for a form."""
         return json.dumps(asdict(self))
@@ -95,8 +111,11 @@ class Job:
 
     @property
     def left_out_text(self) -> str:
-        """Why some are not changed."""
-        return LEFT_OUT
+        """Why some are not changed: the reasons that are possible or, once it is done, those that there are."""
+        if self.state != "done":
+            return LEFT_OUT
+        changed = self.changed - self.changed_before
+        return str(left_out(self.total, self.changed, self.matched, changed, self.keyed))
 
 
 def stored(status: str | None) -> str:
@@ -122,12 +141,20 @@ def asked(reader: Reader, verb: str, form: dict[str, str]) -> Job:
         raise Refused("which ones? Give a queue, a kind, an error or an age, or tick that you mean all")
     given["status"] = form.get("status") or TAKES[verb][0]
     reason, actor = (form.get(name, "").strip()[:MOST_TEXT] or None for name in ("reason", "actor"))
-    return Job(verb, given, filter_of(given), change_of(reader, verb, form), reason, actor or "web")
+    return Job(
+        verb,
+        given,
+        filter_of(given, reader.ask(queries.clock_json)),
+        change_of(reader, verb, form),
+        reason,
+        actor or "web",
+    )
 
 
-def filter_of(given: dict[str, str]) -> dict[str, Any]:
-    """Return a filter as batchq.bulk takes it. Raises Refused."""
+def filter_of(given: dict[str, str], before: str) -> dict[str, Any]:
+    """Return a filter as batchq.bulk takes it, of what had finished or was inserted *before*. Raises Refused."""
     found: dict[str, Any] = {name: given[name] for name in ("queue", "kind", "status") if name in given}
+    found["before"] = before
     if "error" in given:
         found["error_like"] = f"%{literal(given['error'])}%"
     if "older" in given:
@@ -178,13 +205,15 @@ def counted(reader: Reader, job: Job) -> Job:
 def did_chunk(reader: Reader, job: Job) -> Job:
     """Do one chunk, and say for how long to leave the workers alone then: as long as the shell's bulk verbs do."""
     began_at = time.monotonic()
-    chunk: Chunk = reader.act(partial(bulk, job, MOST_A_CHUNK, False))
+    # As many as were counted and confirmed are done, and no more, whatever has come to match meanwhile.
+    most = min(MOST_A_CHUNK, job.still_allowed)
+    chunk: Chunk = reader.act(partial(bulk, job, most, False))
     job = replace(
         job, state="doing", place=chunk.next_place, audit_id=chunk.audit_id, matched=job.matched + chunk.matched,
-        changed=job.changed + chunk.changed, rest_seconds=PAUSE_FACTOR * (time.monotonic() - began_at),
+        keyed=job.keyed + chunk.keyed, changed=job.changed + chunk.changed,
+        rest_seconds=PAUSE_FACTOR * (time.monotonic() - began_at),
     )  # fmt: skip
-    # As many as were counted and confirmed are done, and no more, whatever has come to match meanwhile.
-    return ended_pass(job) if job.place is None or job.matched >= job.total else job
+    return ended_pass(job) if job.place is None or job.still_allowed <= 0 else job
 
 
 def ended_pass(job: Job) -> Job:
@@ -192,7 +221,7 @@ def ended_pass(job: Job) -> Job:
     changed = job.changed - job.changed_before
     if changed in (0, job.matched) or job.left == 0 or job.passes + 1 >= MOST_PASSES:
         return replace(job, state="done")
-    return replace(job, passes=job.passes + 1, place=None, matched=0, changed_before=job.changed)
+    return replace(job, passes=job.passes + 1, place=None, matched=0, keyed=0, changed_before=job.changed)
 
 
 def bulk(job: Job, most: int, dry_run: bool, conn: Conn) -> Chunk:

@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,6 +13,8 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from batchq import queries
+from batchq.bulk import Bulk, LeftOut
+from batchq.database import Link
 from batchq.queries import Finish, Progress
 from tests.component.rows import (
     KIND,
@@ -324,6 +327,69 @@ def test_batches_of_all_days_are_found(conn: Conn) -> None:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
+def fail_again(conn: Conn) -> None:
+    """Run all that is ready, as a worker whose handler fails at once, for good."""
+    token = uuid4()
+    if ready := claim(conn, 5000, token=token):
+        finish(conn, *(Finish(taken.id, token, "failed", error='{"error": "again"}') for taken in ready))
+
+
+@pytest.mark.parametrize("has_counted", [True, False], ids=["counted", "uncounted"])
+def test_a_retry_in_bulk_takes_each_batch_once_though_some_are_left_out(
+    conn: Conn, dsn: str, has_counted: bool
+) -> None:
+    add(conn, 2997, "failed")
+    keyed, locked = finished(conn, "failed", unique_key="a"), finished(conn, "failed")
+    insert(conn, unique_key="a", run_at="2100-01-01")
+    link = Link(dsn, 10)
+    retry = Bulk(link, "retry", {}, pause_factor=0)
+    with closing(link), psycopg.connect(dsn, prepare_threshold=None) as other:
+        other.execute("SELECT FROM batchq.batches_finished WHERE id = %s FOR UPDATE", [locked])
+        assert not has_counted or retry.count() == 2999
+        for _ in retry.chunks():
+            fail_again(conn)
+    assert retry.changed == 2997
+    assert values(conn, "SELECT batches FROM batchq.audit") == [2997]
+    untouched = "SELECT id FROM batchq.batches WHERE status = 'failed' AND errors -> -1 ->> 'error' <> 'again'"
+    assert set(values(conn, untouched)) <= {keyed, locked}
+    if has_counted:
+        assert retry.left_out() == LeftOut(keyed=1, locked=1)
+
+
+def test_no_more_is_changed_than_was_counted(conn: Conn, dsn: str) -> None:
+    add(conn, 1500)
+    link = Link(dsn, 10)
+    cancel = Bulk(link, "cancel", {}, pause_factor=0)
+    with closing(link):
+        assert cancel.count() == 1500
+        step("one that was inserted before the count, in a transaction that ended after it")
+        add(conn, 3, hours=1)
+        for _ in cancel.chunks():
+            pass
+    assert (cancel.changed, statuses(conn)) == (1500, {"cancelled": 1500, "pending": 3})
+
+
+def test_a_snooze_for_a_while_is_done_once_though_some_are_locked(conn: Conn, dsn: str) -> None:
+    ids = add(conn, 5)
+    link = Link(dsn, 10)
+    snooze = Bulk(link, "snooze", {}, {"delay_seconds": 600}, pause_factor=0)
+    with closing(link), psycopg.connect(dsn, prepare_threshold=None) as other:
+        other.execute("SELECT FROM batchq.batches_live WHERE id = %s FOR UPDATE", [ids[0]])
+        snooze.count()
+        for _ in snooze.chunks():
+            pass
+    assert (snooze.changed, snooze.left_out()) == (4, LeftOut(locked=1))
+    assert value(conn, "SELECT count(DISTINCT run_at) FROM batchq.batches WHERE run_at > now() + interval '9 min'") == 1
+
+
+def test_what_was_not_old_enough_at_the_beginning_is_left(conn: Conn) -> None:
+    add(conn, 1, hours=1)
+    before = "SELECT to_jsonb(now() - interval '30 minutes') #>> '{}'"
+    then = value(conn, before)
+    assert bulk(conn, "cancel", {"older_than_seconds": 3000, "before": then}) == 0
+    assert bulk(conn, "cancel", {"older_than_seconds": 1500, "before": then}) == 1
+
+
 @pytest.fixture
 def batchq(dsn: str, tmp_path: Path) -> CommandLine:
     """Return what runs commands on the test's database."""
@@ -355,7 +421,8 @@ def test_what_is_left_out_is_said_and_makes_the_exit_code(batchq: CommandLine, c
     insert(conn, unique_key="a")
     ended = batchq("retry", "--all")
     assert ended.code == 1
-    assert ended.out.startswith("1 batches made pending again; 1 left as they are: ")
+    assert ended.out == ("1 batches made pending again; 1 left as they are: 1 beside a live one of their unique_key\n")
+    assert batchq("retry", "--all", "--json").json["left_out"] == {"keyed": 1, "locked": 0, "changed": 0}
 
 
 @pytest.mark.parametrize(
@@ -456,7 +523,7 @@ def test_the_audit_tells_what_was_done_and_in_a_pipe_a_row_is_a_line(batchq: Com
     _, _, paused, moved, *_ = batchq.run_program("audit", COLUMNS="").out.splitlines()
     assert "until 2100-01-01T00:00:00" in paused
     assert paused.split()[-1] == "ann"
-    for text in ("move ", "to_queue slow, older_than_seconds 0.0", "they can wait until it is night"):
+    for text in ("move ", "to_queue slow", "older_than_seconds 0.0", "they can wait until it is night"):
         assert text in moved
     statuses = [line for line in batchq.run_program("status", COLUMNS="").out.splitlines() if "eighty" in line]
     assert len(statuses) == 3, "its queue, and two batches"

@@ -11,7 +11,7 @@ from psycopg.conninfo import make_conninfo
 
 from batchq import doctor
 from batchq.doctor import Finding
-from tests.component.rows import Conn, expire_lease, insert, processing, value
+from tests.component.rows import Conn, claim, expire_lease, insert, processing, value
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
 from tests.support.poolers import PgBouncer
@@ -71,6 +71,104 @@ def test_autovacuum_that_is_off_or_behind_is_told(dsn: str, conn: Conn, admin: C
     admin.execute("INSERT INTO batchq.batches (kind) SELECT 'x' FROM generate_series(1, 50001)")
     admin.execute("DELETE FROM batchq.batches_live")
     wait_until(lambda: found(dsn, "autovacuum_behind").severity == "warning", 30, "the statistics to show dead rows")
+
+
+def test_a_publication_that_stops_writes_is_named(dsn: str, admin: Conn) -> None:
+    check = "writes_stopped_by_a_publication"
+    admin.execute("CREATE PUBLICATION everything FOR ALL TABLES")
+    assert found(dsn, check).severity == "ok"
+    admin.execute("ALTER TABLE batchq.batches_live REPLICA IDENTITY NOTHING")
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="does not have a replica identity"):
+        processing(admin)
+    finding = found(dsn, check)
+    assert (finding.severity, "everything covers 1" in finding.evidence) == ("critical", True)
+    admin.execute(finding.remedy.removeprefix("as the owner: "))
+    assert found(dsn, check).severity == "ok"
+    assert len(claim(admin)) == 1
+
+
+@pytest.mark.parametrize(
+    "covers", ["TABLE batchq.batches", "TABLE batchq.batches_live", "TABLES IN SCHEMA batchq", "ALL TABLES"]
+)
+def test_a_publication_covers_a_partition_by_each_way(dsn: str, admin: Conn, covers: str) -> None:
+    admin.execute("ALTER TABLE batchq.batches_live REPLICA IDENTITY NOTHING")
+    assert found(dsn, "writes_stopped_by_a_publication").severity == "ok"
+    admin.execute(f"CREATE PUBLICATION new_ones FOR {covers} WITH (publish = 'insert')".encode())
+    assert found(dsn, "writes_stopped_by_a_publication").severity == "ok"
+    processing(admin)
+    admin.execute("ALTER PUBLICATION new_ones SET (publish = 'insert, update')")
+    assert found(dsn, "writes_stopped_by_a_publication").severity == "critical"
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+        processing(admin)
+
+
+@pytest.mark.parametrize("part", ["(id, status)", "WHERE (kind = 'mail')"])
+def test_a_publication_of_parts_of_rows_is_named(dsn: str, admin: Conn, part: str) -> None:
+    admin.execute(f"CREATE PUBLICATION parts FOR TABLE batchq.batches_live {part}".encode())
+    with pytest.raises(psycopg.errors.InvalidColumnReference):
+        processing(admin)
+    finding = found(dsn, "writes_stopped_by_a_publication")
+    assert (finding.severity, "parts has a column list or a row filter" in finding.evidence) == ("warning", True)
+
+
+def test_what_others_have_put_on_the_tables_is_named(dsn: str, admin: Conn) -> None:
+    admin.execute("CREATE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
+    admin.execute("CREATE TRIGGER notes AFTER INSERT ON batchq.batches FOR EACH ROW EXECUTE FUNCTION public.note()")
+    finding = found(dsn, "triggers_of_others")
+    assert (finding.severity, finding.evidence) == ("note", "trigger notes on batchq.batches calls note()")
+    admin.execute("CREATE RULE keep AS ON DELETE TO batchq.workers DO INSTEAD NOTHING")
+    assert "rule keep on batchq.workers" in found(dsn, "triggers_of_others").evidence
+    admin.execute("DROP RULE keep ON batchq.workers")
+    admin.execute("CREATE TABLE public.theirs (version integer REFERENCES batchq.migrations)")
+    finding = found(dsn, "triggers_of_others")
+    assert (finding.severity, "of theirs references batchq.migrations" in finding.evidence) == ("warning", True)
+
+
+def test_rows_hidden_by_row_level_security_are_told(admin: Conn, admin_dsn: str) -> None:
+    with role(admin, "batchq_hidden"):
+        admin.execute("GRANT SELECT ON batchq.batches_live TO batchq_hidden")
+        hidden = make_conninfo(admin_dsn, user="batchq_hidden", password="secret")
+        assert found(hidden, "row_level_security").severity == "ok"
+        admin.execute("ALTER TABLE batchq.batches_live ENABLE ROW LEVEL SECURITY")
+        finding = found(hidden, "row_level_security")
+        assert finding.severity == "critical"
+        assert "hides rows of batchq.batches_live from batchq_hidden" in finding.evidence
+
+
+COPIES = {
+    "live": "INSERT INTO batchq.batches (id, kind) OVERRIDING SYSTEM VALUE VALUES (1000, 'mail')",
+    "finished": "INSERT INTO batchq.batches (id, kind, status, finished_at) OVERRIDING SYSTEM VALUE "
+    "VALUES (1000, 'mail', 'failed', now())",
+    "failed item": "INSERT INTO batchq.failed_items (queue, batch_id, item_index, item, error, attempt) "
+    "VALUES ('default', 1000, 0, '1', 'no', 1)",
+    "audit": "INSERT INTO batchq.audit (id, verb) OVERRIDING SYSTEM VALUE VALUES (1000, 'cancel')",
+}
+
+
+@pytest.mark.parametrize("given_before", [0, 3], ids=["never", "some"])
+@pytest.mark.parametrize("copied", COPIES)
+def test_ids_that_begin_again_are_told(dsn: str, admin: Conn, copied: str, given_before: int) -> None:
+    for _ in range(given_before):
+        insert(admin)
+    assert found(dsn, "ids_given_twice").severity == "ok"
+    step("a row whose id the sequence has not given, as logical replication copies it")
+    admin.execute(COPIES[copied].encode())
+    finding = found(dsn, "ids_given_twice")
+    assert (finding.severity, "1000 is in use" in finding.evidence) == ("critical", True)
+    admin.execute(finding.remedy.removeprefix("as the owner: ").encode())
+    assert found(dsn, "ids_given_twice").severity == "ok"
+
+
+def test_days_whose_locks_leave_little_room_are_told(dsn: str, admin: Conn) -> None:
+    assert found(dsn, "locks_near_limit").severity == "ok"
+    room = value(
+        admin, "SELECT current_setting('max_locks_per_transaction')::int * current_setting('max_connections')::int"
+    )
+    for _ in range(3):  # in place of hundreds of days, as many indexes
+        each = "FOR n IN 1 .. %s LOOP EXECUTE format('CREATE INDEX ON batchq.finished_default (id) WHERE id > %%s', n);"
+        admin.execute(f"DO $$BEGIN {each % (room // 9)} END LOOP; END$$".encode())
+    finding = found(dsn, "locks_near_limit")
+    assert (finding.severity, f"of {room} that" in finding.evidence) == ("warning", True)
 
 
 def test_days_without_a_partition_are_told(dsn: str, admin: Conn) -> None:

@@ -174,6 +174,20 @@ def test_lines_of_no_batch_name_none(dsn: str, conn: psycopg.Connection, logged:
     assert logged.lines("worker stopped")[0]["completed"] == 1
 
 
+def test_a_worker_that_starts_where_ids_begin_again_logs_it(
+    dsn: str, conn: psycopg.Connection, logged: Captured
+) -> None:
+    copied = (
+        "INSERT INTO batchq.batches (id, kind, status, finished_at) OVERRIDING SYSTEM VALUE VALUES (7, 'x', %s, now())"
+    )
+    drain(make_talking_app(), dsn)
+    assert logged.lines("ids given twice") == []
+    conn.execute(copied, ["failed"])
+    drain(make_talking_app(), dsn)
+    [line] = logged.lines("ids given twice")
+    assert (line["level"], line["relation"], line["last_given"], line["newest"]) == ("error", "batches", 0, 7)
+
+
 def test_two_batches_at_once_do_not_mix_their_lines(dsn: str, conn: psycopg.Connection, logged: Captured) -> None:
     app = batchq.App()
     together = threading.Barrier(4)

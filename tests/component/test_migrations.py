@@ -188,6 +188,55 @@ def test_the_schema_works_where_the_search_path_is_empty(empty_database: str, em
         check_every_statement(conn)
 
 
+# --------------------------------------------------------------------------------------------------- publications
+
+WITHOUT_IDENTITY = """
+SELECT c.relname
+FROM pg_class c
+WHERE c.relnamespace = 'batchq'::regnamespace
+  AND c.relkind = 'r'
+  AND c.relreplident <> 'f'
+  AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid
+                  AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident END)
+"""
+
+
+def test_every_statement_works_beside_a_publication_of_all_tables(empty_dsn: str) -> None:
+    migrate(empty_dsn)
+    with connect(empty_dsn) as conn:
+        conn.execute("CREATE PUBLICATION everything FOR ALL TABLES")
+        check_every_statement(conn)
+        for verb in ("retry", "cancel"):
+            conn.execute("SELECT batchq.bulk(%s)", [verb])
+        conn.execute("SELECT batchq.pause(kind => 'x'), batchq.resume(kind => 'x'), batchq.prune_records()")
+        with conn.transaction():
+            queries.merge_throughput(conn)
+
+
+def test_every_table_has_a_replica_identity_and_each_new_day_too(conn: Conn) -> None:
+    conn.execute("SELECT batchq.create_finished_partitions('2031-05-06', 1)")
+    assert values(conn, WITHOUT_IDENTITY) == []
+
+
+@pytest.mark.parametrize("index", ["(id, queue)", "(id) INCLUDE (queue)"])
+def test_the_replica_identity_follows_the_unique_index_that_there_is(conn: Conn, index: str) -> None:
+    identity = (
+        "SELECT indexrelid::regclass::text FROM pg_index "
+        "WHERE indrelid = 'batchq.batches_live'::regclass AND indisreplident"
+    )
+    conn.execute("DROP INDEX batchq.batches_live_id")
+    conn.execute(f"CREATE UNIQUE INDEX another ON batchq.batches_live {index}".encode())
+    assert values(conn, WITHOUT_IDENTITY) == ["batches_live"]
+    assert value(conn, "SELECT batchq.give_replica_identities()") == 1
+    assert values(conn, identity) == ["batchq.another"]
+    assert value(conn, "SELECT batchq.give_replica_identities()") == 0
+    conn.execute("CREATE PUBLICATION everything FOR ALL TABLES")
+    finished(conn)
+    conn.execute("DROP INDEX batchq.another")
+    assert value(conn, "SELECT batchq.give_replica_identities()") == 1, "the whole row, where no index is left"
+    finished(conn)
+
+
 def check_every_statement(conn: Conn) -> None:
     """Run every statement of batchq."""
     check_schema(conn)

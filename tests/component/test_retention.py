@@ -2,15 +2,19 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import psycopg
 import pytest
 
-from batchq import queries
+from batchq import App, Settings, queries
+from batchq.settings import MAX_KEEP_FINISHED_DAYS
+from batchq.worker import Worker
 from tests.component.rows import KIND, Conn, batch, finished, insert, value, values
 from tests.support.alone import run_alone
+from tests.support.commands import CommandLine
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 
@@ -157,6 +161,52 @@ def test_failed_items_go_with_their_batch_and_not_before(conn: Conn) -> None:
         fail_an_item(conn, batch_id, 40)
     assert prune(conn, 30) == 1
     assert values(conn, "SELECT batch_id FROM batchq.failed_items ORDER BY 1") == [kept, live]
+
+
+LOCKS = "SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid()"
+
+
+def test_old_days_are_dropped_a_few_in_each_transaction_the_oldest_first(conn: Conn) -> None:
+    create(conn, 65, 60)
+    steps = []
+    while not steps or steps[-1]:
+        with conn.transaction():
+            steps.append(queries.prune(conn, 30))
+            assert value(conn, LOCKS) < 800, "of 6,400 that a server has room for by default"
+        assert values(conn, PARTITIONS)[0] == name(conn, max(30, 65 - sum(steps)))
+    assert steps == [10, 10, 10, 5, 0]
+
+
+def test_the_command_drops_all_that_is_old(conn: Conn, dsn: str, tmp_path: Path) -> None:
+    create(conn, 65, 60)
+    ended = CommandLine(dsn, tmp_path)("prune", "--older-than-days", "30")
+    assert (ended.code, ended.out) == (0, "dropped 35 daily partitions\n"), ended.err
+    assert values(conn, PARTITIONS)[0] == name(conn, 30)
+
+
+def test_a_worker_drops_all_that_is_old_within_one_maintenance(conn: Conn, dsn: str) -> None:
+    create(conn, 55, 20)
+    app = App()
+    app.handler(KIND)(print)
+    worker = Worker(app, Settings.load(dsn=dsn, keep_finished_days=30))
+    running = Thread(target=worker.run)
+    running.start()
+    try:
+        wait_until(lambda: values(conn, PARTITIONS)[0] > name(conn, 31), 20, "all steps")
+    finally:
+        worker.stop()
+        running.join(20)
+
+
+def test_as_many_days_as_may_be_kept_leave_room_for_three_looks_over_all_of_them(conn: Conn) -> None:
+    create(conn, 9, 10)
+    days = value(conn, "SELECT count(*) FROM pg_inherits WHERE inhparent = 'batchq.batches_finished'::regclass")
+    with conn.transaction():
+        conn.execute("SELECT FROM batchq.batches_finished WHERE id = 1")
+        each_day = (value(conn, LOCKS) - 10) / days  # less those of the tables above, and of pg_locks
+    step("%s locks a day", each_day)
+    default_room = 64 * 100
+    assert 3 * each_day * (MAX_KEEP_FINISHED_DAYS + 10) <= default_room
 
 
 def test_a_negative_age_is_refused(conn: Conn) -> None:

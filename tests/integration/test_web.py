@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from html import unescape
 from html.parser import HTMLParser
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import psycopg
@@ -17,7 +18,7 @@ from psycopg import sql
 
 from batchq import queries
 from batchq.errors import ConfigError
-from batchq.queries import Progress, Tally, WorkerRow
+from batchq.queries import Finish, Progress, Tally, WorkerRow
 from batchq.web import reads
 from batchq.web.live import Live
 from batchq.web.settings import WebSettings
@@ -25,8 +26,10 @@ from batchq.web.shown import duration, visible
 from tests.component.rows import (
     Conn,
     checkpoint,
+    claim,
     expire_lease,
     failure,
+    finish,
     finished,
     insert,
     processing,
@@ -681,8 +684,7 @@ def test_what_is_left_out_is_told(conn: Conn, admin_dsn: str, site: Site) -> Non
     insert(conn, kind="mail", unique_key="a")
     answer = to_the_end(site, ask_many(site, "retry", kind="mail"))
     assert said(answer) == (
-        "2 batches made pending again. 1 are left as they are: changed meanwhile, locked, or beside a live one of "
-        "their unique_key."
+        "2 batches made pending again. 1 are left as they are: 1 beside a live one of their unique_key."
     )
     assert value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [keyed]) == "failed"
 
@@ -702,6 +704,25 @@ def test_what_fails_again_meanwhile_is_not_retried_for_ever(conn: Conn, site: Si
     answer = go_on(site, answer)
     assert said(answer) == "1,500 batches made pending again."
     assert "The list</a>" in answer.text, "it goes on"
+
+
+def test_many_that_fail_again_at_once_are_retried_once_though_one_is_left_out(conn: Conn, site: Site) -> None:
+    conn.execute(
+        "INSERT INTO batchq.batches (kind, status, finished_at) "
+        "SELECT 'mail', 'failed', now() FROM generate_series(1, 1500)"
+    )
+    finished(conn, "failed", kind="mail", unique_key="a")
+    insert(conn, kind="mail", unique_key="a", run_at="2100-01-01")
+    answer = ask_many(site, "retry", kind="mail")
+    while "<button class" in answer.text.split("bulk-form")[1]:
+        answer = go_on(site, answer)
+        token = uuid4()
+        if ready := claim(conn, 5000, kinds=["mail"], token=token):
+            finish(conn, *(Finish(taken.id, token, "failed", error='{"error": "again"}') for taken in ready))
+    assert said(answer) == (
+        "1,500 batches made pending again. 1 are left as they are: 1 beside a live one of their unique_key."
+    )
+    assert value(conn, "SELECT batches FROM batchq.audit") == 1500
 
 
 def test_what_many_cannot_be_done_to_is_said(conn: Conn, site: Site) -> None:

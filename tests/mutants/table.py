@@ -11,16 +11,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QUERIES, MIGRATE, POSITIONS, KEEPER = (f"batchq/{name}.py" for name in ("queries", "migrate", "positions", "keeper"))
-TABLES, PARTITIONS, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED = (
+TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE = (
     f"migrations/{name}.sql"
     for name in (
         "0001_batches",
-        "0003_partitions",
         "0008_items_total",
         "0010_has_ready",
         "0023_verbs_lock_first",
         "0016_bulk",
         "0026_trace_context",
+        "0035_replica_identities",
+        "0037_true_bulk_numbers",
+        "0038_prune_in_steps",
     )
 )
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
@@ -432,8 +434,8 @@ MUTANTS = [
         [("    wait_briefly_for_locks(conn)\n", "", "maintenance waits 100 ms for a lock at most")],
     ),
     *of(
-        "CREATE FUNCTION batchq.create_finished_partitions",
-        RETENTION,
+        "CREATE OR REPLACE FUNCTION batchq.create_finished_partitions",
+        (RETENTION, SCHEMA),
         [
             (
                 "  PERFORM pg_advisory_xact_lock(hashtextextended('batchq.partitions', 0));\n",
@@ -446,11 +448,16 @@ MUTANTS = [
                 "EXCEPTION WHEN division_by_zero THEN",
                 "a day that lies in the default partition stops nothing",
             ),
+            (
+                "      EXECUTE format('ALTER TABLE batchq.%I REPLICA IDENTITY FULL', name);\n",
+                "",
+                "no publication stops a retry",
+            ),
         ],
-        PARTITIONS,
+        IDENTITIES,
     ),
     *of(
-        "CREATE FUNCTION batchq.prune(",
+        "CREATE OR REPLACE FUNCTION batchq.prune(",
         RETENTION,
         [
             (
@@ -458,6 +465,7 @@ MUTANTS = [
                 "",
                 "workers that prune at once do not collide",
             ),
+            ("    LIMIT most\n", "", "locks of a prune do not grow with history"),
             ("< first_kept_day\n", "<= first_kept_day\n", "only days wholly before are dropped"),
             (
                 "AND NOT EXISTS (SELECT FROM batchq.batches b WHERE b.id = o.batch_id)",
@@ -466,7 +474,7 @@ MUTANTS = [
             ),
             ("IF older_than < interval '0' THEN", "IF false THEN", "a negative age is refused"),
         ],
-        PARTITIONS,
+        PRUNE,
     ),
     # ------------------------------------------------------------------------------------------------------- verbs
     *of(
@@ -580,6 +588,19 @@ MUTANTS = [
             ),
         ],
         BULK,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.bulk(",
+        BULK_ACTIONS,
+        [
+            (
+                "coalesce((filter ->> 'before')::timestamptz, (place",
+                "coalesce((place",
+                "a verb in bulk takes each batch once",
+            ),
+            ("OR b.queue <> change ->> 'to_queue'));", "));", "what is as wanted is not left out"),
+        ],
+        TRUE_BULK,
     ),
     # ------------------------------------------------------------------------------------------------------ tables
     *of(
