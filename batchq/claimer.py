@@ -174,7 +174,7 @@ class Claimer:
 
     def room(self, lane: Lane, claimed: int) -> int:
         """Return how many batches to claim in one statement, when *claimed* were in this round."""
-        room = lane.room() if claimed == 0 else lane.wanted() - lane.unwritten
+        room = lane.room() if claimed == 0 else lane.wanted() - lane.occupied
         return min(room, int(MOST_A_CLAIM * lane.stretch))
 
     def look(self, source: Source) -> list[tuple[int, Position]]:

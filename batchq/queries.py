@@ -758,6 +758,28 @@ def array_text(values: Iterable[object]) -> str:
     return f"{{{','.join(map(str, values))}}}"
 
 
+LOCKED: LiteralString = """
+WITH free AS (
+  SELECT id
+  FROM batchq.batches_live
+  WHERE queue = %(queue)s
+    AND id = ANY (%(ids)s::bigint[])
+  FOR UPDATE SKIP LOCKED
+)
+SELECT id
+FROM batchq.batches_live
+WHERE queue = %(queue)s
+  AND id = ANY (%(ids)s::bigint[])
+  AND id <> ALL (ARRAY(SELECT id FROM free))
+"""
+
+
+def locked(queue: str, ids: Sequence[int]) -> Statement:
+    """Return the statement that returns the ids of the batches whose rows another session has locked. It waits for none
+    of them. For a finish that has waited in vain: what it does not name is free, or gone."""
+    return LOCKED, {"queue": queue, "ids": list(ids)}
+
+
 class Requeue(NamedTuple):
     """A batch that becomes pending again, after *delay_seconds* (None keeps its run_at); *give_back* the attempt."""
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SWITCH_SECONDS = 0.001
 WRITING_SECONDS = 2.0
 LEAST_TOLD_SECONDS = 1.0
+MOST_LOGGED = 20
 
 log = get_logger()
 
@@ -265,7 +266,8 @@ class Worker:
         if not finishing.is_alive():
             return True
         self.finisher.give_up.set()
-        log.error("not every outcome could be written; the leases will bring those batches back")
+        left = [batch.id for batch in self.finisher.unwritten()]
+        log.error("not every outcome could be written", count=len(left), batch_ids=left[:MOST_LOGGED])
         return False
 
     def say_goodbye(self) -> None:
