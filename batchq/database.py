@@ -302,6 +302,7 @@ class Link:
         self.timeout_seconds = timeout_seconds
         self.conn: psycopg.Connection[Any] | None = None
         self.quickest_seconds: float | None = None
+        self.answers = 0  # how often the database did what it was asked
 
     @property
     def round_trip_seconds(self) -> float:
@@ -317,9 +318,9 @@ class Link:
         self.quickest_seconds = min(seconds, self.quickest_seconds or seconds)
 
     @contextmanager
-    def transaction(self) -> Iterator[psycopg.Connection[Any]]:
+    def transaction(self, settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[psycopg.Connection[Any]]:
         """Run the block in one transaction; see the module's `transaction`."""
-        with self.kept() as conn, transaction(conn, self.timeout_seconds):
+        with self.kept() as conn, transaction(conn, self.timeout_seconds, settings=settings):
             yield conn
 
     def run(self, statement: Statement, settings: Mapping[str, str] = queries.BY_INDEX) -> list[Any]:
@@ -366,6 +367,7 @@ class Link:
             self.quickest_seconds = None
         try:
             yield self.conn
+            self.answers += 1
         finally:
             if is_lost(self.conn):
                 self.close()

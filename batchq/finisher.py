@@ -67,7 +67,7 @@ class Finisher:
         self.filled = threading.Event()
         self.closing = threading.Event()
         self.give_up = threading.Event()
-        self.outage = Outage("finisher")
+        self.outage = Outage("finisher", link)
         self.put_back = False
         self.refused_in_a_row = 0
         self.counts: dict[str, int] = defaultdict(int)
@@ -282,7 +282,7 @@ class Finisher:
         """Count what is written, for batchq.throughput."""
         for entry in entries:
             if entry.batch.items_total is not None:
-                self.throughput.progress(entry.batch, items_worked(entry), is_last=True)
+                self.throughput.progress(entry.batch, items_worked(entry))
         for (queue, kind, end), alike in by_end(entries).items():
             timed = alike[:: len(alike) // MOST_TIMED + 1]
             run_times = run_times_of((entry.batch, entry.ended_at) for entry in timed)

@@ -374,6 +374,11 @@ RETURNING b.id, b.kind, b.attempt, b.max_attempts,
   b.trace_context
 """
 
+# The same without batches that the database refused to change.
+CLAIM_SKIPPING: LiteralString = CLAIM.replace(
+    "AND run_at <= now()", "AND run_at <= now()\n    AND id <> ALL (%(skipped)s)"
+)
+
 
 def claim(
     queue: str,
@@ -385,13 +390,15 @@ def claim(
     lease_seconds: float,
     after: Position = START,
     until: Position = END,
+    skipped: Sequence[int] = (),
 ) -> Statement:
     """Return the statement that takes up to *limit* ready batches of one queue and priority, the oldest first, behind
     one position and up to another; it counts the attempt, and returns the columns of `ClaimedRow`.
 
-    Batches that another claim has locked are passed over, never waited for.
+    Batches that another claim has locked are passed over, never waited for; *skipped* are left out.
     """
-    return CLAIM, {
+    statement, more = (CLAIM_SKIPPING, {"skipped": list(skipped)}) if skipped else (CLAIM, {})
+    return statement, more | {
         "queue": queue,
         "priority": priority,
         "kinds": list(kinds),
@@ -420,6 +427,45 @@ def give_back_claim(conn: Conn, queue: str, token: UUID) -> int:
         """,
         {"queue": queue, "token": token},
     ).rowcount
+
+
+def ready_positions(
+    conn: Conn,
+    queue: str,
+    priority: int,
+    kinds: Sequence[str],
+    limit: int,
+    after: Position,
+    until: Position,
+    skipped: Sequence[int],
+) -> list[Position]:
+    """Return the positions of the batches that a `claim` with these arguments would take, in their order."""
+    rows = every(
+        conn,
+        """
+        SELECT date_part('epoch', run_at), id
+        FROM batchq.batches_live
+        WHERE queue = %(queue)s
+          AND status = 'pending'
+          AND priority = %(priority)s
+          AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)
+          AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)
+          AND run_at <= now()
+          AND id <> ALL (%(skipped)s)
+          AND kind = ANY (%(kinds)s)
+        ORDER BY run_at, id
+        LIMIT %(limit)s
+        """,
+        {
+            "queue": queue,
+            "priority": priority,
+            "kinds": list(kinds),
+            "limit": limit,
+            "skipped": list(skipped),
+            **bounds(after, until),
+        },
+    )
+    return [Position(*row) for row in rows]
 
 
 # --------------------------------------------------------------------------------------------------- the input
@@ -893,6 +939,8 @@ WITH expired AS (
     AND status = 'processing'
     AND lease_expires_at > to_timestamp(%(after)s)
     AND lease_expires_at < now()
+    AND id <> ALL (%(skipped)s::bigint[])
+    AND (%(only)s::bigint[] IS NULL OR id = ANY (%(only)s::bigint[]))
   ORDER BY lease_expires_at
   LIMIT %(limit)s
   FOR UPDATE SKIP LOCKED
@@ -907,17 +955,13 @@ WITH expired AS (
       lease_expires_at = NULL,
       errors = batchq.append_error(b.errors, b.attempt, jsonb_build_object('error',
         format('worker died: %%s gave no sign of life until its lease ran out', b.claimed_by)))
-  FROM expired
   WHERE b.queue = %(queue)s
-    AND b.id = expired.id
-    AND expired.again
+    AND b.id = ANY (ARRAY(SELECT id FROM expired WHERE again))
   RETURNING b.id, b.kind, b.attempt, b.status
 ), gone AS (
   DELETE FROM batchq.batches_live b
-  USING expired
   WHERE b.queue = %(queue)s
-    AND b.id = expired.id
-    AND NOT expired.again
+    AND b.id = ANY (ARRAY(SELECT id FROM expired WHERE NOT again))
   RETURNING b.*
 ), dead AS (
   INSERT INTO batchq.batches_finished (id, queue, kind, status, payload, items, priority, run_at, unique_key,
@@ -939,7 +983,13 @@ SELECT id, kind, attempt, status FROM dead
 
 
 def rescue(
-    conn: Conn, queue: str, limit: int, spread_seconds: float = 0, after: float = float("-inf")
+    conn: Conn,
+    queue: str,
+    limit: int,
+    spread_seconds: float = 0,
+    after: float = float("-inf"),
+    skipped: Sequence[int] = (),
+    only: Sequence[int] | None = None,
 ) -> list[tuple[int, str, int, str]]:
     """Take back up to *limit* batches whose lease ran out; return id, kind, attempt and new status of each.
 
@@ -949,8 +999,38 @@ def rescue(
     The attempt stays counted: a batch that kills its worker ends as failed when its attempts are used up. One that is
     rescued for the first time is ready at once; one whose worker died again waits for a random part of *spread_seconds*
     * 2^attempt: so those that were in hand beside a batch that kills its worker are not beside it every time.
+
+    *skipped* are left out; *only*: of these alone.
     """
-    return every(conn, RESCUE, {"queue": queue, "limit": limit, "spread_seconds": spread_seconds, "after": after})
+    parameters = {
+        "queue": queue,
+        "limit": limit,
+        "spread_seconds": spread_seconds,
+        "after": after,
+        "skipped": list(skipped),
+        "only": None if only is None else list(only),
+    }
+    return every(conn, RESCUE, parameters)
+
+
+def expired(conn: Conn, queue: str, limit: int, after: float, skipped: Sequence[int]) -> list[int]:
+    """Return the ids of the batches that a `rescue` with these arguments would take back."""
+    rows = every(
+        conn,
+        """
+        SELECT id
+        FROM batchq.batches_live
+        WHERE queue = %(queue)s
+          AND status = 'processing'
+          AND lease_expires_at > to_timestamp(%(after)s)
+          AND lease_expires_at < now()
+          AND id <> ALL (%(skipped)s::bigint[])
+        ORDER BY lease_expires_at
+        LIMIT %(limit)s
+        """,
+        {"queue": queue, "limit": limit, "after": after, "skipped": list(skipped)},
+    )
+    return [batch_id for (batch_id,) in rows]
 
 
 def now(conn: Conn) -> float:
@@ -1025,7 +1105,8 @@ WHERE id <> %(id)s
   AND queues && %(queues)s::text[]
   AND NOT stopping
 """
-HEARTBEAT_SETTINGS = WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}  # ms: leases are kept by the same thread
+# For what the keeper writes besides; a lock is waited for 100 ms at most: leases are kept by the same thread.
+HEARTBEAT_SETTINGS = THROUGHPUT_SETTINGS = WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}
 
 
 class Turn(NamedTuple):
@@ -1142,6 +1223,7 @@ def prune_records(conn: Conn) -> int:
 
 def merge_throughput(conn: Conn) -> int:
     """Make one row of the rows of all workers, for each minute that is over; return how many were made."""
+    wait_briefly_for_locks(conn)  # leases are kept by the same thread
     merged: int = one(conn, "SELECT batchq.merge_throughput()", {})[0]
     return merged
 

@@ -1,15 +1,20 @@
 """Rows that a person has locked, or that the database refuses to change: each holds up itself and nothing else."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 import pytest
+from structlog.testing import capture_logs
 
-from batchq import finisher
+import batchq
+from batchq import finisher, lanes
 from batchq.batch import Batch
 from batchq.execution import COMPLETED, RELEASED, Outcome
+from batchq.positions import Source
+from batchq.queries import END, START
 from tests.component.rows import Conn, values
 from tests.component.test_worker_parts import Parts, enqueue
 from tests.support.alone import run_alone
@@ -116,6 +121,171 @@ def test_a_postponed_batch_that_is_cancelled_meanwhile_is_lost_and_not_written(
     assert [entry.batch for entry in lost] == [batches[0]]
     assert values(conn, "SELECT id FROM batchq.batches WHERE status = 'cancelled'") == [batches[0].id]
     assert parts.lane.unwritten == 0
+
+
+# ------------------------------------------------------------------------------------------------------ refused rows
+
+REFUSING = """
+CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF old.payload ->> 'refuses' = tg_argv[0] THEN
+    RAISE EXCEPTION 'batch % is under audit', old.id;
+  END IF;
+  RETURN CASE WHEN tg_op = 'DELETE' THEN old ELSE new END;
+END
+$$;
+CREATE TRIGGER refuse_update BEFORE UPDATE ON batchq.batches_live
+  FOR EACH ROW WHEN (old.payload ? 'refuses') EXECUTE FUNCTION public.refuse('change');
+CREATE TRIGGER refuse_delete BEFORE DELETE ON batchq.batches_live
+  FOR EACH ROW WHEN (old.payload ? 'refuses') EXECUTE FUNCTION public.refuse('end')
+"""
+BAD = {4, 5, 6, 40, 101}
+
+
+@pytest.fixture
+def refusing(admin_dsn: str) -> Iterator[None]:
+    """Have the database refuse to change batches whose payload says so."""
+    with psycopg.connect(admin_dsn, autocommit=True) as admin:
+        admin.execute(REFUSING)
+        yield
+
+
+def enqueue_some_bad(conn: Conn, count: int, refuses: str) -> set[int]:
+    """Enqueue batches, of which a few are refused; return the ids of those."""
+    batchq.enqueue_many(conn, "work", [{"refuses": refuses} if number in BAD else {} for number in range(count)])
+    return set(values(conn, "SELECT id FROM batchq.batches WHERE payload ? 'refuses'"))
+
+
+def refuse(conn: Conn, ids: Iterable[int], refuses: str) -> None:
+    """Have the database refuse batches that are processing from now on."""
+    conn.execute(
+        "UPDATE batchq.batches_live SET payload = jsonb_build_object('refuses', %s::text) WHERE id = ANY (%s)",
+        [refuses, list(ids)],
+    )
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_claim_takes_all_but_the_rows_that_the_database_refuses_to_change(conn: Conn, parts: Parts) -> None:
+    bad = enqueue_some_bad(conn, 208, "change")
+    source = Source("default", parts.lane)
+    with capture_logs() as logs:
+        assert len(parts.claimer.claim(source, 0, 208, START, END)) == 208 - len(bad)
+    assert {batch.id for batch in parts.lane.in_hand()}.isdisjoint(bad)
+    [line] = [line for line in logs if line["event"] == "batches refused"]
+    assert set(line["batch_ids"]) == bad
+    assert "is under audit" in line["error"]
+    step("they are left out for a while, and take no room in the lane")
+    assert parts.lane.unwritten == 208 - len(bad)
+    enqueue(conn, 1)
+    with capture_logs() as logs:
+        assert len(parts.claimer.claim(source, 0, 208, START, END)) == 1
+    assert logs == []
+    step("then they are tried again")
+    conn.execute("DROP TRIGGER refuse_update ON batchq.batches_live")
+    parts.claimer.skipped.until = dict.fromkeys(bad, time.monotonic())
+    assert {row.id for row in parts.claimer.claim(source, 0, 208, START, END)} == bad
+
+
+@pytest.mark.usefixtures("refusing")
+def test_more_refused_rows_than_a_lane_has_room_for_do_not_stop_its_claims(conn: Conn, parts: Parts) -> None:
+    batchq.enqueue_many(conn, "work", [{"refuses": "change"}] * 30)
+    enqueue(conn, 1)
+    source = Source("default", parts.lane)
+    claimed: list[Any] = []
+    for _ in range(5):
+        claimed += parts.claimer.claim(source, 0, 8, START, END)
+    assert len(claimed) == 1
+    assert len(parts.claimer.skipped.ids()) == 30
+
+
+@pytest.mark.usefixtures("refusing")
+@ended
+def test_a_finish_writes_all_but_the_rows_that_the_database_refuses_to_change(
+    conn: Conn, parts: Parts, outcome: Outcome, keep: bool, status: str | None
+) -> None:
+    parts.finisher.keep_completed = keep
+    enqueue(conn, 200)
+    batches = parts.claim(200)
+    bad = {batch.id for number, batch in enumerate(batches) if number in BAD}
+    refuse(conn, bad, "change" if status == "pending" else "end")
+    end_all(parts, batches, outcome)
+    with capture_logs() as logs:
+        parts.finisher.write_group()
+    assert set(values(conn, "SELECT id FROM batchq.batches WHERE status = 'processing'")) == bad
+    lines = [line for line in logs if line["event"] == "outcomes postponed"]
+    assert {batch_id for line in lines for batch_id in line["batch_ids"]} == bad
+    assert all("is under audit" in line["error"] for line in lines)
+    assert (parts.lane.unwritten, parts.lane.occupied) == (len(bad), 0)
+    step("once the database takes them, they are written as they ended")
+    conn.execute("DROP TRIGGER refuse_update ON batchq.batches_live; DROP TRIGGER refuse_delete ON batchq.batches_live")
+    write_postponed(parts)
+    assert statuses(conn) == ({status: 200} if status else {})
+
+
+@pytest.mark.usefixtures("refusing")
+def test_when_every_finish_is_refused_what_takes_no_room_is_bounded(
+    conn: Conn, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "MOST_POSTPONED", 5)
+    enqueue(conn, 8)
+    batches = parts.claim(8)
+    refuse(conn, [batch.id for batch in batches], "end")
+    end_all(parts, batches)
+    parts.write()
+    assert (parts.lane.unwritten, parts.lane.occupied) == (8, 3)
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_finish_that_is_refused_whatever_its_rows_is_not_halved_to_the_end(
+    conn: Conn, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue(conn, 600)
+    batches = parts.claim(600)
+    refuse(conn, [batch.id for batch in batches], "end")
+    end_all(parts, batches)
+    sent = count_statements(parts, monkeypatch)
+    parts.finisher.write_group()
+    assert len(sent) < 60
+    assert len(parts.finisher.unwritten()) == 600
+    conn.execute("DROP TRIGGER refuse_delete ON batchq.batches_live")
+    parts.write()
+    write_postponed(parts)
+    assert statuses(conn) == {"completed": 600}
+
+
+@pytest.mark.usefixtures("refusing")
+def test_the_leases_of_all_but_refused_rows_are_extended(conn: Conn, parts: Parts) -> None:
+    enqueue(conn, 120)
+    batches = parts.claim(120)
+    bad = {batch.id for number, batch in enumerate(batches) if number in BAD}
+    refuse(conn, bad, "change")
+    conn.execute("ALTER TABLE batchq.batches_live DISABLE TRIGGER refuse_update")
+    conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() + interval '1 second'")
+    conn.execute("ALTER TABLE batchq.batches_live ENABLE TRIGGER refuse_update")
+    for batch in batches:
+        batch.leased_at -= 21
+    parts.keeper.extend()
+    short = "SELECT id FROM batchq.batches_live WHERE lease_expires_at < now() + interval '50 seconds'"
+    assert set(values(conn, short)) == bad
+    assert len(parts.lane.in_hand()) == 120, "none is lost"
+
+
+@pytest.mark.usefixtures("refusing")
+@pytest.mark.parametrize(("attempts", "refuses", "status"), [(5, "change", "pending"), (1, "end", "failed")])
+def test_all_but_refused_rows_are_rescued(conn: Conn, parts: Parts, attempts: int, refuses: str, status: str) -> None:
+    enqueue(conn, 120, max_attempts=attempts)
+    batches = parts.claim(120)
+    conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() - interval '1 second'")
+    bad = {batch.id for number, batch in enumerate(batches) if number in BAD}
+    refuse(conn, bad, refuses)
+    parts.keeper.rescue()
+    assert statuses(conn) == {status: 120 - len(bad), "processing": len(bad)}
+    assert set(values(conn, "SELECT id FROM batchq.batches WHERE status = 'processing'")) == bad
+    step("and are tried again after a while")
+    conn.execute("DROP TRIGGER refuse_update ON batchq.batches_live; DROP TRIGGER refuse_delete ON batchq.batches_live")
+    for expiries in parts.keeper.expiries.values():
+        expiries.skipped.until.clear()
+    wait_until(lambda: parts.keeper.rescue() or statuses(conn) == {status: 120}, 5, "all to be rescued")
 
 
 if __name__ == "__main__":
