@@ -1,8 +1,9 @@
 """Rows that a person has locked, or that the database refuses to change: each holds up itself and nothing else."""
 
+import gc
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import psycopg
@@ -10,12 +11,14 @@ import pytest
 from structlog.testing import capture_logs
 
 import batchq
-from batchq import finisher, lanes
+from batchq import finisher, keeper, lanes
 from batchq.batch import Batch
+from batchq.database import Link
 from batchq.execution import COMPLETED, RELEASED, Outcome
+from batchq.outage import Outage
 from batchq.positions import Source
 from batchq.queries import END, START
-from tests.component.rows import Conn, values
+from tests.component.rows import Conn, claim, value, values
 from tests.component.test_worker_parts import Parts, enqueue
 from tests.support.alone import run_alone
 from tests.support.steps import step
@@ -286,6 +289,116 @@ def test_all_but_refused_rows_are_rescued(conn: Conn, parts: Parts, attempts: in
     for expiries in parts.keeper.expiries.values():
         expiries.skipped.until.clear()
     wait_until(lambda: parts.keeper.rescue() or statuses(conn) == {status: 120}, 5, "all to be rescued")
+
+
+# ----------------------------------------------------------------------------------------------------- rescue in time
+
+
+def expire_all(conn: Conn, ago: str) -> None:
+    """Let every lease have run out so long ago."""
+    conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() - %s::interval", [ago])
+
+
+@pytest.mark.parametrize("ago", ["1 second", "2 hours"])
+def test_all_that_a_killed_worker_held_is_rescued_in_a_few_ticks(conn: Conn, parts: Parts, ago: str) -> None:
+    batchq.enqueue_many(conn, "work", [{}] * 4000)
+    for _ in range(2):
+        assert len(claim(conn, 2000)) == 2000
+    expire_all(conn, ago)
+    rescues = next(duty for duty in parts.keeper.duties if duty.do == parts.keeper.rescue)
+    ticks = 0
+    while statuses(conn) != {"pending": 4000}:
+        rescues.do_if_due()
+        ticks += 1
+        assert ticks <= 4, "a thousand a tick at least: the next round is not a tenth of the lease away"
+
+
+def test_a_rescue_ends_after_a_tick_so_that_leases_are_extended(
+    conn: Conn, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "RESCUES_A_ROUND", 2)
+    parts.keeper.tick_seconds = 0.0
+    batchq.enqueue_many(conn, "work", [{}] * 10)
+    claim(conn, 10)
+    expire_all(conn, "1 second")
+    assert parts.keeper.rescue()
+    assert statuses(conn) == {"pending": 2, "processing": 8}
+    parts.keeper.tick_seconds = 60.0
+    assert not parts.keeper.rescue()
+    assert statuses(conn) == {"pending": 10}
+
+
+# ----------------------------------------------------------------------------------------- back after an answer only
+
+
+def test_an_outage_is_over_only_when_the_database_has_answered(dsn: str) -> None:
+    link = Link(dsn, 5)
+    outage = Outage("claimer", link)
+    with closing(link), capture_logs() as logs:
+        outage.failed(ConnectionError("away"))
+        step("a round that asks nothing is no sign that it is back")
+        outage.over()
+        assert [line["event"] for line in logs] == ["database trouble"]
+        with suppress(psycopg.Error), link.reading() as conn:
+            conn.execute("SELECT 1 / 0")
+        outage.over()
+        assert outage.failures == 1
+        with link.reading() as conn:
+            conn.execute("SELECT 1")
+        outage.over()
+    assert [line["event"] for line in logs] == ["database trouble", "database is back"]
+    assert outage.failures == 0
+
+
+def test_a_claimer_without_room_and_a_keeper_without_leases_do_not_call_the_database_back(parts: Parts) -> None:
+    parts.claimer.outage.failed(ConnectionError("away"))
+    parts.lane.claimed = 1  # no room in the one slot
+    assert parts.claimer.round() == 0
+    parts.claimer.outage.over()
+    assert parts.claimer.outage.failures == 1
+    leases = next(duty for duty in parts.keeper.duties if duty.do == parts.keeper.extend)
+    leases.outage.failed(ConnectionError("away"))
+    assert leases.do_if_due() == 0
+    assert leases.outage.failures == 1
+    heartbeat = next(duty for duty in parts.keeper.duties if duty.do == parts.keeper.heartbeat)
+    heartbeat.outage.failed(ConnectionError("away"))
+    assert heartbeat.do_if_due() == 0
+    assert heartbeat.outage.failures == 0
+
+
+# ------------------------------------------------------------------------------------- batches are forgotten at the end
+
+
+@pytest.mark.parametrize("end", ["completed", "cancelled", "rescued", "given back", "refused"])
+def test_a_batch_with_items_is_forgotten_however_it_ends(conn: Conn, parts: Parts, end: str) -> None:
+    enqueue(conn, 1, items=[1, 2, 3], max_attempts=1)
+    [batch] = parts.claim(1)
+    assert parts.lane.pop_waiting() is batch
+    assert parts.lane.begins(batch)
+    batch.items_done = 2
+    parts.keeper.write_throughput()
+    if end == "cancelled":
+        conn.execute("SELECT batchq.cancel(%s)", [batch.id])
+    if end == "rescued":
+        expire_all(conn, "1 second")
+        parts.keeper.rescue()
+    if end in ("cancelled", "rescued"):
+        batch.leased_at -= 60
+        parts.lane.abandon = lambda _: None  # type: ignore[method-assign]
+        parts.keeper.extend()
+        parts.lane.came_back(batch)
+    else:
+        outcomes = {"completed": Outcome("completed", all_done=True), "refused": Outcome("completed", result="no JSON")}
+        assert parts.lane.end(batch, outcomes.get(end, RELEASED))
+    parts.write()
+    step("and a keeper that looked at it before counts nothing any more")
+    parts.finisher.throughput.progress(batch, 2)
+    parts.keeper.write_throughput()
+    items = 3 if end == "completed" else 2
+    assert value(conn, "SELECT sum(items)::integer FROM batchq.throughput") == items
+    del batch
+    gc.collect()
+    assert [each for each in gc.get_objects() if type(each) is Batch] == []
 
 
 if __name__ == "__main__":
