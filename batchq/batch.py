@@ -74,6 +74,7 @@ class Batch:
         "entered",
         "id",
         "interrupt",
+        "items_counted",
         "items_done",
         "items_failed",
         "items_total",
@@ -98,6 +99,7 @@ class Batch:
             self.max_failed_items,
             self.timeout_seconds,
         ) = row[6:11]
+        self.items_counted = self.items_done + self.items_failed  # in batchq.throughput, by this attempt or earlier
         self._payload = self._cursor = self._items = UNCHANGED
         self.leased_at = claim.began_at
         self.begun_at: float | None = None

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
+import psycopg
+
 from batchq import queries
 from batchq.batch import Batch, Claim, Runtime
 from batchq.database import Link
 from batchq.errors import OutcomeUnknown
 from batchq.lanes import Lane
 from batchq.log import get_logger
-from batchq.outage import Outage
+from batchq.outage import Halving, Outage, Skipped, is_about_rows
 from batchq.positions import MOST_PRIORITIES, Pauses, Source, Track
 from batchq.queries import END, ClaimedRow, Position, Statement, Turn
 
@@ -62,7 +64,8 @@ class Claimer:
         self.runtime = runtime
         self.turns = Turns(Turn(1, 0, 0.0), 0.0)
         self.nudged = threading.Event()
-        self.outage = Outage("claimer")
+        self.outage = Outage("claimer", link)
+        self.skipped = Skipped()
         self.polled_at = time.monotonic()
         self.unknown: list[tuple[str, uuid.UUID]] = []
         self.pauses: Pauses = frozenset()
@@ -190,7 +193,7 @@ class Claimer:
 
     def room(self, lane: Lane, claimed: int) -> int:
         """Return how many batches to claim in one statement, when *claimed* were in this round."""
-        room = lane.room() if claimed == 0 else lane.wanted() - lane.unwritten
+        room = lane.room() if claimed == 0 else lane.wanted() - lane.occupied
         return min(room, int(MOST_A_CLAIM * lane.stretch))
 
     def look(self, source: Source) -> list[tuple[int, Position]]:
@@ -264,14 +267,50 @@ class Claimer:
     def claim(self, source: Source, priority: int, room: int, after: Position, until: Position) -> list[ClaimedRow]:
         """Claim up to *room* batches of one priority, and hand them to the lane; return their rows.
 
+        A row that the database refuses to change does not keep the others from being claimed.
+        """
+        try:
+            return self.claim_together(source, priority, room, after, until)
+        except psycopg.Error as error:
+            if not is_about_rows(error):
+                raise
+        return self.claim_apart(source, priority, room, after, until)
+
+    def claim_apart(
+        self, source: Source, priority: int, room: int, after: Position, until: Position
+    ) -> list[ClaimedRow]:
+        """Claim what can be claimed of batches that were refused together; leave out the others for a while."""
+        with self.link.reading() as conn:
+            ready = queries.ready_positions(
+                conn, source.queue, priority, source.kinds, room, after, until, self.skipped.ids()
+            )
+        rows: list[ClaimedRow] = []
+
+        def claim_part(part: Sequence[Position]) -> None:
+            before_first = part[0]._replace(id=part[0].id - 1)
+            rows.extend(self.claim_together(source, priority, len(part), before_first, part[-1]))
+
+        halving = Halving(claim_part)
+        halving.halve(ready)
+        refused = [position.id for position in halving.refused]
+        self.skipped.add(refused)
+        halving.report("claim", refused)
+        return rows
+
+    def claim_together(
+        self, source: Source, priority: int, room: int, after: Position, until: Position
+    ) -> list[ClaimedRow]:
+        """Claim batches in one statement, and hand them to the lane; return their rows.
+
         Its COMMIT does not wait for the disk: should the server crash and forget it, the batches are pending still, or
         finished (what was written later is lost before this is), and no write of a handler matches the token.
         """
         claim = Claim(source.queue, uuid.uuid4(), self.runtime, began_at=time.monotonic())
         lease_seconds = self.runtime.lease_seconds
         statement = queries.claim(
-            source.queue, priority, source.kinds, room, self.worker_id, claim.token, lease_seconds, after, until
-        )
+            source.queue, priority, source.kinds, room, self.worker_id, claim.token, lease_seconds, after, until,
+            self.skipped.ids(),
+        )  # fmt: skip
         try:
             rows = self.run_claim(statement)
         except OutcomeUnknown:

@@ -350,6 +350,7 @@ class Link:
         self.timeout_seconds = timeout_seconds
         self.conn: psycopg.Connection[Any] | None = None
         self.quickest_seconds: float | None = None
+        self.answers = 0  # how often the database did what it was asked
 
     @property
     def round_trip_seconds(self) -> float:
@@ -420,6 +421,7 @@ class Link:
             self.quickest_seconds = None
         try:
             yield self.conn
+            self.answers += 1
         except psycopg.Error as error:
             if is_read_only(error):
                 self.close()

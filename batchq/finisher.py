@@ -27,6 +27,12 @@ MOST_RUNS = 800  # of ids that follow each other: the text of so many still trav
 FEW = 500
 GATHER_SECONDS = 0.003
 PUT_BACK_SECONDS = 0.5
+LOCK_MILLISECONDS = 200  # our keeper's extension of the same leases takes less, also where it takes four round trips
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.25, 5.0
+MOST_RETRIED = 100
+MOST_REFUSED_IN_A_ROW = 10
+MOST_LOGGED = 20
+SETTINGS = queries.BY_INDEX | {"lock_timeout": str(LOCK_MILLISECONDS)}
 ABOUT_CONTENT = (
     UnicodeError,
     psycopg.DataError,
@@ -46,7 +52,8 @@ class Ended(NamedTuple):
     outcome: Outcome
     ended_at: float  # monotonic
     is_last_word: bool = False
-    is_put_back: bool = False
+    postponements: int = 0
+    postponed_at: float = 0.0  # monotonic, the last time
 
 
 class Finisher:
@@ -58,11 +65,13 @@ class Finisher:
         self.keep_completed = keep_completed
         self.todo: deque[Ended] = deque()
         self.group: list[Ended] = []  # that is being written
+        self.postponed: list[Ended] = []  # whose rows are locked or refused: each is tried again alone, see `postpone`
         self.filled = threading.Event()
         self.closing = threading.Event()
         self.give_up = threading.Event()
-        self.outage = Outage("finisher")
+        self.outage = Outage("finisher", link)
         self.put_back = False
+        self.refused_in_a_row = 0
         self.counts: dict[str, int] = defaultdict(int)
         self.throughput = Throughput()
 
@@ -74,18 +83,20 @@ class Finisher:
 
     def unwritten(self) -> list[Batch]:
         """Return the batches that have ended and wait for that to be written, those that just are among them."""
-        return [entry.batch for entry in (*self.group, *self.todo.copy()) if not entry.outcome.written]
+        waiting = (*self.group, *self.todo.copy(), *self.postponed)
+        return [entry.batch for entry in waiting if not entry.outcome.written]
 
     def run(self) -> None:
         """Write until closed and empty, or told to give up."""
         while not self.give_up.is_set():
-            self.filled.wait()
+            self.filled.wait(self.retry_in_seconds())
             self.filled.clear()
             if len(self.todo) < FEW and not self.closing.is_set():
                 time.sleep(GATHER_SECONDS)
             while self.todo and not self.give_up.is_set():
                 self.write_group()
-            if self.closing.is_set():
+            self.retry_postponed()
+            if self.closing.is_set() and not self.todo and not self.postponed:
                 return
 
     def close(self) -> None:
@@ -104,6 +115,7 @@ class Finisher:
                 self.write_stubbornly(queue, piece)
         self.group = []
         self.nudge()
+        self.retry_postponed()
         if self.put_back:
             self.put_back = False
             self.give_up.wait(PUT_BACK_SECONDS)
@@ -114,18 +126,19 @@ class Finisher:
         Written twice does no harm: what was committed, with its answer lost, matches nothing the second time.
         """
         unknown = False
-        while not self.give_up.is_set():
+        while entries and not self.give_up.is_set():
             try:
                 lost = self.write(queue, entries)
             except Exception as error:
                 is_refused = isinstance(error, psycopg.Error | UnicodeError)
                 if is_refused and self.link.conn is not None:  # the database is there
-                    self.write_apart(queue, entries, error)
-                    return
-                unknown = unknown or isinstance(error, OutcomeUnknown)
-                self.give_up.wait(self.outage.failed(error))
+                    entries = self.write_apart(queue, entries, error)
+                else:
+                    unknown = unknown or isinstance(error, OutcomeUnknown)
+                    self.give_up.wait(self.outage.failed(error))
             else:
                 self.outage.over()
+                self.refused_in_a_row = 0
                 self.count(entries)
                 if unknown or not lost:
                     self.tally(entries)
@@ -135,23 +148,86 @@ class Finisher:
                     self.tally([entry for entry in entries if entry.batch not in late])
                 return
 
-    def write_apart(self, queue: str, entries: list[Ended], error: Exception) -> None:
-        """Write what can be written of entries that were refused together.
+    def write_apart(self, queue: str, entries: list[Ended], error: Exception) -> list[Ended]:
+        """Write what can be written of entries that were refused together; return those to write again.
 
-        Halves them until the one that is refused is alone. That one has failed if it is to blame itself; else (a lock,
-        no room on the disk) it goes to the end of the queue, and holds nothing up.
+        If rows are locked, those wait, and the others are written again at once. Else halves the entries until the one
+        that is refused is alone. After ten such in a row it is probably not about the rows (a full disk, a locked
+        table): the rest goes to the end of the queue as it is.
         """
-        if len(entries) > 1:
+        if isinstance(error, psycopg.errors.LockNotAvailable):
+            free = self.without_locked(queue, entries)
+            if free is None:
+                return entries
+            if len(free) < len(entries):
+                return free
+        if len(entries) == 1:
+            self.refused(queue, entries[0], error)
+        elif self.refused_in_a_row >= MOST_REFUSED_IN_A_ROW:
+            self.todo.extend(entries)
+            self.put_back = True
+        else:
             middle = len(entries) // 2
             self.write_stubbornly(queue, entries[:middle])
             self.write_stubbornly(queue, entries[middle:])
-        elif isinstance(error, ABOUT_CONTENT):
-            self.fail(queue, entries[0], error)
+        return []
+
+    def refused(self, queue: str, entry: Ended, error: Exception) -> None:
+        """Have a batch fail whose outcome was refused, if that is to blame itself; else postpone it."""
+        if isinstance(error, ABOUT_CONTENT):
+            self.fail(queue, entry, error)
         else:
-            if not entries[0].is_put_back:
-                log.warning("outcome put off", batch_id=entries[0].batch.id, error=one_line(error))
-            self.put_back = True
-            self.todo.append(entries[0]._replace(is_put_back=True))
+            self.refused_in_a_row += 1
+            self.postpone([entry], one_line(error))
+
+    def without_locked(self, queue: str, entries: list[Ended]) -> list[Ended] | None:
+        """Postpone the entries whose rows another session has locked; return the others, None if that is not known."""
+        try:
+            rows = self.link.run(queries.locked(queue, [entry.batch.id for entry in entries]), SETTINGS)
+        except Exception as error:  # the table is locked, or the connection is lost
+            self.give_up.wait(self.outage.failed(error))
+            return None
+        locked = {batch_id for (batch_id,) in rows}
+        self.postpone([entry for entry in entries if entry.batch.id in locked], "another session has locked the row")
+        return [entry for entry in entries if entry.batch.id not in locked]
+
+    # ------------------------------------------------------------------------------------------------- the postponed
+
+    def postpone(self, entries: Sequence[Ended], error: str) -> None:
+        """Try entries again later, 0.25 s to 5 s from now. They hold up no other, and take no room in their lane."""
+        if new := [entry.batch.id for entry in entries if not entry.postponements]:
+            log.warning("outcomes postponed", count=len(new), batch_ids=new[:MOST_LOGGED], error=error)
+        now = time.monotonic()
+        for entry in entries:
+            entry.lane.postponed += 1
+            postponements = min(entry.postponements + 1, 10)
+            self.postponed.append(entry._replace(postponements=postponements, postponed_at=now))
+
+    def retry_at(self, entry: Ended) -> float:
+        """Return the monotonic time when to try a postponed entry again."""
+        return entry.postponed_at + min(FIRST_RETRY_SECONDS * 2.0 ** (entry.postponements - 1), LAST_RETRY_SECONDS)
+
+    def retry_in_seconds(self) -> float | None:
+        """Return how long it is until a postponed entry is to be tried again, None without any."""
+        if not self.postponed:
+            return None
+        return max(0.0, min(map(self.retry_at, self.postponed)) - time.monotonic())
+
+    def retry_postponed(self) -> None:
+        """Write those of the postponed entries whose time has come, a hundred at most, if nobody locks their rows."""
+        now = time.monotonic()
+        if not (due := [entry for entry in self.postponed if self.retry_at(entry) <= now][:MOST_RETRIED]):
+            return
+        self.group = due  # before they leave `postponed`: the keeper extends the leases of both
+        is_due = {entry.batch for entry in due}
+        self.postponed = [entry for entry in self.postponed if entry.batch not in is_due]
+        for entry in due:
+            entry.lane.postponed -= 1
+        for (queue, _), entries in self.by_target(due).items():
+            free = self.without_locked(queue, entries)
+            self.write_stubbornly(queue, entries if free is None else free)
+        self.group = []
+        self.nudge()
 
     def fail(self, queue: str, entry: Ended, error: Exception) -> None:
         """Have a batch fail whose outcome Postgres cannot store. If it cannot store that either, its lease runs out.
@@ -171,7 +247,7 @@ class Finisher:
 
     def write(self, queue: str, entries: Sequence[Ended]) -> list[Ended]:
         """Write entries of one queue that are written alike, in one transaction; return those no longer ours."""
-        rows = self.link.run(self.statement(queue, entries))
+        rows = self.link.run(self.statement(queue, entries), SETTINGS)
         if len(rows) == len(entries):
             return []
         ours = {batch_id for (batch_id,) in rows}
@@ -215,7 +291,7 @@ class Finisher:
         """Count what is written, for batchq.throughput."""
         for entry in entries:
             if entry.batch.items_total is not None:
-                self.throughput.progress(entry.batch, items_worked(entry), is_last=True)
+                self.throughput.progress(entry.batch, items_worked(entry))
         for (queue, kind, end), alike in by_end(entries).items():
             timed = alike[:: len(alike) // MOST_TIMED + 1]
             run_times = run_times_of((entry.batch, entry.ended_at) for entry in timed)

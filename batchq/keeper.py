@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import psycopg
 
@@ -19,13 +20,13 @@ from batchq.database import Link
 from batchq.execution import WRITTEN, failed_attempt, safely, timed_out
 from batchq.lanes import Lane
 from batchq.log import current_batch, get_logger
-from batchq.outage import Outage
+from batchq.outage import Halving, Outage, Skipped, is_about_rows
 from batchq.queries import WorkerRow
 from batchq.survey import SURVEY_SECONDS, Survey
 from batchq.text import one_line
 from batchq.throughput import Throughput
 
-RESCUES_A_ROUND = 100
+RESCUES_A_ROUND = 1000
 HEARTBEAT_SECONDS = 5.0
 MAINTENANCE_SECONDS = 3600.0
 PRUNING_SECONDS = 1.0
@@ -82,19 +83,20 @@ class Keeper:
 
     def all_duties(self) -> list["Duty"]:
         """Return what is to be done, and how often."""
-        return [
-            Duty("time limits", self.end_overdue, self.tick_seconds),
-            Duty("waiting batches", self.give_back_waiting, self.tick_seconds),
-            Duty("lost slots", self.look_for_lost_slots, self.tick_seconds),
-            Duty("leases", self.extend, self.tick_seconds),
-            Duty("rescue", self.rescue, self.lease_seconds / 10),
-            Duty("heartbeat", self.heartbeat, min(HEARTBEAT_SECONDS, self.lease_seconds)),
-            Duty("throughput", self.write_throughput, THROUGHPUT_SECONDS),
-            Duty("survey", lambda: self.survey.run_if_due(self.claimer.known_priorities()), SURVEY_SECONDS),
-            Duty("merging", self.merge_throughput, MERGING_SECONDS),
-            Duty("maintenance", self.maintain, MAINTENANCE_SECONDS),
-            Duty("pruning", self.prune_more, PRUNING_SECONDS),
+        every: list[tuple[str, Callable[[], object], float]] = [
+            ("time limits", self.end_overdue, self.tick_seconds),
+            ("waiting batches", self.give_back_waiting, self.tick_seconds),
+            ("lost slots", self.look_for_lost_slots, self.tick_seconds),
+            ("leases", self.extend, self.tick_seconds),
+            ("rescue", self.rescue, self.lease_seconds / 10),
+            ("heartbeat", self.heartbeat, min(HEARTBEAT_SECONDS, self.lease_seconds)),
+            ("throughput", self.write_throughput, THROUGHPUT_SECONDS),
+            ("survey", lambda: self.survey.run_if_due(self.claimer.known_priorities()), SURVEY_SECONDS),
+            ("merging", self.merge_throughput, MERGING_SECONDS),
+            ("maintenance", self.maintain, MAINTENANCE_SECONDS),
+            ("pruning", self.prune_more, PRUNING_SECONDS),
         ]
+        return [Duty(name, do, every_seconds, self.link) for name, do, every_seconds in every]
 
     def run(self) -> None:
         """Do the duties until closed; one that fails does not keep the others from being done.
@@ -130,6 +132,16 @@ class Keeper:
             self.extend_queue(queue, held)
 
     def extend_queue(self, queue: str, held: Sequence[tuple[Lane | None, Batch]]) -> None:
+        """Extend leases of one queue. A row that the database refuses to change does not keep the others from being
+        extended; it comes again when another third of the time is gone."""
+        halving = Halving(partial(self.extend_together, queue))
+        halving.attempt(held)
+        refused = [batch for _, batch in halving.refused]
+        for batch in refused:
+            batch.leased_at = time.monotonic()
+        halving.report("lease extension", [batch.id for batch in refused])
+
+    def extend_together(self, queue: str, held: Sequence[tuple[Lane | None, Batch]]) -> None:
         """Extend leases of one queue in one statement; stop what is no longer ours, if it is in a lane's hand."""
         now = time.monotonic()
         batches = [batch for _, batch in held]
@@ -181,20 +193,58 @@ class Keeper:
             if 2 * lost >= lane.concurrency:
                 self.worn_out()
 
-    def rescue(self) -> None:
-        """Take back batches whose lease ran out, of any worker."""
+    def rescue(self) -> bool:
+        """Take back batches whose lease ran out, of any worker, for a tick at most: then leases are extended first.
+        Return whether there may be more."""
+        until = time.monotonic() + self.tick_seconds
+        is_more = False
         for queue, expiries in self.expiries.items():
-            rescued: list[tuple[int, str, int, str]] = []
-            with expiries.passing() as after:
-                [(now, start, is_any)] = self.link.probe(queries.expired(queue, after))
-                expiries.skip_to(now - LONG_AGO_SECONDS)
-                if is_any:
-                    with self.link.transaction() as conn:
-                        rescued = queries.rescue(conn, queue, RESCUES_A_ROUND, self.lease_seconds / 2, start)
-            if len(rescued) < RESCUES_A_ROUND:
-                expiries.passed_until = now
-            for batch_id, kind, attempt, status in rescued:
-                log.warning("batch rescued", batch_id=batch_id, kind=kind, attempt=attempt, status=status)
+            while (is_full := self.rescue_some(queue, expiries)) and time.monotonic() < until:
+                pass
+            is_more = is_more or is_full
+        return is_more
+
+    def rescue_some(self, queue: str, expiries: "Expiries") -> bool:
+        """Take back up to 1,000 batches of one queue; return whether there may be more."""
+        rescued: list[tuple[int, str, int, str]] = []
+        is_full = False
+        with expiries.passing() as after:
+            [(now, start, is_any)] = self.link.probe(queries.lease_probe(queue, after))
+            try:
+                rescued = self.take_back(queue, start, expiries.skipped) if is_any else []
+                is_full = len(rescued) == RESCUES_A_ROUND
+            finally:
+                if not is_full:
+                    expiries.skip_to(now - LONG_AGO_SECONDS)
+        if not is_full:
+            expiries.passed_until = now
+        for batch_id, kind, attempt, status in rescued:
+            log.warning("batch rescued", batch_id=batch_id, kind=kind, attempt=attempt, status=status)
+        return is_full
+
+    def take_back(self, queue: str, after: float, skipped: Skipped) -> list[tuple[int, str, int, str]]:
+        """Take back up to 1,000 batches of one queue whose lease ran out after *after*; return them, as queries.rescue
+        does. A row that the database refuses to change does not keep the others from being taken back."""
+        spread_seconds = self.lease_seconds / 2
+        try:
+            with self.link.transaction(queries.BY_INDEX) as conn:
+                return queries.rescue(conn, queue, RESCUES_A_ROUND, spread_seconds, after, skipped.ids())
+        except psycopg.Error as error:
+            if not is_about_rows(error):
+                raise
+        rescued: list[tuple[int, str, int, str]] = []
+
+        def take_back_part(ids: Sequence[int]) -> None:
+            with self.link.transaction(queries.BY_INDEX) as conn:
+                rescued.extend(queries.rescue(conn, queue, len(ids), spread_seconds, after, only=ids))
+
+        with self.link.reading() as conn:
+            ids = queries.expired(conn, queue, RESCUES_A_ROUND, after, skipped.ids())
+        halving = Halving(take_back_part)
+        halving.halve(ids)
+        skipped.add(halving.refused)
+        halving.report("rescue", halving.refused)
+        return rescued
 
     def heartbeat(self) -> None:
         """Show a sign of life, and tell the claimer when it is its turn to poll, or that it is asked to drain."""
@@ -268,6 +318,7 @@ class Expiries:
     """
 
     def __init__(self) -> None:
+        self.skipped = Skipped()
         self.passed_until = float("-inf")
         self.whole_at = 0.0
 
@@ -288,23 +339,24 @@ class Expiries:
 
 
 class Duty:
-    """Something to do every so often, with jitter; done again soon if it failed."""
+    """Something to do every so often, with jitter; soon again if it failed, at the next tick if it returns True."""
 
-    def __init__(self, name: str, do: Callable[[], None], every_seconds: float) -> None:
+    def __init__(self, name: str, do: Callable[[], bool | None], every_seconds: float, link: Link) -> None:
         self.do = do
         self.every_seconds = every_seconds
         self.due_at = time.monotonic()
-        self.outage = Outage("keeper", duty=name)
+        self.outage = Outage("keeper", link, duty=name)
 
     def do_if_due(self) -> float:
         """Do it if it is due. Returns 0, or how long to wait if it failed; raises nothing."""
         if time.monotonic() < self.due_at:
             return 0
         try:
-            self.do()
+            is_more = self.do()
             self.outage.over()
             pause_seconds = 0.0
-            wait_seconds = self.every_seconds * random.uniform(0.75, 1.0)  # noqa: S311 (spreads load; not a secret)
+            jitter = random.uniform(0.75, 1.0)  # noqa: S311 (spreads load; not a secret)
+            wait_seconds = 0.0 if is_more else self.every_seconds * jitter
         except Exception as error:
             wait_seconds = pause_seconds = self.outage.failed(error)
         self.due_at = time.monotonic() + wait_seconds

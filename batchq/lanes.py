@@ -39,6 +39,7 @@ from batchq.places import Places
 PREFETCH_SECONDS = 0.2
 MOST_PREFETCHED = 4000
 LARGE_CLAIM = 1000
+MOST_POSTPONED = 1000
 FAR_SECONDS, MOST_STRETCH = 0.01, 3.0
 ROUND_TRIPS, MOST_AHEAD_SECONDS = 3, 0.8
 BRIEF_SECONDS = 0.0001
@@ -92,6 +93,7 @@ class Lane:
         self.lock = threading.Lock()  # of the hand, and of what is lost
         self.claimed = 0  # counted by the claimer's thread alone
         self.written = 0  # counted by the finisher's thread alone
+        self.postponed = 0  # of those not written, whose rows are locked or refused; by the finisher's thread alone
         self.run_count = 0  # batches that have run and ended, counted under the lock
         self.spurt = Spurt()
         self.stretch = 1.0  # of what is taken in hand at most
@@ -113,6 +115,12 @@ class Lane:
         """How many batches are claimed and their end not yet written."""
         return self.claimed - self.written
 
+    @property
+    def occupied(self) -> int:
+        """How many of them take room: all but the postponed ones. Of those 1,000 at most are left out, so that a worker
+        whose outcomes are all refused stops claiming."""
+        return self.unwritten - min(self.postponed, MOST_POSTPONED)
+
     def wanted(self) -> int:
         """Return how many batches to have claimed at once."""
         return self.able(self.concurrency)
@@ -133,7 +141,7 @@ class Lane:
 
     def room(self) -> int:
         """Return how many batches to claim now."""
-        return max(0, self.wanted() - self.unwritten)
+        return max(0, self.wanted() - self.occupied)
 
     def take(self, batches: list[Batch]) -> None:
         """Take claimed batches in hand, and begin them."""
@@ -267,7 +275,7 @@ class ThreadLane(Lane):
     def room(self) -> int:
         """Return how many to claim: nothing until half of the prefetch, or 1,000, are free: claims are to be large."""
         wanted = self.wanted()
-        room = max(0, wanted - self.unwritten)
+        room = max(0, wanted - self.occupied)
         if wanted > 4 * self.concurrency and room < min(wanted // 2, LARGE_CLAIM):
             return 0
         return room
@@ -377,9 +385,17 @@ class ThreadLane(Lane):
         self.wake.wait(STANDBY_SECONDS)
         if self.run_count != run_count:
             return False
-        since = time.monotonic() - STANDBY_SECONDS
-        self.stuck.update(batch for batch in self.in_hand() if batch.begun_at is not None and batch.begun_at < since)
+        self.note_stuck(time.monotonic() - STANDBY_SECONDS)
         return self.is_alone()
+
+    def note_stuck(self, since: float) -> None:
+        """Remember the batches that began before *since* and still run.
+
+        Under the lane's lock: a batch leaves the hand under it, and leaves `stuck` after that. One that ended between a
+        look at the hand and this would stay in `stuck` for good, and count as a slot that does not progress.
+        """
+        with self.lock:
+            self.stuck.update(b for b in self.hand if b.begun_at is not None and b.begun_at < since)
 
     def is_alone(self) -> bool:
         """Whether no slot gets on with its batches, or each is with one that takes long."""

@@ -456,6 +456,11 @@ MOST_CLAIMED_BYTES = 1000  # of payload and cursor
 # How the server refuses to send a text: bytes that are none in its encoding, or a letter that UTF-8 does not have.
 UNREADABLE = (psycopg.errors.CharacterNotInRepertoire, psycopg.errors.UntranslatableCharacter)
 
+# The same without batches that the database refused to change.
+CLAIM_SKIPPING: LiteralString = CLAIM.replace(
+    "AND run_at <= now()", "AND run_at <= now()\n    AND id <> ALL (%(skipped)s)"
+)
+
 
 def claim(
     queue: str,
@@ -467,13 +472,15 @@ def claim(
     lease_seconds: float,
     after: Position = START,
     until: Position = END,
+    skipped: Sequence[int] = (),
 ) -> Statement:
     """Return the statement that takes up to *limit* ready batches of one queue and priority, the oldest first, behind
     one position and up to another; it counts the attempt, and returns the columns of `ClaimedRow`.
 
-    Batches that another claim has locked are passed over, never waited for.
+    Batches that another claim has locked are passed over, never waited for; *skipped* are left out.
     """
-    return CLAIM, {
+    statement, more = (CLAIM_SKIPPING, {"skipped": list(skipped)}) if skipped else (CLAIM, {})
+    return statement, more | {
         "queue": queue,
         "priority": priority,
         "kinds": list(kinds),
@@ -508,6 +515,45 @@ def give_back_claim(conn: Conn, queue: str, token: UUID) -> int:
         """,
         {"queue": queue, "token": token},
     ).rowcount
+
+
+def ready_positions(
+    conn: Conn,
+    queue: str,
+    priority: int,
+    kinds: Sequence[str],
+    limit: int,
+    after: Position,
+    until: Position,
+    skipped: Sequence[int],
+) -> list[Position]:
+    """Return the positions of the batches that a `claim` with these arguments would take, in their order."""
+    rows = every(
+        conn,
+        """
+        SELECT date_part('epoch', run_at), id
+        FROM batchq.batches_live
+        WHERE queue = %(queue)s
+          AND status = 'pending'
+          AND priority = %(priority)s
+          AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)
+          AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)
+          AND run_at <= now()
+          AND id <> ALL (%(skipped)s)
+          AND kind = ANY (%(kinds)s)
+        ORDER BY run_at, id
+        LIMIT %(limit)s
+        """,
+        {
+            "queue": queue,
+            "priority": priority,
+            "kinds": list(kinds),
+            "limit": limit,
+            "skipped": list(skipped),
+            **bounds(after, until),
+        },
+    )
+    return [Position(*row) for row in rows]
 
 
 # --------------------------------------------------------------------------------------------------- the input
@@ -846,6 +892,28 @@ def array_text(values: Iterable[object]) -> str:
     return f"{{{','.join(map(str, values))}}}"
 
 
+LOCKED: LiteralString = """
+WITH free AS (
+  SELECT id
+  FROM batchq.batches_live
+  WHERE queue = %(queue)s
+    AND id = ANY (%(ids)s::bigint[])
+  FOR UPDATE SKIP LOCKED
+)
+SELECT id
+FROM batchq.batches_live
+WHERE queue = %(queue)s
+  AND id = ANY (%(ids)s::bigint[])
+  AND id <> ALL (ARRAY(SELECT id FROM free))
+"""
+
+
+def locked(queue: str, ids: Sequence[int]) -> Statement:
+    """Return the statement that returns the ids of the batches whose rows another session has locked. It waits for none
+    of them. For a finish that has waited in vain: what it does not name is free, or gone."""
+    return LOCKED, {"queue": queue, "ids": list(ids)}
+
+
 class Requeue(NamedTuple):
     """A batch that becomes pending again, after *delay_seconds* (None keeps its run_at); *give_back* the attempt."""
 
@@ -959,6 +1027,8 @@ WITH expired AS (
     AND status = 'processing'
     AND lease_expires_at > to_timestamp(%(after)s)
     AND lease_expires_at < now()
+    AND id <> ALL (%(skipped)s::bigint[])
+    AND (%(only)s::bigint[] IS NULL OR id = ANY (%(only)s::bigint[]))
   ORDER BY lease_expires_at
   LIMIT %(limit)s
   FOR UPDATE SKIP LOCKED
@@ -973,17 +1043,13 @@ WITH expired AS (
       lease_expires_at = NULL,
       errors = batchq.append_error(b.errors, b.attempt, jsonb_build_object('error',
         format('worker died: %%s gave no sign of life until its lease ran out', b.claimed_by)))
-  FROM expired
   WHERE b.queue = %(queue)s
-    AND b.id = expired.id
-    AND expired.again
+    AND b.id = ANY (ARRAY(SELECT id FROM expired WHERE again))
   RETURNING b.id, b.kind, b.attempt, b.status
 ), gone AS (
   DELETE FROM batchq.batches_live b
-  USING expired
   WHERE b.queue = %(queue)s
-    AND b.id = expired.id
-    AND NOT expired.again
+    AND b.id = ANY (ARRAY(SELECT id FROM expired WHERE NOT again))
   RETURNING b.*
 ), dead AS (
   INSERT INTO batchq.batches_finished (id, queue, kind, status, payload, items, priority, run_at, unique_key,
@@ -1005,7 +1071,13 @@ SELECT id, kind, attempt, status FROM dead
 
 
 def rescue(
-    conn: Conn, queue: str, limit: int, spread_seconds: float = 0, after: float = float("-inf")
+    conn: Conn,
+    queue: str,
+    limit: int,
+    spread_seconds: float = 0,
+    after: float = float("-inf"),
+    skipped: Sequence[int] = (),
+    only: Sequence[int] | None = None,
 ) -> list[tuple[int, str, int, str]]:
     """Take back up to *limit* batches whose lease ran out; return id, kind, attempt and new status of each.
 
@@ -1015,8 +1087,38 @@ def rescue(
     The attempt stays counted: a batch that kills its worker ends as failed when its attempts are used up. One that is
     rescued for the first time is ready at once; one whose worker died again waits for a random part of *spread_seconds*
     * 2^attempt: so those that were in hand beside a batch that kills its worker are not beside it every time.
+
+    *skipped* are left out; *only*: of these alone.
     """
-    return every(conn, RESCUE, {"queue": queue, "limit": limit, "spread_seconds": spread_seconds, "after": after})
+    parameters = {
+        "queue": queue,
+        "limit": limit,
+        "spread_seconds": spread_seconds,
+        "after": after,
+        "skipped": list(skipped),
+        "only": None if only is None else list(only),
+    }
+    return every(conn, RESCUE, parameters)
+
+
+def expired(conn: Conn, queue: str, limit: int, after: float, skipped: Sequence[int]) -> list[int]:
+    """Return the ids of the batches that a `rescue` with these arguments would take back."""
+    rows = every(
+        conn,
+        """
+        SELECT id
+        FROM batchq.batches_live
+        WHERE queue = %(queue)s
+          AND status = 'processing'
+          AND lease_expires_at > to_timestamp(%(after)s)
+          AND lease_expires_at < now()
+          AND id <> ALL (%(skipped)s::bigint[])
+        ORDER BY lease_expires_at
+        LIMIT %(limit)s
+        """,
+        {"queue": queue, "limit": limit, "after": after, "skipped": list(skipped)},
+    )
+    return [batch_id for (batch_id,) in rows]
 
 
 def now(conn: Conn) -> float:
@@ -1024,7 +1126,7 @@ def now(conn: Conn) -> float:
     return float(one(conn, "SELECT extract(epoch FROM now())", {})[0])
 
 
-EXPIRED: LiteralString = """
+LEASE_PROBE: LiteralString = """
 SELECT date_part('epoch', now()), date_part('epoch', start.at),
   (SELECT true
    FROM batchq.batches_live
@@ -1043,10 +1145,10 @@ FROM (SELECT greatest(to_timestamp(%(after)s),
 """
 
 
-def expired(queue: str, after: float) -> Statement:
+def lease_probe(queue: str, after: float) -> Statement:
     """Return the statement that returns whether any lease has expired since *after*: the time now, where the probe
     began, and the answer; times in seconds since 1970. From minus infinity it begins at the row of batchq.positions."""
-    return EXPIRED, {"queue": queue, "after": after}
+    return LEASE_PROBE, {"queue": queue, "after": after}
 
 
 def status_of(conn: Conn, queue: str, batch_id: int) -> str | None:
@@ -1097,8 +1199,8 @@ WHERE id <> %(id)s
   AND queues && %(queues)s::text[]
   AND NOT stopping
 """
-# lock_timeout in ms: leases are kept by the same thread
-HEARTBEAT_SETTINGS = PLAIN | WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}
+# For what the keeper writes besides; a lock is waited for 100 ms at most: leases are kept by the same thread.
+HEARTBEAT_SETTINGS = THROUGHPUT_SETTINGS = PLAIN | WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}
 
 
 class Turn(NamedTuple):
@@ -1216,6 +1318,7 @@ def prune_records(conn: Conn) -> int:
 
 def merge_throughput(conn: Conn) -> int:
     """Make one row of the rows of all workers, for each minute that is over; return how many were made."""
+    wait_briefly_for_locks(conn)  # leases are kept by the same thread
     merged: int = one(conn, "SELECT batchq.merge_throughput()", {})[0]
     return merged
 

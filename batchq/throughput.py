@@ -50,7 +50,6 @@ class Throughput:
         self.lock = threading.Lock()
         self.counts: dict[tuple[str, str], Counts] = {}
         self.sums: dict[tuple[str, str], Counts] | None = None  # of all that was ever counted, if somebody wants them
-        self.items_counted: dict[Batch, int] = {}
 
     def ended(self, queue: str, kind: str, end: str, count: int, run_times: Sequence[float]) -> None:
         """Count batches that ended alike: *end* is completed, failed, cancelled or retried. *run_times*: of all of
@@ -69,17 +68,16 @@ class Throughput:
         kept = (self.counts,) if self.sums is None else (self.counts, self.sums)
         return [book.setdefault((queue, kind), Counts()) for book in kept]
 
-    def progress(self, batch: Batch, position: int, *, is_last: bool = False) -> None:
-        """Count the items of a batch up to *position* that were not counted before; *is_last*: and forget the batch."""
+    def progress(self, batch: Batch, position: int) -> None:
+        """Count the items of a batch up to *position* that were not counted before.
+
+        The batch itself remembers how many were: so it is forgotten however it ends, and who is late counts nothing.
+        """
         with self.lock:
-            if is_last:
-                before = self.items_counted.pop(batch, batch.row.items_done + batch.row.items_failed)
-            else:
-                before = self.items_counted.get(batch, batch.row.items_done + batch.row.items_failed)
-                self.items_counted[batch] = position
-            if position > before:
+            if position > batch.items_counted:
                 for counts in self.books(batch.queue, batch.kind):
-                    counts.items += position - before
+                    counts.items += position - batch.items_counted
+                batch.items_counted = position
 
     def write(self, link: Link, worker_id: str) -> None:
         """Write what was counted since the last time. Raises psycopg.Error; what may not be written is counted on."""
@@ -89,7 +87,7 @@ class Throughput:
             return
         tallies = [each.tally(queue, kind) for (queue, kind), each in counts.items()]
         try:
-            link.run(queries.count_throughput(worker_id, tallies), queries.WITHOUT_WAITING_FOR_THE_DISK)
+            link.run(queries.count_throughput(worker_id, tallies), queries.THROUGHPUT_SETTINGS)
         except OutcomeUnknown:
             raise  # rather a second's counts missing than twice in the sum
         except psycopg.Error:

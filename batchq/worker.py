@@ -37,6 +37,7 @@ WRITING_SECONDS = 2.0
 LEAST_TOLD_SECONDS = 1.0
 KEEPER, FINISHER = "batchq-keeper", "batchq-finisher"
 IDS_FINISHED_DAYS = 30.0
+MOST_LOGGED = 20
 
 log = get_logger()
 
@@ -292,7 +293,8 @@ class Worker:
         if self.has_ended(FINISHER, until - time.monotonic()):
             return True
         self.finisher.give_up.set()
-        log.error("not every outcome could be written; the leases will bring those batches back")
+        left = [batch.id for batch in self.finisher.unwritten()]
+        log.error("not every outcome could be written", count=len(left), batch_ids=left[:MOST_LOGGED])
         return False
 
     def say_goodbye(self) -> None:

@@ -99,7 +99,7 @@ def is_ready_between(
 
 def has_expired(conn: Conn, queue: str, after: float = float("-inf")) -> tuple[float, bool]:
     """Return the time, and whether any lease has expired since *after*."""
-    [(now, _, is_any)] = run(conn, queries.expired(queue, after))
+    [(now, _, is_any)] = run(conn, queries.lease_probe(queue, after))
     return now, is_any
 
 

@@ -129,7 +129,7 @@ OF_A_WORKER: dict[str, Callable[[Position], Statement]] = {
     "unknown priority": lambda _: queries.unknown_priority("default", [0]),
     "recorded positions": lambda _: queries.known_positions("default"),
     "claim": lambda at: queries.claim("default", 0, [KIND], CLAIMED_AT_ONCE, "w", TOKEN, 60, at, END),
-    "expired leases": lambda _: queries.expired("default", float("-inf")),
+    "expired leases": lambda _: queries.lease_probe("default", float("-inf")),
     "extend": lambda _: queries.extend("default", IDS, [TOKEN] * len(IDS), 60),
     "complete": lambda _: queries.complete("default", IDS, [str(TOKEN)] * len(IDS)),
     "complete and forget": lambda _: queries.complete("default", IDS, [str(TOKEN)] * len(IDS), keep=False),

@@ -336,5 +336,43 @@ def test_claims_are_large_where_batches_are_brief(still: ThreadLane) -> None:
         assert still.room() == room
 
 
+def test_a_batch_that_ends_while_the_lane_is_looked_at_does_not_stay_stuck(work: Work) -> None:
+    lane = ThreadLane(work.app.handlers, SLOTS, work.ended)
+    ends: list[threading.Thread] = []
+
+    class Ending(Batch):
+        """Ends in its own thread at the moment when somebody looks whether it takes long."""
+
+        __slots__ = ()
+
+        @property
+        def begun_at(self) -> float:  # type: ignore[override]
+            """When it began."""
+            if not ends:
+                ends.append(threading.Thread(target=self.end))
+                ends[0].start()
+                ends[0].join(0.2)  # for as long as it waits for the lane's lock
+            return 0.0
+
+        @begun_at.setter
+        def begun_at(self, value: float | None) -> None:
+            """Leave it as it is."""
+
+        def end(self) -> None:
+            """Do as a slot does at its end."""
+            lane.end(self, RELEASED)
+            lane.stuck.discard(self)
+
+    claim = Claim("default", uuid4(), Runtime(None, 60, threading.Event()), time.monotonic())  # type: ignore[arg-type]
+    batch = Ending(ClaimedRow(1, "work", 1, 5, "0", None, None, 0, 0, 0, None, 0.0), claim)
+    lane.hand.add(batch)
+    lane.waiting.append(batch)
+    lane.awake = 1
+    lane.mean_seconds = 0.0
+    lane.is_needed()
+    ends[0].join(5)
+    assert (lane.hand, lane.stuck) == (set(), set())
+
+
 if __name__ == "__main__":
     run_alone(__file__)

@@ -483,6 +483,36 @@ def test_leases_are_kept_while_the_other_duties_fail(dsn: str, admin_dsn: str, a
         assert admin.execute("SELECT attempt, errors FROM batchq.batches").fetchall() == [(1, [])]
 
 
+@pytest.mark.parametrize("commits", [False, True], ids=["held until the end", "committed"])
+def test_a_row_that_somebody_has_locked_is_all_that_a_stop_leaves_to_its_lease(
+    dsn: str, admin_dsn: str, admin: psycopg.Connection[Any], commits: bool
+) -> None:
+    step("given a batch that runs, which a person cancels in a transaction that stays open; and then ends")
+    held = batchq.enqueue(admin, "stubborn", {"seq": 0})
+    with Processes(dsn, APP, handlers_dsn=admin_dsn) as processes, psycopg.connect(admin_dsn) as person:
+        worker = processes.worker(concurrency=2, shutdown_seconds=0)
+        wait_until(lambda: admin.execute("SELECT FROM executions").rowcount, 10, "the batch to begin")
+        person.execute("SELECT batchq.cancel(%s)", [held])
+        admin.execute("INSERT INTO gates (name) VALUES ('stubborn 1')")
+
+        step("then the worker says so in seconds, and all others are worked and written")
+        batchq.enqueue_many(admin, "quick", [{"seq": seq} for seq in range(1, 500)])
+        assert worker.wait_for("outcomes postponed", 5)["batch_ids"] == [held]
+        completed = "SELECT count(*) FROM batchq.batches WHERE status = 'completed'"
+        wait_until(lambda: admin.execute(completed).fetchone() == (499,), 30, "the others to be completed")
+
+        step("and when it is stopped, it is told of that one row only, unless the lock is gone")
+        if commits:
+            person.commit()
+            worker.wait_for("lease lost", batch_id=held)
+        assert worker.stop() == (0 if commits else 1)
+        left = [line["batch_ids"] for line in worker.lines("not every outcome could be written")]
+        assert left == ([] if commits else [[held]])
+        person.rollback()
+    assert admin.execute("SELECT count(*), count(DISTINCT seq) FROM executions").fetchone() == (500, 500)
+    assert statuses(admin) == {"completed", "cancelled" if commits else "processing"}
+
+
 def test_a_worker_that_may_not_make_partitions_works_all_the_same(
     database: str, server: Server, admin_dsn: str, admin: psycopg.Connection[Any]
 ) -> None:

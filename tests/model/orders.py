@@ -56,7 +56,7 @@ def operations() -> Iterator[Operation]:
     live, running, ended = ("pending", "processing"), ("processing", "expired"), ("failed", "old")
     claim = queries.claim("q", 0, ["k"], 10, "w2", NEW_TOKEN, LEASE_SECONDS)
     yield Operation("claim", claim, ["pending"], skips_locked=True)
-    rescue = {"queue": "q", "limit": 10, "spread_seconds": 0.0, "after": float("-inf")}
+    rescue = {"queue": "q", "limit": 10, "spread_seconds": 0.0, "after": float("-inf"), "skipped": [], "only": None}
     yield Operation("rescue", (queries.RESCUE, rescue), ["expired"], skips_locked=True)
     completed = ("q", BOTH, [str(TOKEN)] * 2)  # in the order of the ids, as the finisher gives them
     yield Operation("complete", queries.complete(*completed), running)
