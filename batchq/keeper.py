@@ -83,7 +83,7 @@ class Keeper:
 
     def all_duties(self) -> list["Duty"]:
         """Return what is to be done, and how often."""
-        every: list[tuple[str, Callable[[], object], float]] = [
+        every: list[tuple[str, Callable[[], bool | None], float]] = [
             ("time limits", self.end_overdue, self.tick_seconds),
             ("waiting batches", self.give_back_waiting, self.tick_seconds),
             ("lost slots", self.look_for_lost_slots, self.tick_seconds),

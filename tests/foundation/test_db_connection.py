@@ -180,7 +180,7 @@ def test_no_statement_is_prepared_however_often_it_runs(admin_dsn: str) -> None:
             queries.rescue(conn, "default", 1)
         link.run(queries.claim("default", 0, ["work"], 1, "w", uuid4(), 60))
         with link.reading() as conn:
-            queries.ready_priorities(conn, "default", ["work"], {0: queries.START})
+            queries.has_ready(conn, "default", 0, ["work"], queries.START)
     with link.reading() as conn:
         assert value(conn, "SELECT count(*) FROM pg_prepared_statements") == 0
     link.close()

@@ -20,9 +20,9 @@ TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUN
         "0023_verbs_lock_first",
         "0016_bulk",
         "0026_trace_context",
-        "0035_replica_identities",
-        "0037_true_bulk_numbers",
-        "0038_prune_in_steps",
+        "0034_replica_identities",
+        "0036_true_bulk_numbers",
+        "0037_prune_in_steps",
     )
 )
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
