@@ -16,7 +16,7 @@ TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUN
     for name in (
         "0001_batches",
         "0008_items_total",
-        "0010_has_ready",
+        "0033_has_ready_by_the_claims_index",
         "0023_verbs_lock_first",
         "0016_bulk",
         "0026_trace_context",
@@ -33,6 +33,7 @@ POSITION, ACTIONS, CREATE, FORGET, PARTS, TRANSACTIONS, TOTALS = (
     for name in ("positions", "verbs", "batch_create", "keep_completed", "worker_parts", "transactions", "items_total")
 )
 ENDING = "component/test_ending.py"
+FLAT = "component/test_flat.py"
 LOOKS, FINISHER, VIEWS = (f"component/test_{name}.py" for name in ("looks", "finisher", "views"))
 BULK_ACTIONS = "component/test_bulk_verbs.py"
 CONNECTIONS = "foundation/test_db_connection.py"
@@ -162,7 +163,7 @@ MUTANTS = [
         HAS_READY,
     ),
     *of(
-        "def has_ready_between(",
+        "READY_BETWEEN: LiteralString",
         (LOOKS, CLAIM, POSITION),
         [
             (
@@ -180,13 +181,34 @@ MUTANTS = [
         ],
     ),
     *of(
-        "def has_unknown_priority(",
+        "UNKNOWN_PRIORITY: LiteralString",
         (LOOKS, CLAIM),
         [
             ("AND b.status = 'pending'", "", "only what waits has a priority to learn"),
             ("AND b.priority > gap.above", "", "known priorities are known"),
             ("AND b.priority < gap.below", "", "known priorities are known"),
         ],
+    ),
+    *of(
+        "CREATE UNIQUE INDEX batches_live_only_id",
+        FLAT,
+        [("batchq.batches_live (id)", "batchq.batches_live (id, queue)", "no index by id can serve a look at a queue")],
+        "migrations/0030_live_id.sql",
+    ),
+    *of(
+        "CREATE FUNCTION batchq.newest_live(",
+        FLAT,
+        [
+            ("AND (b.run_at, b.id) >= (w.at, w.id)", "", "views begin after the dead"),
+            ("AND b.lease_expires_at >= q.at", "", "views begin after the dead leases"),
+        ],
+        "migrations/0032_views_from_positions.sql",
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.count_live(",
+        FLAT,
+        [("AND b.lease_expires_at >= q.at", "", "counts begin after the dead leases")],
+        "migrations/0032_views_from_positions.sql",
     ),
     # ------------------------------------------------------------------------------------------- input, checkpoint
     *of("def large_input(", (CLAIM, LEASES), [("AND claim_token = %(token)s", "", "input is for who has the batch")]),
@@ -415,11 +437,11 @@ MUTANTS = [
         ],
     ),
     *of(
-        "HAS_EXPIRED: LiteralString",
+        "LEASE_PROBE: LiteralString",
         (PARTS, LEASES),
         [
             ("WHERE queue = %(queue)s", "WHERE true", "looks are of one queue"),
-            ("AND lease_expires_at > to_timestamp(%(after)s)", "", "looks start behind the dead"),
+            ("AND lease_expires_at > start.at", "", "looks start behind the dead"),
             ("AND lease_expires_at < now()", "", "a lease that lasts is not looked for twice"),
         ],
     ),
