@@ -150,7 +150,7 @@ MUTANTS = [
         ],
     ),
     *of(
-        "CREATE FUNCTION batchq.has_ready",
+        "CREATE OR REPLACE FUNCTION batchq.has_ready",
         (LOOKS, CLAIM, POSITION),
         [
             ("b.queue = in_queue", "true", "looks are of one queue"),
