@@ -82,8 +82,10 @@ def apply_patiently(conn: psycopg.Connection[Any], migration: Migration) -> str 
 
 def apply(conn: psycopg.Connection[Any], migration: Migration) -> str | None:
     """Apply one migration, unless somebody has; return its name if it was applied here. Raises LockNotAvailable."""
-    with bounded(conn, SECONDS_A_FILE), conn.transaction():
+    with bounded(conn, SECONDS_A_FILE + 1), conn.transaction():
+        # Its own limits: those of the role or the database are made for short statements.
         conn.execute(queries.limits(SECONDS_A_FILE, SECONDS_A_FILE, settings=queries.PLAIN))
+        queries.lift_transaction_timeout(conn)
         queries.take_migration_lock(conn)
         queries.wait_briefly_for_locks(conn, 500)
         if not queries.has_ledger(conn):

@@ -130,6 +130,11 @@ def listen(conn: Conn) -> None:
 # ------------------------------------------------------------------------------------------------------- schema
 
 
+def lift_transaction_timeout(conn: Conn) -> None:
+    """Turn off the limit that PostgreSQL 17 and later may have for whole transactions, until this one's end."""
+    conn.execute("SELECT set_config(name, '0', true) FROM pg_settings WHERE name = 'transaction_timeout'")
+
+
 def take_migration_lock(conn: Conn) -> None:
     """Wait until no other migration runs; held until the transaction's end."""
     conn.execute("SELECT pg_advisory_xact_lock(hashtextextended('batchq.migrations', 0))")

@@ -113,6 +113,43 @@ def test_a_migration_waits_for_one_that_runs(dsn: str, admin_dsn: str, files: Pa
     assert applied == ["0090_more"]
 
 
+SHORT = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "transaction_timeout")
+
+
+def set_short_limits(admin_dsn: str) -> None:
+    """Have the database end whatever takes longer than 100 ms."""
+    with connect(admin_dsn) as admin:
+        known = set(values(admin, "SELECT name FROM pg_settings WHERE name = ANY (%s)", [list(SHORT)]))
+        for name in known:
+            statement = sql.SQL("ALTER DATABASE {} SET {} = '100ms'")
+            admin.execute(statement.format(sql.Identifier(admin.info.dbname), sql.Identifier(name)))
+
+
+def test_a_migration_is_not_bounded_by_the_limits_of_role_or_database(admin_dsn: str, files: Path) -> None:
+    set_short_limits(admin_dsn)
+    (files / "9000_slow.sql").write_text("SELECT pg_sleep(0.3);\nSELECT pg_sleep(0.3);\n")
+    assert migrate(admin_dsn) == ["9000_slow"]
+
+
+def test_a_migration_waits_for_another_for_longer_than_the_limits_of_role_or_database(
+    admin_dsn: str, files: Path
+) -> None:
+    applied: list[str] = []
+    (files / "9000_new.sql").write_text("SELECT 1;\n")
+    with connect(admin_dsn) as other, other.transaction():
+        queries.take_migration_lock(other)
+        set_short_limits(admin_dsn)
+        waiting = Thread(target=lambda: applied.extend(migrate(admin_dsn)))
+        waiting.start()
+        long = (
+            "SELECT count(*) FROM pg_locks "
+            "WHERE locktype = 'advisory' AND NOT granted AND waitstart < clock_timestamp() - interval '0.3 s'"
+        )
+        wait_until(lambda: value(other, long), 10, "it to wait for long")
+    waiting.join(10)
+    assert applied == ["9000_new"]
+
+
 def test_a_new_file_is_applied_to_a_database_with_data(dsn: str, conn: Conn, files: Path) -> None:
     insert(conn, kind="waits")
     processing(conn)
