@@ -69,7 +69,8 @@ BEGIN
     GROUP BY queue, kind, state
   )
   SELECT queue, kind, state, greatest(c.count, s.count), coalesce(c.late, 0), least(c.oldest_at, s.oldest_at),
-    cut.queue IS NOT NULL, cut.known_until IS NOT NULL AND (c.oldest_at IS NULL OR c.oldest_at > cut.known_until)
+    -- What was committed late, with a place before a position, is not counted until the position is checked.
+    cut.queue IS NOT NULL OR EXISTS (SELECT FROM batchq.positions p WHERE p.queue = c.queue), cut.known_until IS NOT NULL AND (c.oldest_at IS NULL OR c.oldest_at > cut.known_until)
   FROM counted c
   FULL JOIN sampled s USING (queue, kind, state)
   LEFT JOIN cut USING (queue, state);

@@ -29,13 +29,19 @@ EVERY_PARTITION = 3 * 12  # a lookup by id descends the index of each day's part
 
 MAKE = """
 INSERT INTO batchq.batches_live (kind, run_at)
-SELECT 'work', now() - interval '1 minute'
+SELECT 'work', now() - %s * interval '1 minute'
 FROM generate_series(1, %s)
 """
 CLAIM_ALL = """
 UPDATE batchq.batches_live
 SET status = 'processing', attempt = 1, claimed_by = 'w', claim_token = gen_random_uuid(), claimed_at = now(),
   lease_expires_at = now() - interval '1 second'
+"""
+CLAIM_TWO = """
+UPDATE batchq.batches_live
+SET status = 'processing', attempt = 1, claimed_by = 'w', claim_token = gen_random_uuid(), claimed_at = now(),
+  lease_expires_at = now() + interval '1 hour'
+WHERE id IN (SELECT id FROM batchq.batches_live WHERE id > %s ORDER BY id LIMIT 2)
 """
 
 
@@ -68,6 +74,7 @@ STATES: dict[str, tuple[Callable[[Conn], None], Callable[[Conn], None], int]] = 
     "analyzed just before the end": (analyzed_when_empty, never_analyzed, 0),
     "never analyzed": (never_analyzed, never_analyzed, 0),
     "many live beside the dead": (never_analyzed, analyzed_when_empty, LIVE),
+    "a few live beside the dead": (never_analyzed, analyzed_when_empty, 5),
 }
 
 
@@ -83,7 +90,7 @@ def table(request: pytest.FixtureRequest, databases: Databases, server: Server) 
         conn.execute("ALTER TABLE batchq.batches_live SET (autovacuum_enabled = off)")
         holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         holder.execute("SELECT count(*) FROM batchq.workers")
-        conn.execute(MAKE, [DEAD])
+        conn.execute(MAKE, [1, DEAD])
         [(run_at, last_id)] = conn.execute("SELECT date_part('epoch', max(run_at)), max(id) FROM batchq.batches_live")
         conn.execute(CLAIM_ALL.encode())
         conn.execute("DELETE FROM batchq.batches_live WHERE id <= %s", [last_id - 100])
@@ -91,9 +98,10 @@ def table(request: pytest.FixtureRequest, databases: Databases, server: Server) 
         conn.execute("DELETE FROM batchq.batches_live")
         at_the_end(conn)
         conn.execute("SELECT batchq.move_positions('{default}', '{0}', 0, 0)")
-        conn.execute(MAKE, [live])
+        conn.execute(MAKE, [0, live])
+        conn.execute(CLAIM_TWO, [last_id])
         step("%s: positions %s", request.param, values_of(conn))
-        yield Table(conn, Position(run_at, last_id), live)
+        yield Table(conn, Position(run_at, last_id), max(0, live - 2))
         holder.rollback()
 
 
@@ -141,6 +149,18 @@ PROBES = {name for name in OF_A_WORKER if "probe" in name or "priority" in name 
 BY_IDS = {"extend", "complete", "complete and forget", "finish", "requeue"}
 
 
+def test_no_index_but_those_of_claims_and_leases_can_serve_a_statement_that_names_a_queue(conn: Conn) -> None:
+    query = """
+    SELECT array_agg(DISTINCT i.indexrelid::regclass::text ORDER BY i.indexrelid::regclass::text)
+    FROM pg_catalog.pg_index i
+    JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indexrelid AND a.attnum <= i.indnkeyatts
+    WHERE i.indrelid = 'batchq.batches_live'::regclass
+      AND a.attname = 'queue'
+    """
+    index = "batchq.batches_live_{}".format
+    assert value(conn, query) == [index("lease"), index("ready"), index("unique_key")], "the last holds only keys"
+
+
 @pytest.mark.parametrize("name", OF_A_WORKER)
 def test_a_statement_of_a_worker_reads_only_what_it_returns(table: Table, name: str) -> None:
     settings = queries.PROBING if name in PROBES else queries.BY_INDEX
@@ -186,7 +206,9 @@ def test_counts_read_the_live_and_not_the_dead(table: Table) -> None:
     step("%s buffers for %s", read, counted)
     assert read <= 1_000 + 2 * counted
     rows = queries.queue_rows(conn)
-    assert [row["ready"] for row in rows] in ([], [table.live]) or "ready" in rows[0]["estimated"]
+    if table.live:
+        assert "ready" in rows[0]["estimated"], "what was committed late may be left out"
+        assert rows[0]["ready"] == table.live or table.live > 10_000
 
 
 def read_by(conn: Conn, look: Callable[[Conn], Any]) -> int:

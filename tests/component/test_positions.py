@@ -338,7 +338,14 @@ def test_a_rescue_does_not_walk_over_the_leases_of_what_has_ended_while_a_snapsh
     now = queries.now(conn)
     met = []
     for after in (float("-inf"), now):
-        parameters = {"queue": "default", "limit": 100, "spread_seconds": 0, "after": after}
+        parameters = {
+            "queue": "default",
+            "limit": 100,
+            "spread_seconds": 0,
+            "after": after,
+            "skipped": [],
+            "only": None,
+        }
         met.append(pages_met(conn, (queries.RESCUE, parameters), "batches_live_lease"))
     step("from the beginning %s pages, behind the last look %s", *met)
     assert met[0] > 30, "the snapshot does not matter here, so this test proves nothing"
