@@ -123,7 +123,7 @@ BEGIN
         AND b.status = 'pending'
         AND b.priority = w.priority
         AND (b.run_at, b.id) >= (w.at, w.id)
-        AND b.id < before_id
+        AND b.id + 0 < before_id -- not by the index of ids, whose dead entries are unknown
         AND (in_kind IS NULL OR b.kind = in_kind)
         AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
       ORDER BY b.run_at DESC, b.id DESC
@@ -140,7 +140,7 @@ BEGIN
       WHERE b.queue = q.queue
         AND b.status = 'processing'
         AND b.lease_expires_at >= q.at
-        AND b.id < before_id
+        AND b.id + 0 < before_id -- not by the index of ids, whose dead entries are unknown
         AND (in_kind IS NULL OR b.kind = in_kind)
         AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
       ORDER BY b.lease_expires_at DESC
