@@ -764,7 +764,7 @@ def encoding_problem(conn: psycopg.Connection[Any]) -> Problem | None:
     if encoding == "UTF8" and conn.info.encoding == "utf-8":
         return None
     found = encoding if encoding != "UTF8" else conn.info.encoding
-    remedy = f"run: ALTER ROLE {role} SET client_encoding = 'UTF8', and have the pooler reconnect"
+    remedy = f"run: alter role {role} set client_encoding to 'UTF8', and have the pooler reconnect"
     return f"client_encoding is {found}, not UTF8: the pooler drops it from the start of a connection", remedy
 
 

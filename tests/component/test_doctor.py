@@ -102,7 +102,7 @@ def test_a_publication_covers_a_partition_by_each_way(dsn: str, admin: Conn, cov
         processing(admin)
 
 
-@pytest.mark.parametrize("part", ["(id, status)", "WHERE (kind = 'mail')"])
+@pytest.mark.parametrize("part", ["(queue, status)", "WHERE (kind = 'mail')"])
 def test_a_publication_of_parts_of_rows_is_named(dsn: str, admin: Conn, part: str) -> None:
     admin.execute(f"CREATE PUBLICATION parts FOR TABLE batchq.batches_live {part}".encode())
     with pytest.raises(psycopg.errors.InvalidColumnReference):

@@ -182,7 +182,7 @@ def test_a_pooler_that_drops_the_encoding_is_named_with_the_remedy(
         assert main(["check", "--dsn", sim.dsn()]) == 2
         found = capsys.readouterr().err
         assert f"client_encoding is {encoding}, not UTF8" in found
-        assert "run: ALTER ROLE postgres SET client_encoding = 'UTF8'" in found
+        assert "run: alter role postgres set client_encoding to 'UTF8'" in found
         assert main(["doctor", "--dsn", sim.dsn()]) == 2
         assert f"client_encoding is {encoding}, not UTF8" in capsys.readouterr().out.replace("\n", " ")
         with pytest.raises(ConfigError, match=f"client_encoding is {encoding}, not UTF8"):

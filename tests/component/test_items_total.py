@@ -64,7 +64,7 @@ FROM gone
 RETURNING id
 """
 # What they wrote to claim: it does not ask for the context of a trace.
-OLD_CLAIM = queries.CLAIM.replace(",\n  b.trace_context", "")
+OLD_CLAIM = queries.CLAIM.replace(",\n  CASE WHEN %(most_bytes)s > 0 THEN b.trace_context END", "")
 
 
 def old_finish(conn: Conn, *finishes: Finish) -> set[int]:
