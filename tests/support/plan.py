@@ -8,7 +8,9 @@ LAYERS = ("foundation", "component", "integration", "e2e")
 DURATIONS = Path(__file__).parents[1] / "durations.json"
 UNKNOWN_SECONDS = 10.0
 
-ALONE: dict[str, str] = {}
+ALONE: dict[str, str] = {
+    "e2e/test_batch_e2e.py": "it bounds how late a scheduled batch begins",
+}
 """Files that bear no company, and why: they measure time, or how much work something is."""
 
 
