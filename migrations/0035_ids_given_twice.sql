@@ -33,4 +33,4 @@ $$;
 COMMENT ON FUNCTION batchq.ids_given_twice(timestamptz) IS
   'Returns a row for batches or audit if it has rows with larger ids than the last one given ("last_given"; 0: none yet), '
   'up to "newest". New rows would get ids that are in use. Looks at what finished after "since" only. To fix it: '
-  'SELECT setval(pg_get_serial_sequence(''batchq.batches'', ''id''), newest).';
+  'set the sequence of the id to it by setval; batchq doctor prints the statement.';
