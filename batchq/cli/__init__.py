@@ -1,6 +1,7 @@
 """The command line: ``batchq COMMAND``. Arguments are read here; each command is a function of `commands`."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ SHOWN_STATUSES = ("ready", "scheduled", "retrying", "processing", "stalled", "co
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 something went wrong, 2 the caller's mistake."""
+    print_any_letter()
     parser = make_parser()
     given = sys.argv[1:] if arguments is None else arguments
     if not all(is_text(argument) for argument in given):
@@ -29,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.run in (commands.worker, commands.workers):
         leave(code)
     return code
+
+
+def print_any_letter() -> None:
+    """Have standard output replace the letters that its encoding does not have (ASCII, in a cron job), not fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """``batchq enqueue --items`` and ``--lines``: a file of items, with a progress bar."""
 
+import io
 import json
 import sys
 from argparse import Namespace
@@ -34,11 +35,11 @@ def enqueue(conn: psycopg.Connection[Any], options: Namespace, payload: Any, giv
 
 
 def opened(name: str) -> AbstractContextManager[TextIO]:
-    """Open the file, or standard input for ``-``."""
+    """Open the file, or standard input for ``-``: UTF-8 whatever the locale, with or without a byte order mark."""
     if name == "-":
-        return nullcontext(sys.stdin)
+        return nullcontext(io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig"))
     try:
-        return Path(name).open(encoding="utf-8")
+        return Path(name).open(encoding="utf-8-sig")
     except OSError as error:
         raise InvalidInput(f"cannot read {name}: {error.strerror}") from None
 

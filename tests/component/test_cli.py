@@ -246,6 +246,34 @@ def test_enqueue_takes_lines_of_text(batchq: CommandLine, conn: psycopg.Connecti
     assert values(conn, "SELECT items FROM batchq.batches") == [["plain", '{"n": 1}', "last, without its end"]]
 
 
+@pytest.mark.parametrize("source", ["file", "stdin"])
+@pytest.mark.parametrize("form", ["--items", "--lines"])
+def test_a_byte_order_mark_is_not_part_of_the_first_item(
+    batchq: CommandLine, conn: psycopg.Connection, source: str, form: str
+) -> None:
+    text = '"éxample.com"\r\n"example.org"\r\n' if form == "--items" else "éxample.com\r\nexample.org\r\n"
+    (batchq.directory / "marked.txt").write_bytes(text.encode("utf-8-sig"))
+    name = "marked.txt" if source == "file" else "-"
+    assert batchq("enqueue", "items", form, name, stdin=text.encode("utf-8-sig")).code == 0
+    assert values(conn, "SELECT items FROM batchq.batches") == [["éxample.com", "example.org"]]
+
+
+def test_a_file_in_utf_16_is_refused_by_name(batchq: CommandLine, conn: psycopg.Connection) -> None:
+    (batchq.directory / "wide.txt").write_bytes("example.com\n".encode("utf-16"))
+    ended = batchq("enqueue", "items", "--lines", "wide.txt")
+    assert (ended.code, "wide.txt is not UTF-8" in ended.err) == (2, True)
+    assert values(conn, "SELECT id FROM batchq.batches") == []
+
+
+def test_an_output_that_knows_only_ascii_is_no_error(batchq: CommandLine, conn: psycopg.Connection) -> None:
+    assert batchq("enqueue", "grüße 💥", "--items", "-", stdin='"ä"\n').code == 0
+    ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    for command in (("status",), ("show", "1"), ("logs", "1"), ("doctor",), ("status", "--json")):
+        ended = batchq.run_program(*command, **ascii_only)
+        assert "Traceback" not in ended.err, command
+        assert "gr" in ended.out or command[0] in ("logs", "doctor"), command
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
