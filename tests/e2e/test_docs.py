@@ -34,7 +34,8 @@ SECONDS_A_BLOCK = 180
 
 def environment(dsn: str) -> dict[str, str]:
     """Return the environment of the blocks: our commands, and psql from the wheel if no other."""
-    path = [str(Path(sys.executable).parent), os.environ["PATH"], str(embedded.wheel_programs())]
+    # The psql of the wheel first: Debian has a wrapper of that name which needs a client that may not be there.
+    path = [str(Path(sys.executable).parent), str(embedded.wheel_programs()), os.environ["PATH"]]
     return os.environ | {"BATCHQ_DSN": dsn, "PATH": os.pathsep.join(path), "PYTHONWARNINGS": "ignore"}
 
 

@@ -387,7 +387,7 @@ def test_a_test_that_asks_for_a_missing_program_is_left_out_with_the_reason(monk
 def test_what_only_root_could_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "find", lambda name: None if name in ("promtool", "chromium") else name)
     monkeypatch.setattr(programs.os, "geteuid", lambda: 1000)
-    assert programs.install().endswith("apt-get install chromium fonts-dejavu-core prometheus")
+    assert programs.install().endswith("apt-get install chromium fonts-dejavu-core libatomic1 prometheus")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import time
 import pytest
 
 PACKAGES = {
-    "chromium": ("chromium", "fonts-dejavu-core"),
+    "chromium": ("chromium", "fonts-dejavu-core", "libatomic1"),  # the last for the node that drives it
     "pgbouncer": ("pgbouncer",),
     "prometheus": ("prometheus",),
     "promtool": ("prometheus",),
