@@ -28,7 +28,7 @@ BASE_BUFFERS, BUFFERS_A_ROW = 50, 20
 EVERY_PARTITION = 3 * 12  # a lookup by id descends the index of each day's partition
 
 MAKE = """
-INSERT INTO batchq.batches_live (kind, run_at)
+INSERT INTO batchq.batches (kind, run_at)
 SELECT 'work', now() - %s * interval '1 minute'
 FROM generate_series(1, %s)
 """

@@ -37,14 +37,19 @@ async def work_async(batch: batchq.Batch) -> None:
     """Be there, so that there is an event loop."""
 
 
+def threads() -> set[threading.Thread]:
+    """Return the threads that there are, but for the timer that each process begins once and keeps."""
+    return {thread for thread in threading.enumerate() if thread.name != "batchq-deadlines"}
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left(conn: psycopg.Connection) -> Iterator[None]:
     """Fail if a thread, or the row of a worker, is there at the end that was not before."""
     gate.clear()
-    before = set(threading.enumerate())
+    before = threads()
     yield
     gate.set()
-    wait_until(lambda: not (set(threading.enumerate()) - before), 15, "no thread to be left")
+    wait_until(lambda: not (threads() - before), 15, "no thread to be left")
     assert values(conn, "SELECT count(*) FROM batchq.workers") == [0]
 
 
