@@ -271,6 +271,37 @@ def test_counts_beyond_the_bound_are_estimates_and_say_so(conn: Conn) -> None:
     assert (few["ready"], few["estimated"]) == (30, [])
 
 
+def test_counts_are_exact_up_to_the_bound_however_many_queues_and_priorities_there_are(conn: Conn) -> None:
+    step("given 5,860 batches, most of them in one of 12 queues with 5 priorities each, and 9,000 that run")
+    conn.execute(
+        "INSERT INTO batchq.batches (kind, queue, priority) "
+        "SELECT 'work', 'q' || n % 12, n % 5 FROM generate_series(1, 1860) n"
+    )
+    conn.execute("INSERT INTO batchq.batches (kind, queue) SELECT 'work', 'q0' FROM generate_series(1, 3952)")
+    conn.execute(
+        "INSERT INTO batchq.batches (kind, queue, run_at) "
+        "SELECT 'work', 'q0', now() + interval '1 hour' FROM generate_series(1, 48)"
+    )
+    conn.execute(
+        "INSERT INTO batchq.batches (kind, queue) SELECT 'runs', CASE WHEN n <= 8900 THEN 'r' ELSE 's' || n % 50 END "
+        "FROM generate_series(1, 9000) n"
+    )
+    conn.execute(
+        "UPDATE batchq.batches_live SET status = 'processing', attempt = 1, claimed_by = 'w', "
+        "  claim_token = gen_random_uuid(), claimed_at = now(), lease_expires_at = now() + interval '1 hour' "
+        "WHERE kind = 'runs'"
+    )
+    first, running = queue_row(conn, "work", "q0"), queue_row(conn, "runs", "r")
+    assert (first["ready"], first["scheduled"], first["estimated"]) == (3952 + 1860 // 12, 48, [])
+    assert (running["processing"], running["estimated"]) == (8900, [])
+    [sums] = conn.execute("SELECT sum(ready), sum(scheduled), sum(processing) FROM batchq.queues").fetchall()
+    assert tuple(sums) == (5_812, 48, 9_000)
+    step("when more wait than are counted, then those of the small levels are still exact, and the others say so")
+    conn.execute("INSERT INTO batchq.batches (kind, queue) SELECT 'work', 'q0' FROM generate_series(1, 6000)")
+    first, other = queue_row(conn, "work", "q0"), queue_row(conn, "work", "q1")
+    assert (first["estimated"], other["ready"], other["estimated"]) == (["ready"], 155, [])
+
+
 def test_a_kind_that_lies_behind_the_bound_is_estimated_with_its_wait(conn: Conn) -> None:
     fill = "INSERT INTO batchq.batches (kind, run_at) SELECT %s, now() - %s * interval '1 hour' "
     fill += "FROM generate_series(1, %s)"

@@ -206,9 +206,30 @@ MUTANTS = [
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.count_live(",
-        FLAT,
-        [("AND b.lease_expires_at >= q.at", "", "counts begin after the dead leases")],
-        "migrations/0032_views_from_positions.sql",
+        (FLAT, VIEWS),
+        [
+            (
+                "AND b.lease_expires_at >= q.at\n      ORDER BY b.lease_expires_at\n      LIMIT share.of_busy",
+                "ORDER BY b.lease_expires_at\n      LIMIT share.of_busy",
+                "counts begin after the dead leases",
+            ),
+            (
+                "AND b.lease_expires_at >= q.at\n        ORDER BY b.lease_expires_at\n        LIMIT most",
+                "ORDER BY b.lease_expires_at\n        LIMIT most",
+                "counts begin after the dead leases",
+            ),
+            (
+                "CASE WHEN counts_all THEN most ELSE most / greatest((SELECT count(*) FROM waiting), 1) END",
+                "most / greatest((SELECT count(*) FROM waiting), 1)",
+                "counts are exact up to the bound",
+            ),
+            (
+                "CASE WHEN counts_all THEN most ELSE most / greatest((SELECT count(*) FROM busy), 1) END",
+                "most / greatest((SELECT count(*) FROM busy), 1)",
+                "counts are exact up to the bound",
+            ),
+        ],
+        "migrations/0038_exact_counts.sql",
     ),
     # ------------------------------------------------------------------------------------------- input, checkpoint
     *of("def large_input(", (CLAIM, LEASES), [("AND claim_token = %(token)s", "", "input is for who has the batch")]),
