@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import psutil
 import psycopg
 
+from batchq import queries
 from tests.support.steps import step
 
 CHUNK = 1_000_000
@@ -28,6 +29,20 @@ UPDATE batchq.batches_live
 SET status = 'processing', attempt = 1, claimed_by = 'worker 1', claim_token = gen_random_uuid(), claimed_at = now(),
   lease_expires_at = now() + (CASE WHEN id %% 100 = 0 THEN -1 ELSE 1 END) * interval '1 hour'
 WHERE id IN (SELECT id FROM batchq.batches_live WHERE run_at < now() ORDER BY id LIMIT %(count)s)
+"""
+
+DEAD = """
+INSERT INTO batchq.batches_live (id, queue, kind, priority, run_at, payload, errors)
+OVERRIDING SYSTEM VALUE
+SELECT nextval(pg_get_serial_sequence('batchq.batches', 'id')),
+  (ARRAY['default', 'default', 'default', 'mail', 'mail', 'slow'])[n %% 6 + 1], 'kind ' || n / 6 %% 5, n %% 2 * 5,
+  now() - interval '1 day' - (%(all)s - n) * interval '1 millisecond', jsonb_build_object('seq', n), '[]'
+FROM generate_series(%(first)s::bigint, %(last)s::bigint) n
+"""
+CLAIMED = """
+UPDATE batchq.batches_live
+SET status = 'processing', attempt = 1, claimed_by = 'worker 1', claim_token = gen_random_uuid(), claimed_at = now(),
+  lease_expires_at = run_at + interval '5 minutes'
 """
 
 # One in two hundred failed, with a traceback; one in a thousand was cancelled.
@@ -106,6 +121,25 @@ def fill(conn: psycopg.Connection, live: int, finished: int, days: int) -> None:
     conn.execute("INSERT INTO batchq.audit (verb, batches) SELECT 'cancel', 1 FROM generate_series(1, 10000)")
     for table in ("batches_live", "batches_finished", "throughput_minutes", "audit"):
         conn.execute(f"VACUUM (ANALYZE) batchq.{table}".encode())
+
+
+def die(conn: psycopg.Connection, dead: int) -> None:
+    """Insert so many batches, and have each claimed and removed; while somebody holds a snapshot, all of it stays."""
+
+    def work(part: dict[str, int]) -> None:
+        conn.execute(DEAD, part)
+        conn.execute(CLAIMED)
+        conn.execute("DELETE FROM batchq.batches_live")
+
+    in_chunks(work, dead, "dead")
+    conn.execute("VACUUM (ANALYZE) batchq.batches_live")
+
+
+def survey(conn: psycopg.Connection) -> None:
+    """Record where the live table's indexes begin, as workers do while there are many dead rows."""
+    with conn.transaction():
+        conn.execute(queries.limits(600, settings=queries.PROBING))
+        queries.move_positions(conn, ["default", "mail", "slow"], [0, 5], 300)
 
 
 def in_chunks(insert: Callable[[dict[str, int]], object], count: int, name: str) -> None:
