@@ -1,4 +1,5 @@
--- The views begin where batchq.positions says: they do not walk over what is dead.
+-- The views begin where batchq.positions says: they do not walk over what is dead. And up to 10,000 waiting batches, and as
+-- many running ones, each is counted, however many queues and priorities they lie in.
 
 CREATE OR REPLACE FUNCTION batchq.count_live(most integer DEFAULT 10000)
 RETURNS TABLE (queue text, kind text, state text, count bigint, late bigint, oldest_at timestamptz, is_estimate boolean,
@@ -11,15 +12,48 @@ AS $$
 DECLARE
   pages     float8 := pg_relation_size('batchq.batches_live') / current_setting('block_size')::integer;
   in_sample float8 := least(100, 100 * 200 / greatest(pages, 1));
+  -- While there are no more than "most" in all, each is counted. Only beyond does a level get no more than its share.
+  counts_all boolean := most >= (
+    SELECT count(*)
+    FROM (
+      SELECT
+      FROM batchq.waiting_levels() w CROSS JOIN LATERAL (
+        SELECT
+        FROM batchq.batches_live b
+        WHERE b.queue = w.queue AND b.status = 'pending' AND b.priority = w.priority AND (b.run_at, b.id) >= (w.at, w.id)
+        ORDER BY b.run_at, b.id
+        LIMIT most + 1
+      ) b
+      WHERE w.at IS NOT NULL
+      LIMIT most + 1
+    ) some_waiting
+  ) AND most >= (
+    SELECT count(*)
+    FROM (
+      SELECT
+      FROM batchq.busy_queues() q CROSS JOIN LATERAL (
+        SELECT
+        FROM batchq.batches_live b
+        WHERE b.queue = q.queue AND b.status = 'processing' AND b.lease_expires_at >= q.at
+        ORDER BY b.lease_expires_at
+        LIMIT most + 1
+      ) b
+      WHERE q.at IS NOT NULL
+      LIMIT most + 1
+    ) some_busy
+  );
 BEGIN
   RETURN QUERY
   WITH waiting AS MATERIALIZED (
-    SELECT * FROM batchq.waiting_levels() WHERE at IS NOT NULL LIMIT 1000
+    SELECT * FROM batchq.waiting_levels() WHERE at IS NOT NULL LIMIT CASE WHEN NOT counts_all THEN 1000 END
   ), busy AS MATERIALIZED (
-    SELECT * FROM batchq.busy_queues() WHERE at IS NOT NULL LIMIT 1000
+    SELECT * FROM batchq.busy_queues() WHERE at IS NOT NULL LIMIT CASE WHEN NOT counts_all THEN 1000 END
   ), share AS MATERIALIZED (
-    SELECT greatest(100, most / greatest((SELECT count(*) FROM waiting), 1))::integer AS of_waiting,
-           greatest(100, most / greatest((SELECT count(*) FROM busy), 1))::integer AS of_busy
+    SELECT
+      greatest(100, CASE WHEN counts_all THEN most ELSE most / greatest((SELECT count(*) FROM waiting), 1) END)::integer
+        AS of_waiting,
+      greatest(100, CASE WHEN counts_all THEN most ELSE most / greatest((SELECT count(*) FROM busy), 1) END)::integer
+        AS of_busy
   ), entry AS MATERIALIZED (
     SELECT w.queue, w.priority, 'ready' AS state, b.kind, b.run_at AS at, share.of_waiting AS share
     FROM waiting w CROSS JOIN share CROSS JOIN LATERAL (
@@ -70,12 +104,18 @@ BEGIN
   )
   SELECT queue, kind, state, greatest(c.count, s.count), coalesce(c.late, 0), least(c.oldest_at, s.oldest_at),
     -- What was committed late, with a place before a position, is not counted until the position is checked.
-    cut.queue IS NOT NULL OR EXISTS (SELECT FROM batchq.positions p WHERE p.queue = c.queue), cut.known_until IS NOT NULL AND (c.oldest_at IS NULL OR c.oldest_at > cut.known_until)
+    cut.queue IS NOT NULL OR EXISTS (SELECT FROM batchq.positions p WHERE p.queue = c.queue),
+    cut.known_until IS NOT NULL AND (c.oldest_at IS NULL OR c.oldest_at > cut.known_until)
   FROM counted c
   FULL JOIN sampled s USING (queue, kind, state)
   LEFT JOIN cut USING (queue, state);
 END
 $$;
+
+COMMENT ON FUNCTION batchq.count_live(integer) IS
+  'Counts live batches by queue, kind and state. Exact while no more than "most" wait and no more than "most" run. '
+  'Beyond, each queue and priority gets its share of "most"; what lies in one that has more is an estimate from 200 pages '
+  'of the table, and rare kinds that only lie behind may be missing. Then no more than 1,000 queues and priorities are counted.';
 
 CREATE FUNCTION batchq.shown_status(status text, run_at timestamptz, lease_expires_at timestamptz, errors jsonb)
 RETURNS text
@@ -91,7 +131,8 @@ RETURN CASE
 COMMENT ON FUNCTION batchq.shown_status(text, timestamptz, timestamptz, jsonb) IS
   'Returns the status that batchq.status shows: pending is ready, scheduled or retrying; processing may be stalled.';
 
-CREATE FUNCTION batchq.newest_live(in_queue text, in_kind text, in_status text, before_id bigint, most integer)
+CREATE FUNCTION batchq.newest_live(in_queue text DEFAULT NULL, in_kind text DEFAULT NULL, in_status text DEFAULT NULL,
+                                   before_id bigint DEFAULT 9223372036854775807, most integer DEFAULT 100)
 RETURNS SETOF bigint
 -- SECURITY DEFINER, since who may look at batchq.status need not be allowed to read the partitions.
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off

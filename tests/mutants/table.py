@@ -229,7 +229,7 @@ MUTANTS = [
                 "counts are exact up to the bound",
             ),
         ],
-        "migrations/0038_exact_counts.sql",
+        "migrations/0032_views_from_positions.sql",
     ),
     # ------------------------------------------------------------------------------------------- input, checkpoint
     *of("def large_input(", (CLAIM, LEASES), [("AND claim_token = %(token)s", "", "input is for who has the batch")]),

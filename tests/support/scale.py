@@ -96,6 +96,12 @@ LOOKS = {
     "bulk, a dry run's look": "SELECT * FROM batchq.bulk('retry', '{\"kind\": \"kind 2\"}', dry_run => true)",
 }
 
+# What docs/steering.md has one ask beside many dead rows, since the view by itself reads those as well.
+LOOKS_BESIDE_DEAD = LOOKS | {
+    "status, newest": "SELECT * FROM batchq.status WHERE id IN (SELECT batchq.newest_live(most => 20))",
+    "stalled": "SELECT * FROM batchq.status WHERE id IN (SELECT batchq.newest_live(in_status => 'stalled'))",
+}
+
 
 @dataclass(frozen=True)
 class Cost:
