@@ -142,6 +142,20 @@ GOALS = (
         )
     ),
     Goal(
+        "burst",
+        "800 a second after it, a snapshot held: the lowest of 5 s",
+        exact("burst", "calm_lowest_per_s", "held"),
+        760,
+        True,
+    ),
+    Goal(
+        "burst",
+        "800 a second after it, a snapshot held: pick-up, p99, ms",
+        exact("burst", "p99_ms", "held"),
+        100,
+        False,
+    ),
+    Goal(
         "network",
         "a round trip of 20 ms, to none",
         ratio(exact("network", DRAINED, "20 ms"), exact("network", DRAINED, "0 ms")),
