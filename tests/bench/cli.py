@@ -15,6 +15,7 @@ from tests.bench import (  # noqa: F401 (the works register themselves)
     report,
     server,
     works_bulk,
+    works_burst,
     works_ceiling,
     works_drain,
     works_enqueue,

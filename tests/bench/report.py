@@ -32,6 +32,7 @@ ORDER = (
     "pooler",
     "items",
     "steady",
+    "burst",
 )
 
 
