@@ -142,6 +142,13 @@ GOALS = (
         )
     ),
     Goal(
+        "burst",
+        "spans of 5 s below 95 % of 800 a second, after a burst, a snapshot held",
+        exact("burst", "spans_below", "held"),
+        0,
+    ),
+    Goal("burst", "p99, ms, after a burst, a snapshot held", exact("burst", "p99_ms", "held"), 100),
+    Goal(
         "network",
         "a round trip of 20 ms, to none",
         ratio(exact("network", DRAINED, "20 ms"), exact("network", DRAINED, "0 ms")),
