@@ -23,6 +23,7 @@ from tests.bench import (  # noqa: F401 (the works register themselves)
     works_network,
     works_pickup,
     works_snapshot,
+    works_steady,
 )
 from tests.bench.plots import draw
 from tests.bench.sizes import RUNS, SIZES, Sizes, given_size

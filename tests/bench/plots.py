@@ -27,6 +27,8 @@ BARS = {
     "handlers": ("share_of_ideal", "share of the ideal"),
 }
 
+MOMENTS = {"held_at": "the snapshot is taken", "burst_until": "the burst ends"}
+
 
 def draw(work: str, runs: list[Run], folder: Path) -> list[Path]:
     """Draw the plot of a work into *folder*; return its file, or nothing if the work has no plot."""
@@ -70,9 +72,9 @@ def rates(axes: Axes, runs: list[Run]) -> None:
     for run in runs:
         points = run.series.get("per_s", [])
         axes.plot([at for at, _ in points], [rate for _, rate in points], marker=".", label=run.variant)
-    for at in runs[-1].series.get("held_at", []):
-        axes.axvline(at, color="grey", linestyle=":")
-    axes.set_xlabel("s (dotted: the snapshot is taken)")
+    for name in MOMENTS.keys() & runs[-1].series:
+        axes.axvline(runs[-1].series[name][0], color="grey", linestyle=":")
+        axes.set_xlabel(f"s (dotted: {MOMENTS[name]})")
     axes.set_ylabel("batches a second")
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -89,4 +91,4 @@ def memory(axes: Axes, runs: list[Run]) -> None:
     axes.legend()
 
 
-LINES: dict[str, Draw] = {"pickup": distribution, "snapshot": rates, "memory": memory}
+LINES: dict[str, Draw] = {"pickup": distribution, "snapshot": rates, "burst": rates, "memory": memory}

@@ -20,7 +20,20 @@ from tests.bench.work import WORKS, Figures, Medians, Run, medians
 from tests.bench.worker_process import ROOT
 
 Facts = dict[str, Any]
-ORDER = ("enqueue", "drain", "ceiling", "pickup", "backlog", "history", "snapshot", "network", "pooler", "items")
+ORDER = (
+    "enqueue",
+    "drain",
+    "ceiling",
+    "pickup",
+    "backlog",
+    "history",
+    "snapshot",
+    "network",
+    "pooler",
+    "items",
+    "steady",
+    "burst",
+)
 
 
 def all_works() -> list[str]:

@@ -12,6 +12,7 @@ from typing import Self
 
 import psutil
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from batchq import embedded
@@ -20,6 +21,9 @@ from tests.bench.records import one_row
 
 SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB", "max_connections": "600"}
 SHOWN_SETTINGS = ("server_version", "shared_buffers", "max_wal_size", "fsync", "synchronous_commit", "full_page_writes")
+BY_ALTER_SYSTEM = (
+    "SELECT setting FROM pg_file_settings WHERE name = %s AND sourcefile LIKE '%%/postgresql.auto.conf' ORDER BY seqno"
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,17 @@ class Server:
         with psycopg.connect(self.admin_dsn) as conn:
             return Path(one_row(conn, "SHOW data_directory")[0])
 
+    @contextmanager
+    def setting(self, name: str, value: str) -> Iterator[None]:
+        """Give a setting another value meanwhile; then it is as ALTER SYSTEM had left it before."""
+        with psycopg.connect(self.admin_dsn, autocommit=True) as conn:
+            before = conn.execute(BY_ALTER_SYSTEM, [name]).fetchone()
+            alter(conn, name, value)
+            try:
+                yield
+            finally:
+                alter(conn, name, before[0] if before else None)
+
     def pgbench(self) -> str:
         """Return the path of pgbench: beside the server's programs, else the system's."""
         beside = self.programs / "pgbench" if self.programs else None
@@ -76,6 +91,15 @@ def of_ended_children(process: psutil.Process) -> float:
     """Return the CPU time of a process's children that have ended."""
     times = process.cpu_times()
     return float(times.children_user + times.children_system)
+
+
+def alter(conn: psycopg.Connection, name: str, value: str | None) -> None:
+    """Set what is set for the whole server, None for what the files before say, and have it read."""
+    said = sql.SQL("RESET {}").format(sql.Identifier(name))
+    if value is not None:
+        said = sql.SQL("SET {} = {}").format(sql.Identifier(name), sql.Literal(value))
+    conn.execute(sql.SQL("ALTER SYSTEM {}").format(said))
+    conn.execute("SELECT pg_reload_conf()")
 
 
 @contextmanager
