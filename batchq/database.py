@@ -343,12 +343,15 @@ def connect_options(seconds: float) -> dict[str, Any]:
 
 
 class Link:
-    """One thread's own connection: opened when needed, thrown away when broken. Not for sharing."""
+    """One thread's own connection: opened when needed, thrown away when broken. Not for sharing.
 
-    def __init__(self, dsn: str, timeout_seconds: float) -> None:
+    *conn*: the first one, where the caller has it already.
+    """
+
+    def __init__(self, dsn: str, timeout_seconds: float, conn: psycopg.Connection[Any] | None = None) -> None:
         self.dsn = dsn
         self.timeout_seconds = timeout_seconds
-        self.conn: psycopg.Connection[Any] | None = None
+        self.conn = conn
         self.quickest_seconds: float | None = None
         self.answers = 0  # how often the database did what it was asked
 

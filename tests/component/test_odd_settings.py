@@ -174,7 +174,7 @@ def test_verbs_and_looks_say_the_same(odd_dsn: str, odd: Conn, plain: Conn, caps
 
 
 def test_the_monitor_misses_no_failure(odd_dsn: str, odd: Conn, app: batchq.App) -> None:
-    monitor = Monitor(batchq.Settings.load(dsn=odd_dsn))
+    monitor = Monitor(Link(odd_dsn, 10))
     monitor.changes()
     for _ in range(2):
         failed = put(odd, "fails", max_attempts=1)
