@@ -444,7 +444,7 @@ class HandlerConnections:
     """The connections for handlers' transactions: a pool for threads, and one for the event loop.
 
     A borrower waits for as long as connections of the pool are in use, in order of arrival, *queue_seconds* at most.
-    Where none can be made, *borrow_seconds*.
+    Where none can be made, *borrow_seconds*. *settings*: those of each transaction; a handler's are its role's.
     """
 
     def __init__(
@@ -456,6 +456,7 @@ class HandlerConnections:
         queue_seconds: float = float("inf"),
         *,
         cleans: bool = True,
+        settings: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         kwargs = connect_options(borrow_seconds)
         self.options = POOL_OPTIONS | {"max_size": size, "kwargs": kwargs, "timeout": BORROW_SECONDS}
@@ -464,6 +465,7 @@ class HandlerConnections:
         self.transaction_seconds = transaction_seconds
         self.queue_seconds = queue_seconds
         self.cleans = cleans
+        self.settings = settings
         self.pool: ConnectionPool[Any] = ConnectionPool(
             dsn, connection_class=Connection, name="handlers", reset=self.clean if cleans else None, **self.options
         )
@@ -507,7 +509,8 @@ class HandlerConnections:
         with ExitStack() as begun:
             conn = begun.enter_context(self.borrowed(check))
             try:
-                begun.enter_context(transaction(conn, self.transaction_seconds, self.transaction_seconds))
+                seconds = self.transaction_seconds
+                begun.enter_context(transaction(conn, seconds, seconds, self.settings))
             except psycopg.Error as error:
                 raise_if_lost(conn, error)
                 raise

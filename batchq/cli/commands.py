@@ -408,6 +408,6 @@ def pruned(options: Namespace, days: float) -> Iterator[int]:
             migrations.check_schema(conn)
         count = 1
         while count > 0:
-            with transaction(conn, settings.database_timeout_seconds):
+            with transaction(conn, settings.database_timeout_seconds, settings=queries.PLAIN):
                 count = queries.prune(conn, days)
             yield count

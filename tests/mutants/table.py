@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QUERIES, MIGRATE, POSITIONS, KEEPER = (f"batchq/{name}.py" for name in ("queries", "migrate", "positions", "keeper"))
-TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE = (
+TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, WHATEVER_IS_SET = (
     f"migrations/{name}.sql"
     for name in (
         "0001_batches",
@@ -20,9 +20,7 @@ TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUN
         "0023_verbs_lock_first",
         "0016_bulk",
         "0026_trace_context",
-        "0034_replica_identities",
-        "0036_true_bulk_numbers",
-        "0037_prune_in_steps",
+        "0038_whatever_the_session_sets",
     )
 )
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
@@ -476,7 +474,7 @@ MUTANTS = [
                 "no publication stops a retry",
             ),
         ],
-        IDENTITIES,
+        WHATEVER_IS_SET,
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.prune(",
@@ -496,7 +494,7 @@ MUTANTS = [
             ),
             ("IF older_than < interval '0' THEN", "IF false THEN", "a negative age is refused"),
         ],
-        PRUNE,
+        WHATEVER_IS_SET,
     ),
     # ------------------------------------------------------------------------------------------------------- verbs
     *of(
@@ -612,7 +610,7 @@ MUTANTS = [
         BULK,
     ),
     *of(
-        "CREATE FUNCTION batchq.bulk(",
+        "CREATE OR REPLACE FUNCTION batchq.bulk(",
         BULK_ACTIONS,
         [
             (
@@ -622,7 +620,7 @@ MUTANTS = [
             ),
             ("OR b.queue <> change ->> 'to_queue'));", "));", "what is as wanted is not left out"),
         ],
-        TRUE_BULK,
+        WHATEVER_IS_SET,
     ),
     # ------------------------------------------------------------------------------------------------------ tables
     *of(
