@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import psycopg
+from psycopg.abc import Params
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
@@ -315,6 +316,44 @@ async def transaction_async(
         raise
 
 
+# ---------------------------------------------------------------------------------------------------------- reads
+
+
+class ReadingCursor(psycopg.Cursor[Any]):
+    """Runs one SELECT in a transaction that says READ COMMITTED: one message, as dear as the SELECT alone.
+
+    Without it the role's default counts. Serializable, a read raises 40001 beside serializable producers, or has theirs
+    raise it.
+    """
+
+    def execute(self, query: Any, params: Params | None = None, **_: Any) -> Self:
+        """Run it. In three messages if its text has no room for the parameters."""
+        conn = self.connection
+        text = f"{queries.BEGIN}; {psycopg.ClientCursor(conn).mogrify(query, params)}; COMMIT"
+        if len(text) > LONGEST_TEXT:
+            with conn.transaction():
+                return super().execute(query, params)
+        try:
+            super().execute(text)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        except psycopg.Error:
+            if not is_lost(conn):
+                conn.rollback()
+            raise
+        self.nextset()
+        return self
+
+
+@contextmanager
+def reading(conn: psycopg.Connection[Any]) -> Iterator[psycopg.Connection[Any]]:
+    """Have each statement of the block, a SELECT, run as a `ReadingCursor` does."""
+    factory = conn.cursor_factory
+    conn.cursor_factory = ReadingCursor
+    try:
+        yield conn
+    finally:
+        conn.cursor_factory = factory
+
+
 # ------------------------------------------------------------------------------------------- who owns a connection
 
 
@@ -412,8 +451,8 @@ class Link:
 
     @contextmanager
     def reading(self) -> Iterator[psycopg.Connection[Any]]:
-        """Run the block, one SELECT, without a transaction around it."""
-        with self.kept() as conn, bounded(conn, self.timeout_seconds + 1), self.timed():
+        """Run the block, one SELECT, in one message; see the module's `reading`."""
+        with self.kept() as conn, bounded(conn, self.timeout_seconds + 1), self.timed(), reading(conn):
             yield conn
 
     @contextmanager
@@ -534,7 +573,7 @@ class HandlerConnections:
         """Return what *query* returns. Raises ConnectionLost."""
         with self.borrowed() as conn:
             try:
-                with bounded(conn, self.borrow_seconds + 1):
+                with bounded(conn, self.borrow_seconds + 1), reading(conn):
                     return query(conn, *args, **options)
             except psycopg.Error as error:
                 raise_if_lost(conn, error)
