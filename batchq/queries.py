@@ -30,13 +30,11 @@ OWN_LOCK_SECONDS = 5.0  # how long a statement of our own waits for a lock
 
 
 # How values are written and read, whatever the role or the database sets: a float keeps all of its digits (a position
-# cut to 15 would pass over batches), a time or an interval looks as people expect, NULL in a list is null, and a
-# backslash in a statement is one.
+# cut to 15 would pass over batches), a time or an interval looks as people expect, a backslash in a statement is one.
 PLAIN = {
     "DateStyle": "ISO",
     "IntervalStyle": "postgres",
     "extra_float_digits": "1",
-    "array_nulls": "on",
     "standard_conforming_strings": "on",
 }
 
@@ -68,7 +66,7 @@ def limits(
         "lock_timeout": str(int(min(seconds, lock_seconds) * 1000)),
         "idle_in_transaction_session_timeout": str(milliseconds),
         "client_connection_check_interval": "2000",
-        "array_nulls": "on",  # of a handler's transaction, too: its end writes a list with null
+        "array_nulls": "on",  # NULL in a list is null; at the end of a handler's transaction, too, which writes such
     }
     calls = (f"set_config('{name}', '{value}', true)" for name, value in (bounds | dict(settings)).items())
     return f"SELECT {', '.join(calls)}"  # pyright: ignore[reportReturnType]

@@ -139,6 +139,11 @@ def test_every_text_comes_through_a_worker_as_it_was(odd_dsn: str, odd: Conn, pl
     assert 1 < look(plain, retried).wait_seconds < 60
 
 
+def test_a_statement_of_ours_means_what_it_says(odd_dsn: str) -> None:
+    with closing(Link(odd_dsn, 10)) as link, link.transaction() as conn:
+        assert conn.execute(r"SELECT '\d', '{NULL}'::text[]").fetchall() == [(r"\d", [None])]
+
+
 def test_positions_keep_every_digit(odd_dsn: str, odd: Conn, plain: Conn) -> None:
     put(odd, "echo")
     link = Link(odd_dsn, 10)
