@@ -280,10 +280,9 @@ class Claimer:
         self, source: Source, priority: int, room: int, after: Position, until: Position
     ) -> list[ClaimedRow]:
         """Claim what can be claimed of batches that were refused together; leave out the others for a while."""
-        with self.link.reading() as conn:
-            ready = queries.ready_positions(
-                conn, source.queue, priority, source.kinds, room, after, until, self.skipped.ids()
-            )
+        skipped = self.skipped.ids()
+        statement = queries.ready_positions(source.queue, priority, source.kinds, room, after, until, skipped)
+        ready = [Position._make(row) for row in self.link.probe(statement)]
         rows: list[ClaimedRow] = []
 
         def claim_part(part: Sequence[Position]) -> None:

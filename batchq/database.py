@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import psycopg
+from psycopg.abc import Params
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
@@ -315,6 +316,44 @@ async def transaction_async(
         raise
 
 
+# ---------------------------------------------------------------------------------------------------------- reads
+
+
+class ReadingCursor(psycopg.Cursor[Any]):
+    """Runs one SELECT in a transaction that says READ COMMITTED: one message, as dear as the SELECT alone.
+
+    Without it the role's default counts. Serializable, a read raises 40001 beside serializable producers, or has theirs
+    raise it.
+    """
+
+    def execute(self, query: Any, params: Params | None = None, **_: Any) -> Self:
+        """Run it. In three messages if its text has no room for the parameters."""
+        conn = self.connection
+        text = f"{queries.BEGIN}; {psycopg.ClientCursor(conn).mogrify(query, params)}; COMMIT"
+        if len(text) > LONGEST_TEXT:
+            with conn.transaction():
+                return super().execute(query, params)
+        try:
+            super().execute(text)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        except psycopg.Error:
+            if not is_lost(conn):
+                conn.rollback()
+            raise
+        self.nextset()
+        return self
+
+
+@contextmanager
+def reading(conn: psycopg.Connection[Any]) -> Iterator[psycopg.Connection[Any]]:
+    """Have each statement of the block, a SELECT, run as a `ReadingCursor` does."""
+    factory = conn.cursor_factory
+    conn.cursor_factory = ReadingCursor
+    try:
+        yield conn
+    finally:
+        conn.cursor_factory = factory
+
+
 # ------------------------------------------------------------------------------------------- who owns a connection
 
 
@@ -343,12 +382,15 @@ def connect_options(seconds: float) -> dict[str, Any]:
 
 
 class Link:
-    """One thread's own connection: opened when needed, thrown away when broken. Not for sharing."""
+    """One thread's own connection: opened when needed, thrown away when broken. Not for sharing.
 
-    def __init__(self, dsn: str, timeout_seconds: float) -> None:
+    *conn*: the first one, where the caller has it already.
+    """
+
+    def __init__(self, dsn: str, timeout_seconds: float, conn: psycopg.Connection[Any] | None = None) -> None:
         self.dsn = dsn
         self.timeout_seconds = timeout_seconds
-        self.conn: psycopg.Connection[Any] | None = None
+        self.conn = conn
         self.quickest_seconds: float | None = None
         self.answers = 0  # how often the database did what it was asked
 
@@ -409,8 +451,8 @@ class Link:
 
     @contextmanager
     def reading(self) -> Iterator[psycopg.Connection[Any]]:
-        """Run the block, one SELECT, without a transaction around it."""
-        with self.kept() as conn, bounded(conn, self.timeout_seconds + 1), self.timed():
+        """Run the block, one SELECT, in one message; see the module's `reading`."""
+        with self.kept() as conn, bounded(conn, self.timeout_seconds + 1), self.timed(), reading(conn):
             yield conn
 
     @contextmanager
@@ -441,7 +483,7 @@ class HandlerConnections:
     """The connections for handlers' transactions: a pool for threads, and one for the event loop.
 
     A borrower waits for as long as connections of the pool are in use, in order of arrival, *queue_seconds* at most.
-    Where none can be made, *borrow_seconds*.
+    Where none can be made, *borrow_seconds*. *settings*: those of each transaction; a handler's are its role's.
     """
 
     def __init__(
@@ -453,6 +495,7 @@ class HandlerConnections:
         queue_seconds: float = float("inf"),
         *,
         cleans: bool = True,
+        settings: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         kwargs = connect_options(borrow_seconds)
         self.options = POOL_OPTIONS | {"max_size": size, "kwargs": kwargs, "timeout": BORROW_SECONDS}
@@ -461,6 +504,7 @@ class HandlerConnections:
         self.transaction_seconds = transaction_seconds
         self.queue_seconds = queue_seconds
         self.cleans = cleans
+        self.settings = settings
         self.pool: ConnectionPool[Any] = ConnectionPool(
             dsn, connection_class=Connection, name="handlers", reset=self.clean if cleans else None, **self.options
         )
@@ -504,7 +548,8 @@ class HandlerConnections:
         with ExitStack() as begun:
             conn = begun.enter_context(self.borrowed(check))
             try:
-                begun.enter_context(transaction(conn, self.transaction_seconds, self.transaction_seconds))
+                seconds = self.transaction_seconds
+                begun.enter_context(transaction(conn, seconds, seconds, self.settings))
             except psycopg.Error as error:
                 raise_if_lost(conn, error)
                 raise
@@ -528,7 +573,7 @@ class HandlerConnections:
         """Return what *query* returns. Raises ConnectionLost."""
         with self.borrowed() as conn:
             try:
-                with bounded(conn, self.borrow_seconds + 1):
+                with bounded(conn, self.borrow_seconds + 1), reading(conn):
                     return query(conn, *args, **options)
             except psycopg.Error as error:
                 raise_if_lost(conn, error)

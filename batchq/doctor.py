@@ -116,7 +116,7 @@ def pooler(conn: Conn, dsn: str, seconds: float) -> list[Finding]:
     """Tell what is between here and the server, by how it behaves: no answer of a pooler's is relied upon."""
     own, others = set[int](), set[int]()
     try:
-        with connect(dsn) as other:
+        with connect(dsn) as other:  # the one look that takes two connections
             # A pooler that gives backends in turn changes ours between two transactions in a row; one that
             # gives the latest again gives ours to the other.
             for one, seen in [(conn, own), (conn, own), (other, others), (conn, own), (other, others), (other, others)]:

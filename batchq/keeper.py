@@ -238,8 +238,8 @@ class Keeper:
             with self.link.transaction(queries.BY_INDEX) as conn:
                 rescued.extend(queries.rescue(conn, queue, len(ids), spread_seconds, after, only=ids))
 
-        with self.link.reading() as conn:
-            ids = queries.expired(conn, queue, RESCUES_A_ROUND, after, skipped.ids())
+        rows = self.link.probe(queries.expired(queue, RESCUES_A_ROUND, after, skipped.ids()))
+        ids = [batch_id for (batch_id,) in rows]
         halving = Halving(take_back_part)
         halving.halve(ids)
         skipped.add(halving.refused)

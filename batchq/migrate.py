@@ -53,15 +53,20 @@ def all_migrations() -> list[Migration]:
 
 
 def migrate(dsn: str) -> list[str]:
-    """Bring the schema up to date; return the names of the files applied, none if it was.
+    """Bring the schema up to date; return the names of the files applied, none if it was. See `apply_all`."""
+    with connect(dsn) as conn:
+        return apply_all(conn)
+
+
+def apply_all(conn: psycopg.Connection[Any]) -> list[str]:
+    """Apply what is missing; return its names.
 
     Each file commits by itself: one that fails leaves nothing of itself. Raises ConfigError.
     """
-    with connect(dsn) as conn:
-        try:
-            return [name for migration in all_migrations() if (name := apply_patiently(conn, migration))]
-        except psycopg.Error as error:
-            raise ConfigError(f"migration failed: {hide_password(' '.join(str(error).split()))}") from error
+    try:
+        return [name for migration in all_migrations() if (name := apply_patiently(conn, migration))]
+    except psycopg.Error as error:
+        raise ConfigError(f"migration failed: {hide_password(' '.join(str(error).split()))}") from error
 
 
 def apply_patiently(conn: psycopg.Connection[Any], migration: Migration) -> str | None:

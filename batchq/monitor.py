@@ -6,7 +6,6 @@ import psycopg
 
 from batchq import queries
 from batchq.database import Link
-from batchq.settings import Settings
 
 MOST_ROWS = 1000
 OVERLAP_SECONDS = 10  # a finish is seen when it commits, a little after its finished_at
@@ -15,8 +14,8 @@ OVERLAP_SECONDS = 10  # a finish is seen when it commits, a little after its fin
 class Monitor:
     """Remembers what it has seen of each batch, and returns what is new."""
 
-    def __init__(self, settings: Settings, queue: str | None = None, kind: str | None = None) -> None:
-        self.link = Link(settings.require_dsn(), settings.database_timeout_seconds)
+    def __init__(self, link: Link, queue: str | None = None, kind: str | None = None) -> None:
+        self.link = link
         self.queue = queue
         self.kind = kind
         self.seen: dict[int, tuple[Any, ...]] = {}

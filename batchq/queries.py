@@ -30,13 +30,11 @@ OWN_LOCK_SECONDS = 5.0  # how long a statement of our own waits for a lock
 
 
 # How values are written and read, whatever the role or the database sets: a float keeps all of its digits (a position
-# cut to 15 would pass over batches), a time or an interval looks as people expect, NULL in a list is null, and a
-# backslash in a statement is one.
+# cut to 15 would pass over batches), a time or an interval looks as people expect, a backslash in a statement is one.
 PLAIN = {
     "DateStyle": "ISO",
     "IntervalStyle": "postgres",
     "extra_float_digits": "1",
-    "array_nulls": "on",
     "standard_conforming_strings": "on",
 }
 
@@ -68,7 +66,7 @@ def limits(
         "lock_timeout": str(int(min(seconds, lock_seconds) * 1000)),
         "idle_in_transaction_session_timeout": str(milliseconds),
         "client_connection_check_interval": "2000",
-        "array_nulls": "on",  # of a handler's transaction, too: its end writes a list with null
+        "array_nulls": "on",  # NULL in a list is null; at the end of a handler's transaction, too, which writes such
     }
     calls = (f"set_config('{name}', '{value}', true)" for name, value in (bounds | dict(settings)).items())
     return f"SELECT {', '.join(calls)}"  # pyright: ignore[reportReturnType]
@@ -522,8 +520,23 @@ def give_back_claim(conn: Conn, queue: str, token: UUID) -> int:
     ).rowcount
 
 
+READY_POSITIONS: LiteralString = """
+SELECT date_part('epoch', run_at), id
+FROM batchq.batches_live
+WHERE queue = %(queue)s
+  AND status = 'pending'
+  AND priority = %(priority)s
+  AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)
+  AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)
+  AND run_at <= now()
+  AND id <> ALL (%(skipped)s::bigint[])
+  AND kind = ANY (%(kinds)s)
+ORDER BY run_at, id
+LIMIT %(limit)s
+"""
+
+
 def ready_positions(
-    conn: Conn,
     queue: str,
     priority: int,
     kinds: Sequence[str],
@@ -531,34 +544,17 @@ def ready_positions(
     after: Position,
     until: Position,
     skipped: Sequence[int],
-) -> list[Position]:
-    """Return the positions of the batches that a `claim` with these arguments would take, in their order."""
-    rows = every(
-        conn,
-        """
-        SELECT date_part('epoch', run_at), id
-        FROM batchq.batches_live
-        WHERE queue = %(queue)s
-          AND status = 'pending'
-          AND priority = %(priority)s
-          AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)
-          AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)
-          AND run_at <= now()
-          AND id <> ALL (%(skipped)s)
-          AND kind = ANY (%(kinds)s)
-        ORDER BY run_at, id
-        LIMIT %(limit)s
-        """,
-        {
-            "queue": queue,
-            "priority": priority,
-            "kinds": list(kinds),
-            "limit": limit,
-            "skipped": list(skipped),
-            **bounds(after, until),
-        },
-    )
-    return [Position(*row) for row in rows]
+) -> Statement:
+    """Return the statement that returns the positions of the batches that a `claim` with these arguments would take,
+    in their order."""
+    return READY_POSITIONS, {
+        "queue": queue,
+        "priority": priority,
+        "kinds": list(kinds),
+        "limit": limit,
+        "skipped": list(skipped),
+        **bounds(after, until),
+    }
 
 
 # --------------------------------------------------------------------------------------------------- the input
@@ -1106,24 +1102,22 @@ def rescue(
     return every(conn, RESCUE, parameters)
 
 
-def expired(conn: Conn, queue: str, limit: int, after: float, skipped: Sequence[int]) -> list[int]:
-    """Return the ids of the batches that a `rescue` with these arguments would take back."""
-    rows = every(
-        conn,
-        """
-        SELECT id
-        FROM batchq.batches_live
-        WHERE queue = %(queue)s
-          AND status = 'processing'
-          AND lease_expires_at > to_timestamp(%(after)s)
-          AND lease_expires_at < now()
-          AND id <> ALL (%(skipped)s::bigint[])
-        ORDER BY lease_expires_at
-        LIMIT %(limit)s
-        """,
-        {"queue": queue, "limit": limit, "after": after, "skipped": list(skipped)},
-    )
-    return [batch_id for (batch_id,) in rows]
+EXPIRED: LiteralString = """
+SELECT id
+FROM batchq.batches_live
+WHERE queue = %(queue)s
+  AND status = 'processing'
+  AND lease_expires_at > to_timestamp(%(after)s)
+  AND lease_expires_at < now()
+  AND id <> ALL (%(skipped)s::bigint[])
+ORDER BY lease_expires_at
+LIMIT %(limit)s
+"""
+
+
+def expired(queue: str, limit: int, after: float, skipped: Sequence[int]) -> Statement:
+    """Return the statement that returns the ids of the batches that a `rescue` with these arguments would take back."""
+    return EXPIRED, {"queue": queue, "limit": limit, "after": after, "skipped": list(skipped)}
 
 
 def now(conn: Conn) -> float:

@@ -6,8 +6,9 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import psycopg
@@ -60,6 +61,18 @@ def connected(options: Namespace) -> Iterator[psycopg.Connection[Any]]:
         yield conn
 
 
+@contextmanager
+def linked(options: Namespace) -> Iterator[Link]:
+    """Give a link to a database with our schema, for who looks again and again: it logs in once, and again only when
+    the connection is lost. Raises ConfigError."""
+    settings = settings_of(options)
+    dsn = settings.require_dsn()
+    with closing(Link(dsn, settings.database_timeout_seconds, connect(dsn))) as link:
+        with link.transaction() as conn:
+            migrations.check_schema(conn)
+        yield link
+
+
 def print_json(value: Any) -> None:
     """Print JSON, for programs."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
@@ -74,7 +87,7 @@ def migrate(options: Namespace) -> int:
     with connect(dsn) as conn:
         check_server(conn)
         check_writable(conn)
-    applied = migrations.migrate(dsn)
+        applied = migrations.apply_all(conn)
     print(f"applied {', '.join(applied)}" if applied else "the schema is up to date")
     return 0
 
@@ -219,21 +232,22 @@ def print_enqueued(options: Namespace, said: dict[str, Any]) -> None:
 
 def status(options: Namespace) -> int:
     """Show queues, workers and the latest batches; again and again with --watch."""
-    if options.json:
-        print_json(read_status(options))
-    elif options.watch:
-        with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
-            while True:
-                live.update(show_tables.overview(patiently(lambda: read_status(options))), refresh=True)
-                time.sleep(1)
-    else:
-        console.print(show_tables.overview(read_status(options)))
+    with linked(options) as link:
+        if options.json:
+            print_json(read_status(link, options))
+        elif options.watch:
+            with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+                while True:
+                    live.update(show_tables.overview(patiently(lambda: read_status(link, options))), refresh=True)
+                    time.sleep(1)
+        else:
+            console.print(show_tables.overview(read_status(link, options)))
     return 0
 
 
-def read_status(options: Namespace) -> dict[str, Any]:
+def read_status(link: Link, options: Namespace) -> dict[str, Any]:
     """Read what `status` shows."""
-    with database(options) as conn:
+    with link.transaction() as conn:
         return {
             "queues": queries.queue_rows(conn, options.queue, options.kind),
             "workers": queries.worker_objects(conn),
@@ -247,28 +261,36 @@ MOST_IN_TOP = 200
 
 def top(options: Namespace) -> int:
     """Show queues, workers, running batches and failures on a full screen; into a pipe, once and plain."""
-    settings = settings_of(options)
-    with database(options):
-        pass
-    link = Link(settings.require_dsn(), settings.database_timeout_seconds)
+    with linked(options) as link:
+        looks = TopLooks(link, options)
+        if options.json:
+            print_json(looks.look())
+        elif not console.is_terminal:
+            found = looks.look()
+            console.print(show_tables.overview(found | {"batches": found["running"] + found["failures"]}))
+        else:
+            load_top().run(options, looks.look, looks.show)
+    return 0
 
-    def look() -> dict[str, list[dict[str, Any]]]:
-        with link.transaction() as conn:
-            return read_top(conn, options)
 
-    def show_one(batch_id: int) -> Any:
-        with link.transaction() as conn:
+class TopLooks:
+    """What `top` reads, over one connection: the screen asks from several threads, which take turns."""
+
+    def __init__(self, link: Link, options: Namespace) -> None:
+        self.link = link
+        self.options = options
+        self.turn = Lock()
+
+    def look(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the tables."""
+        with self.turn, self.link.transaction() as conn:
+            return read_top(conn, self.options)
+
+    def show(self, batch_id: int) -> Any:
+        """Return what is shown of one batch, None if it is gone."""
+        with self.turn, self.link.transaction() as conn:
             batch, failed_items = read_batch(conn, batch_id), queries.failed_item_objects(conn, batch_id, MOST_IN_TOP)
         return show_tables.one_batch(batch, failed_items) if batch else None
-
-    if options.json:
-        print_json(look())
-    elif not console.is_terminal:
-        found = look()
-        console.print(show_tables.overview(found | {"batches": found["running"] + found["failures"]}))
-    else:
-        load_top().run(options, look, show_one)
-    return 0
 
 
 def read_top(conn: psycopg.Connection[Any], options: Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -319,10 +341,12 @@ def monitor(options: Namespace) -> int:
     exit_on = {name.strip() for name in options.exit_on.split(",") if name.strip()}
     if unknown := exit_on - {"failed", "stalled", "cancelled", "retrying"}:
         raise ConfigError(f"--exit-on takes failed, stalled, cancelled or retrying, not {', '.join(sorted(unknown))}")
-    settings = settings_of(options)
-    with database(options):
-        pass
-    watched = Monitor(settings, options.queue, options.kind)
+    with linked(options) as link:
+        return follow(Monitor(link, options.queue, options.kind), options, exit_on)
+
+
+def follow(watched: Monitor, options: Namespace, exit_on: set[str]) -> int:
+    """Print what changes, until what is waited for is there; return the exit code."""
     is_done = False
     while True:
         changes = patiently(watched.changes)
@@ -384,6 +408,6 @@ def pruned(options: Namespace, days: float) -> Iterator[int]:
             migrations.check_schema(conn)
         count = 1
         while count > 0:
-            with transaction(conn, settings.database_timeout_seconds):
+            with transaction(conn, settings.database_timeout_seconds, settings=queries.PLAIN):
                 count = queries.prune(conn, days)
             yield count

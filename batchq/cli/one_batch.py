@@ -12,9 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from batchq import queries
 from batchq.cli import show_tables
-from batchq.cli.commands import database, patiently, settings_of
+from batchq.cli.commands import database, linked, patiently
 from batchq.cli.pace import Pace, clock
-from batchq.database import Link
 
 EXIT_CODES = {"completed": 0, "failed": 1, "cancelled": 3}
 NO_SUCH_BATCH = 2
@@ -39,20 +38,17 @@ def watch(options: Namespace) -> int:
 
 def look_until_the_end(options: Namespace) -> Iterator[dict[str, Any]]:
     """Yield the batch's row of batchq.status each --every-seconds, until it is in a final status or gone."""
-    settings = settings_of(options)
-    with database(options):
-        pass  # says what is wrong with the schema
-    link = Link(settings.require_dsn(), settings.database_timeout_seconds)
+    with linked(options) as link:
 
-    def look() -> dict[str, Any] | None:
-        with link.transaction() as conn:
-            return queries.status_row(conn, options.id)
+        def look() -> dict[str, Any] | None:
+            with link.transaction() as conn:
+                return queries.status_row(conn, options.id)
 
-    while (row := patiently(look)) is not None:
-        yield row
-        if row["status"] in EXIT_CODES:
-            return
-        time.sleep(options.every_seconds)
+        while (row := patiently(look)) is not None:
+            yield row
+            if row["status"] in EXIT_CODES:
+                return
+            time.sleep(options.every_seconds)
 
 
 def print_changes(looks: Iterator[dict[str, Any]], as_json: bool) -> dict[str, Any] | None:

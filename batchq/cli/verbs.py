@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from batchq import queries
 from batchq.bulk import DONE, PAUSE_FACTOR, Bulk
 from batchq.cli import show_tables
-from batchq.cli.commands import connected, console, database, print_json, refusal, settings_of
-from batchq.database import Link, transaction
+from batchq.cli.commands import connected, console, database, linked, print_json, refusal, settings_of
+from batchq.database import transaction
 from batchq.errors import InvalidInput
 from batchq.text import period_seconds
 
@@ -196,19 +196,13 @@ def each_batch(options: Namespace, verb: Verb) -> int:
 
 def in_bulk(options: Namespace, verb: str, filter_: dict[str, Any], change: dict[str, Any]) -> int:
     """Do a verb to all that match, showing how far it is; Ctrl-C ends it after the chunk that is being done."""
-    with database(options):
-        pass  # says what is wrong with the schema
-    settings = settings_of(options)
-    link = Link(settings.require_dsn(), settings.database_timeout_seconds)
     factor = 0 if options.fast else PAUSE_FACTOR
-    bulk = Bulk(link, verb, filter_, change, options.reason, options.actor, factor)
-    try:
+    with linked(options) as link:
+        bulk = Bulk(link, verb, filter_, change, options.reason, options.actor, factor)
         with ends_at_ctrl_c(bulk):
             total = counted(bulk)
             if not options.dry_run and not bulk.stopping.is_set():
                 do(bulk, total)
-    finally:
-        link.close()
     return report(options, bulk, total)
 
 

@@ -17,7 +17,7 @@ def web(options: Namespace) -> int:
     settings = settings_of(options)
     web_settings = WebSettings.load(host=options.host, port=options.port, read_only=options.read_only or None)
     with database(options):  # says what is wrong with the DSN or the schema, before anybody looks at a page
-        pass
+        pass  # a log-in of its own, once; the page's pool has up to four others, however many look
     print(f"http://{shown_host(web_settings.host)}:{web_settings.port}/", file=sys.stderr, flush=True)
     app.serve(settings, web_settings)
     return 0

@@ -2,9 +2,7 @@
 -- cut here, before they travel: they may be megabytes. Times come as text in UTC, durations in seconds.
 
 -- name: only_read
-SELECT set_config('transaction_read_only', 'on', true), set_config('jit', 'off', true),
-  set_config('DateStyle', 'ISO', true), set_config('IntervalStyle', 'postgres', true),
-  set_config('extra_float_digits', '1', true)
+SELECT set_config('transaction_read_only', 'on', true), set_config('jit', 'off', true)
 
 -- name: ping
 SELECT max(version) FROM batchq.migrations

@@ -35,7 +35,9 @@ class Reader:
     """The page's few connections."""
 
     def __init__(self, dsn: str, seconds: float = READ_SECONDS) -> None:
-        self.connections = HandlerConnections(dsn, POOL_SIZE, seconds, seconds, queue_seconds=seconds, cleans=False)
+        self.connections = HandlerConnections(
+            dsn, POOL_SIZE, seconds, seconds, queue_seconds=seconds, cleans=False, settings=queries.PLAIN
+        )
 
     def open(self) -> None:
         """Connect. Raises PoolTimeout."""

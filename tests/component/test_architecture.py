@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"database", "errors", "keeper", "lanes", "settings", "throughput"},
     "testing": {"app", "settings", "worker"},
     "bulk": {"database", "errors", "queries"},
-    "monitor": {"database", "queries", "settings"},
+    "monitor": {"database", "queries"},
     "signs": set(),
     "supervisor": {"log", "signs"},
     "embedded": {"errors"},
@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.signals": {"cli.leaving"},
     "cli.pace": set(),
     "cli.top": {"cli.pace", "cli.show_tables", "settings"},
-    "cli.one_batch": {"cli.commands", "cli.pace", "cli.show_tables", "database", "queries"},
+    "cli.one_batch": {"cli.commands", "cli.pace", "cli.show_tables", "queries"},
     "cli.commands": {
         "app", "cli.enqueue_file", "cli.leaving", "cli.show_tables", "cli.signals", "cli.top", "database", "demo",
         "enqueue", "errors", "log", "memory", "migrate", "monitor", "queries", "settings", "signs", "supervisor",

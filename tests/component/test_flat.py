@@ -137,7 +137,9 @@ OF_A_WORKER: dict[str, Callable[[Position], Statement]] = {
     "unknown priority": lambda _: queries.unknown_priority("default", [0]),
     "recorded positions": lambda _: queries.known_positions("default"),
     "claim": lambda at: queries.claim("default", 0, [KIND], CLAIMED_AT_ONCE, "w", TOKEN, 60, at, END),
+    "ready beside refused": lambda at: queries.ready_positions("default", 0, [KIND], CLAIMED_AT_ONCE, at, END, [1]),
     "expired leases": lambda _: queries.lease_probe("default", float("-inf")),
+    "expired beside refused": lambda at: queries.expired("default", 1000, at.run_at + 3600, [1]),
     "extend": lambda _: queries.extend("default", IDS, [TOKEN] * len(IDS), 60),
     "complete": lambda _: queries.complete("default", IDS, [str(TOKEN)] * len(IDS)),
     "complete and forget": lambda _: queries.complete("default", IDS, [str(TOKEN)] * len(IDS), keep=False),
@@ -145,7 +147,9 @@ OF_A_WORKER: dict[str, Callable[[Position], Statement]] = {
     "requeue": lambda _: queries.requeue("default", [Requeue(number, TOKEN, None, True) for number in IDS]),
     "checkpoint": lambda _: queries.checkpoint("default", 7, TOKEN, 60, Progress(done=1)),
 }
-PROBES = {name for name in OF_A_WORKER if "probe" in name or "priority" in name or name == "expired leases"}
+PROBES = {
+    name for name in OF_A_WORKER if "probe" in name or "priority" in name or name.startswith(("ready", "expired"))
+}
 BY_IDS = {"extend", "complete", "complete and forget", "finish", "requeue"}
 
 
@@ -168,6 +172,21 @@ def test_a_statement_of_a_worker_reads_only_what_it_returns(table: Table, name: 
     rows = max(rows, len(IDS) if name in BY_IDS else 0)
     step("%s buffers, %s rows", read, rows)
     assert read <= BASE_BUFFERS + BUFFERS_A_ROW * rows, plan
+
+
+@pytest.mark.parametrize("name", ["probe of two priorities", "probe of a part"])
+def test_a_probe_ends_at_the_first_batch_of_a_kind_that_was_rare_when_statistics_were_taken(
+    conn: Conn, name: str
+) -> None:
+    conn.execute("ALTER TABLE batchq.batches_live SET (autovacuum_enabled = off)")
+    fill = "INSERT INTO batchq.batches (kind, run_at) SELECT %s, now() - random() * interval '1 day' FROM "
+    conn.execute(fill + "generate_series(1, 20000)", ["other"])
+    conn.execute("ANALYZE batchq.batches_live")
+    conn.execute(fill + "generate_series(1, 20000)", [KIND])
+    read, rows, plan = buffers(conn, OF_A_WORKER[name](queries.START), queries.PROBING)
+    step("%s buffers, %s rows", read, rows)
+    assert rows == 1
+    assert read <= BASE_BUFFERS, plan
 
 
 def test_priorities_are_learned_without_reading_the_dead(table: Table) -> None:

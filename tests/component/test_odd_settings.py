@@ -1,6 +1,7 @@
 """A role whose settings change how values look and are read: the heart of batchq does not mind."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -16,6 +17,12 @@ from batchq.cli import main
 from batchq.database import Link
 from batchq.migrate import migrate
 from batchq.monitor import Monitor
+from batchq.positions import Source
+from batchq.queries import END, START
+from batchq.web.reads import Reader
+from tests.component.test_stuck_rows import REFUSING
+from tests.component.test_worker_parts import Parts
+from tests.support.alone import run_alone
 from tests.support.batches import drain, failed_items, look, put
 from tests.support.servers import Server
 from tests.support.steps import step
@@ -132,6 +139,11 @@ def test_every_text_comes_through_a_worker_as_it_was(odd_dsn: str, odd: Conn, pl
     assert 1 < look(plain, retried).wait_seconds < 60
 
 
+def test_a_statement_of_ours_means_what_it_says(odd_dsn: str) -> None:
+    with closing(Link(odd_dsn, 10)) as link, link.transaction() as conn:
+        assert conn.execute(r"SELECT '\d', '{NULL}'::text[]").fetchall() == [(r"\d", [None])]
+
+
 def test_positions_keep_every_digit(odd_dsn: str, odd: Conn, plain: Conn) -> None:
     put(odd, "echo")
     link = Link(odd_dsn, 10)
@@ -157,6 +169,12 @@ def test_verbs_and_looks_say_the_same(odd_dsn: str, odd: Conn, plain: Conn, caps
     assert look(plain, batch_id).run_at == AT
     command("snooze", "--kind", "echo", "--until", "2031-02-03 04:05:07Z")
     assert {look(plain, id_).run_at for id_ in (batch_id, other)} == {AT + timedelta(seconds=1)}
+    step("the day before the month, and in the role's time zone: as the role has it, by every verb")
+    for which in ([str(batch_id)], ["--kind", "echo"]):
+        command("snooze", *which, "--until", "03/02/2031 12:05:06")
+        assert look(plain, batch_id).run_at == AT
+    command("pause", "--queue", "dated", "--until", "03/02/2031 12:05:06")
+    assert plain.execute("SELECT until FROM batchq.pauses WHERE queue = 'dated'").fetchall() == [(AT,)]
     step("the others")
     for verb in (["priority", "--to", "3"], ["move", "--to", "mail"], ["cancel"], ["retry"], ["cancel"]):
         command(verb[0], str(batch_id), *verb[1:])
@@ -174,7 +192,7 @@ def test_verbs_and_looks_say_the_same(odd_dsn: str, odd: Conn, plain: Conn, caps
 
 
 def test_the_monitor_misses_no_failure(odd_dsn: str, odd: Conn, app: batchq.App) -> None:
-    monitor = Monitor(batchq.Settings.load(dsn=odd_dsn))
+    monitor = Monitor(Link(odd_dsn, 10))
     monitor.changes()
     for _ in range(2):
         failed = put(odd, "fails", max_attempts=1)
@@ -196,3 +214,57 @@ def test_days_begin_in_utc_and_old_ones_are_dropped(odd_dsn: str, plain: Conn) -
     ).fetchall()
     today = datetime.now(UTC).date()
     assert bounds == [(f"FOR VALUES FROM ('{today} 00:00:00+00') TO ('{today + timedelta(days=1)} 00:00:00+00')",)]
+
+
+DATE_STYLES = ["SQL, DMY", "SQL, YMD", "German, YMD", "Postgres, YMD"]
+
+
+@pytest.mark.parametrize("style", DATE_STYLES)
+def test_who_calls_the_functions_makes_and_drops_the_same_days(odd: Conn, plain: Conn, style: str) -> None:
+    odd.execute("SELECT set_config('DateStyle', %s, false)", [style])
+    made = "SELECT batchq.create_finished_partitions((now() AT TIME ZONE 'UTC')::date - 40, 2)"
+    assert odd.execute(made.encode()).fetchall() == [(2,)]
+    day = datetime.now(UTC).date() - timedelta(days=40)
+    bounds = "SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE relname = %s"
+    [(bound,)] = plain.execute(bounds, [f"finished_{day:%Y%m%d}"]).fetchall()
+    assert bound == f"FOR VALUES FROM ('{day} 00:00:00+00') TO ('{day + timedelta(days=1)} 00:00:00+00')"
+    assert odd.execute("SELECT batchq.prune('30 days')").fetchall() == [(2,)]
+
+
+def test_the_shell_drops_old_days(odd_dsn: str, odd: Conn, capsys: pytest.CaptureFixture[str]) -> None:
+    odd.execute("SELECT batchq.create_finished_partitions((now() AT TIME ZONE 'UTC')::date - 40, 3)")
+    assert main(["prune", "--older-than-days", "30", "--dsn", odd_dsn]) == 0
+    assert "dropped 3 daily partitions" in capsys.readouterr().out
+
+
+def test_a_verb_in_bulk_takes_what_is_as_old_as_was_asked(odd: Conn, plain: Conn) -> None:
+    young, old = put(odd, "echo"), put(odd, "echo")
+    for batch_id, seconds in ((young, 7100), (old, 7300)):
+        age = "UPDATE batchq.batches SET created_at = now() - %s * interval '1 second' WHERE id = %s"
+        plain.execute(age, [seconds, batch_id])
+    found = odd.execute("SELECT changed FROM batchq.bulk('cancel', '{\"older_than_seconds\": 7200}')").fetchall()
+    assert found == [(1,)]
+    assert [look(plain, batch_id).status for batch_id in (young, old)] == ["pending", "cancelled"]
+
+
+def test_ready_rows_beside_one_that_is_refused_are_claimed(odd_dsn: str, odd: Conn, plain: Conn) -> None:
+    for _ in range(8):
+        batchq.enqueue_many(odd, "work", [{}, {"refuses": "change"}, {}])
+    plain.execute("UPDATE batchq.batches SET run_at = run_at - id * interval '1.000001 second'")
+    plain.execute(REFUSING.encode())
+    with closing(Parts(odd_dsn)) as parts:
+        assert len(parts.claimer.claim(Source("default", parts.lane), 0, 24, START, END)) == 16
+
+
+def test_the_page_reads_and_acts_under_plain_settings(odd_dsn: str) -> None:
+    def seen(conn: Conn) -> dict[str, str]:
+        return {name: conn.execute(f"SHOW {name}".encode()).fetchall()[0][0] for name in queries.PLAIN}
+
+    with closing(Reader(odd_dsn)) as reader:
+        reader.open()
+        for way in (reader.ask, reader.act):
+            assert way(seen) == queries.PLAIN | {"DateStyle": "ISO, DMY"}
+
+
+if __name__ == "__main__":
+    run_alone(__file__)

@@ -522,6 +522,21 @@ def test_what_lands_behind_the_position_is_found(
     ahead.claims(batch_id)
 
 
+@pytest.mark.parametrize("land", [given_back, rescued, inserted_for_the_past])
+def test_what_lies_before_a_recorded_position_is_found_soon_by_a_worker_that_begins_there(
+    conn: Conn, dsn: str, claiming: Claiming, land: Callable[[Conn, str], int]
+) -> None:
+    for _ in range(3):
+        insert(conn)
+    assert len(claim(conn, 3)) == 3
+    step("somebody has recorded that nothing is pending before now")
+    conn.execute("INSERT INTO batchq.positions (index, queue, at) VALUES ('ready', 'default', now())")
+    batch_id = land(conn, dsn)
+    assert claiming.claimed() == []
+    assert claiming.source.tracks[0].position > START, "it has not begun at the recorded position"
+    claiming.claims(batch_id, 4.0)
+
+
 def test_what_lands_behind_the_position_is_found_while_the_backlog_never_ends(conn: Conn, claiming: Claiming) -> None:
     conn.execute("INSERT INTO batchq.batches (kind) SELECT 'work' FROM generate_series(1, 20000)")
     claiming.lane.size = 5

@@ -1,7 +1,9 @@
 """What a role, a server or an earlier batch has done to a session harms no batch."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from typing import Any
 
 import psycopg
@@ -9,6 +11,8 @@ import pytest
 from psycopg import sql
 
 import batchq
+from batchq import queries
+from batchq.database import LONGEST_TEXT, HandlerConnections, Link
 from batchq.retry import Conflicts
 from batchq.testing import running_worker
 from tests.support.alone import run_alone
@@ -114,6 +118,79 @@ def test_a_transaction_is_read_committed_whatever_the_roles_default_and_no_batch
         assert seen == ["read committed"] * 20
         for batch_id in ids:
             assert (look(conn, batch_id).status, look(conn, batch_id).errors) == ("completed", [])
+
+
+def ready(conn: Any) -> bool:
+    """Look as an idle worker does."""
+    return queries.has_ready(conn, "default", 0, ["def"], queries.START)
+
+
+def read_by_link(dsn: str, look: Callable[[Any], Any]) -> Any:
+    """Return what *look* finds on a service thread's connection."""
+    with closing(Link(dsn, 10)) as link, link.reading() as conn:
+        return look(conn)
+
+
+def read_by_pool(dsn: str, look: Callable[[Any], Any]) -> Any:
+    """Return what *look* finds on a connection of the handlers' pool."""
+    with closing(HandlerConnections(dsn, 1, 10, 10)) as connections:
+        connections.open()
+        return connections.read(look)
+
+
+each_way = pytest.mark.parametrize("read", [read_by_link, read_by_pool])
+Read = Callable[[str, Callable[[Any], Any]], Any]
+
+
+@contextmanager
+def producer(dsn: str, set_default: Callable[[str, str], None]) -> Iterator[psycopg.Connection[Any]]:
+    """Have a producer enqueue, and leave open, what depends on a row that another one has changed meanwhile.
+
+    Both are serializable, as all are by default. One conflict more, with a read that is, and one of the two is refused.
+    """
+    set_default("default_transaction_isolation", "serializable")
+    with psycopg.connect(dsn) as producing, psycopg.connect(dsn, autocommit=True) as other:
+        other.execute("CREATE TABLE public.prices (price integer)")
+        other.execute("INSERT INTO public.prices VALUES (1)")
+        producing.execute("SELECT price FROM public.prices")
+        put(producing, "def")
+        other.execute("UPDATE public.prices SET price = 2")
+        yield producing
+
+
+@each_way
+def test_a_read_has_no_serializable_producer_refused(
+    admin_dsn: str, set_default: Callable[[str, str], None], read: Read
+) -> None:
+    with producer(admin_dsn, set_default) as producing:
+        assert not read(admin_dsn, ready)
+        producing.commit()
+    assert read(admin_dsn, ready)
+
+
+@each_way
+def test_a_read_is_not_refused_beside_serializable_producers(
+    admin_dsn: str, set_default: Callable[[str, str], None], read: Read
+) -> None:
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%has_ready%'"
+    with producer(admin_dsn, set_default) as producing, ThreadPoolExecutor(1) as thread:
+        producing.execute("LOCK TABLE batchq.batches_live IN ACCESS EXCLUSIVE MODE")
+        look = thread.submit(read, admin_dsn, ready)
+        wait_until(lambda: producing.execute("SELECT pg_stat_clear_snapshot()") and values(producing, waiting) == [1],
+                   10, "the read to wait")  # fmt: skip
+        producing.commit()
+        assert look.result() in (True, False)
+
+
+@each_way
+def test_a_read_is_read_committed_however_long_its_parameters(
+    admin_dsn: str, set_default: Callable[[str, str], None], read: Read
+) -> None:
+    set_default("default_transaction_isolation", "serializable")
+    statement = "SELECT current_setting('transaction_isolation'), length(%(text)s::text)"
+    for length in (10, LONGEST_TEXT):
+        found = read(admin_dsn, lambda conn: conn.execute(statement, {"text": "'" * length}).fetchone())  # noqa: B023
+        assert found == ("read committed", length)
 
 
 # ------------------------------------------------------------------------------------------- what passes by itself

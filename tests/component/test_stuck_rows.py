@@ -17,13 +17,14 @@ from batchq.database import Link
 from batchq.execution import COMPLETED, RELEASED, Outcome
 from batchq.outage import Outage
 from batchq.positions import Source
-from batchq.queries import END, START
+from batchq.queries import END, OWN_LOCK_SECONDS, START
 from tests.component.rows import Conn, claim, value, values
 from tests.component.test_worker_parts import Parts, enqueue
 from tests.support.alone import run_alone
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 
+MOST_STATEMENTS = 100
 RESULT = Outcome("completed", result="1")
 WAYS = {
     "completed": (COMPLETED, True, "completed"),
@@ -58,11 +59,18 @@ def end_all(parts: Parts, batches: list[Batch], outcome: Outcome = COMPLETED) ->
         assert parts.lane.end(batch, outcome)
 
 
-def count_statements(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return a list that grows with each statement of the finisher."""
-    link, sent = parts.links[0], []
-    run = link.run
-    monkeypatch.setattr(link, "run", lambda *args, **more: sent.append(args[0]) or run(*args, **more))
+def count_statements(link: Link, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that grows with each statement over a link; fail if there is no end to it."""
+    sent: list[Any] = []
+    really = link.run
+
+    def run(*args: Any, **more: Any) -> Any:
+        sent.append(args[0])
+        if len(sent) > MOST_STATEMENTS:
+            pytest.fail(f"over {MOST_STATEMENTS} statements")  # no Exception, which would be tried again
+        return really(*args, **more)
+
+    monkeypatch.setattr(link, "run", run)
     return sent
 
 
@@ -84,12 +92,14 @@ def test_a_row_that_a_person_has_locked_costs_one_short_wait_and_holds_up_no_oth
     parts.finisher.keep_completed = keep
     enqueue(conn, count)
     batches = parts.claim(count)
-    sent = count_statements(parts, monkeypatch)
+    sent = count_statements(parts.finisher.link, monkeypatch)
     with locked(admin_dsn, batches[200]):
         end_all(parts, batches, outcome)
+        began_at = time.monotonic()
         parts.finisher.write_group()
         step("one statement waits, one finds out which row is locked, one writes all the others")
         assert len(sent) == 3
+        assert time.monotonic() - began_at < OWN_LOCK_SECONDS - 1, "it has waited for longer than 200 ms"
         assert values(conn, "SELECT id FROM batchq.batches WHERE status = 'processing'") == [batches[200].id]
         assert (parts.lane.unwritten, parts.lane.occupied) == (1, 0)
         step("its lease is extended as before, and it waits for its turn")
@@ -168,7 +178,9 @@ def refuse(conn: Conn, ids: Iterable[int], refuses: str) -> None:
 
 
 @pytest.mark.usefixtures("refusing")
-def test_a_claim_takes_all_but_the_rows_that_the_database_refuses_to_change(conn: Conn, parts: Parts) -> None:
+def test_a_claim_takes_all_but_the_rows_that_the_database_refuses_to_change(
+    conn: Conn, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bad = enqueue_some_bad(conn, 208, "change")
     source = Source("default", parts.lane)
     with capture_logs() as logs:
@@ -180,9 +192,10 @@ def test_a_claim_takes_all_but_the_rows_that_the_database_refuses_to_change(conn
     step("they are left out for a while, and take no room in the lane")
     assert parts.lane.unwritten == 208 - len(bad)
     enqueue(conn, 1)
+    sent = count_statements(parts.claimer.link, monkeypatch)
     with capture_logs() as logs:
         assert len(parts.claimer.claim(source, 0, 208, START, END)) == 1
-    assert logs == []
+    assert (logs, len(sent)) == ([], 1)
     step("then they are tried again")
     conn.execute("DROP TRIGGER refuse_update ON batchq.batches_live")
     parts.claimer.skipped.until = dict.fromkeys(bad, time.monotonic())
@@ -246,7 +259,7 @@ def test_a_finish_that_is_refused_whatever_its_rows_is_not_halved_to_the_end(
     batches = parts.claim(600)
     refuse(conn, [batch.id for batch in batches], "end")
     end_all(parts, batches)
-    sent = count_statements(parts, monkeypatch)
+    sent = count_statements(parts.finisher.link, monkeypatch)
     parts.finisher.write_group()
     assert len(sent) < 60
     assert len(parts.finisher.unwritten()) == 600
@@ -275,7 +288,9 @@ def test_the_leases_of_all_but_refused_rows_are_extended(conn: Conn, parts: Part
 
 @pytest.mark.usefixtures("refusing")
 @pytest.mark.parametrize(("attempts", "refuses", "status"), [(5, "change", "pending"), (1, "end", "failed")])
-def test_all_but_refused_rows_are_rescued(conn: Conn, parts: Parts, attempts: int, refuses: str, status: str) -> None:
+def test_all_but_refused_rows_are_rescued(
+    conn: Conn, parts: Parts, monkeypatch: pytest.MonkeyPatch, attempts: int, refuses: str, status: str
+) -> None:
     enqueue(conn, 120, max_attempts=attempts)
     batches = parts.claim(120)
     conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() - interval '1 second'")
@@ -284,6 +299,18 @@ def test_all_but_refused_rows_are_rescued(conn: Conn, parts: Parts, attempts: in
     parts.keeper.rescue()
     assert statuses(conn) == {status: 120 - len(bad), "processing": len(bad)}
     assert set(values(conn, "SELECT id FROM batchq.batches WHERE status = 'processing'")) == bad
+    step("they are left out for a while: no rescue fails for them, and no search for what has failed finds them")
+    skipped = parts.keeper.expiries["default"].skipped
+    assert set(skipped.ids()) == bad
+    with monkeypatch.context() as patch:
+        searches = count_statements(parts.keeper.link, patch)
+        assert parts.keeper.take_back("default", float("-inf"), skipped) == []
+    assert searches == []
+    another = bad.copy().pop()
+    del skipped.until[another]
+    with capture_logs() as logs:
+        assert parts.keeper.take_back("default", float("-inf"), skipped) == []
+    assert [line["batch_ids"] for line in logs] == [[another]]
     step("and are tried again after a while")
     conn.execute("DROP TRIGGER refuse_update ON batchq.batches_live; DROP TRIGGER refuse_delete ON batchq.batches_live")
     for expiries in parts.keeper.expiries.values():

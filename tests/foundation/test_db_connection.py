@@ -447,6 +447,8 @@ def test_no_text_is_longer_than_every_pooler_takes(sim: SupaSim, messages: list[
         )
         assert link.run(queries.requeue("default", [Requeue(*one, 1.0, False) for one in given])) == []
         assert len(link.run(queries.extend("default", ids, tokens, 60))) == count
+        with link.reading() as conn:
+            assert not queries.has_ready(conn, "default", 0, [str(token) for token in tokens], queries.START)
     link.close()
     assert sim.settled() == []
     longest = max(len(body) for kind, body in messages if kind in b"QP")

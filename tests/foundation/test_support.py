@@ -1,7 +1,9 @@
 """The laws that the tests' own infrastructure keeps: a check that cannot fail proves nothing."""
 
 import os
+import re
 import signal
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -411,6 +413,37 @@ def test_an_installation_waits_while_another_apt_has_a_lock(apt: Path, lock: str
 def test_an_installation_that_fails_says_why_and_is_not_tried_again(apt: Path) -> None:
     apt.write_text("E: Unable to locate package pgbouncer\nE: asked again\n")
     assert programs.apt_get("install", "pgbouncer") == "apt-get failed: Unable to locate package pgbouncer"
+
+
+CI = ROOT / ".ci"
+
+
+def install_by_ci(*packages: str) -> subprocess.CompletedProcess[str]:
+    """Install packages as the scripts of .ci do."""
+    words = ["bash", "-c", 'set -euo pipefail; source "$0"; install_packages "$@"', str(CI / "_apt"), *packages]
+    environment = os.environ | {"APT_PAUSE_SECONDS": "0"}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("lock", ["/var/lib/apt/lists/lock", "/var/cache/apt/archives/lock"])
+def test_the_scripts_of_ci_wait_while_another_apt_has_a_lock(apt: Path, lock: str) -> None:
+    held = f"E: Could not get lock {lock}. It is held by process 7 (apt-get)\n"
+    apt.write_text(held * 3 + "\n" + held * 2 + "\n")
+    ended = install_by_ci("debootstrap")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert apt.read_text() == "", "the update and the installation were asked again until the lock was free"
+
+
+def test_an_installation_by_ci_that_fails_says_why_and_is_not_tried_again(apt: Path) -> None:
+    apt.write_text("E: Failed to fetch the list\nE: Unable to locate package debootstrap\nE: asked again\n")
+    ended = install_by_ci("debootstrap")
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (100, "E: Unable to locate package debootstrap")
+    assert apt.read_text() == "E: asked again\n"
+
+
+def test_no_script_of_ci_asks_apt_otherwise() -> None:
+    asking = {file.name for file in CI.iterdir() if re.search(r"^[^#]*\bapt-get\b", file.read_text(), re.MULTILINE)}
+    assert asking == {"_apt"}
 
 
 # The runner

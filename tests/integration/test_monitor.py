@@ -12,8 +12,8 @@ import pytest
 import batchq
 from batchq import queries
 from batchq.cli import main
+from batchq.database import Link
 from batchq.monitor import Monitor
-from batchq.settings import Settings
 from tests.e2e import apps
 from tests.support.alone import run_alone
 from tests.support.processes import Process, Processes
@@ -40,7 +40,7 @@ def processes(dsn: str, admin_dsn: str, batches: psycopg.Connection[Any]) -> Ite
 @pytest.fixture
 def monitor(dsn: str) -> Iterator[Monitor]:
     """Return a monitor that has looked once."""
-    monitor = Monitor(Settings.load(dsn=dsn))
+    monitor = Monitor(Link(dsn, 10))
     monitor.changes()
     yield monitor
     monitor.link.close()

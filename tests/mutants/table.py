@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QUERIES, MIGRATE, POSITIONS, KEEPER = (f"batchq/{name}.py" for name in ("queries", "migrate", "positions", "keeper"))
-TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE = (
+TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, WHATEVER_IS_SET = (
     f"migrations/{name}.sql"
     for name in (
         "0001_batches",
@@ -20,9 +20,7 @@ TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUN
         "0023_verbs_lock_first",
         "0016_bulk",
         "0026_trace_context",
-        "0034_replica_identities",
-        "0036_true_bulk_numbers",
-        "0037_prune_in_steps",
+        "0038_whatever_the_session_sets",
     )
 )
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
@@ -37,7 +35,9 @@ FLAT = "component/test_flat.py"
 LOOKS, FINISHER, VIEWS = (f"component/test_{name}.py" for name in ("looks", "finisher", "views"))
 BULK_ACTIONS = "component/test_bulk_verbs.py"
 CONNECTIONS = "foundation/test_db_connection.py"
-POOL, SESSIONS = (f"component/test_{name}.py" for name in ("pool", "sessions"))
+POOL, SESSIONS, STUCK, ODD, ENCODINGS, LOG_INS = (
+    f"component/test_{name}.py" for name in ("pool", "sessions", "stuck_rows", "odd_settings", "encodings", "log_ins")
+)
 DATABASE, PLACES = (f"batchq/{name}.py" for name in ("database", "places"))
 SECTION_END = re.compile(r'^"""$|\n\n\n|^\$\$;', re.MULTILINE)
 
@@ -127,6 +127,16 @@ MUTANTS = [
             ("now() + %(lease_seconds)s * interval '1 second'", "'infinity'", "a lease runs out"),
             ("now() + %(lease_seconds)s * interval '1 second'", "now()", "a lease lasts"),
         ],
+    ),
+    *of(
+        "CLAIM_SKIPPING: LiteralString",
+        STUCK,
+        [("AND id <> ALL (%(skipped)s)", "", "rows that are refused keep no other from being claimed")],
+    ),
+    *of(
+        "READY_POSITIONS: LiteralString",
+        STUCK,
+        [("AND id <> ALL (%(skipped)s::bigint[])", "", "rows that are refused keep no other from being claimed")],
     ),
     *of(
         "def give_back_claim(",
@@ -332,6 +342,21 @@ MUTANTS = [
             ("claim_token = NULL", "claim_token = b.claim_token", "what is given back is nobody's"),
         ],
     ),
+    *of(
+        "LOCKED: LiteralString",
+        STUCK,
+        [
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "who looks for locked rows waits for none"),
+            ("  FOR UPDATE SKIP LOCKED\n", "", "a locked row costs one wait"),
+            ("AND id <> ALL (ARRAY(SELECT id FROM free))", "", "a locked row holds up no other"),
+        ],
+    ),
+    *of(
+        "SETTINGS = queries.BY_INDEX",
+        STUCK,
+        [(' | {"lock_timeout": str(LOCK_MILLISECONDS)}', "", "a finish waits briefly for a locked row")],
+        "batchq/finisher.py",
+    ),
     # ------------------------------------------------------------------------------------------------------ leases
     *of(
         "EXTEND: LiteralString",
@@ -376,6 +401,23 @@ MUTANTS = [
             ("claim_token = NULL", "claim_token = b.claim_token", "what is rescued is nobody's"),
         ],
     ),
+    *of(
+        "RESCUE: LiteralString",
+        STUCK,
+        [
+            ("AND id <> ALL (%(skipped)s::bigint[])", "", "rows that are refused keep no other from being rescued"),
+            (
+                "AND (%(only)s::bigint[] IS NULL OR id = ANY (%(only)s::bigint[]))",
+                "",
+                "rows that are refused keep no other from being rescued",
+            ),
+        ],
+    ),
+    *of(
+        "EXPIRED: LiteralString",
+        STUCK,
+        [("AND id <> ALL (%(skipped)s::bigint[])", "", "rows that are refused keep no other from being rescued")],
+    ),
     # ------------------------------------------------------------------------------------- bounds, workers, days
     *of(
         "def limits(",
@@ -385,6 +427,77 @@ MUTANTS = [
             ('        "lock_timeout": str(int(min(seconds, lock_seconds) * 1000)),\n', "", "lock waits are bounded"),
             ('        "idle_in_transaction_session_timeout": str(milliseconds),\n', "", "no transaction is left open"),
         ],
+    ),
+    *of(
+        "def limits(",
+        ODD,
+        [('        "array_nulls": "on",', "", "a role's settings change no value")],
+    ),
+    *of(
+        "PLAIN = {",
+        ODD,
+        [
+            ('    "DateStyle": "ISO",\n', "", "a role's settings change no value"),
+            ('    "IntervalStyle": "postgres",\n', "", "a role's settings change no value"),
+            ('    "extra_float_digits": "1",\n', "", "a role's settings move no position"),
+            ('    "standard_conforming_strings": "on",\n', "", "a role's settings change no statement"),
+        ],
+    ),
+    *of(
+        "PROBING = PLAIN",
+        FLAT,
+        [
+            ('"enable_seqscan": "off", ', "", "a probe goes by its index whatever the statistics say"),
+            ('"enable_bitmapscan": "off", ', "", "a probe goes by its index whatever the statistics say"),
+        ],
+    ),
+    *of(
+        "CLEAN_SESSION = ",
+        SESSIONS,
+        [
+            (f"{part};", "", "a batch finds the session as it was")
+            for part in (
+                "CLOSE ALL",
+                "RESET SESSION AUTHORIZATION; RESET ROLE",
+                "RESET ALL",
+                "DEALLOCATE ALL",
+                "UNLISTEN *",
+                "DISCARD TEMP",
+            )
+        ]
+        + [("SELECT pg_advisory_unlock_all();", "", "a batch finds the session as it was")],
+    ),
+    *of(
+        "    def clean(self",
+        SESSIONS,
+        [
+            (
+                "                conn.execute(queries.CLEAN_SESSION)",
+                "                pass",
+                "a batch finds the session as it was",
+            ),
+            ("await conn.execute(queries.CLEAN_SESSION)", "pass", "a batch finds the session as it was"),
+        ],
+        DATABASE,
+    ),
+    *of(
+        "CONNECT_OPTIONS: dict",
+        ENCODINGS,
+        [('    "client_encoding": "UTF8",\n', "", "texts travel as UTF-8")],
+        DATABASE,
+    ),
+    *of("def not_given(", ENCODINGS, [(' - {"client_encoding"}', "", "texts travel as UTF-8")], DATABASE),
+    *of(
+        "def each_batch(",
+        LOG_INS,
+        [
+            (
+                "    with connected(options) as conn:\n        for batch_id in options.ids:\n",
+                "    for batch_id in options.ids:\n        with connected(options) as conn:\n",
+                "a verb logs in once",
+            )
+        ],
+        "batchq/cli/verbs.py",
     ),
     *of(
         "BEGIN = ",
@@ -401,6 +514,36 @@ MUTANTS = [
                 "no serialization failure by the role's default",
             )
         ],
+        DATABASE,
+    ),
+    *of(
+        "class AsyncConnection(psycopg",
+        SESSIONS,
+        [
+            (
+                "await conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)",
+                "pass",
+                "no serialization failure by the role's default",
+            )
+        ],
+        DATABASE,
+    ),
+    *of(
+        "class ReadingCursor(",
+        SESSIONS,
+        [("{queries.BEGIN}", "BEGIN", "no serialization failure by the role's default")],
+        DATABASE,
+    ),
+    *of(
+        "class ReadingCursor(",
+        STUCK,
+        [("                conn.rollback()", "                pass", "a read that fails leaves a usable connection")],
+        DATABASE,
+    ),
+    *of(
+        "class ReadingCursor(",
+        CONNECTIONS,
+        [("if len(text) > LONGEST_TEXT:", "if False:", "no text is longer than every pooler takes")],
         DATABASE,
     ),
     *of(
@@ -497,7 +640,7 @@ MUTANTS = [
                 "no publication stops a retry",
             ),
         ],
-        IDENTITIES,
+        WHATEVER_IS_SET,
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.prune(",
@@ -517,7 +660,25 @@ MUTANTS = [
             ),
             ("IF older_than < interval '0' THEN", "IF false THEN", "a negative age is refused"),
         ],
-        PRUNE,
+        WHATEVER_IS_SET,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.prune(",
+        ODD,
+        [("'^finished_[0-9]{8}$'", r"'^finished_\d{8}$'", "a caller's settings hide no day")],
+        WHATEVER_IS_SET,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.create_finished_partitions",
+        ODD,
+        [("to_char(day, 'YYYY-MM-DD 00:00:00+00')", "day || ' 00:00:00+00'", "a caller's settings move no day")],
+        WHATEVER_IS_SET,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.bulk(",
+        ODD,
+        [("older_than::numeric)", "older_than)", "a caller's settings change no age")],
+        WHATEVER_IS_SET,
     ),
     # ------------------------------------------------------------------------------------------------------- verbs
     *of(
@@ -633,7 +794,7 @@ MUTANTS = [
         BULK,
     ),
     *of(
-        "CREATE FUNCTION batchq.bulk(",
+        "CREATE OR REPLACE FUNCTION batchq.bulk(",
         BULK_ACTIONS,
         [
             (
@@ -643,7 +804,7 @@ MUTANTS = [
             ),
             ("OR b.queue <> change ->> 'to_queue'));", "));", "what is as wanted is not left out"),
         ],
-        TRUE_BULK,
+        WHATEVER_IS_SET,
     ),
     # ------------------------------------------------------------------------------------------------------ tables
     *of(
