@@ -3,7 +3,8 @@
 Each naps a while, so that the slots bound the rate, and not the processors: then rates can be compared.
 
 What they write in the batch's own transaction are rows of ``effects``, which must be there exactly once. What they do
-outside it are marks in a file. Payloads and items say what is to fail, see `orders`.
+outside it are marks in a file. Payloads and items say what is to fail, see `orders`; a payload's text comes back in
+results and errors.
 """
 
 import asyncio
@@ -45,13 +46,18 @@ def effect(batch: batchq.Batch, item: int = WHOLE_BATCH) -> list[int]:
     return [batch.id, item, batch.attempt, os.getpid()]
 
 
+def text_of(batch: batchq.Batch) -> str:
+    """Return the text that the payload brings along."""
+    return str(batch.payload.get("text", ""))
+
+
 def work_item(batch: batchq.Batch, item: int) -> None:
     """Work one item; raise for those that are to fail."""
     mark(batch, item % 100)
     if item >= BAD_ITEM:
-        raise batchq.InvalidInput(f"item {item} is bad")
+        raise batchq.InvalidInput(f"item {item} is bad {text_of(batch)}")
     if item >= LATE_ITEM and batch.attempt == 1:
-        raise ValueError(f"item {item} fails at first")
+        raise ValueError(f"item {item} fails at first {text_of(batch)}")
 
 
 # ------------------------------------------------------------------------------------------------------ def, async def
@@ -79,24 +85,26 @@ async def tx_async(batch: batchq.Batch) -> None:
 
 @sync_app.handler("plain", backoff=SOON)
 def plain(batch: batchq.Batch) -> dict[str, Any]:
-    """Do nothing but leave a mark."""
+    """Do nothing but leave a mark; those of a burst take no time."""
     mark(batch)
-    time.sleep(NAP_SECONDS)
-    return {"pid": os.getpid()}
+    if not batch.payload.get("is_cheap"):
+        time.sleep(NAP_SECONDS)
+    return {"pid": os.getpid(), "text": text_of(batch)}
 
 
 @async_app.handler("plain_async", backoff=SOON)
 async def plain_async(batch: batchq.Batch) -> None:
     """Do as plain does, in the event loop."""
     mark(batch)
-    await asyncio.sleep(LONG_NAP_SECONDS)
+    if not batch.payload.get("is_cheap"):
+        await asyncio.sleep(LONG_NAP_SECONDS)
 
 
 @sync_app.handler("failing", backoff=SOON)
 def failing(batch: batchq.Batch) -> None:
     """Fail in each attempt."""
     mark(batch)
-    raise ValueError("always fails")
+    raise ValueError(f"always fails {text_of(batch)}")
 
 
 @sync_app.handler("hungry", backoff=SOON)

@@ -16,6 +16,8 @@ from tests.chaos.schedule import MOST_AT_ONCE, schedule
 from tests.chaos.server import running
 from tests.chaos.world import World, world
 
+LONGEST_SECONDS = (6.0, 30.0)  # of a fault of any length: in a short run, in one of ten minutes
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; return 0 if nothing was violated, 1 if something was, 2 for a mistake, 130 when interrupted."""
@@ -95,6 +97,7 @@ def chaos(options: argparse.Namespace) -> int:
         running(options.server, options.programs) as server,
         world(server, workers=options.workers, through_pooler=not options.direct, backlog=options.backlog) as its,
     ):
+        its.longest_seconds = min(max(options.minutes * 3, LONGEST_SECONDS[0]), LONGEST_SECONDS[1])
         print(f"{server.describe()}; seed {options.seed}, {len(its.fleet.places)} workers", flush=True)
         run = Run(its, options.seed, options.compare_seconds, lambda window: tell(window, out))
         faults = schedule(options.seed, possible(its, options.faults), options.alone, options.most_at_once)

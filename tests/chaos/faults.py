@@ -5,8 +5,9 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import psycopg
 from psycopg import sql
 
 from tests.chaos.fleet import ChaosWorker
+from tests.chaos.orders import LETTERS, ORDERS, STYLES
 from tests.chaos.points import POINTS
 from tests.chaos.server import DISK_BYTES, as_role
 from tests.chaos.two_schemas import migrate_under_load
@@ -30,10 +32,28 @@ MOST_SECONDS = 10.0
 TERMINATED = 10
 HUNGRY_MEGABYTES = 300
 MOST_MEGABYTES = 250
+GOES_ON = 10  # batches of each style, in spite of a fault
+GOES_ON_SECONDS = 40.0
+RESCUE_SECONDS = 10.0
+HELD_SECONDS = 5.0
+BURST = 2000  # batches that take no time
+SMALLEST_POOL = 1
+EFFECTS_THROUGH_IT = 20
+ODD_ENCODING = "LATIN1"
+ODD_KINDS = {
+    "plain": 20,
+    "failing": 5,
+    "items": 10,
+    "items_tx": 10,
+}  # results, errors, items' errors, in its transaction
 
 
 class NotInjected(Exception):
     """The fault has not come about; it does not count."""
+
+
+class WorkStands(Exception):
+    """Work that the fault must leave alone does not go on."""
 
 
 def passed(since: float) -> float:
@@ -200,6 +220,20 @@ def memory(world: World, dice: random.Random) -> None:
         world.hold(1.2)
 
 
+@fault("small-pool")
+def small_pool(world: World, dice: random.Random) -> None:
+    """A worker gives way to one with a single connection for its handlers' transactions, for a while."""
+    with world.fleet.lend(dice) as place, world.admin() as conn:
+        try:
+            world.fleet.set(place, pool_size=SMALLEST_POOL)
+            count = "SELECT count(*) FROM effects WHERE pid = %s"
+            wait_for_work(world, lambda: number(conn, count, place.worker.pid) >= EFFECTS_THROUGH_IT,
+                          f"a {place.style} worker has not written {EFFECTS_THROUGH_IT} rows")  # fmt: skip
+            world.hold(dice.uniform(1, 3))
+        finally:
+            world.fleet.set(place)
+
+
 @fault("oom", "server")
 def oom(world: World, dice: random.Random) -> None:
     """A batch takes so much memory that its worker is killed for it, as by the kernel."""
@@ -232,6 +266,115 @@ def deploy(world: World, dice: random.Random) -> None:
 def schema(world: World, dice: random.Random) -> None:
     """Two versions of the schema: in a database beside, migrations come while an old worker and a new one work."""
     migrate_under_load(world, world.code(OLDER_CODE))
+
+
+# ------------------------------------------------------------------------------------------------ somebody else's work
+
+
+WORKED_SINCE = """
+SELECT kind, count(*)
+FROM batchq.batches_finished
+WHERE finished_at > to_timestamp(%s) AND status <> 'cancelled'
+GROUP BY kind
+"""
+LOCK = """
+SELECT id FROM batchq.batches_live WHERE status = %s AND kind <> 'hungry' ORDER BY random() LIMIT %s
+FOR UPDATE SKIP LOCKED
+"""
+RUNNING = (
+    "SELECT id FROM batchq.batches_live WHERE status = 'processing' AND kind <> 'hungry' ORDER BY random() LIMIT 1"
+)
+OVERDUE = """
+SELECT count(*) FROM batchq.batches_live WHERE id = ANY (%s) AND status = 'processing' AND lease_expires_at < now()
+"""
+Conn = psycopg.Connection[Any]
+
+
+def number(conn: Conn, query: str, *parameters: Any) -> int:
+    """Return the one number of a query."""
+    row = conn.execute(query.encode(), parameters).fetchone()
+    assert row
+    return int(row[0])
+
+
+def worked_by_style(conn: Conn, since: float) -> Counter[str]:
+    """Return how many batches of each style workers have finished since a time."""
+    counts: Counter[str] = Counter()
+    for kind, count in conn.execute(WORKED_SINCE.encode(), [since]):
+        counts[ORDERS[kind].style] += count
+    return counts
+
+
+def wait_for_work(world: World, is_done: Callable[[], bool], otherwise: str, seconds: float = GOES_ON_SECONDS) -> None:
+    """Wait until something is worked. Raises WorkStands if that takes too long."""
+    until = time.monotonic() + seconds
+    while not is_done():
+        if time.monotonic() > until:
+            raise WorkStands(f"{otherwise} within {seconds:g} s")
+        world.hold(0.05)
+
+
+def see_all_go_on(world: World, conn: Conn, since: float) -> None:
+    """Wait until batches of every style have finished since a time."""
+
+    def all_go_on() -> bool:
+        counts = worked_by_style(conn, since)
+        return all(counts[style] >= GOES_ON for style in STYLES)
+
+    wait_for_work(world, all_go_on, f"{GOES_ON} batches of each style have not finished")
+
+
+@fault("held-rows", "server")
+def held_rows(world: World, dice: random.Random) -> None:
+    """Rows of a few batches, some of them processing, are locked by a transaction that is left open, up to 30 s."""
+    seconds = dice.uniform(HELD_SECONDS, world.longest_seconds)
+    with world.admin() as conn, world.admin() as onlooker:
+        conn.execute("BEGIN")
+        held, end = dice.choice([lock_rows, cancel_one])(conn, dice)
+        since = time.time()
+        world.hold(seconds)
+        see_all_go_on(world, onlooker, since)
+        conn.execute(end)
+        wait_for_work(
+            world, lambda: number(onlooker, OVERDUE, held) == 0, "what was held is not rescued", RESCUE_SECONDS
+        )
+
+
+def lock_rows(conn: Conn, dice: random.Random) -> tuple[list[int], str]:
+    """Lock some rows, as a person does who looks at them; return their ids, and how the transaction is to end."""
+    running = [row[0] for row in conn.execute(LOCK.encode(), ["processing", 2])]
+    if not running:
+        raise NotInjected("no batch was processing")
+    return running + [row[0] for row in conn.execute(LOCK.encode(), ["pending", 3])], "ROLLBACK"
+
+
+def cancel_one(conn: Conn, dice: random.Random) -> tuple[list[int], str]:
+    """Cancel a batch that runs, and write that down with it; return its id, and how the transaction is to end."""
+    for _ in range(100):
+        row = conn.execute(RUNNING.encode()).fetchone()
+        if row and conn.execute("SELECT batchq.cancel(%s)", row).fetchone() == ("cancelled",):
+            conn.execute("INSERT INTO cancelled (batch_id) VALUES (%s)", row)
+            return [row[0]], dice.choice(["COMMIT", "ROLLBACK"])
+    raise NotInjected("no batch was processing")
+
+
+@fault("held-snapshot", "server")
+def held_snapshot(world: World, dice: random.Random) -> None:
+    """A snapshot is held over a burst and the calm after it, with an ANALYZE and a VACUUM meanwhile."""
+    with world.admin() as conn, world.admin() as onlooker:
+        conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        conn.execute("SELECT count(*) FROM batchq.batches_live")
+        for kind in ("plain", "plain_async"):
+            world.producer.order(kind, BURST // 2, is_cheap=True)
+        onlooker.execute("ANALYZE batchq.batches_live")
+        left = "SELECT count(*) FROM batchq.batches_live WHERE payload ? 'is_cheap'"
+        wait_for_work(world, lambda: number(onlooker, left) < BURST / 2, "half of a burst is not worked")
+        onlooker.execute("VACUUM (ANALYZE) batchq.batches_live")
+        wait_for_work(world, lambda: number(onlooker, left) == 0, "a burst is not worked")
+        since = time.time()
+        world.hold(dice.uniform(1, 3))
+        see_all_go_on(world, onlooker, since)
+        conn.execute("ROLLBACK")
 
 
 # --------------------------------------------------------------------------------------------------------- the server
@@ -351,6 +494,50 @@ def asks_for_password(world: World) -> bool:
     except psycopg.OperationalError:
         return True
     return False
+
+
+@contextmanager
+def setting(world: World, name: str, value: str, whose: list[str]) -> Iterator[Conn]:
+    """Set something for role or database, and end all sessions, so that new ones have it; for the block."""
+    names = {"role": sql.Identifier(world.role), "database": sql.Identifier(world.dbname), "name": sql.Identifier(name)}
+    with world.admin() as conn:
+        try:
+            for each in whose:
+                conn.execute(
+                    sql.SQL(f"ALTER {each} SET {{name}} = {{value}}").format(**names, value=sql.Literal(value))
+                )
+            conn.execute(TERMINATE.format("true").encode(), [world.role])
+            yield conn
+        finally:
+            for each in whose:
+                conn.execute(sql.SQL(f"ALTER {each} RESET {{name}}").format(**names))
+
+
+SETTABLE = ["ROLE {role}", "DATABASE {database}", "ROLE {role} IN DATABASE {database}"]
+
+
+@fault("read-only", "server")
+def read_only(world: World, dice: random.Random) -> None:
+    """Role or database become read-only (default_transaction_read_only), for one to three seconds."""
+    with setting(world, "default_transaction_read_only", "on", [dice.choice(SETTABLE)]) as conn:
+        since = time.time()
+        world.hold(dice.uniform(1, 3))
+        worked = worked_by_style(conn, since).total()
+    if world.pooler:
+        with world.admin() as conn:  # batchq drops a connection that only reads; the pooler keeps its own
+            conn.execute(TERMINATE.format("true").encode(), [world.role])
+    if worked:
+        raise NotInjected(f"{worked} batches were finished all the same")
+
+
+@fault("odd-encoding", "server")
+def odd_encoding(world: World, dice: random.Random) -> None:
+    """Role and database ask for LATIN1 while payloads, results and errors have letters beyond it."""
+    with setting(world, "client_encoding", ODD_ENCODING, SETTABLE[:2]) as conn:
+        for kind, count in ODD_KINDS.items():
+            world.producer.order(kind, count, text=LETTERS)
+        left = "SELECT count(*) FROM batchq.batches_live WHERE payload ? 'text'"
+        wait_for_work(world, lambda: number(conn, left) == 0, "batches with such letters are not worked")
 
 
 # --------------------------------------------------------------------------------------------------------- the pooler

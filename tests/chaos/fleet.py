@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tests.chaos.ledger import Violation
 from tests.chaos.marks import DIRECTORY
@@ -40,11 +40,13 @@ AVAILABLE_SECONDS = 40.0
 class ChaosWorker(Process):
     """One worker of a style, with the batchq of the directory *code*, None for this checkout's."""
 
-    def __init__(self, style: str, dsn: str, code: Path | None, directory: Path, number: int) -> None:
+    def __init__(
+        self, style: str, dsn: str, code: Path | None, directory: Path, number: int, settings: dict[str, Any]
+    ) -> None:
         self.style = style
         self.code = code
         self.log = directory / f"worker-{number}-{style}.log"
-        given = {"dsn": dsn} | SETTINGS
+        given = {"dsn": dsn} | SETTINGS | settings
         environment = os.environ | {f"BATCHQ_{name.upper()}": str(value) for name, value in given.items()}
         environment[DIRECTORY] = str(directory)
         if code:
@@ -95,11 +97,12 @@ class ChaosWorker(Process):
 
 @dataclass
 class Place:
-    """A place for one worker. *lent*: a fault has it, which may end it in any way."""
+    """A place for one worker. *lent*: a fault has it, which may end it in any way. *settings*: of its next worker."""
 
     style: str
     worker: ChaosWorker
     lent: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
     again_at: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -140,11 +143,11 @@ class Fleet:
             with place.lock:
                 place.worker.end()
 
-    def launch(self, style: str) -> ChaosWorker:
-        """Start a worker with the code that is due."""
+    def launch(self, style: str, settings: dict[str, Any] | None = None) -> ChaosWorker:
+        """Start a worker with the code that is due, and settings other than usual."""
         with self.lock:
             self.started += 1
-            return ChaosWorker(style, self.dsn, self.code, self.directory, self.started)
+            return ChaosWorker(style, self.dsn, self.code, self.directory, self.started, settings or {})
 
     def run(self) -> None:
         """Replace whoever has ended."""
@@ -164,7 +167,7 @@ class Fleet:
             self.notes.append(f"could not start: {last_line(old)}")
             place.again_at = time.monotonic() + AGAIN_SECONDS
         if time.monotonic() >= place.again_at and not self.ending.is_set():
-            place.worker, place.again_at = self.launch(place.style), 0.0
+            place.worker, place.again_at = self.launch(place.style, place.settings), 0.0
             old.hang_up()
 
     def ended_by_itself(self, worker: ChaosWorker) -> None:
@@ -248,6 +251,12 @@ class Fleet:
             if code not in (0, 1, -signal.SIGKILL):
                 text = f"{worker.log.name} stopped with {code}: {last_line(worker)}"
                 self.violations.append(Violation("worker", None, text))
+
+    def set(self, place: Place, **settings: Any) -> None:
+        """Have the worker of a lent place stop, and another one work with these settings beside the usual ones."""
+        old, place.settings = place.worker, settings
+        self.stop_worker(place)
+        wait_until(lambda: place.worker is not old and place.worker.has_started, AVAILABLE_SECONDS, "the new worker")
 
     def roll(self, code: Path | None) -> None:
         """Replace every worker, half of them at a time, with others of the version *code*."""

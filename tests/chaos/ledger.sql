@@ -2,11 +2,11 @@
 -- One statement, so one snapshot: what a transaction writes of its own and of the batch's is seen together.
 WITH looked AS (
   SELECT id, kind, status, payload, items_total, items_done, items_failed, cursor, attempt, max_attempts,
-         max_failed_items, run_at, lease_expires_at
+         max_failed_items, run_at, lease_expires_at, result, errors
   FROM batchq.batches_live
   UNION ALL
   SELECT id, kind, status, payload, items_total, items_done, items_failed, cursor, attempt, max_attempts,
-         max_failed_items, run_at, lease_expires_at
+         max_failed_items, run_at, lease_expires_at, result, errors
   FROM batchq.batches_finished
   WHERE finished_at >= to_timestamp(%(since)s)
 ), counted AS (
@@ -51,6 +51,21 @@ UNION ALL
 SELECT 'counters', id, format('%%s, %%s: attempt %%s of %%s', kind, status, attempt, max_attempts)
 FROM counted
 WHERE attempt > max_attempts OR attempt < 0 OR (status = 'processing' AND attempt = 0)
+UNION ALL
+SELECT 'lost', id, format('%%s, completed: its text has become %%s', kind, result ->> 'text')
+FROM counted
+WHERE kind = 'plain' AND status = 'completed' AND result ->> 'text' <> coalesce(payload ->> 'text', '')
+UNION ALL
+SELECT 'lost', id, format('%%s, %%s: its text has become %%s', kind, status, e.error)
+FROM counted
+CROSS JOIN LATERAL (
+  SELECT jsonb_array_elements(errors) ->> 'error' AS error
+  UNION ALL
+  SELECT f.error FROM batchq.failed_items f WHERE f.batch_id = id
+) e
+WHERE payload ? 'text'
+  AND e.error ~ 'always fails|is bad|fails at first'
+  AND strpos(e.error, payload ->> 'text') = 0
 UNION ALL
 SELECT 'stuck', id, format('%%s, processing: its lease ran out %%s ago', kind, now() - lease_expires_at)
 FROM counted

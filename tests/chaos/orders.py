@@ -6,6 +6,7 @@ from typing import Any
 
 LATE_ITEM, BAD_ITEM = 100, 200  # added to an item: fails in the first attempt; is refused for good
 ITEMS = 10
+LETTERS = "zażółć 批处理 🙂"  # more than LATIN1 has
 PATIENT = 30_000  # attempts: whoever stands beside a worker that dies loses one each time
 
 
@@ -19,7 +20,6 @@ class Order:
     has_items: bool = False
     max_attempts: int = PATIENT
     ends_as: str = "completed"
-    priority: int = 0
 
 
 ORDERS = {
@@ -28,7 +28,7 @@ ORDERS = {
         Order("tx", "sync", 8),
         Order("plain", "sync", 8),
         Order("failing", "sync", 1, max_attempts=2, ends_as="failed"),
-        Order("hungry", "sync", 0, max_attempts=2, ends_as="failed", priority=-1),
+        Order("hungry", "sync", 0, max_attempts=2, ends_as="failed"),
         Order("tx_async", "async", 8),
         Order("plain_async", "async", 8),
         Order("steps", "chunks", 4),

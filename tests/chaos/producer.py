@@ -18,6 +18,7 @@ WHERE status = 'pending' AND run_at <= now()
 GROUP BY kind
 """
 PAUSE_SECONDS = 0.1
+AHEAD = -1  # a priority
 
 
 class Producer:
@@ -67,20 +68,22 @@ class Producer:
         self.known_lots += lots
 
     def order(self, kind: str, count: int, **more: Any) -> None:
-        """Enqueue *count* of one kind; *more* goes into the payload."""
+        """Enqueue *count* of one kind, ahead of all others; *more* goes into the payload."""
         with self.connect() as conn:
             with conn.transaction():
-                lot = self.enqueue(conn, ORDERS[kind], count, **more)
+                lot = self.enqueue(conn, ORDERS[kind], count, AHEAD, **more)
             self.known_lots.append(lot)
 
-    def enqueue(self, conn: psycopg.Connection[Any], order: Order, count: int, **more: Any) -> tuple[int, int]:
+    def enqueue(
+        self, conn: psycopg.Connection[Any], order: Order, count: int, priority: int = 0, **more: Any
+    ) -> tuple[int, int]:
         """Enqueue some of a kind in the caller's transaction; return their first number and how many."""
         with self.lock:
             first = self.next_seq
             self.next_seq += count
         conn.execute("INSERT INTO produced (kind, first, count) VALUES (%s, %s, %s)", [order.kind, first, count])
         payloads = [payload(order, seq) | more for seq in range(first, first + count)]
-        options: dict[str, Any] = {"max_attempts": order.max_attempts, "priority": order.priority}
+        options: dict[str, Any] = {"max_attempts": order.max_attempts, "priority": priority}
         if not order.has_items:
             batchq.enqueue_many(conn, order.kind, payloads, **options)
             return first, count

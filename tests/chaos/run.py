@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import psycopg
 
 from tests.chaos import ledger
-from tests.chaos.faults import FAULTS, NotInjected
+from tests.chaos.faults import FAULTS, NotInjected, WorkStands
 from tests.chaos.ledger import Violation
 from tests.chaos.marks import read_marks
 from tests.chaos.world import Stopped, World
@@ -114,6 +114,8 @@ class Run:
             FAULTS[name].run(self.world, dice)
         except (NotInjected, Stopped) as error:
             window.not_injected[name] = str(error)
+        except WorkStands as error:
+            window.violations.append(Violation("stuck", None, f"{name}: {error}"))
         except Exception as error:
             window.violations.append(Violation("worker", None, f"{name} broke off: {type(error).__name__}: {error}"))
 

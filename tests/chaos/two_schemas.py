@@ -76,7 +76,7 @@ def run_old(code: Path, dsn: str) -> None:
 @contextmanager
 def worker(dsn: str, code: Path | None, directory: Path, number: int) -> "Iterator[ChaosWorker]":
     """Yield a worker that works, of one version of the code."""
-    process = ChaosWorker("sync", dsn, code, directory, number)
+    process = ChaosWorker("sync", dsn, code, directory, number, {})
     try:
         wait_until(lambda: process.has_started or not process.is_running, SECONDS, "the worker to work")
         yield process

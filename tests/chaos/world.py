@@ -27,10 +27,16 @@ from tests.support.poolers import PgBouncer
 from tests.support.processes import ROOT
 from tests.support.servers import Server
 
-OLD_CODE = "7d48187"  # the version that is deployed in turn with this checkout's
+OLD_CODE = "60166f2"  # deployed in turn with this checkout's; the first that every fault leaves able to work
 OLDER_CODE = "2bb0184"  # the last one before migrations 0009 and 0010
 POOL_SIZE = 12
 MOST_CLIENTS = 150
+OWN_OPTIONS: dict[str, Any] = {  # of the run's own connections, whatever a fault sets for role or database
+    "autocommit": True,
+    "connect_timeout": 5,
+    "client_encoding": "UTF8",
+    "options": "-c default_transaction_read_only=off",
+}
 PATIENCE_SECONDS = 40.0
 
 
@@ -40,7 +46,10 @@ class Stopped(Exception):
 
 @dataclass
 class World:
-    """A run's parts. *pooler* is None where the proxy stands straight before the server."""
+    """A run's parts. *pooler* is None where the proxy stands straight before the server.
+
+    *longest_seconds*: how long a fault of any length may last, so that a short run has them all.
+    """
 
     server: GivenServer
     dbname: str
@@ -52,6 +61,7 @@ class World:
     fleet: Fleet
     producer: Producer
     operator: Operator
+    longest_seconds: float = 6.0
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def hold(self, seconds: float) -> None:
@@ -64,7 +74,7 @@ class World:
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                return psycopg.connect(self.server.dsn(dbname or self.dbname), autocommit=True, connect_timeout=5)
+                return psycopg.connect(self.server.dsn(dbname or self.dbname), **OWN_OPTIONS)
             except psycopg.OperationalError:
                 if time.monotonic() > until:
                     raise
@@ -100,7 +110,7 @@ def world(
         proxy = stack.enter_context(FaultyProxy(pooler.dsn(dbname) if pooler else dsn))
         with psycopg.connect(dsn, autocommit=True) as conn:
             conn.execute(ledger.TABLES)
-        connect = partial(psycopg.connect, server.dsn(dbname), autocommit=True, connect_timeout=5)
+        connect = partial(psycopg.connect, server.dsn(dbname), **OWN_OPTIONS)
         producer, operator = Producer(connect, backlog), Operator(connect)
         fleet = Fleet(proxy.dsn, directory, workers, styles)
         its = World(server, dbname, role, password, directory, pooler, proxy, fleet, producer, operator)

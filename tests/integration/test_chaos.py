@@ -1,12 +1,14 @@
 """A short chaos run: nothing is lost, doubled or stuck. And the instrument itself: what is wrong is found."""
 
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -16,7 +18,7 @@ import batchq
 from batchq.testing import drain
 from tests.chaos import ledger, report
 from tests.chaos.cli import main
-from tests.chaos.faults import FAULTS
+from tests.chaos.faults import FAULTS, Fault, wait_for_work, worked_by_style
 from tests.chaos.ledger import Violation, check_at_end, check_so_far
 from tests.chaos.marks import DIRECTORY, Mark, read_marks
 from tests.chaos.orders import ORDERS, STYLES
@@ -38,7 +40,7 @@ Conn = psycopg.Connection[Any]
 # Some of each group; bin/chaos has them all.
 SHORT = [
     "kill", "kill-claim-within", "kill-commit-within", "kill-finish-within", "stop-commit-before", "freeze", "clock",
-    "terminate-busy", "crash", "pooler-restarted", "pooler-paused", "cut", "cut-commit", "half-open",
+    "held-rows", "terminate-busy", "crash", "read-only", "odd-encoding", "pooler-restarted", "pooler-paused", "cut", "cut-commit", "half-open",
 ]  # fmt: skip
 SEED = 20261125
 
@@ -153,6 +155,12 @@ PLANTED: dict[str, tuple[str, str]] = {
     "a batch that is there twice": (
         "doubled",
         "INSERT INTO batchq.batches (kind, payload) SELECT kind, payload FROM batchq.batches WHERE id = {tx}"),
+    "a text that has lost its letters in a result": (
+        "lost", "UPDATE batchq.batches SET payload = payload || jsonb_build_object('text', '批') WHERE id = {plain}"),
+    "a text that has lost its letters in a batch's error": (
+        "lost", "UPDATE batchq.batches SET payload = payload || jsonb_build_object('text', '批') WHERE id = {failing}"),
+    "a text that has lost its letters in an item's error": (
+        "lost", "UPDATE batchq.batches SET payload = payload || jsonb_build_object('text', '批') WHERE kind = 'items'"),
     "a batch that nobody works": ("stuck", "INSERT INTO batchq.batches (kind) VALUES ('plain')"),
 }  # fmt: skip
 
@@ -218,6 +226,29 @@ def test_a_claim_that_ran_twice_and_an_attempt_too_many_are_doubled(worked: Work
 
 
 # ---------------------------------------------------------------------------------------------------- the instruments
+
+
+def test_what_workers_finish_is_counted_by_style_and_what_an_operator_cancels_is_not(worked: Worked) -> None:
+    assert all(worked_by_style(worked.conn, ledger.EVER)[style] >= 10 for style in STYLES)
+    worked.conn.execute(
+        "UPDATE batchq.batches_finished SET status = 'cancelled' WHERE kind IN ('tx_async', 'plain_async')"
+    )
+    assert worked_by_style(worked.conn, ledger.EVER)["async"] == 0
+    assert worked_by_style(worked.conn, time.time() + 1).total() == 0
+
+
+def test_work_that_stands_beside_a_fault_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    world: Any = SimpleNamespace(hold=time.sleep)
+
+    def holds_all_up(its: Any, _: object) -> None:
+        wait_for_work(its, lambda: True, "nothing")
+        wait_for_work(its, lambda: False, "the rest does not go on", 0.1)
+
+    monkeypatch.setitem(FAULTS, "planted", Fault("planted", holds_all_up, frozenset()))
+    window = Window(0, ["planted"], 0.0)
+    Run(world, SEED, 0.0, lambda _: None).inject(window)
+    assert window.violations == [Violation("stuck", None, "planted: the rest does not go on within 0.1 s")]
+    assert window.injected == ["planted"]
 
 
 def test_a_schedule_is_its_seeds_and_lets_each_fault_come_once_a_round() -> None:
