@@ -40,7 +40,8 @@ Conn = psycopg.Connection[Any]
 # Some of each group; bin/chaos has them all.
 SHORT = [
     "kill", "kill-claim-within", "kill-commit-within", "kill-finish-within", "stop-commit-before", "freeze", "clock",
-    "held-rows", "terminate-busy", "crash", "read-only", "odd-encoding", "pooler-restarted", "pooler-paused", "cut", "cut-commit", "half-open",
+    "held-rows", "terminate-busy", "crash", "read-only", "odd-encoding",
+    "pooler-restarted", "pooler-paused", "cut", "cut-commit", "half-open",
 ]  # fmt: skip
 SEED = 20261125
 
