@@ -42,7 +42,7 @@ MEMBERS = {
 RELATIONS = ("batches", "failed_items", "status", "queues", "failures", "throughput", "workers", "pauses", "audit")
 FUNCTIONS = (
     "cancel", "retry", "retry_items", "snooze", "set_priority", "move", "bulk", "pause", "resume", "drain_worker",
-    "prune", "create_finished_partitions", "bell", "give_replica_identities",
+    "prune", "create_finished_partitions", "bell", "give_replica_identities", "newest_live",
 )  # fmt: skip
 UNITS = {"seconds": " seconds", "days": " days"}
 
