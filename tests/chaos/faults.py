@@ -223,15 +223,21 @@ def memory(world: World, dice: random.Random) -> None:
 @fault("small-pool")
 def small_pool(world: World, dice: random.Random) -> None:
     """A worker gives way to one with a single connection for its handlers' transactions, for a while."""
-    with world.fleet.lend(dice) as place, world.admin() as conn:
+    with world.fleet.lend(dice) as place:
         try:
             world.fleet.set(place, pool_size=SMALLEST_POOL)
-            count = "SELECT count(*) FROM effects WHERE pid = %s"
-            wait_for_work(world, lambda: number(conn, count, place.worker.pid) >= EFFECTS_THROUGH_IT,
-                          f"a {place.style} worker has not written {EFFECTS_THROUGH_IT} rows")  # fmt: skip
+            otherwise = f"a {place.style} worker has not written {EFFECTS_THROUGH_IT} rows"
+            wait_for_work(world, lambda: effects_of(world, place.worker.pid) >= EFFECTS_THROUGH_IT, otherwise)
             world.hold(dice.uniform(1, 3))
         finally:
             world.fleet.set(place)
+
+
+def effects_of(world: World, pid: int) -> int:
+    """Return how many rows a worker has written; 0 if the server goes away meanwhile."""
+    with suppress(psycopg.OperationalError), world.admin() as conn:
+        return number(conn, "SELECT count(*) FROM effects WHERE pid = %s", pid)
+    return 0
 
 
 @fault("oom", "server")
