@@ -536,10 +536,13 @@ def read_only(world: World, dice: random.Random) -> None:
         raise NotInjected(f"{worked} batches were finished all the same")
 
 
-@fault("odd-encoding", "server")
+@fault("odd-encoding", "server", "pooler")
 def odd_encoding(world: World, dice: random.Random) -> None:
     """Role and database ask for LATIN1 while payloads, results and errors have letters beyond it."""
     with setting(world, "client_encoding", ODD_ENCODING, SETTABLE[:2]) as conn:
+        if world.pooler:  # it goes by the encoding that it has met first
+            world.pooler.kill()
+            world.pooler.start()
         for kind, count in ODD_KINDS.items():
             world.producer.order(kind, count, text=LETTERS)
         left = "SELECT count(*) FROM batchq.batches_live WHERE payload ? 'text'"
