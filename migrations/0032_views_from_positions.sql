@@ -12,48 +12,52 @@ AS $$
 DECLARE
   pages     float8 := pg_relation_size('batchq.batches_live') / current_setting('block_size')::integer;
   in_sample float8 := least(100, 100 * 200 / greatest(pages, 1));
-  -- While there are no more than "most" in all, each is counted. Only beyond does a level get no more than its share.
-  counts_all boolean := most >= (
-    SELECT count(*)
-    FROM (
-      SELECT
-      FROM batchq.waiting_levels() w CROSS JOIN LATERAL (
-        SELECT
-        FROM batchq.batches_live b
-        WHERE b.queue = w.queue AND b.status = 'pending' AND b.priority = w.priority AND (b.run_at, b.id) >= (w.at, w.id)
-        ORDER BY b.run_at, b.id
-        LIMIT most + 1
-      ) b
-      WHERE w.at IS NOT NULL
-      LIMIT most + 1
-    ) some_waiting
-  ) AND most >= (
-    SELECT count(*)
-    FROM (
-      SELECT
-      FROM batchq.busy_queues() q CROSS JOIN LATERAL (
-        SELECT
-        FROM batchq.batches_live b
-        WHERE b.queue = q.queue AND b.status = 'processing' AND b.lease_expires_at >= q.at
-        ORDER BY b.lease_expires_at
-        LIMIT most + 1
-      ) b
-      WHERE q.at IS NOT NULL
-      LIMIT most + 1
-    ) some_busy
-  );
 BEGIN
   RETURN QUERY
-  WITH waiting AS MATERIALIZED (
-    SELECT * FROM batchq.waiting_levels() WHERE at IS NOT NULL LIMIT CASE WHEN NOT counts_all THEN 1000 END
+  WITH all_waiting AS MATERIALIZED (
+    SELECT * FROM batchq.waiting_levels() WHERE at IS NOT NULL
+  ), all_busy AS MATERIALIZED (
+    SELECT * FROM batchq.busy_queues() WHERE at IS NOT NULL
+  ), few AS MATERIALIZED (
+    -- If there are no more than "most", all are counted. If there are more, each level gets a share of "most".
+    SELECT most >= (
+        SELECT count(*)
+        FROM (
+          SELECT
+          FROM all_waiting w CROSS JOIN LATERAL (
+            SELECT
+            FROM batchq.batches_live b
+            WHERE b.queue = w.queue AND b.status = 'pending' AND b.priority = w.priority AND (b.run_at, b.id) >= (w.at, w.id)
+            ORDER BY b.run_at, b.id
+            LIMIT most + 1
+          ) b
+          LIMIT most + 1
+        ) some_waiting
+      ) AND most >= (
+        SELECT count(*)
+        FROM (
+          SELECT
+          FROM all_busy q CROSS JOIN LATERAL (
+            SELECT
+            FROM batchq.batches_live b
+            WHERE b.queue = q.queue AND b.status = 'processing' AND b.lease_expires_at >= q.at
+            ORDER BY b.lease_expires_at
+            LIMIT most + 1
+          ) b
+          LIMIT most + 1
+        ) some_busy
+      ) AS counts_all
+  ), waiting AS MATERIALIZED (
+    SELECT * FROM all_waiting LIMIT (SELECT CASE WHEN NOT counts_all THEN 1000 END FROM few)
   ), busy AS MATERIALIZED (
-    SELECT * FROM batchq.busy_queues() WHERE at IS NOT NULL LIMIT CASE WHEN NOT counts_all THEN 1000 END
+    SELECT * FROM all_busy LIMIT (SELECT CASE WHEN NOT counts_all THEN 1000 END FROM few)
   ), share AS MATERIALIZED (
     SELECT
       greatest(100, CASE WHEN counts_all THEN most ELSE most / greatest((SELECT count(*) FROM waiting), 1) END)::integer
         AS of_waiting,
       greatest(100, CASE WHEN counts_all THEN most ELSE most / greatest((SELECT count(*) FROM busy), 1) END)::integer
         AS of_busy
+    FROM few
   ), entry AS MATERIALIZED (
     SELECT w.queue, w.priority, 'ready' AS state, b.kind, b.run_at AS at, share.of_waiting AS share
     FROM waiting w CROSS JOIN share CROSS JOIN LATERAL (

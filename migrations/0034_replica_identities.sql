@@ -1,6 +1,7 @@
 -- Postgres refuses UPDATE and DELETE on a table without a replica identity as soon as a publication covers it. One
 -- CREATE PUBLICATION ... FOR ALL TABLES (logical replication, change capture) stopped every claim. With wal_level below
--- logical, a replica identity costs nothing.
+-- logical, a replica identity costs nothing. The bounds of a new partition no longer depend on the session's DateStyle: under
+-- 'SQL, YMD' they were not read as they were written.
 
 CREATE FUNCTION batchq.give_replica_identities()
 RETURNS integer
@@ -67,7 +68,7 @@ BEGIN
       -- A finished batch is only deleted by a retry, so the whole row may serve; a unique index would cost each finish.
       EXECUTE format('ALTER TABLE batchq.%I REPLICA IDENTITY FULL', name);
       EXECUTE format('ALTER TABLE batchq.batches_finished ATTACH PARTITION batchq.%I FOR VALUES FROM (%L) TO (%L)',
-                     name, day || ' 00:00:00+00', day + 1 || ' 00:00:00+00');
+                     name, to_char(day, 'YYYY-MM-DD 00:00:00+00'), to_char(day + 1, 'YYYY-MM-DD 00:00:00+00'));
       created := created + 1;
     EXCEPTION WHEN check_violation THEN
       RAISE NOTICE 'batchq: finished_default already has batches of %, so they stay there', day;

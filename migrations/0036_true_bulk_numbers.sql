@@ -1,6 +1,7 @@
 -- A verb in bulk makes up to three passes, for what was locked. Each pass took its own time as its beginning, so a retry of
 -- batches that fail again at once took most of them twice, and counted them twice. "before" in the filter is one time
--- for the count and for all passes. What was left out is told apart by its reason.
+-- for the count and for all passes. What was left out is reported by its reason. An age keeps all of its digits, whatever
+-- extra_float_digits the session has: at -15, 7,000 s became 7,200.
 
 DROP FUNCTION batchq.bulk(text, jsonb, jsonb, jsonb, boolean, integer, text, text, bigint);
 
@@ -47,11 +48,11 @@ BEGIN
       USING HINT = 'It takes those that are ' || array_to_string(array_remove(known, 'live'), ' or ');
   END IF;
 
-  found := batchq.bulk_find(filter - 'before' || jsonb_build_object('older_than_seconds', older_than), from_status,
+  found := batchq.bulk_find(filter - 'before' || jsonb_build_object('older_than_seconds', older_than::numeric), from_status,
     verb = 'retry_items' OR (verb = 'retry' AND from_status = 'completed' AND NOT whole),
     coalesce((place ->> 0)::timestamptz, '-infinity'), coalesce((place ->> 1)::bigint, 0), most);
   matched := cardinality(found.ids);
-  IF verb IN ('snooze', 'set_priority', 'move') THEN  -- what is as wanted already is no match: done again, a verb leaves nothing out
+  IF verb IN ('snooze', 'set_priority', 'move') THEN  -- a batch that is already as wanted does not match
     matched := (SELECT count(*) FROM batchq.batches_live b WHERE b.id = ANY (found.ids)
                 AND (b.run_at <> new_run_at OR b.priority <> (change ->> 'priority')::integer OR b.queue <> change ->> 'to_queue'));
   END IF;

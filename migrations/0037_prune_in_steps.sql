@@ -1,5 +1,7 @@
 -- A DROP of a partition takes a dozen locks, and a look over all days five for each of them. With 409 days, 379 of them to
 -- drop, one transaction ran out of shared memory for locks, and dropped nothing. Now a call drops ten, the oldest first.
+-- The pattern has no backslash: with standard_conforming_strings off, \d was d, and prune found no partition. Days are counted in
+-- UTC, not in a time zone whose days may have 23 hours.
 
 CREATE OR REPLACE FUNCTION batchq.prune(older_than interval)
 RETURNS integer
@@ -7,7 +9,7 @@ LANGUAGE plpgsql
 AS $$
 DECLARE
   most           constant integer := 10;
-  first_kept_day date := (now() - older_than) AT TIME ZONE 'UTC';
+  first_kept_day date := (now() AT TIME ZONE 'UTC') - older_than;
   partition      record;
   dropped        integer := 0;
 BEGIN
@@ -20,7 +22,7 @@ BEGIN
     FROM pg_inherits i
     JOIN pg_class c ON c.oid = i.inhrelid
     WHERE i.inhparent = 'batchq.batches_finished'::regclass
-      AND c.relname ~ '^finished_\d{8}$'
+      AND c.relname ~ '^finished_[0-9]{8}$'
       AND to_date(right(c.relname, 8), 'YYYYMMDD') < first_kept_day
     ORDER BY c.relname
     LIMIT most

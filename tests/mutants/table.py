@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QUERIES, MIGRATE, POSITIONS, KEEPER = (f"batchq/{name}.py" for name in ("queries", "migrate", "positions", "keeper"))
-TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, WHATEVER_IS_SET = (
+TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE = (
     f"migrations/{name}.sql"
     for name in (
         "0001_batches",
@@ -20,7 +20,9 @@ TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, WHATEVER_IS_SET = (
         "0023_verbs_lock_first",
         "0016_bulk",
         "0026_trace_context",
-        "0038_whatever_the_session_sets",
+        "0034_replica_identities",
+        "0036_true_bulk_numbers",
+        "0037_prune_in_steps",
     )
 )
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
@@ -224,8 +226,8 @@ MUTANTS = [
                 "counts begin after the dead leases",
             ),
             (
-                "AND b.lease_expires_at >= q.at\n        ORDER BY b.lease_expires_at\n        LIMIT most",
-                "ORDER BY b.lease_expires_at\n        LIMIT most",
+                "AND b.lease_expires_at >= q.at\n            ORDER BY b.lease_expires_at\n            LIMIT most",
+                "ORDER BY b.lease_expires_at\n            LIMIT most",
                 "counts begin after the dead leases",
             ),
             (
@@ -640,7 +642,7 @@ MUTANTS = [
                 "no publication stops a retry",
             ),
         ],
-        WHATEVER_IS_SET,
+        IDENTITIES,
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.prune(",
@@ -660,25 +662,25 @@ MUTANTS = [
             ),
             ("IF older_than < interval '0' THEN", "IF false THEN", "a negative age is refused"),
         ],
-        WHATEVER_IS_SET,
+        PRUNE,
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.prune(",
         ODD,
         [("'^finished_[0-9]{8}$'", r"'^finished_\d{8}$'", "a caller's settings hide no day")],
-        WHATEVER_IS_SET,
+        PRUNE,
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.create_finished_partitions",
         ODD,
         [("to_char(day, 'YYYY-MM-DD 00:00:00+00')", "day || ' 00:00:00+00'", "a caller's settings move no day")],
-        WHATEVER_IS_SET,
+        IDENTITIES,
     ),
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.bulk(",
+        "CREATE FUNCTION batchq.bulk(",
         ODD,
         [("older_than::numeric)", "older_than)", "a caller's settings change no age")],
-        WHATEVER_IS_SET,
+        TRUE_BULK,
     ),
     # ------------------------------------------------------------------------------------------------------- verbs
     *of(
@@ -794,7 +796,7 @@ MUTANTS = [
         BULK,
     ),
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.bulk(",
+        "CREATE FUNCTION batchq.bulk(",
         BULK_ACTIONS,
         [
             (
@@ -804,7 +806,7 @@ MUTANTS = [
             ),
             ("OR b.queue <> change ->> 'to_queue'));", "));", "what is as wanted is not left out"),
         ],
-        WHATEVER_IS_SET,
+        TRUE_BULK,
     ),
     # ------------------------------------------------------------------------------------------------------ tables
     *of(
