@@ -25,6 +25,7 @@ from psycopg.conninfo import make_conninfo
 
 from batchq import embedded
 from batchq.migrate import migrate
+from tests.support.databases import holding_snapshot
 from tests.support.scale import LOOKS, LOOKS_BESIDE_DEAD, cost, die, fill, survey
 from tests.support.waiting import wait_until
 
@@ -112,7 +113,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dsn", help="a superuser's DSN of a server to use (default: a private one)")
     parser.add_argument("--directory", type=Path, help="where the private server keeps its data (default: temporary)")
     parser.add_argument("--keep", action="store_true", help="keep the database, and use it as it is if it is there")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.dead and options.keep:
+        parser.error("--keep cannot keep dead rows: a vacuum removes them once the snapshot has gone")
+    return options
 
 
 @contextmanager
@@ -137,30 +141,22 @@ def database(admin_dsn: str, options: argparse.Namespace) -> Iterator[psycopg.Co
         dsn = make_conninfo(admin_dsn, dbname=NAME)
         migrate(dsn)
         with (
-            holding(dsn) if options.dead else nullcontext(),
+            holding_snapshot(dsn) if options.dead else nullcontext(),
             psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn,
         ):
             if not is_there:
                 began_at = time.monotonic()
-                die(conn, options.dead)
+                if options.dead:
+                    die(conn, options.dead)
                 fill(conn, options.live, options.finished, options.days)
-                survey(conn)
+                if options.dead:
+                    survey(conn)
                 print(f"filled in {time.monotonic() - began_at:.0f} s", flush=True)
             conn.execute("UPDATE batchq.workers SET heartbeat_at = now()")
             tell_nested_plans(conn)
             yield conn
         if not options.keep:
             admin.execute(f"DROP DATABASE {NAME} WITH (FORCE)".encode())
-
-
-@contextmanager
-def holding(dsn: str) -> Iterator[None]:
-    """Hold a snapshot."""
-    with psycopg.connect(dsn) as conn:
-        conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        conn.execute("SELECT count(*) FROM batchq.workers")
-        yield
-        conn.rollback()
 
 
 def tell_nested_plans(conn: psycopg.Connection) -> None:

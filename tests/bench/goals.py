@@ -143,7 +143,7 @@ GOALS = (
     ),
     Goal(
         "burst",
-        "spans of 5 s below 95 % of 800 a second, after a burst, a snapshot held",
+        "spans of 5 s below 95 % of 800 per second, after a burst, with a snapshot held",
         exact("burst", "spans_below", "held"),
         0,
     ),

@@ -10,8 +10,9 @@ from tests.bench.records import Marks
 from tests.bench.server import Database
 from tests.bench.work import Bench, Figures, Run, work
 from tests.bench.worker_process import Workers
-from tests.bench.works_snapshot import holding, nothing, problems_at_the_end, remains, watch
+from tests.bench.works_snapshot import nothing, problems_at_the_end, remains, watch
 from tests.bench.works_steady import BACKLOG_EVERY_SECONDS, TICK_SECONDS, Call, SteadyProducer, backlogs, seen
+from tests.support.databases import holding_snapshot
 
 NAPTIME = "5s"
 LEAST_SHARE = 0.95
@@ -20,14 +21,14 @@ GONE_CALLS = 2
 
 @work
 def burst(bench: Bench) -> Iterator[Run]:
-    """A burst of 5,000 batches a second for 60 s, then 800 a second for 120 s, a snapshot held all the time.
+    """A burst of 5,000 batches per second for 60 s, then 800 per second for 120 s, all of it while a snapshot is held.
 
-    One worker, one database, without a snapshot (control) and then with; it is taken before the burst. Autovacuum looks
-    each 5 s. Of the burst are told how many a second were enqueued and started, in all and in the slowest 5 s, how many
-    waited at its end, and how long after it fewer wait than two calls enqueue (*backlog gone*). From then on, or if
-    that never comes from the end of the burst: batches started a second, in all and in the slowest 5 s; in how many
-    spans of 5 s they were less than 95 % of the 800; enqueued and not started, at the median; and the time from when
-    the enqueue has returned (committed) to the start.
+    One worker and one database: first without a snapshot (control), then with one that is taken before the burst.
+    Autovacuum looks every 5 s. The burst's figures: batches enqueued and started per second, overall and in the slowest
+    5 s; how many waited at its end; and how long it then took until fewer waited than two calls enqueue (*backlog
+    gone*). The calm is measured from then on, or from the end of the burst if that never came: batches started per
+    second, overall and in the slowest 5 s; the number of 5 s spans below 95 % of 800; the median backlog; and the time
+    from when the enqueue returned (committed) to the start.
     """
     with bench.server.setting("autovacuum_naptime", NAPTIME):
         for _ in bench.times("burst"):
@@ -40,7 +41,7 @@ def one_burst(bench: Bench, is_held: bool) -> Run:
     with bench.database() as database, records.directory() as directory:
         database.settle()
         with Workers(database.dsn, 1, directory) as workers:
-            with holding(database) if is_held else nothing():
+            with holding_snapshot(database.dsn) if is_held else nothing():
                 workers.go()
                 began_at = time.monotonic()
                 first = producing(bench, database, workers, "burst.per_s", "burst.seconds", 0)

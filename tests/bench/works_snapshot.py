@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import psycopg
@@ -16,6 +16,7 @@ from tests.bench.records import Marks, Records, one_row
 from tests.bench.server import Database
 from tests.bench.work import Bench, Figures, Run, work
 from tests.bench.worker_process import Workers
+from tests.support.databases import holding_snapshot
 
 SERIES_SECONDS = 5.0
 TOP_UP_SECONDS = 0.02
@@ -51,7 +52,7 @@ def one_snapshot(bench: Bench, is_held: bool) -> Run:
             began_at = time.monotonic()
             watch(workers, free)
             held_at = time.monotonic()
-            with holding(database) if is_held else nothing():
+            with holding_snapshot(database.dsn) if is_held else nothing():
                 watch(workers, held)
                 ended_at = time.monotonic()
                 figures = remains(database)
@@ -68,16 +69,6 @@ def watch(workers: Workers, seconds: float) -> None:
     """Let so many seconds pass, as long as the workers live."""
     until = time.monotonic() + seconds
     workers.wait_for(lambda: time.monotonic() >= until, 0.1)
-
-
-@contextmanager
-def holding(database: Database) -> Iterator[None]:
-    """Hold a snapshot in a session of its own."""
-    with psycopg.connect(database.dsn) as conn:
-        conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        conn.execute("SELECT count(*) FROM batchq.workers")
-        yield
-        conn.rollback()
 
 
 def problems_at_the_end(database: Database, workers: Workers, produced: int) -> list[str]:

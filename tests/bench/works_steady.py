@@ -16,7 +16,8 @@ from tests.bench.draining import rate_between
 from tests.bench.records import Marks, Records
 from tests.bench.work import Bench, Figures, Run, work
 from tests.bench.worker_process import Workers
-from tests.bench.works_snapshot import Producer, holding, nothing, problems_at_the_end, remains, watch
+from tests.bench.works_snapshot import Producer, nothing, problems_at_the_end, remains, watch
+from tests.support.databases import holding_snapshot
 
 TICK_SECONDS = 0.05
 BACKLOG_EVERY_SECONDS = 0.5
@@ -75,7 +76,7 @@ def steadily(bench: Bench, meeting: Meeting, is_held: bool) -> Run:
             with SteadyProducer(database.dsn, workers.records, rate, first) as producer:
                 watch(workers, seconds("steady.free_seconds"))
                 held_at = time.monotonic()
-                with holding(database) if is_held else nothing():
+                with holding_snapshot(database.dsn) if is_held else nothing():
                     watch(workers, seconds("steady.held_seconds"))
                     ended_at = time.monotonic()
                     figures = remains(database)

@@ -17,7 +17,7 @@ from batchq.queries import END, Finish, Position, Progress, Requeue, Statement
 from batchq.web.reads import batch_list
 from tests.component.rows import KIND, Conn, value
 from tests.support.alone import run_alone
-from tests.support.databases import Databases
+from tests.support.databases import Databases, holding_snapshot
 from tests.support.servers import Server
 from tests.support.steps import step
 
@@ -85,11 +85,9 @@ def table(request: pytest.FixtureRequest, databases: Databases, server: Server) 
     with (
         databases.migrated() as name,
         psycopg.connect(server.dsn(name), autocommit=True, prepare_threshold=None) as conn,
-        psycopg.connect(server.dsn(name)) as holder,
+        holding_snapshot(server.dsn(name)),
     ):
         conn.execute("ALTER TABLE batchq.batches_live SET (autovacuum_enabled = off)")
-        holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        holder.execute("SELECT count(*) FROM batchq.workers")
         conn.execute(MAKE, [1, DEAD])
         [(run_at, last_id)] = conn.execute("SELECT date_part('epoch', max(run_at)), max(id) FROM batchq.batches_live")
         conn.execute(CLAIM_ALL.encode())
@@ -102,7 +100,6 @@ def table(request: pytest.FixtureRequest, databases: Databases, server: Server) 
         conn.execute(CLAIM_TWO, [last_id])
         step("%s: positions %s", request.param, values_of(conn))
         yield Table(conn, Position(run_at, last_id), max(0, live - 2))
-        holder.rollback()
 
 
 def values_of(conn: Conn) -> list[Any]:

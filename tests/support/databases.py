@@ -90,6 +90,16 @@ class Databases:
         return psycopg.connect(self.server.admin_dsn, autocommit=True)
 
 
+@contextmanager
+def holding_snapshot(dsn: str) -> Iterator[None]:
+    """Keep a transaction open for the block: no vacuum removes what dies meanwhile."""
+    with psycopg.connect(dsn) as conn:
+        conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        conn.execute("SELECT count(*) FROM batchq.workers")
+        yield
+        conn.rollback()
+
+
 def _migrations_digest() -> str:
     """Return what changes when any migration does."""
     digest = hashlib.sha256()
