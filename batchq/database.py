@@ -320,10 +320,10 @@ async def transaction_async(
 
 
 class ReadingCursor(psycopg.Cursor[Any]):
-    """Runs one SELECT in a transaction that says READ COMMITTED: one message, as dear as the SELECT alone.
+    """Runs one SELECT in a READ COMMITTED transaction: one message, which costs as much as the SELECT alone.
 
-    Without it the role's default counts. Serializable, a read raises 40001 beside serializable producers, or has theirs
-    raise it.
+    Otherwise the role's default would apply. A serializable read beside serializable producers can fail with 40001, or
+    make theirs fail.
     """
 
     def execute(self, query: Any, params: Params | None = None, **_: Any) -> Self:

@@ -23,7 +23,7 @@ LOOK_SECONDS = 0.1
 LOOKS = 3
 LEARN_SECONDS = 0.25
 NOISE_SECONDS = 0.002
-RECORDED_PAUSE_SECONDS = 1.0  # then what was given back before a recorded position is swept
+RECORDED_PAUSE_SECONDS = 1.0  # after it, a worker sweeps what lies before the recorded position
 
 Pauses = Set[tuple[str | None, str | None]]  # queue and kind; None: any
 

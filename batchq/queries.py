@@ -66,7 +66,7 @@ def limits(
         "lock_timeout": str(int(min(seconds, lock_seconds) * 1000)),
         "idle_in_transaction_session_timeout": str(milliseconds),
         "client_connection_check_interval": "2000",
-        "array_nulls": "on",  # NULL in a list is null; at the end of a handler's transaction, too, which writes such
+        "array_nulls": "on",  # NULL in a list means null; the end of a handler's transaction writes such lists
     }
     calls = (f"set_config('{name}', '{value}', true)" for name, value in (bounds | dict(settings)).items())
     return f"SELECT {', '.join(calls)}"  # pyright: ignore[reportReturnType]

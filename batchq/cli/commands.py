@@ -63,8 +63,10 @@ def connected(options: Namespace) -> Iterator[psycopg.Connection[Any]]:
 
 @contextmanager
 def linked(options: Namespace) -> Iterator[Link]:
-    """Give a link to a database with our schema, for who looks again and again: it logs in once, and again only when
-    the connection is lost. Raises ConfigError."""
+    """Yield a link to a database with our schema, for commands that look more than once.
+
+    It logs in once, and again only after the connection was lost. Raises ConfigError.
+    """
     settings = settings_of(options)
     dsn = settings.require_dsn()
     with closing(Link(dsn, settings.database_timeout_seconds, connect(dsn))) as link:
