@@ -23,7 +23,7 @@ from batchq.cli.leaving import flush
 from batchq.cli.signals import StopSignals
 from batchq.database import Link, check_server, check_writable, connect, transaction
 from batchq.enqueue import enqueue as enqueue_batch
-from batchq.errors import ConfigError, InvalidInput
+from batchq.errors import ConfigError, InvalidInput, OutcomeUnknown
 from batchq.monitor import Monitor
 from batchq.settings import Settings, hide_password
 from batchq.signs import Signs
@@ -369,7 +369,7 @@ def patiently(look: Callable[[], Any]) -> Any:
     while True:
         try:
             return look()
-        except psycopg.OperationalError as error:
+        except (psycopg.OperationalError, OutcomeUnknown) as error:  # a look may be repeated, whatever its COMMIT did
             if not is_told:
                 print(f"batchq: the database is away: {hide_password(' '.join(str(error).split()))}", file=sys.stderr)
             is_told = True

@@ -18,6 +18,7 @@ from batchq import bulk, queries
 from batchq.cli import commands, main
 from batchq.web.reads import POOL_SIZE
 from tests.bench.proxy import DelayingProxy
+from tests.chaos.proxy import FaultyProxy
 from tests.component.rows import values
 from tests.support.alone import run_alone
 from tests.support.batches import look, put
@@ -100,6 +101,29 @@ def test_watch_logs_in_once_however_long_it_looks(
     assert command("watch", str(batch_id), "--every-seconds", "0.01") == 3
     assert look(conn, batch_id).status == "cancelled"
     assert proxy.log_ins == 1
+
+
+def test_watch_goes_on_when_its_connection_is_lost_at_the_commit_of_a_look(
+    dsn: str,
+    conn: Conn,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    batch_id = put(conn, "work")
+    with FaultyProxy(dsn) as line:
+
+        def cut_the_next_commit() -> None:
+            line.cut_share = 1.0
+
+        def end_well(_: float) -> None:
+            line.cut_share = 0.0
+            conn.execute("SELECT batchq.cancel(%s)", [batch_id])
+
+        after(LOOKS, monkeypatch, "status_row", cut_the_next_commit)
+        monkeypatch.setattr(commands, "time", SimpleNamespace(sleep=end_well))
+        assert main(["watch", str(batch_id), "--every-seconds", "0.01", "--dsn", line.dsn]) == 3
+    assert line.cuts == 1
+    assert "the database is away" in capsys.readouterr().err
 
 
 def test_monitor_logs_in_once_however_long_it_looks(
