@@ -37,7 +37,7 @@ def main() -> int:
     started = time.monotonic()
     try:
         os.environ[programs.WHY_MISSING] = programs.install()
-        outcomes = run(find_files(arguments.what, arguments.without), arguments.jobs)
+        outcomes = run(find_files(arguments.what, arguments.without), arguments.jobs, arguments.again)
     except NoServerError as error:
         sys.exit(f"no server to test on: {error}")
     except KeyboardInterrupt:
@@ -56,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--through", choices=list(WAYS), default="direct", help="which pooler to test through")
     parser.add_argument("--jobs", type=int, metavar="N", help="files to run at a time (default: 2 per core, at most 8)")
     parser.add_argument("--strict", action="store_true", help="fail if a test is left out for want of a program")
+    parser.add_argument("--again", action="store_true", help="run a file that fails a second time, alone; that counts")
     parser.add_argument("--write-durations", action="store_true", help="update tests/durations.json")
     return parser.parse_args()
 
@@ -91,14 +92,14 @@ def files_of(name: str) -> list[Path]:
     return [file]
 
 
-def run(files: list[Path], jobs: int | None) -> list[Outcome]:
+def run(files: list[Path], jobs: int | None, again: bool = False) -> list[Outcome]:
     """Start the servers, one for each of the files that run at a time, and run all."""
     with ExitStack() as stack:
         servers = [stack.enter_context(running_server())] if files else []
         for _ in range(1, min(len(files), jobs or default_jobs(servers))):
             servers.append(stack.enter_context(running_server()))
         plan = Plan(files, len(servers), read_durations())
-        runner = Runner(plan, [os.environ | server.environment() for server in servers], say)
+        runner = Runner(plan, [os.environ | server.environment() for server in servers], say, again)
         way, left = os.environ["BATCHQ_TEST_THROUGH"], in_words(plan.seconds_left({}))
         described = servers[0].describe() if servers else "no server"
         say(f"{described}, {way}; {len(files)} test files, {len(servers)} at a time; about {left}")

@@ -17,7 +17,7 @@ from batchq.queries import ClaimedRow
 from batchq.worker import switching_quickly
 from tests.support.alone import run_alone
 from tests.support.steps import step
-from tests.support.waiting import wait_until
+from tests.support.waiting import allowed, wait_until
 
 SLOTS = 8
 GATE = '"gate"'
@@ -125,13 +125,13 @@ def test_one_slow_batch_amid_brief_ones_holds_nobody_up(work: Work) -> None:
     wait_until(lambda: len(work.did) == 200, 5, "the brief ones to end")
     took = max(when for _, _, when in work.did) - began_at
     step("the brief ones took %.1f ms", 1000 * took)
-    assert took < 0.1
+    assert took < allowed(0.1)
     assert work.lane.hand == {slow}
     step("nor those that come while it runs")
     began_at = time.monotonic()
     work.take(*["0"] * 100)
     wait_until(lambda: len(work.did) == 300, 5, "those that came later to end")
-    assert time.monotonic() - began_at < 0.1
+    assert time.monotonic() - began_at < allowed(0.1)
     assert work.lane.hand == {slow}
     work.wait()
 
@@ -141,7 +141,7 @@ def test_several_slow_batches_amid_brief_ones_hold_nobody_up_while_a_slot_is_idl
     began_at = time.monotonic()
     work.take(*(["0"] * 30 + ["1"]) * (SLOTS - 1), *["0"] * 30)
     wait_until(lambda: len(work.did) == 30 * SLOTS, 5, "the brief ones to end")
-    assert time.monotonic() - began_at < 0.3
+    assert time.monotonic() - began_at < allowed(0.3)
     assert len(work.lane.hand) == SLOTS - 1
     work.wait()
 

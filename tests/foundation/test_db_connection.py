@@ -45,7 +45,7 @@ from tests.support.poolers import PgBouncer
 from tests.support.servers import free_port
 from tests.support.steps import step
 from tests.support.supasim import SupaSim
-from tests.support.waiting import wait_until
+from tests.support.waiting import allowed, wait_until
 
 Conn = psycopg.Connection[Any]
 PASSWORD = "s3cr3t-w0rd"
@@ -147,7 +147,7 @@ def test_the_second_host_is_tried_when_the_dsns_own_time_is_over(admin_dsn: str,
         hosts = {"host": f"127.0.0.1,{parts['host']}", "port": f"{silent.getsockname()[1]},{parts.get('port', 5432)}"}
         began_at = time.monotonic()
         connect(psycopg.conninfo.make_conninfo(admin_dsn, **hosts, connect_timeout=2)).close()
-        assert 2 <= time.monotonic() - began_at < 6
+        assert 2 <= time.monotonic() - began_at < allowed(6)
 
 
 def test_a_service_of_libpq_is_a_dsn_and_what_no_pooler_takes_is_found_in_it(
@@ -257,7 +257,7 @@ def test_a_wait_that_the_server_does_not_end_is_cut_in_time(dsn: str) -> None:
         began_at = time.monotonic()
         with pytest.raises(psycopg.OperationalError), bounded(conn, 0.3):
             conn.execute("SELECT pg_sleep(30)")
-        assert 0.3 <= time.monotonic() - began_at < 1.5
+        assert 0.3 <= time.monotonic() - began_at < allowed(1.5)
         assert database.is_lost(conn)
 
 
@@ -269,7 +269,7 @@ def test_an_async_wait_is_cut_in_time(dsn: str) -> None:
                 await conn.execute("SELECT pg_sleep(30)")
             return time.monotonic() - began_at
 
-    assert 0.3 <= asyncio.run(wait()) < 1.5
+    assert 0.3 <= asyncio.run(wait()) < allowed(1.5)
 
 
 def test_of_many_waits_each_is_cut_at_its_own_time(dsn: str) -> None:
@@ -282,7 +282,7 @@ def test_of_many_waits_each_is_cut_at_its_own_time(dsn: str) -> None:
 
     with ThreadPoolExecutor() as threads:
         late = list(threads.map(wait, [0.8, 0.3]))
-    assert all(0 <= seconds < 1 for seconds in late), late
+    assert all(0 <= seconds < allowed(1) for seconds in late), late
 
 
 def test_what_ends_in_time_is_not_cut_later_nor_who_gets_its_file_descriptor(dsn: str) -> None:
@@ -304,7 +304,7 @@ def test_a_frozen_pooler_holds_nobody_longer_than_the_bound(pgbouncer: PgBouncer
         began_at = time.monotonic()
         with pytest.raises(psycopg.OperationalError), link.transaction():
             pass
-        assert time.monotonic() - began_at < 3
+        assert time.monotonic() - began_at < allowed(3)
     finally:
         pgbouncer.thaw()
     step("thawed, the link connects again")
@@ -550,7 +550,7 @@ def test_a_frozen_pooler_holds_a_statement_of_one_message_no_longer_than_the_bou
         began_at = time.monotonic()
         with pytest.raises(OutcomeUnknown):
             link.run(made("SELECT 1"))
-        assert time.monotonic() - began_at < 3
+        assert time.monotonic() - began_at < allowed(3)
     finally:
         pgbouncer.thaw()
     assert link.run(made("SELECT 1")) == [(1,)]

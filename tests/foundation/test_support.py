@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,7 +26,7 @@ from tests.support.servers import Server
 from tests.support.steps import step
 from tests.support.supasim import SupaSim
 from tests.support.through import WAYS
-from tests.support.waiting import wait_until
+from tests.support.waiting import allowed, wait_until
 
 Connect = Callable[..., psycopg.Connection]
 BACKEND_PID = "SELECT pg_backend_pid()"
@@ -75,6 +76,15 @@ def test_a_crash_of_the_server_keeps_what_was_committed(
             conn.execute("SELECT 1")
     with connect(server.dsn(empty_database)) as conn:
         assert value(conn, "SELECT one FROM kept") == 1
+
+
+def test_a_busy_machine_is_allowed_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.support.waiting.PATIENCE", 3.0)
+    assert allowed(0.1) == pytest.approx(0.3)
+    began_at = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"waited 0.3 s for Godot; last seen: False"):
+        wait_until(lambda: False, 0.1, "Godot")
+    assert time.monotonic() - began_at >= 0.3
 
 
 def test_waiting_ends_with_what_was_waited_for() -> None:
@@ -535,6 +545,15 @@ def test_a_file_that_measures_runs_alone() -> None:
     assert made.next([]) == FILES[1]
 
 
+def test_a_file_that_runs_again_runs_alone_and_before_the_rest_of_its_layer() -> None:
+    made = plan(jobs=4)
+    made.waiting = [FILES[1], FILES[0]]
+    made.again(FILES[2])
+    assert made.next([FILES[1]]) is None, "another one is running"
+    assert [made.next([]), made.next([FILES[2]])] == [FILES[2], None]
+    assert made.waiting == [FILES[1], FILES[0]]
+
+
 def test_the_files_that_run_alone_are_there() -> None:
     assert [name for name in ALONE if not (ROOT / "tests" / name).is_file()] == []
 
@@ -604,6 +623,36 @@ def test_after_a_failure_in_foundation_only_the_rest_of_it_runs(tmp_path: Path) 
     made, _ = runner(tmp_path, 1, {"foundation/test_a.py": bad, "foundation/test_b.py": good, "e2e/test_c.py": good})
     found = {outcome.file.name: (outcome.ran, outcome.is_good) for outcome in made.run()}
     assert found == {"test_a.py": (True, False), "test_b.py": (True, True), "test_c.py": (False, False)}
+
+
+FAILS_AT_FIRST = """
+from pathlib import Path
+mark = Path(__file__).with_suffix(".mark")
+
+def test_it():
+    was_there = mark.exists()
+    mark.touch()
+    assert was_there
+"""
+
+
+def test_with_again_a_file_that_fails_gets_a_second_run_which_counts(tmp_path: Path) -> None:
+    good, bad = "def test_it():\n    pass\n", "def test_it():\n    assert False\n"
+    texts = {"foundation/test_a.py": FAILS_AT_FIRST, "component/test_b.py": bad, "component/test_c.py": good}
+    made, said = runner(tmp_path, 2, texts)
+    made.again = True
+    found = {outcome.file.name: (outcome.is_good, outcome.remark) for outcome in made.run()}
+    second = "the second run, alone, after one that failed"
+    assert found == {"test_a.py": (True, second), "test_b.py": (False, second), "test_c.py": (True, "")}
+    step("both runs of a file are told, and the summary says which was the second")
+    assert sum(text.startswith("❌ foundation/test_a.py") for text in said) == 1
+    assert sum(text.startswith("✅ foundation/test_a.py") and text.endswith(f"({second})") for text in said) == 1
+    assert said[-1].startswith("⏳ 5 of 5 files")
+
+
+def test_without_again_a_file_that_fails_has_failed(tmp_path: Path) -> None:
+    made, _ = runner(tmp_path, 1, {"component/test_a.py": FAILS_AT_FIRST})
+    assert [outcome.is_good for outcome in made.run()] == [False]
 
 
 def test_an_interrupted_run_stops_every_file_and_waits_until_it_has_cleaned_up(tmp_path: Path) -> None:

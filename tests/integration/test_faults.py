@@ -30,7 +30,7 @@ from tests.support.processes import Process, Processes
 from tests.support.servers import Server
 from tests.support.steps import step
 from tests.support.supasim import SupaSim
-from tests.support.waiting import wait_until
+from tests.support.waiting import allowed, wait_until
 
 APP = "tests.e2e.apps:app"
 DEADLINE_SECONDS = 2
@@ -115,6 +115,11 @@ class Load:
             wait_until(more, timeout_seconds, "more rows in the ledger")
         return time.monotonic() - started
 
+    def wait_until_idle(self) -> None:
+        """Wait until nothing is pending or processing. Pause the load before."""
+        with psycopg.connect(self.admin_dsn, autocommit=True) as conn:
+            wait_until(lambda: statuses(conn) == {"completed"}, 30, "everything to be completed")
+
     def check(self) -> None:
         """Wait until everything is worked; fail if something is lost or doubled."""
         self.ending.set()
@@ -177,7 +182,7 @@ def check_recovery(load: Load, what: str) -> None:
     """Fail unless the worker is back soon after the fault has ended, which is now."""
     seconds = load.wait_until_working(20)
     step("recovered %.2f s after %s", seconds, what)
-    assert seconds < DEADLINE_SECONDS + SPARE_SECONDS
+    assert seconds < allowed(DEADLINE_SECONDS + SPARE_SECONDS)
 
 
 # The server
@@ -336,8 +341,11 @@ def test_a_killed_pooler_loses_and_doubles_nothing(load: Load, pgbouncer: PgBoun
 def test_a_frozen_pooler_is_given_up_at_the_deadline(load: Load, pgbouncer: PgBouncer, database: str) -> None:
     step("given a worker under load, through PgBouncer")
     with worker_under_load(pgbouncer.dsn(database), load) as worker:
-        step("when PgBouncer stands still, then every thread of the worker gives up at its deadline")
+        step("when PgBouncer stands still while a slot is free, then every thread of it gives up at its deadline")
+        load.is_paused = True  # a claimer without a free slot sends nothing, so nothing of it would be late
+        load.wait_until_idle()
         pgbouncer.freeze()
+        load.is_paused = False
         frozen = time.monotonic()
         try:
             for service in ("claimer", "keeper"):
@@ -348,7 +356,7 @@ def test_a_frozen_pooler_is_given_up_at_the_deadline(load: Load, pgbouncer: PgBo
         finally:
             pgbouncer.thaw()
         check_recovery(load, "the pooler went on")
-        assert gave_up_after < DEADLINE_SECONDS + 1.5
+        assert gave_up_after < allowed(DEADLINE_SECONDS + 1.5)
     pgbouncer.check_settled(database)
 
 
@@ -379,7 +387,7 @@ def test_a_stop_while_the_pooler_stands_still_ends_in_time(
             code = worker.stop(30)
             step("exit code %s after %.1f s", code, time.monotonic() - began)
             assert code == 1
-            assert time.monotonic() - began < 1 + 2 * (DEADLINE_SECONDS + 1)
+            assert time.monotonic() - began < allowed(1 + 2 * (DEADLINE_SECONDS + 1))
             assert "the leases will bring those batches back" in worker.text()  # by itself, or by the limit of its end
         finally:
             pgbouncer.thaw()
@@ -598,7 +606,7 @@ def test_a_refused_log_in_is_not_hammered(load: Load, admin_dsn: str, monkeypatc
         load.wait_until_worked(10)
         step("and is back by itself %.1f s after the first refusal", time.monotonic() - refused)
         assert 1 <= count <= 3
-        assert time.monotonic() - refused < PASSWORD_SECONDS + SPARE_SECONDS + 2
+        assert time.monotonic() - refused < allowed(PASSWORD_SECONDS + SPARE_SECONDS + 2)
 
 
 def count_log_ins(monkeypatch: pytest.MonkeyPatch) -> list[float]:

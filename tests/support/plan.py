@@ -63,6 +63,11 @@ class Plan:
             return None
         return self.waiting.pop(0)
 
+    def again(self, file: Path) -> None:
+        """Have *file* wait for a second turn, in which it runs alone."""
+        self.alone = {*self.alone, name_of(file)}
+        self.waiting = sorted([file, *self.waiting], key=self._order)
+
     def finished(self, file: Path, seconds: float) -> None:
         """Learn how fast this machine is, which scales all durations."""
         self._expected += self.expected(file)

@@ -24,7 +24,8 @@ POLL_SECONDS = 0.05
 class Outcome:
     """What became of one test file; *problem* is empty when all is well.
 
-    *left_out* counts the tests that need a program which is not installed, by what they say of it.
+    *left_out* counts the tests that need a program which is not installed, by what they say of it. *remark* is what
+    else a person should know.
     """
 
     file: Path
@@ -34,6 +35,7 @@ class Outcome:
     problem: str = ""
     ran: bool = True
     left_out: Counter[str] = field(default_factory=Counter)
+    remark: str = ""
 
     @property
     def is_good(self) -> bool:
@@ -45,7 +47,7 @@ class Outcome:
             return f"⏭ {name}: {self.problem}"
         mark = "❌" if not self.is_good else "✅" if self.passed else "⏭"
         counts = f"{self.passed} passed, {self.failed} failed" + (f", {left_out} left out" if left_out else "")
-        remarks = "; ".join(filter(None, (self.problem, *self.left_out)))
+        remarks = "; ".join(filter(None, (self.problem, self.remark, *self.left_out)))
         return f"{mark} {name}: {counts} in {self.seconds:.1f} s" + (f" ({remarks})" if remarks else "")
 
 
@@ -115,15 +117,22 @@ class Run:
 
 
 class Runner:
-    """Runs the files of *plan* in the *environments*, one at a time in each; *tell* gets what a person reads."""
+    """Runs the files of *plan* in the *environments*, one at a time in each; *tell* gets what a person reads.
 
-    def __init__(self, plan: Plan, environments: list[dict[str, str]], tell: Callable[[str], None]) -> None:
+    With *again* a file that fails gets a second run, alone, and the outcome of that one counts.
+    """
+
+    def __init__(
+        self, plan: Plan, environments: list[dict[str, str]], tell: Callable[[str], None], again: bool = False
+    ) -> None:
         self.plan = plan
         self.tell = tell
+        self.again = again
         self.total = len(plan.waiting)
         self.done = 0
         self._free = environments
         self._running: list[Run] = []
+        self._failed_once: set[Path] = set()
 
     def run(self) -> Iterator[Outcome]:
         """Run all files, and yield their outcomes; after a failure in foundation only the rest of that layer.
@@ -135,6 +144,8 @@ class Runner:
             while self._running or self.plan.waiting:
                 self._start_what_can()
                 for outcome in self._collect():
+                    if self._has_second_run(outcome):
+                        continue
                     yield outcome
                     if is_foundation(outcome.file) and not outcome.is_good:
                         yield from self._give_up()
@@ -160,12 +171,23 @@ class Runner:
         self.done += 1
         self.plan.finished(run.file, outcome.seconds)
         self._running.remove(run)
+        if run.file in self._failed_once:
+            outcome.remark = "the second run, alone, after one that failed"
         if output := run.output():
             self.tell(f"▶ {name_of(run.file)}\n{output.decode(errors='replace').rstrip()}")
         self.tell(str(outcome))
         self.tell(self.progress())
         run.close()
         self._free.append(dict(run.environment))
+
+    def _has_second_run(self, outcome: Outcome) -> bool:
+        """Return whether *outcome* does not count, because its file runs again."""
+        if outcome.is_good or not self.again or outcome.file in self._failed_once:
+            return False
+        self._failed_once.add(outcome.file)
+        self.plan.again(outcome.file)
+        self.total += 1
+        return True
 
     def progress(self) -> str:
         """Return a line about how far the tests are."""

@@ -1,18 +1,29 @@
 """Wait for a condition instead of sleeping and hoping."""
 
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
 POLL_SECONDS = 0.01
+PATIENCE = float(os.environ.get("BATCHQ_TEST_PATIENCE", "1"))
+
+
+def allowed(seconds: float) -> float:
+    """Return how long something may take that takes at most *seconds* on a quiet machine.
+
+    BATCHQ_TEST_PATIENCE, a factor, says how much slower this machine is, or how busy it may be meanwhile.
+    """
+    return seconds * PATIENCE
 
 
 def wait_until(condition: Callable[[], T], timeout_seconds: float, what: str) -> T:
     """Call *condition* until it returns something true, and return that.
 
-    Raise TimeoutError naming *what* and the last value when *timeout_seconds* have passed.
+    Raise TimeoutError naming *what* and the last value when *timeout_seconds* have passed, as `allowed` says.
     """
+    timeout_seconds = allowed(timeout_seconds)
     end = time.monotonic() + timeout_seconds
     while not (value := condition()):
         if time.monotonic() > end:
