@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.command_server import CommandServer
+from tests.support.waiting import allowed
 
 TASKS = """
 import batchq
@@ -71,7 +72,7 @@ class CommandLine:
         """Run one command to its end, forked by the command server; *environment* is added to its variables."""
         data = stdin.encode() if isinstance(stdin, str) else stdin
         variables = self.environment | environment
-        code, out, err = server().run(list(arguments), self.directory, variables, data, MOST_SECONDS)
+        code, out, err = server().run(list(arguments), self.directory, variables, data, allowed(MOST_SECONDS))
         return Ended(code, out.decode(), err.decode())
 
     def run_program(self, *arguments: str, stdin: bytes = b"", **environment: str) -> Ended:
@@ -82,7 +83,7 @@ class CommandLine:
             env=self.environment | environment,
             input=stdin,
             capture_output=True,
-            timeout=MOST_SECONDS,
+            timeout=allowed(MOST_SECONDS),
             check=False,
         )
         return Ended(ended.returncode, ended.stdout.decode(), ended.stderr.decode())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.support.programs import path_of
-from tests.support.waiting import wait_until
+from tests.support.waiting import allowed, wait_until
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 20.0
@@ -70,10 +70,11 @@ class Process:
 
     def wait(self, timeout_seconds: float = END_SECONDS) -> int:
         """Wait until it ends; return its exit code, which is negative when a signal ended it."""
+        most_seconds = allowed(timeout_seconds)
         try:
-            return self.popen.wait(timeout_seconds)
+            return self.popen.wait(most_seconds)
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"no end after {timeout_seconds:g} s; its log:\n{self.text()[-3000:]}") from None
+            raise TimeoutError(f"no end after {most_seconds:g} s; its log:\n{self.text()[-3000:]}") from None
 
     def text(self) -> str:
         """Return its standard error so far."""
