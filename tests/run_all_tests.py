@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--through", choices=list(WAYS), default="direct", help="which pooler to test through")
     parser.add_argument("--jobs", type=int, metavar="N", help="files to run at a time (default: 2 per core, at most 8)")
     parser.add_argument("--strict", action="store_true", help="fail if a test is left out for want of a program")
-    parser.add_argument("--again", action="store_true", help="run a file that fails a second time, alone; that counts")
+    parser.add_argument("--again", action="store_true", help="run a failed file once more, alone; that result counts")
     parser.add_argument("--write-durations", action="store_true", help="update tests/durations.json")
     return parser.parse_args()
 

@@ -64,7 +64,7 @@ class Plan:
         return self.waiting.pop(0)
 
     def again(self, file: Path) -> None:
-        """Have *file* wait for a second turn, in which it runs alone."""
+        """Queue *file* for a second run, by itself."""
         self.alone = {*self.alone, name_of(file)}
         self.waiting = sorted([file, *self.waiting], key=self._order)
 

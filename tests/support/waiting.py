@@ -11,9 +11,9 @@ PATIENCE = float(os.environ.get("BATCHQ_TEST_PATIENCE", "1"))
 
 
 def allowed(seconds: float) -> float:
-    """Return how long something may take that takes at most *seconds* on a quiet machine.
+    """Return *seconds*, a bound for a quiet machine, times BATCHQ_TEST_PATIENCE.
 
-    BATCHQ_TEST_PATIENCE, a factor, says how much slower this machine is, or how busy it may be meanwhile.
+    Not for a bound that tells right from wrong: one just below a lock's time limit means nothing three times as long.
     """
     return seconds * PATIENCE
 
