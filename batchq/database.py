@@ -329,9 +329,11 @@ class ReadingCursor(psycopg.Cursor[Any]):
     def execute(self, query: Any, params: Params | None = None, **_: Any) -> Self:
         """Run it. In three messages if its text has no room for the parameters."""
         conn = self.connection
-        text = f"{queries.BEGIN}; {psycopg.ClientCursor(conn).mogrify(query, params)}; COMMIT"
+        begin = f"SET LOCAL search_path TO {queries.SEARCH_PATH}"
+        text = f"{queries.BEGIN}; {begin}; {psycopg.ClientCursor(conn).mogrify(query, params)}; COMMIT"
         if len(text) > LONGEST_TEXT:
             with conn.transaction():
+                super().execute(begin)
                 return super().execute(query, params)
         try:
             super().execute(text)  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -339,6 +341,7 @@ class ReadingCursor(psycopg.Cursor[Any]):
             if not is_lost(conn):
                 conn.rollback()
             raise
+        self.nextset()
         self.nextset()
         return self
 
