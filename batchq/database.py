@@ -329,11 +329,10 @@ class ReadingCursor(psycopg.Cursor[Any]):
     def execute(self, query: Any, params: Params | None = None, **_: Any) -> Self:
         """Run it. In three messages if its text has no room for the parameters."""
         conn = self.connection
-        begin = f"SET LOCAL search_path TO {queries.SEARCH_PATH}"
-        text = f"{queries.BEGIN}; {begin}; {psycopg.ClientCursor(conn).mogrify(query, params)}; COMMIT"
+        text = f"{queries.BEGIN}; {queries.OUR_NAMES}; {psycopg.ClientCursor(conn).mogrify(query, params)}; COMMIT"
         if len(text) > LONGEST_TEXT:
             with conn.transaction():
-                super().execute(begin)
+                super().execute(queries.OUR_NAMES)
                 return super().execute(query, params)
         try:
             super().execute(text)  # pyright: ignore[reportArgumentType, reportCallIssue]

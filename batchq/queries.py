@@ -34,6 +34,7 @@ OWN_LOCK_SECONDS = 5.0  # how long a statement of our own waits for a lock
 # And no name means what others have made in a schema of the search path: public.unnest(integer[]) would come before
 # pg_catalog.unnest(anyarray).
 SEARCH_PATH = "pg_catalog, pg_temp"
+OUR_NAMES: LiteralString = f"SET LOCAL search_path TO {SEARCH_PATH}"
 PLAIN = {
     "search_path": SEARCH_PATH,
     "DateStyle": "ISO",
@@ -1837,6 +1838,32 @@ def ailing(conn: Conn, name: str, parameters: dict[str, float]) -> list[tuple[st
     """Return severity, evidence and remedy of each finding of one query of doctor.sql."""
     statement = ailments()[name]
     return conn.cursor(row_factory=tuple_row).execute(statement.encode(), parameters).fetchall()
+
+
+def may_work(conn: Conn) -> bool:
+    """Tell whether the role has what the duty of a worker needs most: to claim and to finish."""
+    found: bool = one(
+        conn,
+        """
+        SELECT has_any_column_privilege('batchq.batches_live', 'UPDATE')
+          AND has_table_privilege('batchq.batches_live', 'DELETE')
+          AND has_table_privilege('batchq.batches_finished', 'INSERT')
+          AND has_table_privilege('batchq.workers', 'INSERT')
+        """,
+        {},
+    )[0]
+    return found
+
+
+def duty_statements(conn: Conn, duty: str, role: str) -> list[str]:
+    """Return the GRANT statements that give a role what its duty needs, and nothing more."""
+    rows = every(conn, "SELECT batchq.duty_statements(%(duty)s::text, %(role)s::text)", {"duty": duty, "role": role})
+    return [statement for (statement,) in rows]
+
+
+def grant_duty(conn: Conn, duty: str, role: str) -> None:
+    """Give a role what its duty needs. For the owner of the schema."""
+    one(conn, "SELECT batchq.grant_duty(%(duty)s::text, %(role)s::text)", {"duty": duty, "role": role})
 
 
 def clock(conn: Conn) -> float:

@@ -107,7 +107,7 @@ FROM (VALUES
   ('worker', 'INSERT, UPDATE, DELETE', '{failed_items,workers}'),
   ('worker', 'INSERT, UPDATE', '{throughput_minutes}'),
   ('worker', 'EXECUTE', '{append_error,add_counts,has_ready,move_positions,merge_throughput,prune,prune_records,'
-                        'create_finished_partitions,ids_given_twice,"forget_failed_items(text, bigint)"}'),
+                        'create_finished_partitions,ids_given_twice,"forget_failed_items(text,bigint)"}'),
 
   ('viewer', 'SELECT', '{batches,batches_live,batches_finished,failed_items,workers,throughput_minutes,pauses,positions,'
                        'migrations,audit,status,queues,throughput,failures,duties}'),
@@ -162,6 +162,9 @@ $$;
 COMMENT ON FUNCTION batchq.grant_duty(text, text) IS
   'Grants a role what its duty needs: SELECT batchq.grant_duty(''worker'', ''app_worker''). For the owner of the schema.';
 
+-- With the reader's own rights and row security: a view made by the owner would read with his.
+ALTER VIEW batchq.status SET (security_invoker = true);
+
 -- -------------------------------------------------------------------------------------------- what PUBLIC has had so far
 
 -- Whoever may read goes on with a viewer's functions; whoever may change batches, with the verbs and a worker's.
@@ -198,6 +201,37 @@ $$;
 -- An infinite lease is never rescued, and a finish that is dated ahead keeps its day's partition from being made.
 ALTER TABLE batchq.batches ADD CONSTRAINT batches_times_are_finite
   CHECK (isfinite(created_at) AND isfinite(coalesce(lease_expires_at, claimed_at, created_at))) NOT VALID;
+
+-- The CHECKs of sizes see a value as it comes: one that was compressed elsewhere (INSERT ... SELECT) is small until a
+-- worker unpacks it. Below 16,000 bytes it cannot have more than 4 MiB: lz4 and pglz save 254 of 255 bytes at most.
+CREATE FUNCTION batchq.refuse_packed_values()
+RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+  most_bytes constant integer := 4194304;
+BEGIN
+  IF octet_length(NEW.payload::text) > 2 * most_bytes
+     OR octet_length(NEW.cursor::text) > 2 * most_bytes
+     OR octet_length(NEW.items::text) > 16 * most_bytes THEN
+    RAISE EXCEPTION 'batch % has % bytes of payload, % of cursor and % of items when they are unpacked', NEW.id,
+        coalesce(octet_length(NEW.payload::text), 0), coalesce(octet_length(NEW.cursor::text), 0),
+        coalesce(octet_length(NEW.items::text), 0)
+      USING ERRCODE = 'check_violation', CONSTRAINT = 'batches_unpacked_values_fit', SCHEMA = 'batchq', TABLE = TG_TABLE_NAME,
+            HINT = 'At most 8 MiB of payload and of cursor, and 64 MiB of items, as text.';
+  END IF;
+  RETURN NULL;
+END
+$$;
+
+COMMENT ON FUNCTION batchq.refuse_packed_values() IS 'Keeps out what is small only because it is compressed.';
+
+CREATE TRIGGER refuse_packed_values AFTER INSERT ON batchq.batches_live
+  FOR EACH ROW
+  WHEN (pg_column_size(NEW.payload) + coalesce(pg_column_size(NEW.cursor), 0) + coalesce(pg_column_size(NEW.items), 0) > 16000
+        AND num_nonnulls(pg_column_compression(NEW.payload), pg_column_compression(NEW.cursor),
+                         pg_column_compression(NEW.items)) > 0)
+  EXECUTE FUNCTION batchq.refuse_packed_values();
 
 CREATE FUNCTION batchq.refuse_finish_ahead()
 RETURNS trigger

@@ -131,6 +131,30 @@ def test_a_producer_has_nothing_to_do_with_the_rows_and_the_schema_of_others(
     assert values(conn, "SELECT kind FROM batchq.batches") == ["x"]
 
 
+PACKED = {
+    "payload": "jsonb_build_object('a', repeat('x', 100000000))",
+    "items": "jsonb_build_array(repeat('x', 100000000))",
+    "cursor": "to_jsonb(repeat('x', 100000000))",
+}
+
+
+@pytest.mark.parametrize("column", PACKED)
+def test_what_is_small_only_because_it_is_compressed_is_refused(conn: Conn, column: str) -> None:
+    conn.execute(f"CREATE TABLE packed AS SELECT {PACKED[column]} AS {column}".encode())
+    assert value(conn, f"SELECT pg_column_size({column}) FROM packed") < 2_000_000
+    with pytest.raises(psycopg.errors.CheckViolation, match="when they are unpacked"):
+        conn.execute(f"INSERT INTO batchq.batches (kind, {column}) SELECT 'x', {column} FROM packed".encode())
+
+
+def test_a_payload_that_fits_is_taken_compressed_or_not(conn: Conn) -> None:
+    conn.execute("CREATE TABLE packed AS SELECT jsonb_build_object('a', repeat('x', 4000000)) AS payload")
+    conn.execute("INSERT INTO batchq.batches (kind, payload) SELECT 'x', payload FROM packed")
+    conn.execute(
+        "INSERT INTO batchq.batches (kind, payload) VALUES ('x', jsonb_build_object('a', repeat('x', 4000000)))"
+    )
+    assert value(conn, "SELECT count(*) FROM batchq.batches") == 2
+
+
 # ----------------------------------------------------------------------------------- what holds for the owner, too
 
 INFINITE = {
