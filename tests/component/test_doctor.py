@@ -133,6 +133,10 @@ def test_rows_hidden_by_row_level_security_are_told(admin: Conn, admin_dsn: str)
         finding = found(hidden, "row_level_security")
         assert finding.severity == "critical"
         assert "hides rows of batchq.batches_live from batchq_hidden" in finding.evidence
+        admin.execute("CREATE POLICY part ON batchq.batches_live TO batchq_hidden USING (kind = 'mail')")
+        assert found(hidden, "row_level_security").severity == "critical"
+        admin.execute("CREATE POLICY whole ON batchq.batches_live TO batchq_hidden USING (true)")
+        assert found(hidden, "row_level_security").severity == "ok"
 
 
 COPIES = {
