@@ -11,6 +11,7 @@ from batchq.outage import Outage
 
 LISTEN_SECONDS = 1.0  # how long until a stop is seen
 REFUSED_SECONDS = 60.0
+REST_SECONDS = 0.01  # between two nudges, however often it rings: any role may NOTIFY
 
 
 class Bell:
@@ -37,8 +38,9 @@ class Bell:
             self.outage.over()
             self.nudge()  # what came meanwhile made no sound
             while not self.closing.is_set():
-                for _ in conn.notifies(timeout=LISTEN_SECONDS, stop_after=1):
+                if list(conn.notifies(timeout=LISTEN_SECONDS, stop_after=1)):
                     self.nudge()
+                    self.closing.wait(REST_SECONDS)
 
     def close(self) -> None:
         """Let `run` end."""

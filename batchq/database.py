@@ -329,9 +329,10 @@ class ReadingCursor(psycopg.Cursor[Any]):
     def execute(self, query: Any, params: Params | None = None, **_: Any) -> Self:
         """Run it. In three messages if its text has no room for the parameters."""
         conn = self.connection
-        text = f"{queries.BEGIN}; {psycopg.ClientCursor(conn).mogrify(query, params)}; COMMIT"
+        text = f"{queries.BEGIN}; {queries.OUR_NAMES}; {psycopg.ClientCursor(conn).mogrify(query, params)}; COMMIT"
         if len(text) > LONGEST_TEXT:
             with conn.transaction():
+                super().execute(queries.OUR_NAMES)
                 return super().execute(query, params)
         try:
             super().execute(text)  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -339,6 +340,7 @@ class ReadingCursor(psycopg.Cursor[Any]):
             if not is_lost(conn):
                 conn.rollback()
             raise
+        self.nextset()
         self.nextset()
         return self
 

@@ -115,6 +115,14 @@ FROM pg_catalog.pg_class c
 WHERE c.relnamespace = 'batchq'::regnamespace
   AND c.relkind IN ('r', 'p')
   AND row_security_active(c.oid)
+  AND NOT EXISTS (  -- a policy that shows this role every row
+    SELECT
+    FROM pg_catalog.pg_policy p
+    WHERE p.polrelid = c.oid
+      AND p.polpermissive
+      AND p.polcmd IN ('*', 'r')
+      AND pg_get_expr(p.polqual, p.polrelid) = 'true'
+      AND EXISTS (SELECT FROM unnest(p.polroles) r WHERE r = 0 OR pg_has_role(r, 'USAGE')))
 HAVING count(*) > 0
 
 -- name: ids_given_twice
@@ -246,18 +254,78 @@ FROM (
 WHERE used >= 0.8 * most
 
 -- name: rights
-SELECT 'note', format('role %%s cannot %%s', current_user, what), remedy
+SELECT 'note', format('role %%s cannot %%s', current_user, what),
+  format('if it should: SELECT batchq.grant_duty(%%L, %%L)', duty, current_user)
 FROM (VALUES
-  ('enqueue', has_table_privilege('batchq.batches', 'INSERT'), 'GRANT INSERT ON batchq.batches, if it should'),
-  ('claim and finish', has_table_privilege('batchq.batches_live', 'SELECT') AND has_table_privilege('batchq.batches_live', 'UPDATE')
+  ('enqueue', 'producer', has_any_column_privilege('batchq.batches', 'INSERT')),
+  ('claim and finish', 'worker',
+     has_table_privilege('batchq.batches_live', 'SELECT') AND has_any_column_privilege('batchq.batches_live', 'UPDATE')
      AND has_table_privilege('batchq.batches_live', 'DELETE') AND has_table_privilege('batchq.batches_finished', 'INSERT')
-     AND has_table_privilege('batchq.failed_items', 'INSERT') AND has_table_privilege('batchq.workers', 'INSERT'),
-   'run workers as the role that owns the schema, or one that has its rights'),
-  ('make and drop partitions', pg_has_role((SELECT relowner FROM pg_catalog.pg_class WHERE oid = 'batchq.batches_finished'::regclass), 'USAGE')
-     AND has_schema_privilege('batchq', 'CREATE'),
-   'have somebody else do it daily: docs/operations.md, Roles')
-) AS r(what, has_it, remedy)
+     AND has_table_privilege('batchq.failed_items', 'INSERT') AND has_table_privilege('batchq.workers', 'INSERT')),
+  ('make and drop partitions', 'worker', has_function_privilege('batchq.create_finished_partitions(date, integer)', 'EXECUTE')
+     AND has_function_privilege('batchq.prune(interval)', 'EXECUTE'))
+) AS r(what, duty, has_it)
 WHERE NOT has_it
+
+-- name: grants_beyond_duties
+-- What a role was granted by name, against what any duty needs (batchq.duties).
+WITH held AS (
+  SELECT acl.grantee, c.relname::text AS object, acl.privilege_type AS privilege, NULL AS of_column
+  FROM pg_catalog.pg_class c
+  CROSS JOIN LATERAL aclexplode(c.relacl) acl
+  WHERE c.relnamespace = 'batchq'::regnamespace
+    AND acl.grantee <> c.relowner
+  UNION ALL
+  SELECT acl.grantee, c.relname, acl.privilege_type, a.attname
+  FROM pg_catalog.pg_class c
+  JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid
+  CROSS JOIN LATERAL aclexplode(a.attacl) acl
+  WHERE c.relnamespace = 'batchq'::regnamespace
+    AND acl.grantee <> c.relowner
+  UNION ALL
+  SELECT acl.grantee, p.oid::regprocedure::text, acl.privilege_type, NULL
+  FROM pg_catalog.pg_proc p
+  CROSS JOIN LATERAL aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) acl
+  WHERE p.pronamespace = 'batchq'::regnamespace
+    AND acl.grantee <> p.proowner
+  UNION ALL
+  SELECT acl.grantee, 'schema batchq', acl.privilege_type, NULL
+  FROM pg_catalog.pg_namespace n
+  CROSS JOIN LATERAL aclexplode(n.nspacl) acl
+  WHERE n.nspname = 'batchq'
+    AND acl.grantee <> n.nspowner
+), needed AS (
+  SELECT d.object, p.privilege, NULL AS of_columns
+  FROM batchq.duties d
+  CROSS JOIN LATERAL unnest(string_to_array(d.privilege, ', ')) AS p(privilege)
+  WHERE strpos(d.privilege, '(') = 0
+  UNION ALL
+  SELECT d.object, split_part(d.privilege, ' (', 1), split_part(d.privilege, ' (', 2)
+  FROM batchq.duties d
+  WHERE strpos(d.privilege, '(') > 0
+  UNION ALL
+  SELECT 'schema batchq', 'USAGE', NULL
+), beyond AS (
+  SELECT grantee, format('%%s on %%s', h.privilege, h.object || coalesce('.' || h.of_column, '')) AS granted, h.privilege
+  FROM held h
+  WHERE h.grantee = 0
+     OR NOT EXISTS (
+       SELECT
+       FROM needed n
+       WHERE n.privilege = h.privilege
+         AND (n.object = h.object OR 'batchq.' || n.object = h.object OR 'batchq.' || n.object = split_part(h.object, '(', 1))
+         AND (n.of_columns IS NULL
+              OR h.of_column = ANY (string_to_array(replace(n.of_columns, ')', ''), ', '))))
+)
+SELECT CASE WHEN grantee = 0 OR 'CREATE' = ANY (array_agg(privilege)) OR 'TRUNCATE' = ANY (array_agg(privilege))
+              OR 'TRIGGER' = ANY (array_agg(privilege)) THEN 'warning' ELSE 'note' END,
+  format('%%s has more than any duty needs: %%s', CASE grantee WHEN 0 THEN 'PUBLIC' ELSE 'role ' || pg_get_userbyid(grantee) END,
+         string_agg(granted, ', ' ORDER BY granted) FILTER (WHERE number <= 5)
+           || CASE WHEN count(*) > 5 THEN format(' and %%s more', count(*) - 5) ELSE '' END),
+  CASE grantee WHEN 0 THEN 'REVOKE it, and grant each role its duty: docs/security.md'
+    ELSE format('REVOKE it, then SELECT batchq.grant_duty(duty, %%L): docs/security.md', pg_get_userbyid(grantee)) END
+FROM (SELECT *, row_number() OVER (PARTITION BY grantee ORDER BY granted) AS number FROM beyond) counted
+GROUP BY grantee
 
 -- name: wraparound
 SELECT CASE WHEN age(datfrozenxid) > 9 * %(ages)s THEN 'critical' ELSE 'warning' END,

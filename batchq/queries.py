@@ -31,7 +31,12 @@ OWN_LOCK_SECONDS = 5.0  # how long a statement of our own waits for a lock
 
 # How values are written and read, whatever the role or the database sets: a float keeps all of its digits (a position
 # cut to 15 would pass over batches), a time or an interval looks as people expect, a backslash in a statement is one.
+# And no name means what others have made in a schema of the search path: public.unnest(integer[]) would come before
+# pg_catalog.unnest(anyarray).
+SEARCH_PATH = "pg_catalog, pg_temp"
+OUR_NAMES: LiteralString = f"SET LOCAL search_path TO {SEARCH_PATH}"
 PLAIN = {
+    "search_path": SEARCH_PATH,
     "DateStyle": "ISO",
     "IntervalStyle": "postgres",
     "extra_float_digits": "1",
@@ -68,7 +73,7 @@ def limits(
         "client_connection_check_interval": "2000",
         "array_nulls": "on",  # NULL in a list means null; the end of a handler's transaction writes such lists
     }
-    calls = (f"set_config('{name}', '{value}', true)" for name, value in (bounds | dict(settings)).items())
+    calls = (f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in (bounds | dict(settings)).items())
     return f"SELECT {', '.join(calls)}"  # pyright: ignore[reportReturnType]
 
 
@@ -163,7 +168,7 @@ INSERT_BATCH: LiteralString = """
 INSERT INTO batchq.batches (kind, payload, items, queue, priority, run_at, unique_key,
                             max_attempts, max_failed_items, timeout_seconds{more_columns})
 VALUES (%(kind)s, %(payload)s::jsonb, %(items)s::jsonb, %(queue)s, %(priority)s,
-        coalesce(%(run_at)s::timestamptz, now() + %(delay_seconds)s * interval '1 second'), %(unique_key)s,
+        coalesce(%(run_at)s::timestamptz, now() + %(delay_seconds)s::float8 * interval '1 second'), %(unique_key)s,
         %(max_attempts)s, %(max_failed_items)s, %(timeout_seconds)s{more_values})
 ON CONFLICT DO NOTHING
 RETURNING id
@@ -182,7 +187,7 @@ def insert_batch(parameters: dict[str, Any], trace_context: str | None) -> State
 
 def now_plus(conn: Conn, seconds: float) -> str:
     """Return the database's time in *seconds*, as text in ISO 8601 whatever DateStyle and TimeZone are: as in JSON."""
-    statement: LiteralString = "SELECT to_jsonb(now() + %(seconds)s * interval '1 second') #>> '{}'"
+    statement: LiteralString = "SELECT to_jsonb(now() + %(seconds)s::float8 * interval '1 second') #>> '{}'"
     text: str = one(conn, statement, {"seconds": seconds})[0]
     return text
 
@@ -442,7 +447,7 @@ SET status = 'processing',
     claimed_by = %(worker)s,
     claim_token = %(token)s,
     claimed_at = now(),
-    lease_expires_at = now() + %(lease_seconds)s * interval '1 second'
+    lease_expires_at = now() + %(lease_seconds)s::float8 * interval '1 second'
 WHERE b.queue = %(queue)s
   AND b.id = ANY (ARRAY(SELECT id FROM ready))
 RETURNING b.id, b.kind, b.attempt, b.max_attempts,
@@ -641,7 +646,8 @@ WITH mine AS (
   SET items_done = items_done + %(done)s,
       items_failed = items_failed + %(failed)s,
       cursor = CASE WHEN %(keeps_cursor)s THEN cursor ELSE %(cursor)s::jsonb END,
-      lease_expires_at = greatest(lease_expires_at, clock_timestamp() + %(lease_seconds)s * interval '1 second')
+      lease_expires_at = greatest(lease_expires_at,
+        pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second')
   WHERE queue = %(queue)s
     AND id = %(id)s
     AND claim_token = %(token)s
@@ -662,8 +668,8 @@ WITH mine AS (
   INSERT INTO batchq.failed_items (queue, batch_id, item_index, item, error, retryable, attempt)
   SELECT mine.queue, mine.id, failure.item_index, slice.item, failure.error, failure.retryable, mine.attempt
   FROM mine
-  CROSS JOIN LATERAL jsonb_array_elements(jsonb_path_query_array(mine.items, '$[$first to $last]',
-    jsonb_build_object('first', %(first_index)s::integer, 'last', %(last_index)s::integer)))
+  CROSS JOIN LATERAL pg_catalog.jsonb_array_elements(pg_catalog.jsonb_path_query_array(mine.items, '$[$first to $last]',
+    pg_catalog.jsonb_build_object('first', %(first_index)s::integer, 'last', %(last_index)s::integer)))
     WITH ORDINALITY AS slice(item, number)
   JOIN failure ON failure.item_index = %(first_index)s::integer + slice.number - 1
 ), further_failures AS (
@@ -671,7 +677,7 @@ WITH mine AS (
   SET error = failure.error,
       retryable = failure.retryable,
       attempt = mine.attempt,
-      failed_at = now()
+      failed_at = pg_catalog.now()
   FROM mine, failure
   WHERE %(first_index)s::integer IS NULL
     AND f.queue = mine.queue
@@ -689,7 +695,8 @@ UPDATE batchq.batches_live
 SET items_done = items_done + %(done)s,
     items_failed = items_failed + %(failed)s,
     cursor = CASE WHEN %(keeps_cursor)s THEN cursor ELSE %(cursor)s::jsonb END,
-    lease_expires_at = greatest(lease_expires_at, clock_timestamp() + %(lease_seconds)s * interval '1 second')
+    lease_expires_at = greatest(lease_expires_at,
+      pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second')
 WHERE queue = %(queue)s
   AND id = %(id)s
   AND claim_token = %(token)s
@@ -785,7 +792,7 @@ SELECT id, queue, kind, new_status, payload, items, priority, run_at, unique_key
   max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_total,
   CASE WHEN all_done THEN coalesce(items_total, 0) - items_failed ELSE items_done END, items_failed, cursor,
   new_result, CASE WHEN new_error IS NULL THEN errors ELSE batchq.append_error(errors, attempt, new_error) END,
-  created_at, clock_timestamp(), trace_context
+  created_at, pg_catalog.clock_timestamp(), trace_context
 FROM gone
 RETURNING id
 """
@@ -793,13 +800,13 @@ RETURNING id
 # The same for batches that just completed, without anything to tell: most, and a fifth cheaper.
 COMPLETE: LiteralString = """
 WITH given AS (
-  SELECT generate_series(first, first + length - 1) AS id, number
+  SELECT pg_catalog.generate_series(first, first + length - 1) AS id, number
   FROM unnest(%(firsts)s::bigint[], %(lengths)s::integer[], %(numbers)s::integer[]) AS run(first, length, number)
 ), gone AS (
   DELETE FROM batchq.batches_live b
   USING given
   WHERE b.queue = %(queue)s
-    AND b.id = ANY ((SELECT array_agg(id) FROM given)::bigint[])
+    AND b.id = ANY ((SELECT pg_catalog.array_agg(id) FROM given)::bigint[])
     AND b.id = given.id
     AND b.claim_token = (%(tokens)s::uuid[])[given.number]
   RETURNING b.*
@@ -810,7 +817,7 @@ INSERT INTO batchq.batches_finished (id, queue, kind, status, payload, items, pr
 OVERRIDING SYSTEM VALUE
 SELECT id, queue, kind, 'completed', payload, items, priority, run_at, unique_key, max_attempts,
   max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_done, items_failed, cursor,
-  errors, created_at, clock_timestamp(), trace_context
+  errors, created_at, pg_catalog.clock_timestamp(), trace_context
 FROM gone
 RETURNING id
 """
@@ -819,13 +826,13 @@ RETURNING id
 # those, since this statement does not see what a checkpoint committed while it waited for it.
 COMPLETE_AND_FORGET: LiteralString = """
 WITH given AS (
-  SELECT generate_series(first, first + length - 1) AS id, number
+  SELECT pg_catalog.generate_series(first, first + length - 1) AS id, number
   FROM unnest(%(firsts)s::bigint[], %(lengths)s::integer[], %(numbers)s::integer[]) AS run(first, length, number)
 ), gone AS (
   DELETE FROM batchq.batches_live b
   USING given
   WHERE b.queue = %(queue)s
-    AND b.id = ANY ((SELECT array_agg(id) FROM given)::bigint[])
+    AND b.id = ANY ((SELECT pg_catalog.array_agg(id) FROM given)::bigint[])
     AND b.id = given.id
     AND b.claim_token = (%(tokens)s::uuid[])[given.number]
   RETURNING b.id, b.queue, b.items_failed
@@ -981,7 +988,7 @@ WITH given AS (
   FOR UPDATE OF b SKIP LOCKED
 ), extended AS (
   UPDATE batchq.batches_live b
-  SET lease_expires_at = now() + %(lease_seconds)s * interval '1 second'
+  SET lease_expires_at = now() + %(lease_seconds)s::float8 * interval '1 second'
   WHERE b.queue = %(queue)s
     AND b.id = ANY (ARRAY(SELECT id FROM mine))
   RETURNING b.id, b.claim_token
@@ -1037,7 +1044,7 @@ WITH expired AS (
   UPDATE batchq.batches_live b
   SET status = 'pending',
       run_at = CASE WHEN b.attempt < 2 THEN b.run_at
-                    ELSE now() + random() * 2 ^ least(b.attempt, 8) * %(spread_seconds)s * interval '1 second' END,
+                    ELSE now() + interval '1 second' * random() * 2 ^ least(b.attempt, 8) * %(spread_seconds)s END,
       claimed_by = NULL,
       claim_token = NULL,
       claimed_at = NULL,
@@ -1345,7 +1352,7 @@ def create_finished_partitions(conn: Conn, days: int) -> int:
 def prune(conn: Conn, older_than_days: float) -> int:
     """Drop the finished partitions older than that; return how many. Raises LockNotAvailable after 100 ms."""
     wait_briefly_for_locks(conn)
-    dropped: int = one(conn, "SELECT batchq.prune(%(days)s * interval '1 day')", {"days": older_than_days})[0]
+    dropped: int = one(conn, "SELECT batchq.prune(%(days)s::float8 * interval '1 day')", {"days": older_than_days})[0]
     return dropped
 
 
@@ -1722,7 +1729,7 @@ def ids_given_twice(conn: Conn, finished_days: float) -> list[tuple[str, int, in
     """
     statement: LiteralString = """
         SELECT relation, last_given, newest
-        FROM batchq.ids_given_twice(now() - %(days)s * interval '1 day')
+        FROM batchq.ids_given_twice(now() - %(days)s::float8 * interval '1 day')
     """
     return every(conn, statement, {"days": finished_days})
 
@@ -1831,6 +1838,32 @@ def ailing(conn: Conn, name: str, parameters: dict[str, float]) -> list[tuple[st
     """Return severity, evidence and remedy of each finding of one query of doctor.sql."""
     statement = ailments()[name]
     return conn.cursor(row_factory=tuple_row).execute(statement.encode(), parameters).fetchall()
+
+
+def may_work(conn: Conn) -> bool:
+    """Tell whether the role has what the duty of a worker needs most: to claim and to finish."""
+    found: bool = one(
+        conn,
+        """
+        SELECT has_any_column_privilege('batchq.batches_live', 'UPDATE')
+          AND has_table_privilege('batchq.batches_live', 'DELETE')
+          AND has_table_privilege('batchq.batches_finished', 'INSERT')
+          AND has_table_privilege('batchq.workers', 'INSERT')
+        """,
+        {},
+    )[0]
+    return found
+
+
+def duty_statements(conn: Conn, duty: str, role: str) -> list[str]:
+    """Return the GRANT statements that give a role what its duty needs, and nothing more."""
+    rows = every(conn, "SELECT batchq.duty_statements(%(duty)s::text, %(role)s::text)", {"duty": duty, "role": role})
+    return [statement for (statement,) in rows]
+
+
+def grant_duty(conn: Conn, duty: str, role: str) -> None:
+    """Give a role what its duty needs. For the owner of the schema."""
+    one(conn, "SELECT batchq.grant_duty(%(duty)s::text, %(role)s::text)", {"duty": duty, "role": role})
 
 
 def clock(conn: Conn) -> float:

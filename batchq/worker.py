@@ -16,7 +16,7 @@ from batchq.app import App
 from batchq.batch import Runtime
 from batchq.bell import Bell
 from batchq.claimer import Claimer
-from batchq.database import HandlerConnections, Link, bounded, check_server, check_writable, connect
+from batchq.database import HandlerConnections, Link, check_server, check_writable, connect, transaction
 from batchq.errors import ConfigError, StopRequested
 from batchq.execution import RELEASED
 from batchq.finisher import Finisher
@@ -323,10 +323,15 @@ def check_database(dsn: str, seconds: float, row: WorkerRow | None = None) -> No
 
     Also ConfigError if its encoding does not have a letter of a name in *row*: no claim and no heartbeat would work.
     """
-    with connect(dsn) as conn, bounded(conn, seconds):
+    with connect(dsn) as conn, transaction(conn, seconds, settings=queries.PLAIN):
         check_server(conn)
         check_writable(conn)
         check_schema(conn)
+        if not queries.may_work(conn):
+            raise ConfigError(
+                f"permission denied: role {conn.info.user} may not work batches; "
+                f"as the owner of the schema: batchq roles worker {conn.info.user} --apply"
+            )
         try:
             queries.take_in(conn, [*row.queues, *row.kinds, row.id] if row else [])
         except queries.UNREADABLE as error:

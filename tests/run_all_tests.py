@@ -85,9 +85,9 @@ def files_of(name: str) -> list[Path]:
         left_out = {ROOT / "tests" / file for file in SAME_ON_ANY_SERVER}
         return [file for layer in LAYERS for file in files_of(layer) if file not in left_out]
     if name in LAYERS:
-        return list((ROOT / "tests" / name).glob("test_*.py"))
+        return list((ROOT / "tests" / name).rglob("test_*.py"))
     file = Path(name).resolve()
-    if not file.is_file() or file.parent.name not in LAYERS:
+    if not file.is_file() or not set(file.parts[-3:-1]) & set(LAYERS):
         sys.exit(f"{name} is none of these: {NAMES}, test files in a layer")
     return [file]
 

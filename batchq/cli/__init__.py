@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 
-from batchq.cli import commands, doctor, invariants, one_batch, verbs, web
+from batchq.cli import commands, doctor, invariants, one_batch, roles, verbs, web
 from batchq.cli.leaving import WRITE_SECONDS, flush, leave, within
 from batchq.errors import BatchqError, DatabaseAway, OutcomeUnknown
 from batchq.settings import Settings, hide_password
@@ -157,6 +157,17 @@ def add_setup(subparsers: Any) -> None:
         settings=READING,
     )
     doctor_parser.add_argument("--json", action="store_true", help="print JSON")
+    roles_parser = add_command(
+        subparsers,
+        "roles",
+        roles.roles,
+        "say who may do more than a duty needs; print or apply grants",
+        settings=READING,
+    )
+    roles_parser.add_argument("duty", nargs="?", choices=roles.DUTIES, help="what a role is for")
+    roles_parser.add_argument("role", nargs="?", metavar="ROLE", help="the name of the role")
+    roles_parser.add_argument("--apply", action="store_true", help="grant it, as the owner of the schema")
+    roles_parser.add_argument("--json", action="store_true", help="print JSON")
     demo = add_command(
         subparsers,
         "demo",

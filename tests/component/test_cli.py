@@ -20,7 +20,7 @@ from tests.support.waiting import wait_until
 
 COMMANDS = ("migrate", "check", "demo", "worker", "workers", "enqueue", "status", "monitor", "show", "cancel", "retry")
 COMMANDS += ("watch", "logs", "top", "web", "doctor")
-COMMANDS += ("prune", "snooze", "priority", "move", "pause", "resume", "drain", "audit")
+COMMANDS += ("prune", "snooze", "priority", "move", "pause", "resume", "drain", "audit", "roles")
 TODAY = "(now() AT TIME ZONE 'UTC')::date"
 
 
@@ -69,6 +69,7 @@ def test_help_of_a_command_needs_no_database(nowhere: CommandLine, command: str)
         ["drain"],
         ["cancel", "1", "9" * 5_000],
         ["retry", "0"],
+        ["roles", "emperor"],
         ["worker"],
         ["workers", "two", "tasks:app"],
         ["status", "--status", "odd"],

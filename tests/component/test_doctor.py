@@ -115,13 +115,13 @@ def test_what_others_have_put_on_the_tables_is_named(dsn: str, admin: Conn) -> N
     admin.execute("CREATE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
     admin.execute("CREATE TRIGGER notes AFTER INSERT ON batchq.batches FOR EACH ROW EXECUTE FUNCTION public.note()")
     finding = found(dsn, "triggers_of_others")
-    assert (finding.severity, finding.evidence) == ("note", "trigger notes on batchq.batches calls note()")
+    assert (finding.severity, finding.evidence) == ("note", "trigger notes on batchq.batches calls public.note()")
     admin.execute("CREATE RULE keep AS ON DELETE TO batchq.workers DO INSTEAD NOTHING")
     assert "rule keep on batchq.workers" in found(dsn, "triggers_of_others").evidence
     admin.execute("DROP RULE keep ON batchq.workers")
     admin.execute("CREATE TABLE public.theirs (version integer REFERENCES batchq.migrations)")
     finding = found(dsn, "triggers_of_others")
-    assert (finding.severity, "of theirs references batchq.migrations" in finding.evidence) == ("warning", True)
+    assert (finding.severity, "of public.theirs references batchq.migrations" in finding.evidence) == ("warning", True)
 
 
 def test_rows_hidden_by_row_level_security_are_told(admin: Conn, admin_dsn: str) -> None:
@@ -133,6 +133,10 @@ def test_rows_hidden_by_row_level_security_are_told(admin: Conn, admin_dsn: str)
         finding = found(hidden, "row_level_security")
         assert finding.severity == "critical"
         assert "hides rows of batchq.batches_live from batchq_hidden" in finding.evidence
+        admin.execute("CREATE POLICY part ON batchq.batches_live TO batchq_hidden USING (kind = 'mail')")
+        assert found(hidden, "row_level_security").severity == "critical"
+        admin.execute("CREATE POLICY whole ON batchq.batches_live TO batchq_hidden USING (true)")
+        assert found(hidden, "row_level_security").severity == "ok"
 
 
 COPIES = {

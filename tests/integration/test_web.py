@@ -526,13 +526,13 @@ def test_a_role_that_may_only_look_looks_and_changes_nothing(
 ) -> None:
     insert(conn)
     role = f"looker_{database}"[:63]
-    grants = re.findall(r"^GRANT .*;$", readers_sql(), re.MULTILINE)
-    assert len(grants) >= 2
+    grants = re.findall(r"^SELECT batchq.grant_duty.*;$", readers_sql(), re.MULTILINE)
+    assert len(grants) == 1
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
         admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'looks-only'").format(sql.Identifier(role)))
         try:
             for grant in grants:
-                admin.execute(grant.replace("batchq_reader", f'"{role}"').encode())
+                admin.execute(grant.replace("batchq_reader", role).encode())
             with served(psycopg.conninfo.make_conninfo(admin_dsn, user=role, password="looks-only")) as site:
                 for path in ("/", "/batches", "/batches?status=failed", "/batches/1", "/workers", "/audit", "/readyz"):
                     assert site.client.get(path).status_code == 200, path

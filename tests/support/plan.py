@@ -15,13 +15,18 @@ ALONE: dict[str, str] = {
 
 
 def name_of(file: Path) -> str:
-    """Return the name of a test file as the tests print it: LAYER/test_x.py."""
-    return "/".join(file.parts[-2:])
+    """Return the name of a test file as the tests print it: LAYER/test_x.py, or LAYER/FOLDER/test_x.py."""
+    return "/".join(file.parts[-3:] if file.parent.name not in LAYERS else file.parts[-2:])
+
+
+def layer_of(file: Path) -> str:
+    """Return the layer of *file*: the folder that it is in, or the one around that."""
+    return next(part for part in file.parts[-2:-4:-1] if part in LAYERS)
 
 
 def layer_number(file: Path) -> int:
-    """Return the place of the layer of *file*, its folder, in the order of the layers."""
-    return LAYERS.index(file.parent.name)
+    """Return the place of the layer of *file* in the order of the layers."""
+    return LAYERS.index(layer_of(file))
 
 
 def read_durations() -> dict[str, float]:

@@ -84,6 +84,15 @@ class PgBouncer:
             host="127.0.0.1", port=self.port, user=user, password=password, dbname=dbname, sslmode="disable"
         )
 
+    def dsn_of(self, role_dsn: str) -> str:
+        """Return the conninfo through PgBouncer for the role and database of *role_dsn*; it lets the role in."""
+        parts = conninfo_to_dict(role_dsn)
+        user, password = _quoted(parts["user"]), _quoted(parts.get("password") or "")
+        with (self.directory / "users.txt").open("a") as users:
+            users.write(f"{user} {password}\n")
+        self.admin("RELOAD")
+        return make_conninfo(role_dsn, host="127.0.0.1", port=self.port, sslmode="disable")
+
     def admin(self, command: str) -> list[dict[str, Any]]:
         """Run a command of the admin console and return its rows."""
         connect = psycopg.connect(self.dsn("pgbouncer"), autocommit=True, cursor_factory=psycopg.ClientCursor)

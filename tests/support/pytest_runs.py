@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.plan import LAYERS, Plan, name_of
+from tests.support.plan import LAYERS, Plan, layer_of, name_of
 from tests.support.programs import LEFT_OUT
 
 ROOT = Path(__file__).parents[2]
@@ -211,7 +211,7 @@ class Runner:
 
 def is_foundation(file: Path) -> bool:
     """Return whether *file* is in the first layer, on which the others stand."""
-    return file.parent.name == LAYERS[0]
+    return layer_of(file) == LAYERS[0]
 
 
 def in_words(seconds: float) -> str:
