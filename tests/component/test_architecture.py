@@ -82,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.verbs": {"bulk", "cli.commands", "cli.show_tables", "database", "errors", "queries", "text"},
     "cli.doctor": {"cli.commands", "doctor"},
     "cli.invariants": {"cli.commands", "database", "invariants", "migrate"},
-    "cli.web": {"cli.commands", "errors", "web.app", "web.settings"},
+    "cli.web": {"cli.commands", "errors", "log", "web.app", "web.settings"},
     "cli": {
         "cli.commands", "cli.doctor", "cli.invariants", "cli.leaving", "cli.one_batch", "cli.verbs", "cli.web",
         "errors", "settings",
