@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
+from batchq.env_file import FileSettings
 from batchq.errors import ConfigError
 
 MAX_CONCURRENCY = 1000
@@ -17,12 +18,11 @@ MAX_CONCURRENCY = 1000
 MAX_KEEP_FINISHED_DAYS = 400
 
 
-class Settings(BaseSettings):
+class Settings(FileSettings):
     """Every setting of batchq. Read them with `Settings.load`, which reports a wrong value in one line."""
 
     model_config = SettingsConfigDict(
         env_prefix="BATCHQ_",
-        env_file=".env",
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,
@@ -85,6 +85,11 @@ class Settings(BaseSettings):
         description="A port for Prometheus metrics and health checks; 0: none. `batchq workers` counts up from it.",
     )
     metrics_host: str = Field("127.0.0.1", description="The address that they are served on; `0.0.0.0` in a container.")
+    metrics_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names under which they are scraped, separated by commas. Addresses and `localhost` need no "
+        "entry; any other name is refused.",
+    )
     traces: bool = Field(
         False,
         description="`yes`: a span of OpenTelemetry around each run, linked to its enqueue's; see docs/monitoring.md.",
@@ -109,6 +114,14 @@ class Settings(BaseSettings):
         if not value or any(not 1 <= len(name.encode()) <= 128 for name in value):
             raise ValueError("needs at least one queue, each name 1 to 128 bytes long")
         return tuple(dict.fromkeys(value))
+
+    @field_validator("metrics_hosts", mode="before")
+    @classmethod
+    def split_hosts(cls, value: Any) -> Any:
+        """Take ``"a.example, b.example"`` as well as a sequence."""
+        if isinstance(value, str):
+            return tuple(name.strip().lower() for name in value.split(",") if name.strip())
+        return value
 
     @field_validator("log_level", "log_format", mode="before")
     @classmethod

@@ -1,5 +1,6 @@
 """What each command does."""
 
+import functools
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from batchq.cli.leaving import flush
 from batchq.cli.signals import StopSignals
 from batchq.database import Link, check_server, check_writable, connect, transaction
 from batchq.enqueue import enqueue as enqueue_batch
+from batchq.env_file import file_in_use
 from batchq.errors import ConfigError, InvalidInput, OutcomeUnknown
 from batchq.monitor import Monitor
 from batchq.settings import Settings, hide_password
@@ -40,7 +42,23 @@ A_DAY_SECONDS = 86_400
 def settings_of(options: Namespace) -> Settings:
     """Return the settings, with the flags that were given. Raises ConfigError."""
     flags = {name.removeprefix("set_"): value for name, value in vars(options).items() if name.startswith("set_")}
-    return Settings.load(**flags)
+    settings = Settings.load(**flags)
+    if options.run not in (worker, workers):  # those log it
+        print_file_in_use()
+    return settings
+
+
+@functools.cache
+def print_file_in_use() -> None:
+    """Print which `.env` was read, if any, once: in a strange directory its settings may not be what you expect."""
+    if file := file_in_use():
+        print(f"batchq: settings read from {str(file)!r}", file=sys.stderr)
+
+
+def log_file_in_use() -> None:
+    """Log which `.env` was read, if any."""
+    if file := file_in_use():
+        log.get_logger().info("settings read", file=str(file))
 
 
 @contextmanager
@@ -142,6 +160,7 @@ def worker(options: Namespace) -> int:
     settings = settings_of(options)
     memory.return_large_buffers()
     log.configure(settings.log_format, settings.log_level)
+    log_file_in_use()
     signs, signals, started_in = Signs(os.environ), StopSignals(), Path.cwd()
     signs.start()
     process = Worker(load_app(options.app), settings, drain=options.drain)
@@ -173,6 +192,7 @@ def workers(options: Namespace) -> int:
         raise InvalidInput(f"the number of processes starts at 1, not {options.processes}")
     dsn = settings.require_dsn()
     log.configure(settings.log_format, settings.log_level)
+    log_file_in_use()
     signals = StopSignals()
     load_app(options.app)
     check_database(dsn, settings.database_timeout_seconds)  # here once, instead of in each process

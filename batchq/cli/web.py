@@ -3,6 +3,7 @@
 import sys
 from argparse import Namespace
 
+from batchq import log
 from batchq.cli.commands import database, settings_of
 from batchq.errors import ConfigError
 
@@ -15,6 +16,7 @@ def web(options: Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ConfigError(f"batchq web needs the extra: pip install 'batchq[web]' (no module {error.name!r})") from None
     settings = settings_of(options)
+    log.configure(settings.log_format, settings.log_level)
     web_settings = WebSettings.load(host=options.host, port=options.port, read_only=options.read_only or None)
     with database(options):  # says what is wrong with the DSN or the schema, before anybody looks at a page
         pass  # a log-in of its own, once; the page's pool has up to four others, however many look

@@ -9,7 +9,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -17,7 +17,8 @@ from batchq.errors import BatchqError, DatabaseAway
 from batchq.log import get_logger
 from batchq.settings import Settings, hide_password
 from batchq.web import bulk, shown, verbs
-from batchq.web.auth import Guard, address_of, cookie, same
+from batchq.web.auth import Guard, cookie, same
+from batchq.web.connections import protocol_of
 from batchq.web.live import EVERY_SECONDS, Live
 from batchq.web.pages import Pages
 from batchq.web.reads import READ_SECONDS, Reader
@@ -30,7 +31,9 @@ STATIC = {
     "icon.svg": "image/svg+xml",
 }
 MOST_FORM_BYTES = 65_536
+MOST_HEAD_BYTES = 16_384
 GRACE_SECONDS = 3
+KEEP_ALIVE_SECONDS = 15
 MOST_SCRAPED = 5000
 
 log = get_logger()
@@ -55,6 +58,7 @@ class Web:
             lifespan=self.lifespan,
             exception_handlers={
                 HTTPException: self.show_problem,
+                ClientDisconnect: gone,
                 psycopg.errors.QueryCanceled: self.show_slow,
                 psycopg.errors.InsufficientPrivilege: self.show_forbidden,
                 psycopg.Error: self.show_away,
@@ -105,7 +109,8 @@ class Web:
             await run_in_threadpool(self.pages.live_part, name)  # raises where there is no such page
         if self.live.is_full(name):
             return PlainTextResponse("too many watch\n", 503, {"Retry-After": "30"})
-        events = self.live.stream(name, lambda: self.pages.live_part(name))
+        guard: Guard = request.scope["guard"]
+        events = self.live.stream(name, lambda: self.pages.live_part(name), lambda: guard.is_let_in(request))
         return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     # ------------------------------------------------------------------------------------------------------- verbs
@@ -203,27 +208,26 @@ class Web:
         return self.pages.page(request, "login.html")
 
     async def log_in(self, request: Request) -> Response:
-        """Let in who knows the password or the token; slow down who guesses."""
+        """Let in whoever has the password or the token; slow down whoever guesses."""
         guard: Guard = request.scope["guard"]
-        address = address_of(request)
         form = await read_form(request)
-        if wait := guard.attempts.wait_seconds(address):
+        if guard.is_secret(form.get("password", "")):
+            guard.sessions.end(request.scope["session"])
+            answer: Response = RedirectResponse("/", 303)
+            answer.headers["Set-Cookie"] = cookie(guard.sessions.new(is_known=True), request)
+            return answer
+        if wait := guard.attempts.failed(guard.address_of(request)):
             problem = f"too many attempts: wait {wait:.0f} s"
-            answer: Response = self.pages.page(request, "login.html", 429, problem=problem)
+            answer = self.pages.page(request, "login.html", 429, problem=problem)
             answer.headers["Retry-After"] = str(int(wait) + 1)
             return answer
-        if not guard.is_secret(form.get("password", "")):
-            guard.attempts.failed(address)
-            return self.pages.page(request, "login.html", 401, problem="that is not it")
-        guard.attempts.succeeded(address)
-        answer = RedirectResponse("/", 303)
-        answer.headers["Set-Cookie"] = cookie(guard.sessions.new(is_known=True), request)
-        return answer
+        return self.pages.page(request, "login.html", 401, problem="that is not it")
 
     async def log_out(self, request: Request) -> Response:
-        """Forget who it was."""
+        """End the session."""
         await read_form(request)
         guard: Guard = request.scope["guard"]
+        guard.sessions.end(request.scope["session"])
         answer = RedirectResponse("/login", 303)
         answer.headers["Set-Cookie"] = cookie(guard.sessions.new(is_known=False), request)
         return answer
@@ -289,6 +293,11 @@ def static(request: Request) -> Response:
     return FileResponse(str(path), media_type=STATIC[name], headers={"Cache-Control": "no-cache"})
 
 
+def gone(_: Request, __: Exception) -> Response:
+    """Answer somebody who has gone: without this, a stranger could fill the log with tracebacks."""
+    return Response(status_code=400)
+
+
 async def read_form(request: Request) -> dict[str, str]:
     """Return the fields of a form, which carries the token of its session. Raises HTTPException."""
     body = b""
@@ -319,10 +328,13 @@ def server_of(web: Web) -> uvicorn.Server:
         web.app,
         host=web.settings.host,
         port=web.settings.port,
-        log_level="warning",
+        http=protocol_of(web.settings.proxies),
+        ws="none",  # a WebSocket would leave the bounds of that protocol
+        proxy_headers=False,  # Guard reads them, from the proxies that are named
+        log_level="error",  # its warnings are about what strangers send, a line or two for each request
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
-        timeout_keep_alive=15,
-        limit_concurrency=1000,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        h11_max_incomplete_event_size=MOST_HEAD_BYTES,
     )
     return uvicorn.Server(config)

@@ -54,16 +54,20 @@ class Live:
         """Tell whether one more viewer of a page would be too many."""
         return self.viewers >= MOST_VIEWERS or (name not in self.watched and len(self.watched) >= MOST_PAGES)
 
-    async def stream(self, name: str, render: Render) -> AsyncIterator[str]:
-        """Yield events: the page whenever it has changed, and now and then a comment as a sign of life."""
+    async def stream(self, name: str, render: Render, is_let_in: Callable[[], bool]) -> AsyncIterator[str]:
+        """Yield events: the page whenever it has changed, and now and then a comment as a sign of life. End when the
+        viewer is no longer let in, because he has logged out."""
         until = time.monotonic() + LONGEST_STREAM_SECONDS
         with self.viewing(name, render) as texts:
             yield "retry: 2000\n\n"
             while time.monotonic() < until:
                 try:
-                    yield event(await asyncio.wait_for(texts.get(), SIGN_OF_LIFE_SECONDS))
+                    news = event(await asyncio.wait_for(texts.get(), SIGN_OF_LIFE_SECONDS))
                 except TimeoutError:
-                    yield ": still here\n\n"
+                    news = ": still here\n\n"
+                if not is_let_in():
+                    return
+                yield news
 
     @contextlib.contextmanager
     def viewing(self, name: str, render: Render) -> Iterator[asyncio.Queue[str]]:

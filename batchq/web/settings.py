@@ -4,30 +4,31 @@ import ipaddress
 from typing import Annotated, Any, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
+from batchq.env_file import FileSettings
 from batchq.errors import ConfigError
+from batchq.hosts import Network
 
 SHORTEST_SECRET = 8
 
 
-class WebSettings(BaseSettings):
+class WebSettings(FileSettings):
     """Where the page listens, and whom it lets in."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="BATCHQ_WEB_", env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
-    )
+    model_config = SettingsConfigDict(env_prefix="BATCHQ_WEB_", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     host: str = "127.0.0.1"
     port: int = Field(8080, ge=0, le=65_535)
     password: SecretStr = SecretStr("")
     token: SecretStr = SecretStr("")
     hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    proxies: Annotated[tuple[Network, ...], NoDecode] = ()
     read_only: bool = False
 
-    @field_validator("hosts", mode="before")
+    @field_validator("hosts", "proxies", mode="before")
     @classmethod
-    def split_hosts(cls, value: Any) -> Any:
+    def split(cls, value: Any) -> Any:
         """Take ``"a.example, b.example"`` as well as a sequence."""
         return (
             tuple(name.strip().lower() for name in value.split(",") if name.strip())

@@ -148,6 +148,7 @@ def test_a_flag_sets_what_the_environment_sets(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_flag_goes_before_the_environment_and_that_before_the_file(batchq: CommandLine) -> None:
     (batchq.directory / ".env").write_text("BATCHQ_KEEP_FINISHED_DAYS=-3\nBATCHQ_LEASE_SECONDS=0\n")
+    (batchq.directory / ".env").chmod(0o600)
     step("the file is read")
     assert "BATCHQ_LEASE_SECONDS" in batchq("worker", "tasks:app").complaint
     step("the environment goes before it")
@@ -165,6 +166,7 @@ def test_a_flag_goes_before_the_environment_and_that_before_the_file(batchq: Com
 def test_the_dsn_may_come_from_the_file(dsn: str, nowhere: CommandLine) -> None:
     assert "BATCHQ_DSN is not set" in nowhere("status").complaint
     (nowhere.directory / ".env").write_text(f'BATCHQ_DSN="{dsn}"\n')
+    (nowhere.directory / ".env").chmod(0o600)
     assert nowhere("status").code == 0
 
 

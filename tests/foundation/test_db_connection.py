@@ -913,7 +913,7 @@ def test_the_dsn_of_migrations_is_checked_by_its_own_name() -> None:
 
 
 def test_without_a_dsn_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(Settings.model_config, "env_file", None)
+    monkeypatch.setattr("batchq.env_file.ENV_FILE", Path("there is none"))
     with pytest.raises(ConfigError, match="BATCHQ_DSN is not set; set it to your database, such as postgresql://"):
         Settings.load().require_dsn()
 

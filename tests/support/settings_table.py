@@ -24,7 +24,7 @@ def table() -> str:
 
 def default(field: FieldInfo) -> str:
     """Return a setting's default as it would be written in the environment."""
-    if isinstance(field.default, SecretStr):
+    if isinstance(field.default, SecretStr) or field.default == ():
         return "none"
     if isinstance(field.default, bool):
         return "`yes`" if field.default else "`no`"

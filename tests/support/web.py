@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from batchq.web.app import Web
+from batchq.web.app import Web, server_of
 from batchq.web.settings import WebSettings
 from tests.support.waiting import wait_until
 
@@ -22,8 +22,9 @@ READ_SECONDS = 30.0
 class Site:
     """A page that is served, and a browser-like client of it."""
 
-    def __init__(self, web: Web, port: int) -> None:
+    def __init__(self, web: Web, port: int, server: uvicorn.Server) -> None:
         self.web = web
+        self.server = server
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.client = self.new_client()
@@ -74,11 +75,11 @@ def served(dsn: str, read_seconds: float = 20.0, every_seconds: float = 0.1, **s
     web = Web(dsn, WebSettings.load(**settings), read_seconds, every_seconds)
     web.live.share = 1  # a busy machine makes reads slow, and what is waited for comes all the same
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(web.app, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
+        server = server_of(web)
+        server.config.timeout_graceful_shutdown = 1
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
-        site = Site(web, listening.getsockname()[1])
+        site = Site(web, listening.getsockname()[1], server)
         try:
             wait_until(lambda: server.started or not thread.is_alive(), START_SECONDS, "the page to be served")
             assert server.started, "the page could not be served"
