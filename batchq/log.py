@@ -12,6 +12,7 @@ import structlog
 
 from batchq.outlet import Outlet
 from batchq.settings import hide_password
+from batchq.text import visible, visible_line
 
 
 class HasIdentity(Protocol):
@@ -54,6 +55,30 @@ def hidden(value: Any) -> Any:
     return hide_password(repr(value)) if isinstance(value, BaseException) else value
 
 
+def spell_out(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:  # noqa: ARG001
+    """Make of everything in a line what a terminal can be shown: a text from outside neither steers the terminal nor
+    begins a line. The further lines of an event or a traceback are indented."""
+    return {
+        visible_line(str(name)): lines_of(value) if name in SEVERAL_LINES else one_of_line(value)
+        for name, value in event.items()
+    }
+
+
+SEVERAL_LINES = ("event", "exception", "stack")
+
+
+def lines_of(value: Any) -> str:
+    """Return a text of several lines, all but the first indented."""
+    return visible(str(value)).replace("\n", "\n    ")
+
+
+def one_of_line(value: Any) -> Any:
+    """Return a field of a line as one line; what is not text as it is, unless its repr hides something."""
+    text = value if isinstance(value, str) else repr(value)
+    shown = visible_line(text)
+    return value if shown == text else shown
+
+
 def configure(log_format: str, log_level: str) -> None:
     """Send the lines of structlog and of `logging` alike to standard error, as *log_format* (console or json)."""
     before: list[Any] = [
@@ -89,7 +114,7 @@ class OutletHandler(logging.Handler):
         try:
             text = self.format(record)
         except Exception:
-            text = f"--- Logging error ---\n{traceback.format_exc()}"
+            text = lines_of(f"--- Logging error ---\n{hide_password(traceback.format_exc())}")
         self.outlet.put(f"{text}\n".encode(self.encoding, "backslashreplace"))
 
     def flush(self) -> None:
@@ -116,7 +141,7 @@ def last_processors(log_format: str) -> list[Any]:
     # A plain traceback: the renderer's own shows the values of local variables, secrets among them.
     plain = structlog.dev.plain_traceback
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return [*first, structlog.dev.ConsoleRenderer(colors=is_terminal, exception_formatter=plain)]
+    return [*first, spell_out, structlog.dev.ConsoleRenderer(colors=is_terminal, exception_formatter=plain)]
 
 
 def get_logger() -> "SafeLogger":
