@@ -109,7 +109,7 @@ def logs(options: Namespace) -> int:
 def history(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what is known of a batch's life, in its order: *at*, *event*; of a failed attempt, error and traceback."""
     yield {"at": batch["created_at"], "event": "enqueued"}
-    for error in batch["errors"]:
+    for error in map(show_tables.as_error, batch["errors"]):
         yield {"at": error.get("at"), "event": f"attempt {error.get('attempt')} failed"} | {
             name: error.get(name) for name in ("error", "traceback")
         }

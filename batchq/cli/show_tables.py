@@ -61,9 +61,11 @@ def audit_table(rows: list[dict[str, Any]]) -> RenderableType:
     return table("audit", ("at", "verb", "batches", "id", "queue", "kind", "details", "reason", "who"), cells)
 
 
-def details(given: dict[str, Any]) -> str:
+def details(given: Any) -> str:
     """Return what a verb was given, its filter among it, but for queue and kind, which have columns."""
-    flat = given | given.get("filter", {})
+    flat = given if isinstance(given, dict) else {"": given}
+    if isinstance(flat.get("filter"), dict):
+        flat = flat | flat["filter"]
     return ", ".join(f"{name} {fact(value)}" for name, value in flat.items() if name not in ("filter", "queue", "kind"))
 
 
@@ -168,7 +170,7 @@ def one_batch(batch: dict[str, Any], failed_items: list[dict[str, Any]]) -> Rend
     facts = table("", ("", ""), [[name, fact(value)] for name, value in batch.items() if name != "errors"])
     facts.show_header = False
     parts: list[RenderableType] = [facts]
-    for error in batch["errors"]:
+    for error in map(as_error, batch["errors"]):
         parts += [
             Text(),
             styled(f"attempt {error.get('attempt')}, {error.get('at')}: {error.get('error') or ''}", "red"),
@@ -178,6 +180,11 @@ def one_batch(batch: dict[str, Any], failed_items: list[dict[str, Any]]) -> Rend
         cells = [[row["item_index"], fact(row["item"]), row["attempt"], row["error"]] for row in failed_items]
         parts += [Text(), table("failed items", ("index", "item", "attempt", "error"), cells)]
     return Group(*parts)
+
+
+def as_error(value: Any) -> dict[str, Any]:
+    """Return an element of a batch's errors as the object that it is, unless somebody else has written it."""
+    return value if isinstance(value, dict) else {"error": fact(value)}
 
 
 def fact(value: Any) -> str:

@@ -75,8 +75,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli.one_batch": {"cli.commands", "cli.pace", "cli.show_tables", "cli.terminal", "queries"},
     "cli.commands": {
         "app", "cli.enqueue_file", "cli.leaving", "cli.show_tables", "cli.signals", "cli.terminal", "cli.top",
-        "database", "demo", "enqueue", "errors", "log", "memory", "migrate", "monitor", "queries", "settings", "signs", "supervisor",
-        "worker",
+        "database", "demo", "enqueue", "errors", "log", "memory", "migrate", "monitor", "queries", "settings", "signs",
+        "supervisor", "worker",
     },
     "cli.verbs": {"bulk", "cli.commands", "cli.show_tables", "cli.terminal", "database", "errors", "queries", "text"},
     "cli.doctor": {"cli.commands", "cli.terminal", "doctor"},
