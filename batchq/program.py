@@ -1,8 +1,8 @@
 """What comes before everything else where batchq is the program, and not imported by one: `batchq`, `python -m batchq`.
 
 No secret stays in the list of arguments, which other users of the machine can read (``ps``). And the current directory,
-which ``python -m`` puts first on the path, comes last: ./prometheus_client.py would run in each worker with a metrics
-port. Imports nothing that takes time, since the arguments can be read until then.
+which ``python -m`` puts first on the path, goes: ./prometheus_client.py would run in each worker with a metrics port.
+Imports nothing that takes time, since the arguments can be read until then.
 """
 
 import os
@@ -20,7 +20,7 @@ def prepare() -> None:
     if is_command() or is_module():
         hide_secret_arguments()
     if is_module() and sys.path and sys.path[0] in ("", os.getcwd()):
-        sys.path.append(sys.path.pop(0))
+        del sys.path[0]  # `import_from_here` looks there for the app
 
 
 def is_command() -> bool:

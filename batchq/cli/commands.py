@@ -28,7 +28,7 @@ from batchq.monitor import Monitor
 from batchq.settings import SECRET_SETTINGS, Settings
 from batchq.signs import Signs
 from batchq.supervisor import EXIT_REPLACE, Supervisor, command
-from batchq.worker import Worker, check_database
+from batchq.worker import Worker, check_database, require_extras
 
 A_DAY_SECONDS = 86_400
 
@@ -135,6 +135,7 @@ def worker(options: Namespace) -> int:
     log.configure(settings.log_format, settings.log_level)
     signs, signals, started_in = Signs(os.environ), StopSignals(), Path.cwd()
     signs.start()
+    require_extras(settings)  # before the app's directory is on the path
     process = Worker(load_app(options.app), settings, drain=options.drain)
     signals.follow(process.stop, process.stop_now, settings.shutdown_seconds)
     code = 0 if process.run() else 1

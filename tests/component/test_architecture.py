@@ -200,6 +200,75 @@ def test_ddl_stands_in_migrations_alone() -> None:
     assert {parts for parts in with_ddl if parts[0] != "migrations"} == {("batchq", "demo")}
 
 
+# ------------------------------------------------------------------------------------------------- the terminal
+
+THE_WAY_OUT = "cli.terminal"
+READS_MARKUP = {"TextColumn", "Static", "Console", "Status", "Panel", "Label", "track", "status", "notify", "add_task"}
+
+
+def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
+    """Yield each call in a module, with the last part of the name of what is called."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            yield name, node
+
+
+def is_harmless(call: ast.Call) -> bool:
+    """Return whether a call gives nothing to markup but texts that stand in the code."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    no_markup = given.get("markup")
+    if isinstance(no_markup, ast.Constant) and no_markup.value is False:
+        return True
+    texts = [argument for argument in call.args if isinstance(argument, ast.JoinedStr)]
+    names = [argument for argument in call.args if isinstance(argument, ast.Name | ast.Attribute | ast.BinOp)]
+    return not texts and all(getattr(name, "id", "") == "source" for name in names)
+
+
+def test_everything_that_is_printed_goes_one_way() -> None:
+    """`print` and the consoles' own methods would let through what a row of the database says."""
+    printers = {
+        f"{name}:{call.lineno}": called
+        for name, tree in MODULES.items()
+        for called, call in calls(tree)
+        if called in ("print", "Console", "print_exception")
+    }
+    own = {place: called for place, called in printers.items() if place.startswith(f"{THE_WAY_OUT}:")}
+    assert len(own) > 5, "the test does not see what prints"
+    # `errors.print(styled(...))`: the argument has come the way.
+    others = {place for place in printers.keys() - own.keys() if not is_made_by_the_way_out(place)}
+    assert others == set()
+
+
+def is_made_by_the_way_out(place: str) -> bool:
+    """Return whether what is printed there is what `styled` returns."""
+    name, _, number = place.partition(":")
+    found = [call for called, call in calls(MODULES[name]) if called == "print" and call.lineno == int(number)]
+    return all(
+        isinstance(argument, ast.Call) and getattr(argument.func, "id", "") == "styled"
+        for call in found
+        for argument in call.args
+    ) and bool(found)
+
+
+def test_no_text_from_outside_is_markup() -> None:
+    for name, tree in MODULES.items():
+        words = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | {
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+        }
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not words & {"from_markup", "from_ansi", "render_markup"}, name
+        assert "rich.markup" not in modules, f"{name}: styles need no escapes, and markup has too many"
+    unsafe = [
+        f"{name}:{call.lineno}"
+        for name, tree in MODULES.items()
+        if name.startswith(("cli", "demo"))
+        for called, call in calls(tree)
+        if called in READS_MARKUP and not is_harmless(call)
+    ]
+    assert unsafe == []
+
+
 # ------------------------------------------------------------------------------------------------- size, docstrings
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -98,8 +99,6 @@ def test_a_long_message_is_cut_in_the_middle_of_the_password() -> None:
 
 
 def test_a_message_of_many_addresses_takes_the_worker_long() -> None:
-    import time
-
     settings.know_password("Pq7correcthorse")
     for text in (
         "://a:" * 2_000_000,
@@ -126,7 +125,7 @@ def secret_failures(password: str, dsn: str) -> dict[str, Callable[[], Any]]:
         try:
             raise KeyError(password)
         except KeyError:
-            raise RuntimeError("while handling") from None if False else ValueError(f"second {password}")
+            raise RuntimeError("while handling") from ValueError(f"second {password}")
 
     def note() -> None:
         error = ValueError("see the note")
@@ -232,8 +231,8 @@ def by_hand(dsn: str, variable: str) -> Callable[[batchq.Batch], None]:
 
     def handler(batch: batchq.Batch) -> None:
         for chunk in batch.chunks():
-            for index, _ in chunk:
-                chunk.fail(index, f"not through {dsn} with {variable}")
+            for position in range(len(chunk.items)):
+                chunk.fail(position, f"not through {dsn} with {variable}")
 
     return handler
 
