@@ -22,15 +22,58 @@ with open({log!r}, "a") as file:
     file.write(os.path.abspath(__file__) + "\\n")
 raise SystemExit("a planted module runs")
 """
-INSTALLED = (
-    "psycopg psycopg_pool psycopg_binary pydantic pydantic_core pydantic_settings dotenv structlog rich textual "
-    "prometheus_client starlette uvicorn jinja2 markupsafe opentelemetry pygments h11 httptools websockets uvloop anyio "
-    "typing_extensions annotated_types pgserver"
-).split()
-PYTHONS_OWN = (
-    "json argparse logging asyncio select socket ssl getpass signal secrets uuid queue http urllib email decimal zoneinfo "
-    "traceback concurrent ctypes tomllib gc statistics"
-).split()
+INSTALLED = [
+    "psycopg",
+    "psycopg_pool",
+    "psycopg_binary",
+    "pydantic",
+    "pydantic_core",
+    "pydantic_settings",
+    "dotenv",
+    "structlog",
+    "rich",
+    "textual",
+    "prometheus_client",
+    "starlette",
+    "uvicorn",
+    "jinja2",
+    "markupsafe",
+    "opentelemetry",
+    "pygments",
+    "h11",
+    "httptools",
+    "websockets",
+    "uvloop",
+    "anyio",
+    "typing_extensions",
+    "annotated_types",
+    "pgserver",
+]
+PYTHONS_OWN = [
+    "json",
+    "argparse",
+    "logging",
+    "asyncio",
+    "select",
+    "socket",
+    "ssl",
+    "getpass",
+    "signal",
+    "secrets",
+    "uuid",
+    "queue",
+    "http",
+    "urllib",
+    "email",
+    "decimal",
+    "zoneinfo",
+    "traceback",
+    "concurrent",
+    "ctypes",
+    "tomllib",
+    "gc",
+    "statistics",
+]
 WAYS = {"module": [sys.executable, "-m", "batchq"], "command": [str(Path(sys.executable).with_name("batchq"))]}
 
 
