@@ -3,6 +3,7 @@
 Rows of ``batchq.batches`` are the queue; an `App` says which function works which kind of batch.
 """
 
+from batchq import program as _program  # noqa: F401 (first: see there)
 from batchq.app import App
 from batchq.batch import Batch, Chunk
 from batchq.enqueue import enqueue, enqueue_async, enqueue_many

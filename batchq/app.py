@@ -5,7 +5,10 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -170,15 +173,31 @@ def check_numbers(kind: str, concurrency: int, chunk_size: int, transactional: b
         raise ConfigError(f"{kind!r}: a transactional item handler has one connection, so concurrency must be 1")
 
 
+def import_from_here(name: str) -> ModuleType:
+    """Import the module that somebody has named, from the current directory first; what that imports, and whatever is
+    imported later, comes from there last: no file there replaces what batchq imports."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    top = name.partition(".")[0]
+    spec = None if top in sys.modules else PathFinder.find_spec(top, [here])
+    if spec is not None and spec.loader is not None:
+        module = sys.modules[top] = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[top]
+            raise
+    return importlib.import_module(name)
+
+
 def load_app(name: str) -> App:
     """Import the app named ``module:attribute``, from the current directory too. Raises ConfigError, in one line."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise ConfigError(f"name the app as MODULE:APP, such as tasks:app, not {name!r}")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
+        module = import_from_here(module_name)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise

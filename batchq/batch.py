@@ -19,7 +19,7 @@ from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested
 from batchq.forks import end_if_forked
 from batchq.queries import ClaimedRow, Finish, ItemFailure, Progress, Statement
 from batchq.retry import Conflicts
-from batchq.text import MOST_ERROR_BYTES, clean, cut, in_letters_of, json_text, one_line
+from batchq.text import MOST_ERROR_BYTES, error_text, in_letters_of, json_text, one_line
 
 PAGE_BYTES = 4_000_000
 UNCHANGED: Any = object()
@@ -553,7 +553,7 @@ class Chunk:
     def failure(self, position: int) -> ItemFailure:
         """Return the failure of the item at *position* as it is stored."""
         error = self.failures[position]
-        message = cut(clean(error), MOST_ERROR_BYTES) if isinstance(error, str) else one_line(error)
+        message = error_text(error, MOST_ERROR_BYTES) if isinstance(error, str) else one_line(error)
         return ItemFailure(self.indexes[position], message, not isinstance(error, InvalidInput))
 
 

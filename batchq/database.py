@@ -29,7 +29,7 @@ from batchq.errors import ConfigError, ConnectionLost, DatabaseAway, OutcomeUnkn
 from batchq.forks import end_if_forked
 from batchq.places import Patience, Places
 from batchq.queries import Statement
-from batchq.settings import hide_password, parameter_problems
+from batchq.settings import hide_password, know_password, parameter_problems
 
 CONNECT_OPTIONS: dict[str, Any] = {
     "autocommit": True,  # a transaction exists only inside `with conn.transaction()`
@@ -165,6 +165,7 @@ class Connection(psycopg.Connection[Any]):
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
         with gate.log_in(gate.take_turn()):
             conn = super().connect(conninfo, **not_given(conninfo, kwargs))
+        know_password(conn.info.password, conn.info.user, conn.info.dbname)  # wherever it came from, a file for one
         conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         return conn
 

@@ -1,8 +1,10 @@
 """The file `.env` of the working directory. It is read only if nobody else could have written it: whoever starts batchq
 in a directory of somebody else must not get that person's settings, such as where the web UI listens and its token."""
 
+import grp
 import io
 import os
+import pwd
 import stat
 from pathlib import Path
 
@@ -69,11 +71,21 @@ def check(path: Path, status: os.stat_result) -> None:
             f"{shown(path)} belongs to user {strangers.pop()}, not to you or root; "
             "start batchq in a directory of yours, or make the file yours with chown"
         )
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    by_group = status.st_mode & stat.S_IWGRP and not is_private(status.st_gid)
+    if by_group or status.st_mode & stat.S_IWOTH:
         mode = stat.S_IMODE(status.st_mode)
         raise ConfigError(
             f"{shown(path)} can be written by its group or by others (mode {mode:o}); run: chmod go-w .env"
         )
+
+
+def is_private(group_id: int) -> bool:
+    """Return whether a group is that of this user alone: several systems give each user one, and let it write files."""
+    try:
+        group, user = grp.getgrgid(group_id), pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return False
+    return group.gr_gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def shown(path: Path) -> str:

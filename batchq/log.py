@@ -12,6 +12,7 @@ import structlog
 
 from batchq.outlet import Outlet
 from batchq.settings import hide_password
+from batchq.text import visible, visible_line
 
 
 class HasIdentity(Protocol):
@@ -21,6 +22,8 @@ class HasIdentity(Protocol):
     kind: str
     attempt: int
 
+
+INDENT = "    "
 
 # Looked up only when a line is logged: a batch that logs nothing costs no more than setting this variable.
 current_batch: ContextVar[HasIdentity | None] = ContextVar("batchq_current_batch", default=None)
@@ -51,7 +54,31 @@ def hidden(value: Any) -> Any:
         return {name: hidden(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [hidden(part) for part in value]
-    return hide_password(repr(value)) if isinstance(value, BaseException) else value
+    if value is None or isinstance(value, int | float):
+        return value
+    text = repr(value)  # what the renderer would make of it
+    shown = hide_password(text)
+    return shown if shown != text or isinstance(value, BaseException) else value
+
+
+def spell_out(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:  # noqa: ARG001
+    """Make of everything in a line what a terminal can be shown: a text from outside neither steers the terminal nor
+    begins a line. The further lines of an event or a traceback are indented."""
+    return {visible_line(str(name)): shown_as(name, value) for name, value in event.items()}
+
+
+def shown_as(name: str, value: Any) -> Any:
+    """Return a field of a line as it is shown; what is not text as it is, unless its repr hides something."""
+    if name in ("event", "exception", "stack"):
+        return ("" if name == "event" else INDENT) + indented(str(value))
+    text = value if isinstance(value, str) else repr(value)
+    shown = visible_line(text)
+    return value if shown == text else shown
+
+
+def indented(text: str) -> str:
+    """Return a text of several lines, all but the first indented."""
+    return visible(text).replace("\n", f"\n{INDENT}")
 
 
 def configure(log_format: str, log_level: str) -> None:
@@ -89,7 +116,7 @@ class OutletHandler(logging.Handler):
         try:
             text = self.format(record)
         except Exception:
-            text = f"--- Logging error ---\n{traceback.format_exc()}"
+            text = indented(f"--- Logging error ---\n{hide_password(traceback.format_exc())}")
         self.outlet.put(f"{text}\n".encode(self.encoding, "backslashreplace"))
 
     def flush(self) -> None:
@@ -116,7 +143,7 @@ def last_processors(log_format: str) -> list[Any]:
     # A plain traceback: the renderer's own shows the values of local variables, secrets among them.
     plain = structlog.dev.plain_traceback
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return [*first, structlog.dev.ConsoleRenderer(colors=is_terminal, exception_formatter=plain)]
+    return [*first, spell_out, structlog.dev.ConsoleRenderer(colors=is_terminal, exception_formatter=plain)]
 
 
 def get_logger() -> "SafeLogger":

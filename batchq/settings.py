@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 from psycopg import ProgrammingError
@@ -99,6 +100,13 @@ class Settings(FileSettings):
         "info", description="The least level that is logged."
     )
 
+    def model_post_init(self, _: Any, /) -> None:
+        """Have the passwords of these settings hidden in whatever is logged or stored from now on."""
+        for name in SECRET_SETTINGS:
+            know_passwords_of(getattr(self, name).get_secret_value())
+        for name in SECRET_VARIABLES:
+            know_password(os.environ.get(name, ""))
+
     @field_validator("queues", mode="before")
     @classmethod
     def split_queues(cls, value: Any) -> Any:
@@ -163,6 +171,9 @@ class Settings(FileSettings):
         except ProgrammingError as error:
             raise ConfigError(f"BATCHQ_LISTEN_DSN: {not_a_dsn(str(error))}") from None
         return dsn
+
+
+SECRET_SETTINGS = tuple(name for name, field in Settings.model_fields.items() if field.annotation is SecretStr)
 
 
 def describe_problem(error: ValidationError) -> str:
@@ -241,7 +252,51 @@ def supabase_problems(parts: dict[str, str]) -> list[str]:
     return problems
 
 
+# ----------------------------------------------------------------------------------------------------- passwords
+
+# A port and a path with an @ in it are no password: http://host:8080/users/me@there.
+IN_AN_ADDRESS = re.compile(r"(://[^:/?#@\s]{0,500}):(?!\d{1,5}/)(?:[^@\s]{0,2000}@)+")
+# password=x as in a DSN or a list of variables; 'password': 'x' as in a dict.
+AFTER_ITS_NAME = re.compile(
+    r"""(password["']?\s*(?:=|:(?=\s*["']))\s*)('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s&]+)""", re.IGNORECASE
+)
+LEAST_KNOWN_CHARACTERS = 6
+SECRET_VARIABLES = ("PGPASSWORD", "BATCHQ_WEB_PASSWORD", "BATCHQ_WEB_TOKEN")
+known_passwords: dict[str, re.Pattern[str]] = {}
+
+
 def hide_password(text: str) -> str:
-    """Return *text* with every password of a DSN in it replaced by ***."""
-    text = re.sub(r"(://[^:/?#@\s]*):(?:[^@\s]*@)+", r"\1:***@", text)
-    return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", text, flags=re.IGNORECASE)
+    """Return *text* with every password in it replaced by ***: those of DSNs, those behind the word password, and those
+    that `know_password` has been given."""
+    for known in tuple(known_passwords.values()):
+        text = known.sub("***", text)
+    return AFTER_ITS_NAME.sub(r"\1***", IN_AN_ADDRESS.sub(r"\1:***@", text))
+
+
+def know_password(password: str, *names: str) -> None:
+    """Have `hide_password` hide a password wherever it stands, percent-encoded and escaped as well.
+
+    Not one that is shorter than 6 characters, or is one of *names* too (its user's, its database's): half a message
+    would be hidden with it.
+    """
+    if len(password) >= LEAST_KNOWN_CHARACTERS and password not in (*names, *known_passwords):
+        known_passwords[password] = re.compile("".join(spellings(char) for char in password))
+
+
+def know_passwords_of(dsn: str) -> None:
+    """Do so for the password in a DSN; a text that is no DSN is left to whoever connects."""
+    with suppress(ProgrammingError):
+        parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
+        know_password(parts.get("password", ""), parts.get("user", ""), parts.get("dbname", ""))
+
+
+def spellings(char: str) -> str:
+    """Return a pattern for a character of a password: as it is, after backslashes (repr, JSON, a DSN of name=value),
+    percent-encoded, or by its number."""
+    encoded = "".join(f"%{byte:02x}" for byte in char.encode(errors="surrogateescape"))
+    ways = [re.escape(char), rf"\\+{re.escape(char)}", encoded, encoded.upper()]
+    if char == " ":
+        ways.append(r"\+")
+    if not char.isascii():
+        ways += [rf"\\+u{ord(char):04x}", rf"\\+x{ord(char):02x}"]
+    return f"(?:{'|'.join(ways)})"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from batchq.log import get_logger
 from batchq.signs import SIGNS_FD, Signs
@@ -168,5 +169,7 @@ class Supervisor:
 
 
 def command(arguments: Sequence[str]) -> list[str]:
-    """Return the words that start a worker process."""
-    return [sys.executable, "-m", "batchq", "worker", *arguments]
+    """Return the words that start a worker process. Its Python looks for no module in the current directory (-P), not
+    for batchq itself either, unless that is where batchq lies."""
+    lies_here = Path(__file__).parents[1] == Path.cwd()
+    return [sys.executable, *([] if lies_here else ["-P"]), "-m", "batchq", "worker", *arguments]

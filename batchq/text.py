@@ -1,4 +1,4 @@
-"""Texts that Postgres takes: JSON, and errors cut to a size that people read."""
+"""Texts that Postgres takes (JSON, and errors cut to a size that people read), and texts in which nothing hides."""
 
 import inspect
 import json
@@ -9,15 +9,47 @@ from typing import Any
 from pydantic import BaseModel
 
 from batchq.errors import InvalidInput
+from batchq.settings import hide_password
 
 MOST_ERROR_BYTES = 2_000
 MOST_MESSAGE_BYTES = 1_800
 MOST_TRACEBACK_BYTES = 6_000
 MOST_RESULT_BYTES = 1_000_000
+MOST_SEARCHED = 40_000  # characters of an error: a password is looked for in no more, and no more is kept
 SECONDS_A_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 # \u0000 that is not itself escaped: jsonb has no NUL.
 NUL_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+# Control characters, marks that turn the direction of text, characters without width: they would hide or disguise, and
+# a terminal obeys some of them. A line break and a tab are fine within a block of text, and forge a row within a line.
+HIDDEN_CHARACTERS = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U00013430-\U00013440\U0001bca0-\U0001bca3"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff\ud800-\udfff"
+)
+HIDDEN = re.compile(f"[{HIDDEN_CHARACTERS}]")
+HIDDEN_IN_A_LINE = re.compile(f"[\t\n{HIDDEN_CHARACTERS}]")
+
+
+def visible(text: str) -> str:
+    """Return *text* with its hidden characters spelled out, such as ⟨U+202E⟩; line breaks and tabs are kept."""
+    return HIDDEN.sub(spelled_out, text)
+
+
+def visible_line(text: str) -> str:
+    """Do as `visible` does, line breaks and tabs included: the result is one line."""
+    return HIDDEN_IN_A_LINE.sub(spelled_out, text)
+
+
+def visible_json(text: str) -> str:
+    """Return JSON text with an escape (``\\u202e``) for each hidden character in its texts: to a program, the same."""
+    return HIDDEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def spelled_out(found: re.Match[str]) -> str:
+    """Return a hidden character as people read it."""
+    return f"⟨U+{ord(found[0]):04X}⟩"
 
 
 def json_text(value: Any, what: str) -> str:
@@ -60,21 +92,30 @@ def clean(text: str) -> str:
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
 
 
-def cut(text: str, most_bytes: int) -> str:
-    """Return *text*, its middle left out where it is longer than *most_bytes* in UTF-8."""
+def cut(text: str, most_bytes: int, left_out: int = 0) -> str:
+    """Return *text*, its middle left out where it is longer than *most_bytes* in UTF-8; *left_out* are gone already."""
     data = text.encode()
     if len(data) <= most_bytes:
         return text
     half = (most_bytes - 40) // 2
     left, right = data[:half].decode(errors="ignore"), data[-half:].decode(errors="ignore")
-    return f"{left} [... {len(data) - 2 * half} bytes ...] {right}"
+    return f"{left} [... {len(data) + left_out - 2 * half} bytes ...] {right}"
+
+
+def error_text(text: str, most_bytes: int) -> str:
+    """Return the text of an error as it is stored: passwords hidden, cleaned, cut. Hidden first: half a password, where
+    the text is cut, would no longer be known as one."""
+    left_out = max(0, len(text) - MOST_SEARCHED)
+    if left_out:
+        text = text[: MOST_SEARCHED // 2] + text[-MOST_SEARCHED // 2 :]
+    return cut(clean(hide_password(text)), most_bytes, left_out)
 
 
 def one_line(error: BaseException) -> str:
     """Return the error as ``Type: message`` on one line, at most 2,000 bytes, whatever its ``str()`` does."""
     message = message_of(error)
     line = f"{name_of_type(error)}: {message}" if message else name_of_type(error)
-    return cut(" ".join(clean(line).split()), MOST_ERROR_BYTES)
+    return error_text(" ".join(line.split()), MOST_ERROR_BYTES)
 
 
 def message_of(error: BaseException) -> str:
@@ -84,8 +125,8 @@ def message_of(error: BaseException) -> str:
     except BaseException as second:
         return f"(its str() raised {name_of_type(second)})"
     if len(message) > 10 * MOST_ERROR_BYTES:
-        message = cut(clean(message), MOST_MESSAGE_BYTES)
-    return cut(" ".join(clean(message).split()), MOST_MESSAGE_BYTES)
+        message = error_text(message, MOST_MESSAGE_BYTES)
+    return cut(" ".join(clean(hide_password(message)).split()), MOST_MESSAGE_BYTES)
 
 
 def name_of_type(error: BaseException) -> str:
@@ -97,7 +138,7 @@ def error_object(error: BaseException) -> str:
     """Return the JSON object of batchq.batches.errors for *error*: error and traceback, 8 KB in all."""
     try:
         lines = traceback.format_exception(error, limit=-20)
-        trace = cut(clean("".join(lines)), MOST_TRACEBACK_BYTES)
+        trace = error_text("".join(lines), MOST_TRACEBACK_BYTES)
     except BaseException as second:
         trace = f"(its traceback raised {name_of_type(second)})"
     return json.dumps({"error": one_line(error), "traceback": trace}, ensure_ascii=False)
@@ -105,7 +146,8 @@ def error_object(error: BaseException) -> str:
 
 def message_object(message: str) -> str:
     """Return the JSON object of batchq.batches.errors for an error without an exception."""
-    return json.dumps({"error": cut(clean(" ".join(message.split())), MOST_ERROR_BYTES)}, ensure_ascii=False)
+    line = " ".join(hide_password(message).split())
+    return json.dumps({"error": error_text(line, MOST_ERROR_BYTES)}, ensure_ascii=False)
 
 
 def in_letters_of(text: str, encoding: str) -> str:

@@ -80,8 +80,8 @@ class Worker:
         in_threads = {kind: handler for kind, handler in handlers if not handler.is_async}
         in_loop = {kind: handler for kind, handler in handlers if handler.is_async}
         lanes: list[Lane] = []
-        if traced := self.settings.traces:
-            traces.require()
+        require_extras(self.settings)
+        traced = self.settings.traces
         if in_threads:
             slots, places = self.settings.concurrency, self.connections.places
             lanes.append(ThreadLane(in_threads, slots, self.finisher.put, places, traced=traced))
@@ -199,10 +199,8 @@ class Worker:
         """Serve metrics and health checks, if a port is set. Raises ConfigError."""
         if not self.settings.metrics_port:
             return None
-        try:
-            from batchq.metrics import serve_worker
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"metrics need an extra ({error}): pip install 'batchq[metrics]'") from None
+        from batchq.metrics import serve_worker
+
         lanes = {"async def" if isinstance(lane, LoopLane) else "def": lane for lane in self.lanes}
         silent_seconds = 30 + 2 * self.settings.database_timeout_seconds
         return serve_worker(self.settings, self.finisher.throughput, lanes, self.keeper, silent_seconds)
@@ -316,6 +314,20 @@ def switching_quickly() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(before)
+
+
+def require_extras(settings: Settings) -> None:
+    """Import what the settings ask for besides batchq's own needs. Raises ConfigError where it is not installed.
+
+    The command line does so before the app's directory is on the path: what is imported is not imported from there.
+    """
+    if settings.traces:
+        traces.require()
+    if settings.metrics_port:
+        try:
+            import batchq.metrics  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"metrics need an extra ({error}): pip install 'batchq[metrics]'") from None
 
 
 def check_database(dsn: str, seconds: float, row: WorkerRow | None = None) -> None:

@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 import psycopg
 
-from batchq.cli import commands, doctor, invariants, one_batch, roles, verbs, web
+from batchq.cli import commands, doctor, invariants, one_batch, roles, terminal, verbs, web
 from batchq.cli.leaving import WRITE_SECONDS, flush, leave, within
 from batchq.errors import BatchqError, DatabaseAway, OutcomeUnknown
 from batchq.settings import Settings, hide_password
@@ -61,8 +61,7 @@ def run(options: argparse.Namespace) -> int:
 def complain(error: Exception, code: int) -> int:
     """Print the error in one line, if somebody reads it; return *code*."""
     refusal = commands.refusal(error) if isinstance(error, psycopg.Error) else ""
-    line = f"batchq: {hide_password(' '.join((refusal or str(error)).split()))}"
-    if not within(WRITE_SECONDS, lambda: print(line, file=sys.stderr)):
+    if not within(WRITE_SECONDS, lambda: terminal.complain(terminal.one_line(refusal or str(error)))):
         os._exit(code)
     return code
 
@@ -88,16 +87,25 @@ def some_seconds(text: str) -> float:
     return seconds
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors, which quote arguments, show no password and no hidden characters: a shell may have put the
+    names of files there."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is wrong, and exit with 2."""
+        super().error(terminal.line(hide_password(message)))
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="batchq",
         description="A job queue that lives in Postgres. Settings come from BATCHQ_* in the environment or .env, or "
         "from flags; the database is BATCHQ_DSN.",
     )
     parser.add_argument("--version", action="version", version=f"batchq {version('batchq')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_setup, add_workers, add_enqueue, add_looking, add_watching, add_web, add_verbs):
+    for add in (add_setup, add_demo, add_workers, add_enqueue, add_looking, add_watching, add_web, add_verbs):
         add(subparsers)
     return parser
 
@@ -168,6 +176,10 @@ def add_setup(subparsers: Any) -> None:
     roles_parser.add_argument("role", nargs="?", metavar="ROLE", help="the name of the role")
     roles_parser.add_argument("--apply", action="store_true", help="grant it, as the owner of the schema")
     roles_parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_demo(subparsers: Any) -> None:
+    """Add what shows all of it."""
     demo = add_command(
         subparsers,
         "demo",

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from threading import Lock
 from typing import Any
 
 import psycopg
-from rich.console import Console
 from rich.live import Live
 
 from batchq import log, memory, queries
@@ -22,20 +20,18 @@ from batchq.app import load_app
 from batchq.cli import enqueue_file, show_tables
 from batchq.cli.leaving import flush
 from batchq.cli.signals import StopSignals
+from batchq.cli.terminal import complain, console, one_line, put, put_json, put_marked
+from batchq.cli.terminal import show as show_on_terminal
 from batchq.database import Link, check_server, check_writable, connect, transaction
 from batchq.enqueue import enqueue as enqueue_batch
 from batchq.env_file import file_in_use
 from batchq.errors import ConfigError, InvalidInput, OutcomeUnknown
 from batchq.monitor import Monitor
-from batchq.settings import Settings, hide_password
+from batchq.settings import SECRET_SETTINGS, Settings
 from batchq.signs import Signs
 from batchq.supervisor import EXIT_REPLACE, Supervisor, command
-from batchq.worker import Worker, check_database
+from batchq.worker import Worker, check_database, require_extras
 
-PIPE_WIDTH = 300  # so that a row is a line there, unless COLUMNS says otherwise
-console = Console(highlight=False)
-if not console.is_terminal and not os.environ.get("COLUMNS"):
-    console.width = PIPE_WIDTH
 A_DAY_SECONDS = 86_400
 
 
@@ -52,7 +48,7 @@ def settings_of(options: Namespace) -> Settings:
 def print_file_in_use() -> None:
     """Print which `.env` was read, if any, once: in a strange directory its settings may not be what you expect."""
     if file := file_in_use():
-        print(f"batchq: settings read from {str(file)!r}", file=sys.stderr)
+        complain(f"settings read from {str(file)!r}")
 
 
 def log_file_in_use() -> None:
@@ -93,11 +89,6 @@ def linked(options: Namespace) -> Iterator[Link]:
         yield link
 
 
-def print_json(value: Any) -> None:
-    """Print JSON, for programs."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 # ------------------------------------------------------------------------------------------------------------- setup
 
 
@@ -108,7 +99,7 @@ def migrate(options: Namespace) -> int:
         check_server(conn)
         check_writable(conn)
         applied = migrations.apply_all(conn)
-    print(f"applied {', '.join(applied)}" if applied else "the schema is up to date")
+    put(f"applied {', '.join(applied)}" if applied else "the schema is up to date")
     return 0
 
 
@@ -126,10 +117,10 @@ def check(options: Namespace) -> int:
         findings.append((True, f"the schema is at version {max(queries.applied_migrations(conn))}"))
         findings += [judge_queue(row, kinds) for row in queries.queue_rows(conn)]
     if options.json:
-        print_json([{"ok": ok, "finding": text} for ok, text in findings])
+        put_json([{"ok": ok, "finding": text} for ok, text in findings])
     else:
         for ok, text in findings:
-            console.print(f"[green]ok[/]       {text}" if ok else f"[red]problem[/]  {text}", soft_wrap=True)
+            put_marked("ok      " if ok else "problem ", "green" if ok else "red", text)
     return 0 if all(ok for ok, _ in findings) else 1
 
 
@@ -163,6 +154,7 @@ def worker(options: Namespace) -> int:
     log_file_in_use()
     signs, signals, started_in = Signs(os.environ), StopSignals(), Path.cwd()
     signs.start()
+    require_extras(settings)  # before the app's directory is on the path
     process = Worker(load_app(options.app), settings, drain=options.drain)
     signals.follow(process.stop, process.stop_now, settings.shutdown_seconds)
     code = 0 if process.run() else 1
@@ -176,13 +168,13 @@ def worker(options: Namespace) -> int:
 def start_again(options: Namespace, settings: Settings, directory: Path) -> None:
     """Become a fresh worker process, of the same id: no thread is left. Returns only if that cannot be."""
     flush()
-    environment = os.environ | {"BATCHQ_DSN": settings.require_dsn()}
+    environment = os.environ | secrets_of(settings)
     words = command(worker_arguments(options))
     try:
         os.chdir(directory)
         os.execve(words[0], words, environment)  # noqa: S606 (the command is this one)
     except OSError as error:
-        print(f"batchq: the worker cannot start again: {error}", file=sys.stderr)
+        complain(f"the worker cannot start again: {error}")
 
 
 def workers(options: Namespace) -> int:
@@ -196,7 +188,7 @@ def workers(options: Namespace) -> int:
     signals = StopSignals()
     load_app(options.app)
     check_database(dsn, settings.database_timeout_seconds)  # here once, instead of in each process
-    arguments, environment = worker_arguments(options), {"BATCHQ_DSN": dsn}
+    arguments, environment = worker_arguments(options), secrets_of(settings)
     environment["BATCHQ_METRICS_PORT"] = str(settings.metrics_port)
     supervisor = Supervisor(options.processes, arguments, environment, options.drain, settings.lease_seconds)
     signals.follow(supervisor.stop, supervisor.stop)
@@ -204,13 +196,20 @@ def workers(options: Namespace) -> int:
 
 
 def worker_arguments(options: Namespace) -> list[str]:
-    """Return the arguments of one worker process: those of this one, but the DSN, which is no secret in a list of
-    processes."""
+    """Return the arguments of one worker process: those of this one except secrets, which a list of processes would
+    show."""
     arguments = [options.app, *(["--drain"] if options.drain else [])]
     for name, value in vars(options).items():
-        if name.startswith("set_") and value is not None and name not in ("set_dsn", "set_metrics_port"):
-            arguments += ["--" + name.removeprefix("set_").replace("_", "-"), value]
+        setting = name.removeprefix("set_")
+        if setting != name and value is not None and setting not in (*SECRET_SETTINGS, "metrics_port"):
+            arguments += ["--" + setting.replace("_", "-"), value]
     return arguments
+
+
+def secrets_of(settings: Settings) -> dict[str, str]:
+    """Return the settings that a worker process gets by its environment: those that are set, whatever set them."""
+    found = {name: getattr(settings, name).get_secret_value() for name in SECRET_SETTINGS}
+    return {f"BATCHQ_{name.upper()}": value for name, value in found.items() if value}
 
 
 # ----------------------------------------------------------------------------------------------------------- enqueue
@@ -240,13 +239,13 @@ def enqueue(options: Namespace) -> int:
 def print_enqueued(options: Namespace, said: dict[str, Any]) -> None:
     """Print what was enqueued."""
     if options.json:
-        print_json(said)
+        put_json(said)
     elif "batches" in said:
-        print(f"enqueued {said['batches']:,} batches of {options.kind}")
+        put(f"enqueued {said['batches']:,} batches of {options.kind}")
     elif said["id"] is None:
-        print(f"nothing enqueued: a batch with unique key {options.unique_key!r} is pending or processing")
+        put(f"nothing enqueued: a batch with unique key {options.unique_key!r} is pending or processing")
     else:
-        print(f"enqueued batch {said['id']}")
+        put(f"enqueued batch {said['id']}")
 
 
 # ----------------------------------------------------------------------------------------------------------- looking
@@ -256,14 +255,14 @@ def status(options: Namespace) -> int:
     """Show queues, workers and the latest batches; again and again with --watch."""
     with linked(options) as link:
         if options.json:
-            print_json(read_status(link, options))
+            put_json(read_status(link, options))
         elif options.watch:
             with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
                 while True:
                     live.update(show_tables.overview(patiently(lambda: read_status(link, options))), refresh=True)
                     time.sleep(1)
         else:
-            console.print(show_tables.overview(read_status(link, options)))
+            show_on_terminal(show_tables.overview(read_status(link, options)))
     return 0
 
 
@@ -286,10 +285,10 @@ def top(options: Namespace) -> int:
     with linked(options) as link:
         looks = TopLooks(link, options)
         if options.json:
-            print_json(looks.look())
+            put_json(looks.look())
         elif not console.is_terminal:
             found = looks.look()
-            console.print(show_tables.overview(found | {"batches": found["running"] + found["failures"]}))
+            show_on_terminal(show_tables.overview(found | {"batches": found["running"] + found["failures"]}))
         else:
             load_top().run(options, looks.look, looks.show)
     return 0
@@ -341,12 +340,12 @@ def show(options: Namespace) -> int:
         batch = read_batch(conn, options.id)
         failed_items = queries.failed_item_objects(conn, options.id, options.limit)
     if batch is None:
-        print(f"batchq: there is no batch {options.id}", file=sys.stderr)
+        complain(f"there is no batch {options.id}")
         return 1
     if options.json:
-        print_json(batch | {"failed_items": failed_items})
+        put_json(batch | {"failed_items": failed_items})
     else:
-        console.print(show_tables.one_batch(batch, failed_items))
+        show_on_terminal(show_tables.one_batch(batch, failed_items))
     return 0
 
 
@@ -373,7 +372,7 @@ def follow(watched: Monitor, options: Namespace, exit_on: set[str]) -> int:
     while True:
         changes = patiently(watched.changes)
         for row in changes:
-            print(json.dumps(row) if options.json else show_tables.change_line(row), flush=True)
+            put_json(row, indent=None) if options.json else put(show_tables.change_line(row))
         if any(row["status"] in exit_on for row in changes):
             return 1
         if is_done:
@@ -391,7 +390,7 @@ def patiently(look: Callable[[], Any]) -> Any:
             return look()
         except (psycopg.OperationalError, OutcomeUnknown) as error:  # a look may be repeated, whatever its COMMIT did
             if not is_told:
-                print(f"batchq: the database is away: {hide_password(' '.join(str(error).split()))}", file=sys.stderr)
+                complain(f"the database is away: {one_line(str(error))}")
             is_told = True
             time.sleep(1)
 
@@ -416,9 +415,9 @@ def prune(options: Namespace) -> int:
         for count in pruned(options, days):
             dropped += count
     except psycopg.errors.LockNotAvailable:
-        print(f"batchq: a table is in use; {dropped} daily partitions were dropped, try again", file=sys.stderr)
+        complain(f"a table is in use; {dropped} daily partitions were dropped, try again")
         return 1
-    print_json({"dropped_partitions": dropped}) if options.json else print(f"dropped {dropped} daily partitions")
+    put_json({"dropped_partitions": dropped}) if options.json else put(f"dropped {dropped} daily partitions")
     return 0
 
 

@@ -2,10 +2,9 @@
 
 from argparse import Namespace
 
-from rich.markup import escape
-
 from batchq import doctor
-from batchq.cli.commands import console, print_json, settings_of
+from batchq.cli.commands import settings_of
+from batchq.cli.terminal import put_json, put_marked
 
 COLOURS = {"ok": "green", "note": "blue", "warning": "yellow", "critical": "red"}
 
@@ -20,8 +19,8 @@ def run(options: Namespace) -> int:
         found.append(finding)
         if not options.json:
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
-            mark = f"[{COLOURS[finding.severity]}]{finding.severity:<8}[/]"
-            console.print(f"{mark}  {escape(f'{finding.check}: {finding.evidence}{remedy}')}", soft_wrap=True)
+            mark = f"{finding.severity:<9}"
+            put_marked(mark, COLOURS[finding.severity], f"{finding.check}: {finding.evidence}{remedy}")
     if options.json:
-        print_json([finding._asdict() for finding in found])
+        put_json([finding._asdict() for finding in found])
     return doctor.exit_code(found)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psycopg
-from rich.console import Console
 from rich.progress import track
 
+from batchq.cli.terminal import errors
 from batchq.enqueue import enqueue_many
 from batchq.errors import InvalidInput
 
@@ -46,12 +46,11 @@ def opened(name: str) -> AbstractContextManager[TextIO]:
 
 def with_progress(source: TextIO, name: str) -> Iterator[str]:
     """Yield the lines, and show on a terminal how far they are."""
-    err = Console(stderr=True)
-    if not err.is_terminal:
+    if not errors.is_terminal:
         yield from source
         return
     total = count_lines(name) if Path(name).is_file() else None  # counting would drain a pipe
-    yield from track(source, "enqueueing", total=total, console=err)
+    yield from track(source, "enqueueing", total=total, console=errors)
 
 
 def count_lines(name: str) -> int:

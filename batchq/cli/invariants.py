@@ -3,10 +3,9 @@
 from argparse import Namespace
 from typing import Any
 
-from rich.markup import escape
-
 from batchq import invariants, migrate
-from batchq.cli.commands import console, print_json, settings_of
+from batchq.cli.commands import settings_of
+from batchq.cli.terminal import put_json, put_marked
 from batchq.database import check_server, connect, transaction
 
 
@@ -25,21 +24,20 @@ def check(options: Namespace) -> int:
             if not options.json:
                 show(verdict)
     if options.json:
-        print_json([as_object(verdict) for verdict in verdicts])
+        put_json([as_object(verdict) for verdict in verdicts])
     return 1 if any(verdict.violations for verdict in verdicts) else 0
 
 
 def show(verdict: invariants.Verdict) -> None:
     """Print a line for an invariant that holds or is unknown, and one for each row for which it does not hold."""
     if verdict.unknown:
-        console.print(f"[yellow]unknown[/]   {verdict.invariant}: {escape(verdict.unknown)}", soft_wrap=True)
+        put_marked("unknown  ", "yellow", f"{verdict.invariant}: {verdict.unknown}")
     elif not verdict.violations:
-        console.print(f"[green]ok[/]        {verdict.invariant}", soft_wrap=True)
+        put_marked("ok       ", "green", verdict.invariant)
     for violation in verdict.violations:
-        line = escape(f"{violation.invariant}: {violation.id}: {violation.what}")
-        console.print(f"[red]violated[/]  {line}", soft_wrap=True)
+        put_marked("violated ", "red", f"{violation.invariant}: {violation.id}: {violation.what}")
     if verdict.has_more:
-        console.print(f"          {verdict.invariant}: and more", soft_wrap=True)
+        put_marked("         ", "", f"{verdict.invariant}: and more")
 
 
 def as_object(verdict: invariants.Verdict) -> dict[str, Any]:

@@ -1,19 +1,17 @@
 """Commands about one batch: `watch` follows it to its end, `logs` tells its attempts."""
 
-import json
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID
 
 from batchq import queries
 from batchq.cli import show_tables
 from batchq.cli.commands import database, linked, patiently
 from batchq.cli.pace import Pace, clock
+from batchq.cli.terminal import column, complain, console, line, put, put_json
 
 EXIT_CODES = {"completed": 0, "failed": 1, "cancelled": 3}
 NO_SUCH_BATCH = 2
@@ -26,13 +24,12 @@ def watch(options: Namespace) -> int:
     """Follow one batch until its end; return 0 when it completed, 1 when it failed, 3 when it was cancelled, 2 if
     there is no such batch. A bar on a terminal; else a line, or with --json a JSON object, for each change."""
     looks = look_until_the_end(options)
-    console = Console(highlight=False)
-    last = show_bar(looks, console) if console.is_terminal and not options.json else print_changes(looks, options.json)
+    last = show_bar(looks) if console.is_terminal and not options.json else print_changes(looks, options.json)
     if last is None:
-        print(f"batchq: there is no batch {options.id}", file=sys.stderr)
+        complain(f"there is no batch {options.id}")
         return NO_SUCH_BATCH
     if last["last_error"] and last["status"] != "completed":
-        print(f"batchq: batch {options.id}: {show_tables.first_line(last['last_error'])}", file=sys.stderr)
+        complain(f"batch {options.id}: {show_tables.first_line(last['last_error'])}")
     return EXIT_CODES[last["status"]]
 
 
@@ -53,17 +50,17 @@ def look_until_the_end(options: Namespace) -> Iterator[dict[str, Any]]:
 
 def print_changes(looks: Iterator[dict[str, Any]], as_json: bool) -> dict[str, Any] | None:
     """Print a line for each change; return the last row."""
-    line, last = "", None
+    change, last = "", None
     for last in looks:
-        before, line = line, show_tables.change_line(last)
-        if line != before:
-            print(json.dumps(last) if as_json else line, flush=True)
+        before, change = change, show_tables.change_line(last)
+        if change != before:
+            put_json(last, indent=None) if as_json else put(change)
     return last
 
 
-def show_bar(looks: Iterator[dict[str, Any]], console: Console) -> dict[str, Any] | None:
+def show_bar(looks: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
     """Show a progress bar that moves with the batch; return the last row."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(40), TextColumn("{task.fields[told]}"))
+    columns = (column("{task.description}"), BarColumn(40), column("{task.fields[told]}"))
     pace, last = Pace(), None
     with Progress(*columns, console=console) as progress:
         bar: TaskID | None = None
@@ -80,7 +77,7 @@ def show_bar(looks: Iterator[dict[str, Any]], console: Console) -> dict[str, Any
 
 def heading(row: dict[str, Any]) -> str:
     """Return what stands before the bar."""
-    return show_tables.plain(f"batch {row['id']} {row['kind']}: {row['status']}")
+    return line(f"batch {row['id']} {row['kind']}: {row['status']}")
 
 
 def told(row: dict[str, Any], pace: Pace) -> str:
@@ -102,17 +99,17 @@ def logs(options: Namespace) -> int:
     with database(options) as conn:
         batch = queries.batch_object(conn, options.id, inputs_as_text=True)
     if batch is None:
-        print(f"batchq: there is no batch {options.id}", file=sys.stderr)
+        complain(f"there is no batch {options.id}")
         return 1
     for event in history(batch):
-        print(json.dumps(event, ensure_ascii=False) if options.json else event_text(event))
+        put_json(event, indent=None) if options.json else put(event_line(event), event.get("traceback") or "")
     return 0
 
 
 def history(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what is known of a batch's life, in its order: *at*, *event*; of a failed attempt, error and traceback."""
     yield {"at": batch["created_at"], "event": "enqueued"}
-    for error in batch["errors"]:
+    for error in map(show_tables.as_error, batch["errors"]):
         yield {"at": error.get("at"), "event": f"attempt {error.get('attempt')} failed"} | {
             name: error.get(name) for name in ("error", "traceback")
         }
@@ -125,8 +122,7 @@ def history(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"at": batch["next_run_at"], "event": f"{batch['status']}, to run from then on"}
 
 
-def event_text(event: dict[str, Any]) -> str:
-    """Return an event in a line, with its traceback below it."""
+def event_line(event: dict[str, Any]) -> str:
+    """Return an event in a line."""
     error = f": {event['error']}" if event.get("error") else ""
-    trace = "".join(f"\n    {line}" for line in (event.get("traceback") or "").rstrip().splitlines())
-    return show_tables.plain(f"{event['at']}  {event['event']}{error}{trace}")
+    return f"{event['at']}  {event['event']}{error}"

@@ -3,8 +3,9 @@
 from argparse import Namespace
 
 from batchq import queries
-from batchq.cli.commands import console, database, print_json
+from batchq.cli.commands import database
 from batchq.cli.show_tables import table
+from batchq.cli.terminal import put, put_json, show
 from batchq.errors import InvalidInput
 
 DUTIES = ("producer", "worker", "viewer", "operator")
@@ -21,9 +22,10 @@ def roles(options: Namespace) -> int:
         if options.apply:
             queries.grant_duty(conn, options.duty, options.role)
     if options.json:
-        print_json({"statements": statements, "applied": options.apply})
+        put_json({"statements": statements, "applied": options.apply})
     else:
-        print("\n".join(f"{statement};" for statement in statements))
+        for statement in statements:
+            put(f"{statement};")
     return 0
 
 
@@ -32,9 +34,9 @@ def check(options: Namespace) -> int:
     with database(options) as conn:
         found = queries.ailing(conn, "grants_beyond_duties", {})
     if options.json:
-        print_json([{"evidence": evidence, "remedy": remedy} for _, evidence, remedy in found])
+        put_json([{"evidence": evidence, "remedy": remedy} for _, evidence, remedy in found])
     elif found:
-        console.print(table("", ("who", "what to do"), [(evidence, remedy) for _, evidence, remedy in found]))
+        show(table("", ("who", "what to do"), [(evidence, remedy) for _, evidence, remedy in found]))
     else:
-        print("no role has more than a duty needs")
+        put("no role has more than a duty needs")
     return 1 if found else 0

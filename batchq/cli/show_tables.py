@@ -1,4 +1,4 @@
-"""How rows look on a terminal. Texts from the database are shown as they are: markup in them has no effect."""
+"""How rows look on a terminal; each text from the database becomes one line of a cell, as `cli.terminal` makes it."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -8,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from batchq.cli.terminal import block, line, styled
 
 STYLES = {
     "ready": "cyan",
@@ -20,32 +22,23 @@ STYLES = {
     "cancelled": "magenta",
 }
 UNBROKEN = ("id", "status", "items", "attempt", "age", "oldest wait", "at", "verb", "until", "paused_at")
-MOST_SHOWN = 20_000
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     """Return a table; numbers are put to the right."""
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    lines = [list(row) for row in rows]
+    made_rows = [list(row) for row in rows]
     for number, column in enumerate(columns):
-        is_number = bool(lines) and all(isinstance(line[number], int | float) for line in lines)
+        is_number = bool(made_rows) and all(isinstance(row[number], int | float) for row in made_rows)
         made.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=column in UNBROKEN)
-    for line in lines:
-        made.add_row(*(cell if isinstance(cell, Text | ProgressBar) else Text(plain(cell)) for cell in line))
+    for row in made_rows:
+        made.add_row(*(cell if isinstance(cell, Text | ProgressBar) else styled(cell) for cell in row))
     return made
 
 
-def plain(value: Any) -> str:
-    """Return a value as people read it, without control characters."""
-    if value is None:
-        return ""
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
-def styled(status: str) -> Text:
-    """Return a status in its colour."""
-    return Text(status, style=STYLES.get(status, ""))
+def colored(status: str) -> Text:
+    """Return a status in its color."""
+    return styled(status, STYLES.get(status, ""))
 
 
 def short(interval: str | None) -> str:
@@ -68,9 +61,11 @@ def audit_table(rows: list[dict[str, Any]]) -> RenderableType:
     return table("audit", ("at", "verb", "batches", "id", "queue", "kind", "details", "reason", "who"), cells)
 
 
-def details(given: dict[str, Any]) -> str:
+def details(given: Any) -> str:
     """Return what a verb was given, its filter among it, but for queue and kind, which have columns."""
-    flat = given | given.get("filter", {})
+    flat = given if isinstance(given, dict) else {"": given}
+    if isinstance(flat.get("filter"), dict):
+        flat = flat | flat["filter"]
     return ", ".join(f"{name} {fact(value)}" for name, value in flat.items() if name not in ("filter", "queue", "kind"))
 
 
@@ -87,7 +82,7 @@ def pause_table(rows: list[dict[str, Any]]) -> RenderableType:
 def paused(row: dict[str, Any]) -> str:
     """Return what a pause is of, and until when."""
     what = " of ".join(filter(None, (row["kind"] and f"kind {row['kind']}", row["queue"] and f"queue {row['queue']}")))
-    return plain(what + (f" until {to_the_second(row['until'])}" if row["until"] else ""))
+    return line(what + (f" until {to_the_second(row['until'])}" if row["until"] else ""))
 
 
 def overview(status: dict[str, Any]) -> RenderableType:
@@ -142,7 +137,7 @@ def batch_table(rows: list[dict[str, Any]]) -> RenderableType:
     if not rows:
         return Text("no such batches", style="dim")
     cells = [
-        [str(row["id"]), row["queue"], row["kind"], styled(row["status"]), bar(row), items(row),
+        [str(row["id"]), row["queue"], row["kind"], colored(row["status"]), bar(row), items(row),
          f"{row['attempt']}/{row['max_attempts']}", short(row["age"]), first_line(row["last_error"])]
         for row in rows
     ]  # fmt: skip
@@ -175,22 +170,26 @@ def one_batch(batch: dict[str, Any], failed_items: list[dict[str, Any]]) -> Rend
     facts = table("", ("", ""), [[name, fact(value)] for name, value in batch.items() if name != "errors"])
     facts.show_header = False
     parts: list[RenderableType] = [facts]
-    for error in batch["errors"]:
+    for error in map(as_error, batch["errors"]):
         parts += [
             Text(),
-            Text(f"attempt {error.get('attempt')}, {error.get('at')}: {plain(error.get('error'))}", "red"),
+            styled(f"attempt {error.get('attempt')}, {error.get('at')}: {error.get('error') or ''}", "red"),
         ]
-        parts.append(Text(plain(error.get("traceback")).rstrip(), style="dim"))
+        parts.append(Text(block(error.get("traceback")), style="dim"))
     if failed_items:
-        cells = [[row["item_index"], fact(row["item"]), row["attempt"], plain(row["error"])] for row in failed_items]
+        cells = [[row["item_index"], fact(row["item"]), row["attempt"], row["error"]] for row in failed_items]
         parts += [Text(), table("failed items", ("index", "item", "attempt", "error"), cells)]
     return Group(*parts)
 
 
+def as_error(value: Any) -> dict[str, Any]:
+    """Return an element of a batch's errors as the object that it is, unless somebody else has written it."""
+    return value if isinstance(value, dict) else {"error": fact(value)}
+
+
 def fact(value: Any) -> str:
     """Return a value of a batch: JSON for what is no text or number, cut where it is very long."""
-    text = plain(value) if isinstance(value, str | int | float | None) else json.dumps(value, ensure_ascii=False)
-    return plain(text) if len(text) <= MOST_SHOWN else f"{plain(text[:MOST_SHOWN])} ... ({len(text):,} characters)"
+    return line(value if isinstance(value, str | int | float | None) else json.dumps(value, ensure_ascii=False))
 
 
 def change_line(row: dict[str, Any]) -> str:
@@ -198,4 +197,4 @@ def change_line(row: dict[str, Any]) -> str:
     progress = f"  {items(row)} items" if row["items_total"] is not None else ""
     error = f"  {first_line(row['last_error'])}" if row["status"] in ("failed", "retrying", "cancelled") else ""
     attempt = f"attempt {row['attempt']}/{row['max_attempts']}"
-    return plain(f"batch {row['id']}  {row['queue']}/{row['kind']}  {row['status']}  {attempt}{progress}{error}")
+    return line(f"batch {row['id']}  {row['queue']}/{row['kind']}  {row['status']}  {attempt}{progress}{error}")

@@ -18,8 +18,8 @@ from textual.widgets import DataTable, Footer, Static, TabbedContent, TabPane
 
 from batchq.cli import show_tables
 from batchq.cli.pace import Pace, clock
-from batchq.cli.show_tables import plain, short, styled
-from batchq.settings import hide_password
+from batchq.cli.show_tables import colored, short
+from batchq.cli.terminal import one_line, styled
 
 Row = dict[str, Any]
 Look = dict[str, list[Row]]
@@ -39,7 +39,7 @@ class Column(NamedTuple):
         made = (self.cell or self.value)(row)
         if isinstance(made, Text | ProgressBar):
             return made
-        return Text(plain(made), justify="right" if isinstance(made, int | float) else "left")
+        return styled(made, justify="right" if isinstance(made, int | float) else "left")
 
 
 def field(name: str, title: str = "") -> Column:
@@ -82,7 +82,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         field("id"),
         field("queue"),
         field("kind"),
-        Column("status", lambda row: row["status"], lambda row: styled(row["status"])),
+        Column("status", lambda row: row["status"], lambda row: colored(row["status"])),
         Column("progress", lambda row: row["progress_percent"] or 0, bar),
         Column("items", worked, show_tables.items),
         Column("left", lambda row: row["seconds_left"] or 0, lambda row: clock(row["seconds_left"])),
@@ -129,7 +129,7 @@ class Details(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         """Lay out."""
         with VerticalScroll(id="details", can_focus=True):
-            yield Static(self.shown)
+            yield Static(self.shown, markup=False)
         yield Footer()
 
 
@@ -203,8 +203,7 @@ class Top(App[None]):
         try:
             return partial(self.take, self.look())
         except Exception as error:
-            said = hide_password(" ".join(str(error).split()))
-            return partial(self.state.update, Text(f"the database is away: {plain(said)}", style="bold red"))
+            return partial(self.state.update, styled(f"the database is away: {one_line(str(error))}", "bold red"))
 
     def rest_seconds(self, took_seconds: float) -> float:
         """Return how long to rest after a look: so it costs the database a hundredth of one connection's time."""
@@ -222,7 +221,7 @@ class Top(App[None]):
         self.rows = rows
         for name in TABLES:
             self.fill(name)
-        self.state.update(Text(summary(rows) + ("  (stands still)" if self.is_paused else "")))
+        self.state.update(styled(summary(rows) + ("  (stands still)" if self.is_paused else "")))
 
     def fill(self, name: str) -> None:
         """Write the rows of a table anew, sorted; the cursor stays where it was."""
@@ -279,7 +278,7 @@ class Top(App[None]):
     def action_pause(self) -> None:
         """Stop reading, or go on."""
         self.is_paused = not self.is_paused
-        self.state.update(Text(summary(self.rows) + ("  (stands still)" if self.is_paused else "")))
+        self.state.update(styled(summary(self.rows) + ("  (stands still)" if self.is_paused else "")))
 
     def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
         """Sort by a column that was clicked; clicked again, the other way round."""
@@ -299,8 +298,8 @@ class Top(App[None]):
         try:
             shown = self.show(batch_id)
         except Exception as error:
-            shown = plain(hide_password(" ".join(str(error).split())))
-        self.call_from_thread(self.push_screen, Details(shown or f"batch {batch_id} is gone"))
+            shown = styled(one_line(str(error)))
+        self.call_from_thread(self.push_screen, Details(shown or styled(f"batch {batch_id:d} is gone")))
 
 
 def summary(rows: Look) -> str:

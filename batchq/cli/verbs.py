@@ -3,7 +3,6 @@
 import argparse
 import getpass
 import signal
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -12,13 +11,13 @@ from dataclasses import asdict
 from typing import Any
 
 import psycopg
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from batchq import queries
 from batchq.bulk import DONE, PAUSE_FACTOR, Bulk
 from batchq.cli import show_tables
-from batchq.cli.commands import connected, console, database, linked, print_json, refusal, settings_of
+from batchq.cli.commands import connected, database, linked, refusal, settings_of
+from batchq.cli.terminal import column, errors, put, put_json, show, styled
 from batchq.database import transaction
 from batchq.errors import InvalidInput
 from batchq.text import period_seconds
@@ -102,11 +101,11 @@ def list_pauses(options: Namespace) -> int:
     with database(options) as conn:
         rows = queries.pause_rows(conn)
     if options.json:
-        print_json(rows)
+        put_json(rows)
     elif not rows:
-        print("nothing is paused")
+        put("nothing is paused")
     else:
-        console.print(show_tables.pause_table(rows))
+        show(show_tables.pause_table(rows))
     return 0
 
 
@@ -127,9 +126,9 @@ def drain(options: Namespace) -> int:
         found = {id_: queries.drain_worker(conn, id_, options.reason, options.actor) for id_ in options.workers}
     for id_, status in found.items():
         if not options.json:
-            print(f"{id_}: {status or 'there is no such worker'}")
+            put(f"{id_}: {status or 'there is no such worker'}")
     if options.json:
-        print_json(found)
+        put_json(found)
     return 0 if all(found.values()) else 1
 
 
@@ -138,15 +137,15 @@ def audit(options: Namespace) -> int:
     with database(options) as conn:
         rows = queries.audit_rows(conn, options.limit, options.id)
     if options.json:
-        print_json(rows)
+        put_json(rows)
     else:
-        console.print(show_tables.audit_table(rows))
+        show(show_tables.audit_table(rows))
     return 0
 
 
 def say(options: Namespace, as_json: dict[str, Any], text: str) -> int:
     """Print what was done."""
-    print_json(as_json) if options.json else print(text)
+    put_json(as_json) if options.json else put(text)
     return 0
 
 
@@ -187,10 +186,10 @@ def each_batch(options: Namespace, verb: Verb) -> int:
                 results[batch_id] = refusal(error)
                 refused = True
     if options.json:
-        print_json(results)
+        put_json(results)
     else:
         for batch_id, text in results.items():
-            print(f"batch {batch_id}: {text}")
+            put(f"batch {batch_id}: {text}")
     return 1 if refused or "there is no such batch" in results.values() else 0
 
 
@@ -225,16 +224,14 @@ def ends_at_ctrl_c(bulk: Bulk) -> Iterator[None]:
 
 def counted(bulk: Bulk) -> int:
     """Return how many match, with a sign of life on a terminal."""
-    errors = Console(stderr=True)
     with errors.status("counting what matches") as status:
-        return bulk.count(lambda count: status.update(f"counting what matches: {count:,}"))
+        return bulk.count(lambda count: status.update(styled(f"counting what matches: {count:,}")))
 
 
 def do(bulk: Bulk, total: int) -> None:
     """Do it, with a progress bar on a terminal, or else a line on standard error every few seconds."""
-    errors = Console(stderr=True)
     columns = (
-        TextColumn(bulk.verb), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        column(bulk.verb), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     said_at = time.monotonic()
     with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
@@ -243,7 +240,7 @@ def do(bulk: Bulk, total: int) -> None:
             progress.update(task, completed=bulk.changed)
             if not errors.is_terminal and time.monotonic() - said_at >= SAY_EACH_SECONDS:
                 said_at = time.monotonic()
-                print(f"{bulk.changed:,} of {total:,} {DONE[bulk.verb]}", file=sys.stderr)
+                errors.print(styled(f"{bulk.changed:,} of {total:,} {DONE[bulk.verb]}"), soft_wrap=True)
 
 
 def report(options: Namespace, bulk: Bulk, total: int) -> int:
@@ -255,11 +252,11 @@ def report(options: Namespace, bulk: Bulk, total: int) -> int:
         "longest_chunk_ms": round(1000 * bulk.longest_seconds, 1), "audit_id": bulk.audit_id,
     }  # fmt: skip
     if options.json:
-        print_json(said)
+        put_json(said)
     elif options.dry_run:
-        print(f"{total:,} batches would be {DONE[bulk.verb]}")
+        put(f"{total:,} batches would be {DONE[bulk.verb]}")
     else:
-        print(f"{bulk.changed:,} batches {DONE[bulk.verb]}{left_text(bulk, left)}")
+        put(f"{bulk.changed:,} batches {DONE[bulk.verb]}{left_text(bulk, left)}")
     if bulk.stopping.is_set():
         return EXIT_INTERRUPTED
     return EXIT_LEFT_OUT if left and not options.dry_run else 0

@@ -1,10 +1,10 @@
 """`batchq web`: the page in a browser. Needs the extra "web"."""
 
-import sys
 from argparse import Namespace
 
 from batchq import log
 from batchq.cli.commands import database, settings_of
+from batchq.cli.terminal import errors, styled
 from batchq.errors import ConfigError
 
 
@@ -20,7 +20,8 @@ def web(options: Namespace) -> int:
     web_settings = WebSettings.load(host=options.host, port=options.port, read_only=options.read_only or None)
     with database(options):  # says what is wrong with the DSN or the schema, before anybody looks at a page
         pass  # a log-in of its own, once; the page's pool has up to four others, however many look
-    print(f"http://{shown_host(web_settings.host)}:{web_settings.port}/", file=sys.stderr, flush=True)
+    log.configure(settings.log_format, settings.log_level)  # a visitor's address may be in a line
+    errors.print(styled(f"http://{shown_host(web_settings.host)}:{web_settings.port}/"), soft_wrap=True)
     app.serve(settings, web_settings)
     return 0
 

@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -18,15 +17,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psycopg
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from batchq import embedded
+from batchq.cli.terminal import column, console, put, put_marked
 from batchq.database import Link, connect, transaction
 from batchq.demo.page import page
 from batchq.errors import BatchqError, ConfigError
 from batchq.migrate import migrate
 from batchq.settings import Settings
+from batchq.supervisor import command
 
 LEASE_SECONDS = 2
 FILES_A_BATCH = 40
@@ -42,8 +42,6 @@ GROUP BY (number - 1) / %(files_a_batch)s
 RETURNING id
 """
 
-console = Console(highlight=False)
-
 
 class DemoFailed(BatchqError):
     """The demo did not come to its end, or its check failed."""
@@ -57,11 +55,11 @@ def run(settings: Settings, directory: str | None, most_files: int, on_page: boo
     paths = source_files(most_files)
     with server_dsn(settings, directory) as dsn:
         prepare(dsn)
-        console.print(f"enqueueing {len(paths)} source files of Python's standard library, by plain SQL")
+        put(f"enqueueing {len(paths)} source files of Python's standard library, by plain SQL")
         ids = enqueue(dsn, paths, -(-len(paths) // 2) if on_page else FILES_A_BATCH)  # a page shows large batches best
         if not on_page:
             return work(dsn, paths, ids)
-        with page(dsn, console) as shown:
+        with page(dsn) as shown:
             shown.wait_for_viewer(f"/batches/{ids[0]}")
             code = work(dsn, paths, ids)
             shown.wait_for_ctrl_c()
@@ -73,7 +71,7 @@ def work(dsn: str, paths: Sequence[str], ids: list[int]) -> int:
     started_at = time.monotonic()
     with tempfile.TemporaryDirectory() as logs, worker_processes(dsn, Path(logs)) as workers:
         watch(dsn, workers, len(paths))
-    console.print(f"worked in {time.monotonic() - started_at:.1f} s")
+    put(f"worked in {time.monotonic() - started_at:.1f} s")
     return judge(dsn, paths, ids)
 
 
@@ -94,11 +92,11 @@ def source_files(most: int) -> list[str]:
 def server_dsn(settings: Settings, directory: str | None) -> Iterator[str]:
     """Give the DSN that was set or, without one, that of a private server, which stops at the end."""
     if settings.dsn.get_secret_value():
-        console.print("using the database of BATCHQ_DSN (schema batchq_demo is made anew, and left there)")
+        put("using the database of BATCHQ_DSN (schema batchq_demo is made anew, and left there)")
         yield settings.require_dsn()
         return
     place = Path(directory) if directory else default_directory()
-    console.print(f"starting a private Postgres in {place}")
+    put(f"starting a private Postgres in {place}")
     with embedded.start(place) as server:
         yield server.dsn()
 
@@ -149,8 +147,8 @@ def start_worker(dsn: str, log: TextIO) -> subprocess.Popen[bytes]:
         "BATCHQ_LEASE_SECONDS": str(LEASE_SECONDS),
         "BATCHQ_CONCURRENCY": "1",
     }
-    command = [sys.executable, "-m", "batchq", "worker", "batchq.demo.tasks:app"]
-    return subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
+    words = command(["batchq.demo.tasks:app"])
+    return subprocess.Popen(words, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- watching
@@ -168,7 +166,7 @@ def watch(dsn: str, workers: list[subprocess.Popen[bytes]], total: int) -> None:
             done, waiting = look(link, bars, progress, workers)
             if not killed and done >= total // 2:
                 killed = True
-                kill(workers[0], progress)
+                kill(workers[0])
             if not waiting:
                 break
             if time.monotonic() > until or all(worker.poll() is not None for worker in workers):
@@ -179,7 +177,7 @@ def watch(dsn: str, workers: list[subprocess.Popen[bytes]], total: int) -> None:
 
 def make_progress() -> Progress:
     """Return the progress bars."""
-    columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (column("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console)
 
 
@@ -195,14 +193,13 @@ def look(link: Link, bars: list[Any], progress: Progress, workers: list[subproce
     return done, row[0] if row else 0
 
 
-def kill(worker: subprocess.Popen[bytes], progress: Progress) -> None:
+def kill(worker: subprocess.Popen[bytes]) -> None:
     """Kill a worker in the middle of its work."""
     worker.kill()
     worker.wait()
-    progress.console.print(
+    put(
         f"killed worker {worker.pid} with -9, half-way; "
-        f"its batch comes back when its lease of {LEASE_SECONDS} s runs out",
-        soft_wrap=True,
+        f"its batch comes back when its lease of {LEASE_SECONDS} s runs out"
     )
 
 
@@ -218,10 +215,10 @@ def judge(dsn: str, paths: Sequence[str], ids: list[int]) -> int:
     sizes_differ = [path for path, size in rows if Path(path).stat().st_size != size]
     if recorded != sorted(paths) or sizes_differ:
         missing, doubled = len(set(paths) - set(recorded)), len(recorded) - len(set(recorded))
-        console.print(f"[red]wrong:[/] {missing} files missing, {doubled} doubled, {len(sizes_differ)} sizes differ")
+        put_marked("wrong:", "red", f"{missing} files missing, {doubled} doubled, {len(sizes_differ)} sizes differ")
         return 1
-    console.print(f"batches taken back from the killed worker, gone on with at their checkpoint: {rescued}")
-    console.print(f"[bold green]every file exactly once:[/] {len(rows)} files, {len(rows)} rows")
+    put(f"batches taken back from the killed worker, gone on with at their checkpoint: {rescued}")
+    put_marked("every file exactly once:", "bold green", f"{len(rows)} files, {len(rows)} rows")
     return 0
 
 

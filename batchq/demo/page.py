@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
+from batchq.cli.terminal import put
 from batchq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,23 +25,22 @@ class Page:
 
     web: "Web"
     address: str
-    console: Console
 
     def wait_for_viewer(self, path: str) -> None:
         """Say where to look, and wait until somebody does."""
-        self.console.print(f"open [bold]{self.address}{path}[/] in a browser: it begins when you look at it")
+        put(f"open {self.address}{path} in a browser: it begins when you look at it")
         while not self.web.live.viewers:
             time.sleep(0.05)
 
     def wait_for_ctrl_c(self) -> None:
         """Let people look around until they have seen enough."""
-        self.console.print("the page stays until Ctrl-C: look around")
+        put("the page stays until Ctrl-C: look around")
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
 
 
 @contextmanager
-def page(dsn: str, console: Console) -> Iterator[Page]:
+def page(dsn: str) -> Iterator[Page]:
     """Serve the page while the block runs."""
     try:
         from batchq.web.app import Web, server_of  # its extra need not be installed for the demo without a page
@@ -56,7 +54,7 @@ def page(dsn: str, console: Console) -> Iterator[Page]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [own_socket]}, daemon=True)
         thread.start()
         try:
-            yield Page(web, f"http://127.0.0.1:{own_socket.getsockname()[1]}", console)
+            yield Page(web, f"http://127.0.0.1:{own_socket.getsockname()[1]}")
         finally:
             server.should_exit = True
             thread.join(10)

@@ -1,14 +1,10 @@
 """How values look on the page: numbers, durations, and texts in which nothing hides."""
 
-import re
 from typing import Any
 from urllib.parse import urlencode
 
-# Control characters, marks that turn the direction of text, characters without width: they would hide or disguise.
-HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
-    "\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff\ud800-\udfff]"
-)
+from batchq import text as texts
+
 UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -16,7 +12,7 @@ def visible(value: Any) -> Any:
     """Return a text with its hidden characters spelled out, such as ⟨U+202E⟩; any other value, and markup, as it is."""
     if type(value) is not str:
         return "" if value is None else value
-    return HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", value)
+    return texts.visible(value)
 
 
 def duration(seconds: float | None) -> str:

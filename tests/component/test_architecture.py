@@ -21,12 +21,12 @@ MEDIAN_LINES = 10
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "retry": {"errors"},
-    "text": {"errors"},
+    "text": {"errors", "settings"},
     "hosts": set(),
     "env_file": {"errors"},
     "settings": {"env_file", "errors"},
     "outlet": set(),
-    "log": {"outlet", "settings"},
+    "log": {"outlet", "settings", "text"},
     "outage": {"log", "text"},
     "queries": set(),
     "traces": {"errors", "log", "text"},
@@ -64,33 +64,34 @@ ALLOWED: dict[str, set[str]] = {
     "supervisor": {"log", "signs"},
     "embedded": {"errors"},
     "memory": set(),
-    "demo": {"database", "demo.page", "embedded", "errors", "migrate", "settings"},
-    "demo.page": {"errors", "web.app", "web.settings"},
+    "demo": {"cli.terminal", "database", "demo.page", "embedded", "errors", "migrate", "settings", "supervisor"},
+    "demo.page": {"cli.terminal", "errors", "web.app", "web.settings"},
     "demo.tasks": {"batchq"},
-    "cli.show_tables": set(),
-    "cli.enqueue_file": {"enqueue", "errors"},
+    "cli.terminal": {"settings", "text"},
+    "cli.show_tables": {"cli.terminal"},
+    "cli.enqueue_file": {"cli.terminal", "enqueue", "errors"},
     "cli.leaving": {"log"},
     "cli.signals": {"cli.leaving"},
     "cli.pace": set(),
-    "cli.top": {"cli.pace", "cli.show_tables", "settings"},
-    "cli.one_batch": {"cli.commands", "cli.pace", "cli.show_tables", "queries"},
+    "cli.top": {"cli.pace", "cli.show_tables", "cli.terminal"},
+    "cli.one_batch": {"cli.commands", "cli.pace", "cli.show_tables", "cli.terminal", "queries"},
     "cli.commands": {
-        "app", "cli.enqueue_file", "cli.leaving", "cli.show_tables", "cli.signals", "cli.top", "database", "demo",
-        "enqueue", "env_file", "errors", "log", "memory", "migrate", "monitor", "queries", "settings", "signs",
-        "supervisor", "worker",
+        "app", "cli.enqueue_file", "cli.leaving", "cli.show_tables", "cli.signals", "cli.terminal", "cli.top",
+        "database", "demo", "enqueue", "env_file", "errors", "log", "memory", "migrate", "monitor", "queries",
+        "settings", "signs", "supervisor", "worker",
     },
-    "cli.verbs": {"bulk", "cli.commands", "cli.show_tables", "database", "errors", "queries", "text"},
-    "cli.doctor": {"cli.commands", "doctor"},
-    "cli.roles": {"cli.commands", "cli.show_tables", "errors", "queries"},
-    "cli.invariants": {"cli.commands", "database", "invariants", "migrate"},
-    "cli.web": {"cli.commands", "errors", "log", "web.app", "web.settings"},
+    "cli.verbs": {"bulk", "cli.commands", "cli.show_tables", "cli.terminal", "database", "errors", "queries", "text"},
+    "cli.doctor": {"cli.commands", "cli.terminal", "doctor"},
+    "cli.roles": {"cli.commands", "cli.show_tables", "cli.terminal", "errors", "queries"},
+    "cli.invariants": {"cli.commands", "cli.terminal", "database", "invariants", "migrate"},
+    "cli.web": {"cli.commands", "cli.terminal", "errors", "log", "web.app", "web.settings"},
     "cli": {
-        "cli.commands", "cli.doctor", "cli.invariants", "cli.leaving", "cli.one_batch", "cli.roles", "cli.verbs",
-        "cli.web", "errors", "settings",
+        "cli.commands", "cli.doctor", "cli.invariants", "cli.leaving", "cli.one_batch", "cli.roles", "cli.terminal",
+        "cli.verbs", "cli.web", "errors", "settings",
     },
     "web": set(),
     "web.charts": set(),
-    "web.shown": set(),
+    "web.shown": {"text"},
     "web.settings": {"env_file", "errors", "hosts"},
     "web.auth": {"hosts", "log", "web.settings"},
     "web.connections": {"hosts"},
@@ -103,7 +104,8 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "log", "metrics", "settings", "web.auth", "web.bulk", "web.connections", "web.live", "web.pages",
         "web.reads", "web.settings", "web.shown", "web.verbs",
     },
-    "batchq": {"app", "batch", "enqueue", "errors", "retry", "settings", "worker"},
+    "program": set(),
+    "batchq": {"app", "batch", "enqueue", "errors", "program", "retry", "settings", "worker"},
     "__main__": {"cli"},
 }  # fmt: skip
 
@@ -200,6 +202,73 @@ def test_ddl_stands_in_migrations_alone() -> None:
     files = {file.relative_to(ROOT) for folder in (PACKAGE, ROOT / "migrations") for file in folder.rglob("*.sql")}
     with_ddl = {file.parts[:2] for file in files if DDL.search((ROOT / file).read_text(encoding="utf-8"))}
     assert {parts for parts in with_ddl if parts[0] != "migrations"} == {("batchq", "demo")}
+
+
+# ------------------------------------------------------------------------------------------------- the terminal
+
+THE_WAY_OUT = "cli.terminal"
+READS_MARKUP = {"TextColumn", "Static", "Console", "Status", "Panel", "Label", "track", "status"}
+
+
+def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
+    """Yield each call in a module, with the last part of the name of what is called."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            yield name, node
+
+
+def is_harmless(called: str, call: ast.Call) -> bool:
+    """Return whether a call says that nothing is markup, or gives nothing but texts that stand in the code."""
+    for keyword in call.keywords:
+        if keyword.arg == "markup":
+            return isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+    shown = call.args[1:] if called == "track" else call.args  # what it goes through, then its text
+    return all(isinstance(argument, ast.Constant) for argument in shown)
+
+
+def test_everything_that_is_printed_goes_one_way() -> None:
+    """`print` and the consoles' own methods would let through what a row of the database says."""
+    printers = {
+        f"{name}:{call.lineno}": called
+        for name, tree in MODULES.items()
+        for called, call in calls(tree)
+        if called in ("print", "Console", "print_exception")
+    }
+    own = {place: called for place, called in printers.items() if place.startswith(f"{THE_WAY_OUT}:")}
+    assert len(own) > 5, "the test does not see what prints"
+    # `errors.print(styled(...))`: the argument has come the way.
+    others = {place for place in printers.keys() - own.keys() if not is_made_by_the_way_out(place)}
+    assert others == set()
+
+
+def is_made_by_the_way_out(place: str) -> bool:
+    """Return whether what is printed there is what `styled` returns."""
+    name, _, number = place.partition(":")
+    found = [call for called, call in calls(MODULES[name]) if called == "print" and call.lineno == int(number)]
+    return all(
+        isinstance(argument, ast.Call) and getattr(argument.func, "id", "") == "styled"
+        for call in found
+        for argument in call.args
+    ) and bool(found)
+
+
+def test_no_text_from_outside_is_markup() -> None:
+    for name, tree in MODULES.items():
+        words = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | {
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+        }
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not words & {"from_markup", "from_ansi", "render_markup"}, name
+        assert "rich.markup" not in modules, f"{name}: styles need no escapes, and markup has too many"
+    unsafe = [
+        f"{name}:{call.lineno}"
+        for name, tree in MODULES.items()
+        if name.startswith(("cli", "demo"))
+        for called, call in calls(tree)
+        if called in READS_MARKUP and not is_harmless(called, call)
+    ]
+    assert unsafe == []
 
 
 # ------------------------------------------------------------------------------------------------- size, docstrings

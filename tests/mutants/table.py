@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QUERIES, MIGRATE, POSITIONS, KEEPER = (f"batchq/{name}.py" for name in ("queries", "migrate", "positions", "keeper"))
-TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE = (
+TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE, DOORS = (
     f"migrations/{name}.sql"
     for name in (
         "0001_batches",
@@ -23,6 +23,7 @@ TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUN
         "0034_replica_identities",
         "0036_true_bulk_numbers",
         "0037_prune_in_steps",
+        "0038_doors",
     )
 )
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
@@ -40,6 +41,13 @@ CONNECTIONS = "foundation/test_db_connection.py"
 POOL, SESSIONS, STUCK, ODD, ENCODINGS, LOG_INS = (
     f"component/test_{name}.py" for name in ("pool", "sessions", "stuck_rows", "odd_settings", "encodings", "log_ins")
 )
+TERMINAL, SECRETS, ARGUMENTS, IMPORTS, FUNCTIONS, PRODUCER, SEARCH_PATHS, NOTIFY, PAGE, HELD, ENV_FILE = (
+    f"integration/attacks/test_{name}.py"
+    for name in (
+        "terminal", "stored_secrets", "argument_list", "imports", "functions", "producer", "search_path", "notify",
+        "page", "page_connections", "env_file",
+    )
+)  # fmt: skip
 DATABASE, PLACES = (f"batchq/{name}.py" for name in ("database", "places"))
 SECTION_END = re.compile(r'^"""$|\n\n\n|^\$\$;', re.MULTILINE)
 
@@ -126,8 +134,8 @@ MUTANTS = [
             ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "claims do not wait for each other"),
             ("  FOR UPDATE SKIP LOCKED\n", "", "no two claims take one batch"),
             ("attempt = b.attempt + 1", "attempt = b.attempt", "the attempt is counted at the claim"),
-            ("now() + %(lease_seconds)s * interval '1 second'", "'infinity'", "a lease runs out"),
-            ("now() + %(lease_seconds)s * interval '1 second'", "now()", "a lease lasts"),
+            ("now() + %(lease_seconds)s::float8 * interval '1 second'", "'infinity'", "a lease runs out"),
+            ("now() + %(lease_seconds)s::float8 * interval '1 second'", "now()", "a lease lasts"),
         ],
     ),
     *of(
@@ -265,13 +273,13 @@ MUTANTS = [
             ("AND items_done = %(done_before)s", "", "a checkpoint written twice counts once"),
             ("AND items_failed = %(failed_before)s", "", "a checkpoint written twice counts once"),
             (
-                "greatest(lease_expires_at, clock_timestamp() + %(lease_seconds)s * interval '1 second')",
-                "clock_timestamp() + %(lease_seconds)s * interval '1 second'",
+                "greatest(lease_expires_at, pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second')",
+                "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
                 "a checkpoint never shortens a lease",
             ),
             (
-                "clock_timestamp() + %(lease_seconds)s * interval '1 second'",
-                "now() + %(lease_seconds)s * interval '1 second'",
+                "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
+                "now() + %(lease_seconds)s::float8 * interval '1 second'",
                 "a lease counts from now, not from the BEGIN",
             ),
         ],
@@ -285,8 +293,8 @@ MUTANTS = [
             ("AND items_done = %(done_before)s", "", "a checkpoint written twice counts once"),
             ("AND items_failed = %(failed_before)s", "", "a checkpoint written twice counts once"),
             (
-                "clock_timestamp() + %(lease_seconds)s * interval '1 second'",
-                "now() + %(lease_seconds)s * interval '1 second'",
+                "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
+                "now() + %(lease_seconds)s::float8 * interval '1 second'",
                 "a lease counts from now, not from the BEGIN",
             ),
             ("AND f.item_index = ANY (%(recovered)s::integer[])", "", "only what is cured loses its error"),
@@ -314,7 +322,11 @@ MUTANTS = [
         (LEASES, FINISHER, CLAIM),
         [
             ("b.queue = %(queue)s", "true", "a write names its queue"),
-            ("AND b.id = ANY ((SELECT array_agg(id) FROM given)::bigint[])", "", "finishes go by the id index"),
+            (
+                "AND b.id = ANY ((SELECT pg_catalog.array_agg(id) FROM given)::bigint[])",
+                "",
+                "finishes go by the id index",
+            ),
             ("AND b.id = given.id", "", "only batches that are named are completed"),
             ("AND b.claim_token = (%(tokens)s::uuid[])[given.number]", "", "fence: a late worker changes nothing"),
         ],
@@ -372,7 +384,7 @@ MUTANTS = [
             ("FOR UPDATE OF b SKIP LOCKED", "FOR UPDATE OF b", "extensions do not wait, so do not deadlock"),
             ("  FOR UPDATE OF b SKIP LOCKED\n", "", "extensions do not wait, so do not deadlock"),
             (
-                "SET lease_expires_at = now() + %(lease_seconds)s * interval '1 second'",
+                "SET lease_expires_at = now() + %(lease_seconds)s::float8 * interval '1 second'",
                 "SET lease_expires_at = b.lease_expires_at",
                 "a lease is extended",
             ),
@@ -983,5 +995,140 @@ MUTANTS = [
             )
         ],
         "batchq/execution.py",
+    ),
+    # ---------------------------------------------------------------------------------- the terminal and what is stored
+    *of(
+        "def error_text(",
+        SECRETS,
+        [("clean(hide_password(text))", "clean(text)", "no password is stored")],
+        "batchq/text.py",
+    ),
+    *of(
+        "def line(",
+        TERMINAL,
+        [("visible_line(shortened(plain(value)))", "shortened(plain(value))", "no row steers the terminal")],
+        "batchq/cli/terminal.py",
+    ),
+    *of(
+        "def last_processors(",
+        TERMINAL,
+        [("[*first, spell_out, ", "[*first, ", "no row steers who reads the log")],
+        "batchq/log.py",
+    ),
+    *of(
+        "def hide_secret_arguments(",
+        ARGUMENTS,
+        [("os.pwrite(memory", "(memory", "no password stays in the list of arguments")],
+        "batchq/program.py",
+    ),
+    *of(
+        "def import_from_here(",
+        IMPORTS,
+        [("sys.path.append(here)", "sys.path.insert(0, here)", "no file in the directory replaces a module")],
+        "batchq/app.py",
+    ),
+    # ------------------------------------------------------------------------------------------- the database's doors
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.count_items(",
+        FUNCTIONS,
+        [("TG_TABLE_SCHEMA <> 'batchq'", "false", "a trigger function does its work on batchq's own tables alone")],
+        DOORS,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.forget_failed_items(",
+        FUNCTIONS,
+        [("TG_RELID <> 'batchq.batches'::regclass", "false", "failed items are forgotten by TRUNCATE batches alone")],
+        DOORS,
+    ),
+    *of(
+        "ALTER TABLE batchq.batches ADD CONSTRAINT batches_times_are_finite",
+        PRODUCER,
+        [
+            (
+                "isfinite(coalesce(lease_expires_at, claimed_at, created_at))",
+                "true",
+                "every lease runs out",
+            ),
+        ],
+        DOORS,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.refuse_packed_values(",
+        PRODUCER,
+        [("octet_length(NEW.cursor::text) > 2 * most_bytes", "false", "no value is larger than it looks")],
+        DOORS,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.refuse_finish_ahead(",
+        PRODUCER,
+        [("NEW.finished_at > clock_timestamp() + interval '1 hour'", "false", "each day's partition can be made")],
+        DOORS,
+    ),
+    *of(
+        "PLAIN = {",
+        SEARCH_PATHS,
+        [('"search_path": SEARCH_PATH,', "", "names in statements mean pg_catalog's")],
+    ),
+    *of(
+        "    def run(self",
+        NOTIFY,
+        [("self.closing.wait(REST_SECONDS)", "pass", "whoever may NOTIFY sets no worker's pace")],
+        "batchq/bell.py",
+    ),
+    # ----------------------------------------------------------------------------------------------- the page's doors
+    *of(
+        "    def failed(self, address",
+        PAGE,
+        [
+            (
+                "self.paid_until = max(self.paid_until, now) + SECONDS_PER_FAILURE_OF_ALL",
+                "pass",
+                "guesses from many addresses are throttled",
+            ),
+            ("max(free_at - now, ahead)", "ahead", "guesses from one address are throttled"),
+        ],
+        "batchq/web/auth.py",
+    ),
+    *of(
+        "    def is_known(self",
+        PAGE,
+        [(" and session in self.known", "", "logging out ends a session")],
+        "batchq/web/auth.py",
+    ),
+    *of(
+        "def client_of(",
+        PAGE,
+        [("not is_within(address, proxies) or ", "", "only a trusted proxy names a client")],
+        "batchq/web/auth.py",
+    ),
+    *of(
+        "    def take_in(self",
+        HELD,
+        [
+            ("and not self.give_way(address)", "and False", "one address does not hold all connections"),
+            ("and not self.give_way():", "and False:", "who waits longest for its client gives way"),
+        ],
+        "batchq/web/connections.py",
+    ),
+    *of(
+        "    def follow(self",
+        HELD,
+        [
+            (
+                "self.timer = self.loop.call_later(WAIT_SECONDS[stage[0]], self.drop)",
+                "self.timer = None",
+                "no client is waited for without a limit",
+            )
+        ],
+        "batchq/web/connections.py",
+    ),
+    *of(
+        "def check(path: Path",
+        ENV_FILE,
+        [
+            ("if strangers:", "if False:", "nobody else chooses the settings"),
+            ("if by_group or status.st_mode & stat.S_IWOTH:", "if False:", "nobody else changes the settings"),
+        ],
+        "batchq/env_file.py",
     ),
 ]

@@ -1,6 +1,8 @@
 """Attacks by a `.env` in the directory where somebody starts batchq: it sets database, address and token."""
 
+import grp
 import os
+import pwd
 import socket
 from pathlib import Path
 
@@ -64,11 +66,32 @@ def test_a_file_of_root_is_read_by_others(file: Path) -> None:
         os.seteuid(0)
 
 
+@as_root
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666, 0o664])
 def test_a_file_that_others_may_write(file: Path, mode: int) -> None:
     """As a neighbour who adds a line to a file that he may write."""
+    os.chown(file, -1, NOBODY)
     file.chmod(mode)
     refused(rf"can be written by its group or by others \(mode {mode:o}\); run: chmod go-w \.env")
+
+
+def test_the_group_of_one_user_alone_may_write(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As somebody whose system gives each user a group, and lets it write what that user makes (umask 002)."""
+    user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(os.getegid())
+    file.chmod(0o664)
+    for name, members, number, is_read in (
+        (user.pw_name, [], user.pw_gid, True),
+        (user.pw_name, [user.pw_name], user.pw_gid, True),
+        (user.pw_name, ["neighbour"], user.pw_gid, False),
+        ("staff", [], user.pw_gid, False),
+        (user.pw_name, [], user.pw_gid + 1, False),
+    ):
+        found = grp.struct_group((name, group.gr_passwd, number, members))
+        monkeypatch.setattr(grp, "getgrgid", lambda _, found=found: found)
+        if is_read:
+            assert WebSettings.load().host == "0.0.0.0"
+        else:
+            refused("can be written by its group")
 
 
 def test_what_is_no_file_is_not_read(file: Path) -> None:
