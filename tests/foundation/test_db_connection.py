@@ -429,7 +429,7 @@ def test_a_statement_goes_as_one_message_with_its_transaction(
     assert link.run(made("SELECT %(word)s || '!'", word="it's")) == [("it's!",)]
     [(kind, body)] = messages
     assert kind == b"Q"
-    assert body.startswith(b"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT set_config(")
+    assert body.startswith(b"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_catalog.set_config(")
     assert body.endswith(b"'it''s' || '!'; COMMIT\0")
     link.close()
     assert sim.settled() == []
@@ -473,13 +473,14 @@ def test_limits_and_settings_of_a_statement_hold_within_it_and_are_gone_after_it
         "0",
         "0",
         "0",
+        "pg_catalog, pg_temp",  # which each read sets for itself
         "ISO, MDY",
         "postgres",
         "1",
-        *("on" for _ in range(len(queries.BY_INDEX) - 3)),
+        *("on" for _ in range(len(queries.BY_INDEX) - 4)),
         "on",
     )
-    within = ("10s", "5s", "10s", "2s", "ISO, MDY", *list(queries.BY_INDEX.values())[1:])
+    within = ("10s", "5s", "10s", "2s", "pg_catalog, pg_temp", "ISO, MDY", *list(queries.BY_INDEX.values())[2:])
     off = queries.BY_INDEX | queries.WITHOUT_WAITING_FOR_THE_DISK
     for _ in range(3):
         assert running.run(made(seen), off) == [(*within, "off")]
@@ -487,6 +488,9 @@ def test_limits_and_settings_of_a_statement_hold_within_it_and_are_gone_after_it
         assert durably == [(*within, "on")], "unless told otherwise"
         with running.reading() as conn:
             assert conn.execute(seen.encode()).fetchone() == defaults
+        assert running.conn is not None
+        with running.conn.transaction():
+            assert running.conn.execute("SHOW search_path").fetchone() == ('"$user", public',)
 
 
 def test_a_statement_that_fails_leaves_nothing_and_the_connection_usable(running: Link) -> None:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QUERIES, MIGRATE, POSITIONS, KEEPER = (f"batchq/{name}.py" for name in ("queries", "migrate", "positions", "keeper"))
-TABLES, ITEMS_TOTAL, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE, DOORS = (
+TABLES, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE, DOORS = (
     f"migrations/{name}.sql"
     for name in (
         "0001_batches",
-        "0008_items_total",
         "0033_has_ready_by_the_claims_index",
         "0023_verbs_lock_first",
         "0016_bulk",
@@ -273,7 +272,8 @@ MUTANTS = [
             ("AND items_done = %(done_before)s", "", "a checkpoint written twice counts once"),
             ("AND items_failed = %(failed_before)s", "", "a checkpoint written twice counts once"),
             (
-                "greatest(lease_expires_at, pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second')",
+                "greatest(lease_expires_at,\n      pg_catalog.clock_timestamp()"
+                " + %(lease_seconds)s::float8 * interval '1 second')",
                 "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
                 "a checkpoint never shortens a lease",
             ),
@@ -340,7 +340,7 @@ MUTANTS = [
         ],
     ),
     *of(
-        "CREATE FUNCTION batchq.forget_failed_items(",
+        "CREATE FUNCTION batchq.forget_failed_items(in_queue",
         (LEASES, FORGET),
         [("AND f.batch_id = of_batch", "", "other batches' failed items stay")],
         "migrations/0024_forget_failed_items.sql",
@@ -857,17 +857,17 @@ MUTANTS = [
         TABLES,
     ),
     *of(
-        "CREATE FUNCTION batchq.count_items",
+        "CREATE OR REPLACE FUNCTION batchq.count_items",
         (TOTALS, CREATE),
         [
-            ("IF jsonb_typeof(NEW.items) <> 'array' THEN", "IF false THEN", "bad input is refused by name"),
+            ("ELSIF jsonb_typeof(NEW.items) <> 'array' THEN", "ELSIF false THEN", "bad input is refused by name"),
             (
                 "WHERE b.queue = NEW.queue\n      AND b.id = NEW.id",
                 "WHERE b.queue = NEW.queue",
                 "an INSERT changes its own rows",
             ),
         ],
-        ITEMS_TOTAL,
+        DOORS,
     ),
     *of("INSERT_BATCH: LiteralString", CREATE, [("ON CONFLICT DO NOTHING", "", "a key that is taken is no error")]),
     # -------------------------------------------------------------------------------------------------- migrations

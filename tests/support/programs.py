@@ -13,12 +13,17 @@ import pytest
 
 PACKAGES = {
     "chromium": ("chromium", "fonts-dejavu-core", "libatomic1"),  # the last for the node that drives it
+    "nginx": ("nginx-light",),
     "pgbouncer": ("pgbouncer",),
     "prometheus": ("prometheus",),
     "promtool": ("prometheus",),
     "ps": ("procps",),
 }
-SERVICES = {"pgbouncer", "prometheus"}  # those whose packages start a service, on a port that somebody may need
+SERVICES = {
+    "nginx",
+    "pgbouncer",
+    "prometheus",
+}  # those whose packages start a service, on a port that somebody may need
 LEFT_OUT = "left out: "
 WHY_MISSING = "BATCHQ_TEST_WHY_MISSING"
 LOCK_SECONDS = 600

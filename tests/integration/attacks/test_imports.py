@@ -193,6 +193,22 @@ def test_an_app_and_its_own_modules_come_from_the_directory(
         assert conn.execute("SELECT status FROM batchq.batches WHERE id = %s", [batch_id]).fetchone() == ("completed",)
 
 
+@pytest.mark.parametrize("started_as", WAYS)
+def test_what_a_handler_imports_late_does_not_come_from_the_directory(
+    command: CommandLine, conn: psycopg.Connection, started_as: str
+) -> None:
+    log = plant(command.directory, ["wave", "pluggy"])
+    (command.directory / "late.py").write_text(
+        "import batchq\napp = batchq.App()\n@app.handler('late')\ndef work(batch):\n    import wave, pluggy\n"
+    )
+    batch_id = insert(conn, kind="late")
+    ended = run(command, [*WAYS[started_as], "worker", "late:app", "--drain"])
+    assert not log.exists(), log.read_text()
+    assert conn.execute("SELECT status FROM batchq.batches WHERE id = %s", [batch_id]).fetchone() == ("completed",), (
+        ended
+    )
+
+
 def is_installed(name: str) -> bool:
     """Return whether a distribution is installed."""
     try:

@@ -1,19 +1,17 @@
-"""Attacks through the proxy that docs/deploy/nginx.conf describes, with nginx itself where this machine has it."""
+"""Attacks through the proxy that docs/deploy/nginx.conf describes, with nginx itself."""
 
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from batchq.settings import Settings
 from batchq.web.settings import WebSettings
 from tests.support.alone import run_alone
 from tests.support.processes import ROOT
+from tests.support.programs import path_of
 from tests.support.servers import free_port
 from tests.support.steps import step
 from tests.support.waiting import wait_until
@@ -23,7 +21,6 @@ from tests.support.wire import exchange, request, status_of
 FOLDER = ROOT / "docs" / "deploy"
 CONFIGURATION = FOLDER / "nginx.conf"
 NAME = "jobs.example.com"
-NGINX = shutil.which("nginx")
 AROUND = """
 daemon off;
 pid {folder}/pid;
@@ -51,7 +48,7 @@ def nginx(site_port: int, folder: Path) -> Iterator[int]:
     )
     file = folder / "nginx.conf"
     file.write_text(AROUND.format(folder=folder, server=text))
-    with subprocess.Popen([str(NGINX), "-p", str(folder), "-c", str(file)]) as process:
+    with subprocess.Popen([path_of("nginx"), "-p", str(folder), "-c", str(file)]) as process:
         try:
             wait_until(lambda: process.poll() is not None or listens(port), 30, "nginx to listen")
             assert process.poll() is None, "nginx has ended"
@@ -89,7 +86,6 @@ def test_the_documented_proxies_name_settings_that_exist_and_replace_what_a_clie
     assert "header_up X-Forwarded-For {remote_host}" in (FOLDER / "Caddyfile").read_text()
 
 
-@pytest.mark.skipif(NGINX is None, reason="needs nginx")
 def test_forged_addresses_through_the_documented_proxy(dsn: str, tmp_path: Path) -> None:
     """As a stranger behind nginx who gives another address each time, and as his neighbour."""
     with (
