@@ -246,7 +246,7 @@ def cut(request: Any) -> None:
 class MetricsHandler(BaseHTTPRequestHandler):
     """Answers one request, whose head has a bounded size, and which names this server as its host."""
 
-    server: "AnsweringServer"
+    server: "AnsweringServer"  # pyright: ignore[reportIncompatibleVariableOverride]
     timeout = CONNECTION_SECONDS
     server_version = "batchq"
     sys_version = ""

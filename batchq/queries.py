@@ -139,13 +139,21 @@ def lift_transaction_timeout(conn: Conn) -> None:
 
 
 def take_migration_lock(conn: Conn) -> None:
-    """Wait until no other migration runs; held until the transaction's end."""
-    conn.execute("SELECT pg_advisory_xact_lock(hashtextextended('batchq.migrations', 0))")
+    """Wait until no other migration runs; held until the transaction's end.
+
+    Any role can hold an advisory lock for as long as it likes, so that one serves only until there is a table.
+    """
+    if not has_ledger(conn):
+        conn.execute("SELECT pg_advisory_xact_lock(hashtextextended('batchq.migrations', 0))")
+    if has_ledger(conn):
+        conn.execute("LOCK TABLE batchq.migrations IN SHARE ROW EXCLUSIVE MODE")
 
 
 def has_ledger(conn: Conn) -> bool:
-    """Tell whether any migration was ever applied."""
-    return bool(one(conn, "SELECT to_regclass('batchq.migrations') IS NOT NULL", {})[0])
+    """Tell whether any migration was ever applied. to_regclass may not know what others have just made."""
+    return bool(
+        one(conn, "SELECT count(*) FROM pg_tables WHERE (schemaname, tablename) = ('batchq', 'migrations')", {})[0]
+    )
 
 
 def applied_migrations(conn: Conn) -> dict[int, tuple[str, bool]]:
@@ -1331,7 +1339,7 @@ def merge_throughput(conn: Conn) -> int:
 
 def take_maintenance(conn: Conn) -> bool:
     """Take the lock of maintenance, until the end of the transaction, if it is free: else another worker is at it."""
-    taken: bool = one(conn, "SELECT pg_try_advisory_xact_lock(hashtextextended('batchq.partitions', 0))", {})[0]
+    taken: bool = one(conn, "SELECT batchq.try_lock('partitions')", {})[0]
     return taken
 
 

@@ -261,6 +261,7 @@ AFTER_ITS_NAME = re.compile(
     r"""(password["']?\s*(?:=|:(?=\s*["']))\s*)('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s&]+)""", re.IGNORECASE
 )
 LEAST_KNOWN_CHARACTERS = 6
+NO_SECRETS = ("batchq", "postgres", "password")  # as passwords for trying things out; they stand in many messages
 SECRET_VARIABLES = ("PGPASSWORD", "BATCHQ_WEB_PASSWORD", "BATCHQ_WEB_TOKEN")
 known_passwords: dict[str, re.Pattern[str]] = {}
 
@@ -276,10 +277,10 @@ def hide_password(text: str) -> str:
 def know_password(password: str, *names: str) -> None:
     """Have `hide_password` hide a password wherever it stands, percent-encoded and escaped as well.
 
-    Not one that is shorter than 6 characters, or is one of *names* too (its user's, its database's): half a message
-    would be hidden with it.
+    Not one that is shorter than 6 characters, or is one of *names* too (its user's, its database's) or a word that
+    everybody knows: half a message would be hidden with it.
     """
-    if len(password) >= LEAST_KNOWN_CHARACTERS and password not in (*names, *known_passwords):
+    if len(password) >= LEAST_KNOWN_CHARACTERS and password not in (*names, *NO_SECRETS, *known_passwords):
         known_passwords[password] = re.compile("".join(spellings(char) for char in password))
 
 

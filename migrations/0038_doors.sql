@@ -90,6 +90,61 @@ BEGIN
 END
 $$;
 
+-- ----------------------------------------------------------------------------------------------------------------- locks
+
+-- An advisory lock may be taken by any role that may log in, and held: no partition would be made again. A row can be
+-- locked only by a role that may update it, and by the functions below.
+CREATE TABLE batchq.locks (
+  name text PRIMARY KEY
+);
+
+COMMENT ON TABLE batchq.locks IS 'Rows that are locked, and never changed, by the one worker that does what their name says.';
+COMMENT ON COLUMN batchq.locks.name IS 'partitions, positions or throughput.';
+
+INSERT INTO batchq.locks (name) VALUES ('partitions'), ('positions'), ('throughput');
+
+CREATE FUNCTION batchq.take_lock(lock text)
+RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+  PERFORM FROM batchq.locks WHERE name = lock FOR UPDATE;
+END
+$$;
+
+COMMENT ON FUNCTION batchq.take_lock(text) IS 'Takes a lock of batchq.locks, until the end of the transaction; waits for it.';
+
+CREATE FUNCTION batchq.try_lock(lock text)
+RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+  PERFORM FROM batchq.locks WHERE name = lock FOR UPDATE SKIP LOCKED;
+  RETURN FOUND;
+END
+$$;
+
+COMMENT ON FUNCTION batchq.try_lock(text) IS
+  'Takes a lock of batchq.locks, until the end of the transaction, if it is free; returns whether it was.';
+
+DO $$
+DECLARE
+  made text;
+BEGIN
+  FOR made IN
+    SELECT regexp_replace(
+             regexp_replace(pg_get_functiondef(p.oid), 'pg_try_advisory_xact_lock' || argument, 'batchq.try_lock(''\1'')'),
+             'pg_advisory_xact_lock' || argument, 'batchq.take_lock(''\1'')')
+    FROM pg_catalog.pg_proc p
+    CROSS JOIN (VALUES ('\(hashtextextended\(''batchq\.(\w+)'', 0\)\)')) AS a(argument)
+    WHERE p.pronamespace = 'batchq'::regnamespace
+      AND p.prosrc LIKE '%advisory_xact_lock(%'
+  LOOP
+    EXECUTE made;
+  END LOOP;
+END
+$$;
+
 -- ---------------------------------------------------------------------------------------------------------------- duties
 
 CREATE VIEW batchq.duties AS
@@ -106,7 +161,7 @@ FROM (VALUES
   ('worker', 'INSERT', '{batches_finished}'),
   ('worker', 'INSERT, UPDATE, DELETE', '{failed_items,workers}'),
   ('worker', 'INSERT, UPDATE', '{throughput_minutes}'),
-  ('worker', 'EXECUTE', '{append_error,add_counts,has_ready,move_positions,merge_throughput,prune,prune_records,'
+  ('worker', 'EXECUTE', '{append_error,add_counts,has_ready,move_positions,try_lock,merge_throughput,prune,prune_records,'
                         'create_finished_partitions,ids_given_twice,"forget_failed_items(text,bigint)"}'),
 
   ('viewer', 'SELECT', '{batches,batches_live,batches_finished,failed_items,workers,throughput_minutes,pauses,positions,'

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 import batchq
 from batchq.cli import make_parser
 from batchq.settings import Settings
+from tests.support import matrix
 from tests.support.databases import Databases
 from tests.support.markdown import ROOT
 from tests.support.servers import running_server
@@ -198,11 +199,12 @@ def rows(conn: psycopg.Connection[Any], query: str, name: str) -> list[tuple[str
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page, and the matrix of roles in docs/security.md."""
     with running_server() as server:
         databases = Databases(server)
         with databases.migrated() as name, psycopg.connect(server.dsn(name), autocommit=True) as conn:
             PAGE.write_text(page(conn), encoding="utf-8")
+            matrix.write(server.dsn(name))
         databases.close()
 
 

@@ -48,6 +48,12 @@ REFUSED = [
     ("batches_counters_fit_items", "items_done", "1"),
     ("batches_counters_fit_items", "items, items_done, items_failed", "'[1]', 1, 1"),
     ("batches_counters_fit_items", "items, items_failed", "'[1]', -1"),
+    ("batches_times_are_finite", "created_at", "'-infinity'"),
+    (
+        "batches_times_are_finite",
+        "status, claimed_by, claim_token, claimed_at, lease_expires_at",
+        "'processing', 'me', gen_random_uuid(), now(), 'infinity'",
+    ),
     ("batches_errors_is_array", "errors", "'{}'"),
     ("batches_claim_is_whole", "claim_token", "gen_random_uuid()"),
     ("batches_claim_is_whole", "status, claimed_by", "'processing', 'me'"),

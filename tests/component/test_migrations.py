@@ -105,7 +105,7 @@ def test_a_migration_waits_for_one_that_runs(dsn: str, admin_dsn: str, files: Pa
     with psycopg.connect(admin_dsn) as other, connect(admin_dsn) as admin:
         queries.take_migration_lock(other)
         thread.start()
-        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        waiting = "SELECT count(*) FROM pg_locks WHERE mode = 'ShareRowExclusiveLock' AND NOT granted"
         wait_until(lambda: value(admin, waiting), 10, "the migration to wait")
         assert applied == []
         other.rollback()
@@ -143,7 +143,7 @@ def test_a_migration_waits_for_another_for_longer_than_the_limits_of_role_or_dat
         waiting.start()
         long = (
             "SELECT count(*) FROM pg_locks "
-            "WHERE locktype = 'advisory' AND NOT granted AND waitstart < clock_timestamp() - interval '0.3 s'"
+            "WHERE mode = 'ShareRowExclusiveLock' AND NOT granted AND waitstart < clock_timestamp() - interval '0.3 s'"
         )
         wait_until(lambda: value(other, long), 10, "it to wait for long")
     waiting.join(10)

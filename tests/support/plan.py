@@ -10,6 +10,7 @@ UNKNOWN_SECONDS = 10.0
 
 ALONE: dict[str, str] = {
     "e2e/test_batch_e2e.py": "it bounds how late a scheduled batch begins",
+    "integration/attacks/test_page_connections.py": "it bounds how soon the page answers beside 2,500 connections",
 }
 """Files that bear no company, and why: they measure time, or how much work something is."""
 

@@ -13,7 +13,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 import batchq
 from tests.component.rows import value, values
-from tests.support import tour
+from tests.support import matrix, tour
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
 from tests.support.poolers import PgBouncer
@@ -106,6 +106,10 @@ def test_a_role_has_the_privileges_of_its_duty_and_no_other(conn: Conn, roles: d
     assert not [cell for cell in granted["worker"] if cell[:2] == ("relation", "audit")]
     written = {name for kind, name, privilege in granted["worker"] if kind == "relation" and privilege == "UPDATE"}
     assert written == {"failed_items", "workers", "throughput_minutes"}
+
+
+def test_the_docs_have_the_matrix_of_what_each_role_may_do(admin_dsn: str) -> None:
+    assert matrix.shown() == matrix.matrix(admin_dsn), "run: python -m tests.reference"
 
 
 def test_a_worker_rewrites_no_input_and_forges_no_batch(conn: Conn, roles: dict[str, str]) -> None:

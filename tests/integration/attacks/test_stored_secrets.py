@@ -274,7 +274,8 @@ def test_a_password_comes_from_a_file_of_passwords(dsn: str, conn: Conn, tmp_pat
 def test_a_password_that_is_a_name_too_or_short_hides_no_half_of_a_message() -> None:
     Settings.load(dsn="postgresql://postgres:postgres@h/db")
     Settings.load(dsn="postgresql://u:abc@h/db")
-    text = 'FATAL: database "postgres" of abc; role "postgres"'
+    Settings.load(dsn="postgresql://u:batchq@h/db")
+    text = 'FATAL: database "postgres" of abc has no batchq schema; role "postgres"'
     assert hide_password(text) == text
     assert hide_password("postgresql://postgres:postgres@h/db and password=abc") == (
         "postgresql://postgres:***@h/db and password=***"
