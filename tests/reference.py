@@ -44,6 +44,7 @@ RELATIONS = ("batches", "failed_items", "status", "queues", "failures", "through
 FUNCTIONS = (
     "cancel", "retry", "retry_items", "snooze", "set_priority", "move", "bulk", "pause", "resume", "drain_worker",
     "prune", "create_finished_partitions", "bell", "give_replica_identities", "newest_live",
+    "grant_duty", "duty_statements", "shown_status",
 )  # fmt: skip
 UNITS = {"seconds": " seconds", "days": " days"}
 

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -19,6 +19,7 @@ from batchq.settings import Settings, hide_password
 from batchq.text import error_object, message_object, one_line
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, drain, failed_items, look, put, register, register_items
+from tests.support.roles import role_for
 
 Conn = psycopg.Connection[Any]
 AT_ONCE = batchq.Backoff(0, 0)
@@ -252,22 +253,29 @@ def test_what_a_handler_returns_or_saves_is_its_own(dsn: str, conn: Conn) -> Non
     assert (row.result, row.cursor) == (password, f"postgresql://u:{password}@h/db")
 
 
-def test_a_password_comes_from_a_file_of_passwords(dsn: str, conn: Conn, tmp_path: Any, monkeypatch: Any) -> None:
-    parts = conninfo_to_dict(dsn)
-    if parts.get("password"):
-        pytest.skip("the server's own password is in the DSN")
+@pytest.fixture
+def worker(admin_dsn: str) -> Iterator[dict[str, Any]]:
+    """Return the parts of the DSN of a worker's role, which has a password of its own."""
+    with role_for(admin_dsn, "worker") as dsn:
+        yield conninfo_to_dict(dsn)
+
+
+def test_a_password_comes_from_a_file_of_passwords(
+    worker: dict[str, Any], conn: Conn, tmp_path: Any, monkeypatch: Any
+) -> None:
+    password = worker.pop("password")
     file = tmp_path / "pgpass"
-    file.write_text("*:*:*:*:From-the-file-7\n")
+    file.write_text(f"*:*:*:*:{password}\n")
     file.chmod(0o600)
     monkeypatch.setenv("PGPASSFILE", str(file))
     app = batchq.App()
 
     @app.handler("fail")
     def failing(batch: batchq.Batch) -> None:
-        raise ValueError("it is From-the-file-7")
+        raise ValueError(f"it is {password}")
 
     batch_id = put(conn, "fail", max_attempts=1)
-    drain(app, dsn)
+    drain(app, make_conninfo(**worker))
     assert look(conn, batch_id).errors[0]["error"] == "ValueError: it is ***"
 
 
