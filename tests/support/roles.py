@@ -10,12 +10,12 @@ from psycopg.conninfo import make_conninfo
 
 
 @contextmanager
-def role_for(admin_dsn: str, *duties: str) -> Iterator[str]:
+def role_for(admin_dsn: str, *duties: str, password: str | None = None) -> Iterator[str]:
     """Give the DSN of a new role with these duties of batchq.duties; with none it may connect and no more.
 
     *admin_dsn*: of a superuser, for the database. The role is dropped at the end, with all that it owns.
     """
-    name, password = f"batchq_test_{secrets.token_hex(6)}", secrets.token_hex(12)
+    name, password = f"batchq_test_{secrets.token_hex(6)}", password or secrets.token_hex(12)
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
         admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(name), password))
         try:

@@ -23,12 +23,20 @@ from tests.support.roles import role_for
 
 Conn = psycopg.Connection[Any]
 AT_ONCE = batchq.Backoff(0, 0)
+PASSWORD = "Pq7/correct@horse"
 PASSWORDS = {
     "plain": "Pq7correcthorse",
     "special": "p@ss:w/o?r#d%41&=+",
     "spaces and quotes": 'it\'s "a" \\ pass  word',
     "letters": "größe漢字pass",
 }
+
+
+@pytest.fixture
+def secret_dsn(admin_dsn: str) -> Iterator[str]:
+    """Return the DSN of a worker's role, with its password."""
+    with role_for(admin_dsn, "worker", password=PASSWORD) as dsn:
+        yield dsn
 
 
 def spelled(password: str) -> dict[str, str]:
@@ -59,12 +67,6 @@ def forgotten() -> Any:
     yield
     settings.known_passwords.clear()
     settings.known_passwords.update(before)
-
-
-def secret_dsn(dsn: str, password: str) -> str:
-    """Return a DSN with a password, which the server may or may not ask for."""
-    given = conninfo_to_dict(dsn).get("password")
-    return dsn if given else make_conninfo(dsn, password=password)
 
 
 def assert_hidden(text: str, password: str) -> None:
@@ -186,11 +188,9 @@ def secret_failures(password: str, dsn: str) -> dict[str, Callable[[], Any]]:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_handler_fails_with_the_dsn_or_its_password_in_its_error(
-    dsn: str, conn: Conn, style: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    secret_dsn: str, conn: Conn, style: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    password = "Pq7/correct@horse"
-    with_secret = secret_dsn(dsn, password)
-    password = str(conninfo_to_dict(with_secret)["password"])
+    with_secret, password = secret_dsn, PASSWORD
     variable = "Hidden-in-PGPASSWORD"
     monkeypatch.setenv("PGPASSWORD", variable)
     monkeypatch.setenv("SOME_DSN", with_secret)
@@ -238,9 +238,9 @@ def by_hand(dsn: str, variable: str) -> Callable[[batchq.Batch], None]:
     return handler
 
 
-def test_what_a_handler_returns_or_saves_is_its_own(dsn: str, conn: Conn) -> None:
+def test_what_a_handler_returns_or_saves_is_its_own(secret_dsn: str, conn: Conn) -> None:
     app = batchq.App()
-    password = "Pq7correcthorse"
+    password = PASSWORD
 
     @app.handler("return")
     def returning(batch: batchq.Batch) -> str:
@@ -248,22 +248,16 @@ def test_what_a_handler_returns_or_saves_is_its_own(dsn: str, conn: Conn) -> Non
         return password
 
     batch_id = put(conn, "return")
-    drain(app, secret_dsn(dsn, password))
+    drain(app, secret_dsn)
     row = look(conn, batch_id)
     assert (row.result, row.cursor) == (password, f"postgresql://u:{password}@h/db")
 
 
-@pytest.fixture
-def worker(admin_dsn: str) -> Iterator[dict[str, Any]]:
-    """Return the parts of the DSN of a worker's role, which has a password of its own."""
-    with role_for(admin_dsn, "worker") as dsn:
-        yield conninfo_to_dict(dsn)
-
-
 def test_a_password_comes_from_a_file_of_passwords(
-    worker: dict[str, Any], conn: Conn, tmp_path: Any, monkeypatch: Any
+    secret_dsn: str, conn: Conn, tmp_path: Any, monkeypatch: Any
 ) -> None:
-    password = worker.pop("password")
+    parts = conninfo_to_dict(secret_dsn)
+    password = parts.pop("password")
     file = tmp_path / "pgpass"
     file.write_text(f"*:*:*:*:{password}\n")
     file.chmod(0o600)
@@ -275,7 +269,7 @@ def test_a_password_comes_from_a_file_of_passwords(
         raise ValueError(f"it is {password}")
 
     batch_id = put(conn, "fail", max_attempts=1)
-    drain(app, make_conninfo(**worker))
+    drain(app, make_conninfo(**parts))
     assert look(conn, batch_id).errors[0]["error"] == "ValueError: it is ***"
 
 
