@@ -191,6 +191,23 @@ def import_from_here(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def lies_below_here(module: ModuleType) -> bool:
+    """Return whether a module is of the current directory."""
+    return Path(place_of(module)).is_relative_to(Path.cwd())
+
+
+def place_of(module: ModuleType) -> str:
+    """Return the file of a module."""
+    return str(getattr(module, "__file__", None) or "part of Python")
+
+
+def hidden_modules() -> list[tuple[str, str]]:
+    """Return the names of modules in the current directory that others of that name stand in for, and which."""
+    here = [path for path in Path.cwd().iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    loaded = [(path.stem, module) for path in here if (module := sys.modules.get(path.stem))]
+    return [(name, place_of(module)) for name, module in sorted(loaded) if not lies_below_here(module)]
+
+
 def load_app(name: str) -> App:
     """Import the app named ``module:attribute``, from the current directory too. Raises ConfigError, in one line."""
     module_name, _, attribute = name.partition(":")
@@ -205,7 +222,8 @@ def load_app(name: str) -> App:
         raise ConfigError(f"cannot import {module_name!r}: {message}") from error
     if not hasattr(module, attribute):
         apps = [name for name, value in vars(module).items() if isinstance(value, App)]
-        raise ConfigError(f"{module_name!r} has no {attribute!r}; its apps: {', '.join(apps) or 'none'}")
+        where = "" if lies_below_here(module) else f" (it is {place_of(module)}: give a module of yours another name)"
+        raise ConfigError(f"{module_name!r} has no {attribute!r}; its apps: {', '.join(apps) or 'none'}{where}")
     app = getattr(module, attribute)
     if not isinstance(app, App):
         raise ConfigError(f"{name!r} is not a batchq.App (it is {type(app).__name__})")

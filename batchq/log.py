@@ -24,6 +24,7 @@ class HasIdentity(Protocol):
 
 
 INDENT = "    "
+MOST_CHARACTERS = 100_000  # of a value in a line
 
 # Looked up only when a line is logged: a batch that logs nothing costs no more than setting this variable.
 current_batch: ContextVar[HasIdentity | None] = ContextVar("batchq_current_batch", default=None)
@@ -46,10 +47,18 @@ def hide_secrets(logger: Any, method: str, event: MutableMapping[str, Any]) -> M
     return event
 
 
+def shortened(text: str) -> str:
+    """Return a text without its middle where it is very long: no line takes long to make."""
+    half = MOST_CHARACTERS // 2
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
+
+
 def hidden(value: Any) -> Any:
     """Return a value of a line with the passwords in it hidden, also within lists, mappings and exceptions."""
     if isinstance(value, str):
-        return hide_password(value)
+        return hide_password(shortened(value))
     if isinstance(value, dict):
         return {name: hidden(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -57,7 +66,7 @@ def hidden(value: Any) -> Any:
     if value is None or isinstance(value, int | float):
         return value
     text = repr(value)  # what the renderer would make of it
-    shown = hide_password(text)
+    shown = hide_password(shortened(text))
     return shown if shown != text or isinstance(value, BaseException) else value
 
 

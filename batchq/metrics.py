@@ -20,11 +20,14 @@ from prometheus_client.registry import Collector
 
 from batchq.database import Link, read_only_problem
 from batchq.errors import ConfigError
-from batchq.hosts import is_own_host
+from batchq.hosts import Seldom, is_own_host
 from batchq.keeper import HEARTBEAT_SECONDS, Keeper
 from batchq.lanes import Lane
+from batchq.log import get_logger
 from batchq.settings import Settings
 from batchq.throughput import BOUNDS, ENDS, Counts, Throughput
+
+log = get_logger()
 
 MOST_PAIRS = 200  # of queue and kind that have labels of their own; what comes after is "other"
 OTHER = ("other", "other")
@@ -260,29 +263,36 @@ class MetricsHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer."""
-        if is_own_host(", ".join(self.headers.get_all("Host", [])), self.server.hosts):
+        hosts = self.headers.get_all("Host")  # none: an old health check, and no browser
+        if hosts is None or is_own_host(", ".join(hosts), self.server.hosts):
             code, body = self.server.answers.get(self.path.partition("?")[0], lambda: (404, b"not found\n"))()
         else:
+            self.server.refused(", ".join(hosts))
             code, body = 421, b"unknown host name; list it in BATCHQ_METRICS_HOSTS\n"
         self.send_response(code)
         self.send_header("Content-Type", CONTENT_TYPE if self.path.startswith("/metrics") else "text/plain")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
-        self.wfile.write(body)
+        self.server.waiting[self.connection] = None  # for room to send the answer
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815 (http.server looks for it by this name)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Log nothing."""
 
 
 def head_of(incoming: BinaryIO) -> bytes:
-    """Return what a client sends up to the first empty line, at most 16 KB of it."""
+    """Return what a client sends up to the first empty line; nothing if that does not come within 16 KB: what is not
+    read might name another host."""
     head = b""
     while line := incoming.readline(MOST_HEAD_BYTES - len(head)):
         head += line
-        if not line.strip():
-            break
-    return head
+        if head.strip() and not line.strip():
+            return head.lstrip()
+    return b""
 
 
 class AnsweringServer(BoundedServer):
@@ -293,7 +303,13 @@ class AnsweringServer(BoundedServer):
     ) -> None:
         self.answers = answers
         self.hosts = hosts
+        self.reported = Seldom()
         super().__init__(address, MetricsHandler)
+
+    def refused(self, host: str) -> None:
+        """Log once a minute that somebody asks for another name than ours."""
+        if self.reported():
+            log.warning("metrics refused: unknown host name; list it in BATCHQ_METRICS_HOSTS", host=host[:200])
 
 
 class MetricsServer:

@@ -19,8 +19,10 @@ def prepare() -> None:
     """Do so, if batchq is the program."""
     if is_command() or is_module():
         hide_secret_arguments()
-    if is_module() and sys.path and sys.path[0] in ("", os.getcwd()):
-        del sys.path[0]  # `import_from_here` looks there for the app
+    if is_module() and not sys.flags.safe_path:  # with -P, what comes first is not the current directory
+        with suppress(OSError):  # the current directory is gone
+            if sys.path[:1] in ([""], [os.getcwd()]):
+                del sys.path[0]  # `import_from_here` looks there for the app
 
 
 def is_command() -> bool:

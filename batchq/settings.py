@@ -12,6 +12,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 
 from batchq.env_file import FileSettings
 from batchq.errors import ConfigError
+from batchq.hosts import host_names
 
 MAX_CONCURRENCY = 1000
 # A statement that looks over all days takes 5 locks for each. With max_locks_per_transaction = 64 and
@@ -89,7 +90,7 @@ class Settings(FileSettings):
     metrics_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Names under which they are scraped, separated by commas. Addresses and `localhost` need no "
-        "entry; any other name is refused.",
+        "entry, nor does the machine's own name; `.example.com` stands for all below it; any other name is refused.",
     )
     traces: bool = Field(
         False,
@@ -127,9 +128,7 @@ class Settings(FileSettings):
     @classmethod
     def split_hosts(cls, value: Any) -> Any:
         """Take ``"a.example, b.example"`` as well as a sequence."""
-        if isinstance(value, str):
-            return tuple(name.strip().lower() for name in value.split(",") if name.strip())
-        return value
+        return host_names(value)
 
     @field_validator("log_level", "log_format", mode="before")
     @classmethod
@@ -255,7 +254,7 @@ def supabase_problems(parts: dict[str, str]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- passwords
 
 # A port and a path with an @ in it are no password: http://host:8080/users/me@there.
-IN_AN_ADDRESS = re.compile(r"(://[^:/?#@\s]{0,500}):(?!\d{1,5}/)(?:[^@\s]{0,2000}@)+")
+IN_AN_ADDRESS = re.compile(r"(://[^:/?#@\s]{0,500}):(?!\d{1,5}/)(?:(?:(?!://)[^@\s]){0,2000}@)+")
 # password=x as in a DSN or a list of variables; 'password': 'x' as in a dict.
 AFTER_ITS_NAME = re.compile(
     r"""(password["']?\s*(?:=|:(?=\s*["']))\s*)('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s&]+)""", re.IGNORECASE
@@ -291,13 +290,17 @@ def know_passwords_of(dsn: str) -> None:
         know_password(parts.get("password", ""), parts.get("user", ""), parts.get("dbname", ""))
 
 
+# Bounded: else a text of nothing but backslashes is searched from each of them to its end.
+ESCAPES = r"\\{1,16}"
+
+
 def spellings(char: str) -> str:
     """Return a pattern for a character of a password: as it is, after backslashes (repr, JSON, a DSN of name=value),
     percent-encoded, or by its number."""
     encoded = "".join(f"%{byte:02x}" for byte in char.encode(errors="surrogateescape"))
-    ways = [re.escape(char), rf"\\+{re.escape(char)}", encoded, encoded.upper()]
+    ways = [re.escape(char), rf"{ESCAPES}{re.escape(char)}", encoded, encoded.upper()]
     if char == " ":
         ways.append(r"\+")
     if not char.isascii():
-        ways += [rf"\\+u{ord(char):04x}", rf"\\+x{ord(char):02x}"]
+        ways += [rf"{ESCAPES}u{ord(char):04x}", rf"{ESCAPES}x{ord(char):02x}"]
     return f"(?:{'|'.join(ways)})"

@@ -171,5 +171,8 @@ class Supervisor:
 def command(arguments: Sequence[str]) -> list[str]:
     """Return the words that start a worker process. Its Python looks for no module in the current directory (-P), not
     for batchq itself either, unless that is where batchq lies."""
-    lies_here = Path(__file__).parents[1] == Path.cwd()
+    try:
+        lies_here = Path(__file__).parents[1] == Path.cwd()
+    except OSError:  # the current directory is gone, with the release that this is replaced by
+        lies_here = False
     return [sys.executable, *([] if lies_here else ["-P"]), "-m", "batchq", "worker", *arguments]

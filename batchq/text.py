@@ -5,6 +5,7 @@ import json
 import re
 import traceback
 from typing import Any
+from unicodedata import category
 
 from pydantic import BaseModel
 
@@ -28,6 +29,7 @@ HIDDEN_CHARACTERS = (
     "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U00013430-\U00013440\U0001bca0-\U0001bca3"
     "\U0001d173-\U0001d17a\U000e0000-\U000e0fff\ud800-\udfff"
 )
+JOINED = re.compile("[\u0620-\u064a\u066e-\u06d3\u0750-\u077f\u0900-\u0dff]")
 HIDDEN = re.compile(f"[{HIDDEN_CHARACTERS}]")
 HIDDEN_IN_A_LINE = re.compile(f"[\t\n{HIDDEN_CHARACTERS}]")
 
@@ -48,8 +50,21 @@ def visible_json(text: str) -> str:
 
 
 def spelled_out(found: re.Match[str]) -> str:
-    """Return a hidden character as people read it."""
+    """Return a hidden character as people read it; as it is where it changes how its neighbors look, and so hides
+    nothing: the style of a symbol, the joints of an emoji, the forms of Arabic and Indic letters."""
+    before, after = found.string[: found.start()][-1:], found.string[found.end() :][:1]
+    if found[0] in "\ufe0e\ufe0f" and is_symbol(before):
+        return found[0]
+    if found[0] == "\u200d" and (before == "\ufe0f" or is_symbol(before)) and is_symbol(after):
+        return found[0]
+    if found[0] in "\u200c\u200d" and JOINED.match(before) and JOINED.match(after):
+        return found[0]
     return f"⟨U+{ord(found[0]):04X}⟩"
+
+
+def is_symbol(char: str) -> bool:
+    """Return whether a character is a symbol such as ❤ or an emoji, or a color of skin."""
+    return char != "" and (category(char) == "So" or "\U0001f3fb" <= char <= "\U0001f3ff")
 
 
 def json_text(value: Any, what: str) -> str:

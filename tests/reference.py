@@ -114,7 +114,8 @@ def settings() -> Iterator[str]:
     ]
     yield "## Settings\n"
     yield "From the environment or `.env`, or as flags: `BATCHQ_LEASE_SECONDS=30`, `--lease-seconds 30`."
-    yield "A `.env` that another user (not root) owns, or that others may write, is refused.\n"
+    yield "A `.env` with settings of batchq that another user (not root) owns, or that others may write, is refused,"
+    yield "unless `BATCHQ_ENV_FILE` names it; empty, that has no file read.\n"
     yield table(("setting", "default", "takes", "what it is"), *rows)
     yield "Those of the page are in [web](web.md).\n"
 

@@ -16,7 +16,7 @@ from rich.live import Live
 
 from batchq import log, memory, queries
 from batchq import migrate as migrations
-from batchq.app import load_app
+from batchq.app import App, hidden_modules, load_app
 from batchq.cli import enqueue_file, show_tables
 from batchq.cli.leaving import flush
 from batchq.cli.signals import StopSignals
@@ -49,6 +49,14 @@ def print_file_in_use() -> None:
     """Print which `.env` was read, if any, once: in a strange directory its settings may not be what you expect."""
     if file := file_in_use():
         complain(f"settings read from {str(file)!r}")
+
+
+def load(options: Namespace) -> App:
+    """Load the app; log which modules beside it are not the ones that are imported by their name."""
+    app = load_app(options.app)
+    for name, used in hidden_modules():
+        log.get_logger().warning("a module here is not imported: another one has its name", module=name, used=used)
+    return app
 
 
 def log_file_in_use() -> None:
@@ -155,7 +163,7 @@ def worker(options: Namespace) -> int:
     signs, signals, started_in = Signs(os.environ), StopSignals(), Path.cwd()
     signs.start()
     require_extras(settings)  # before the app's directory is on the path
-    process = Worker(load_app(options.app), settings, drain=options.drain)
+    process = Worker(load(options), settings, drain=options.drain)
     signals.follow(process.stop, process.stop_now, settings.shutdown_seconds)
     code = 0 if process.run() else 1
     if process.wants_replacement:
@@ -186,7 +194,7 @@ def workers(options: Namespace) -> int:
     log.configure(settings.log_format, settings.log_level)
     log_file_in_use()
     signals = StopSignals()
-    load_app(options.app)
+    load(options)
     check_database(dsn, settings.database_timeout_seconds)  # here once, instead of in each process
     arguments, environment = worker_arguments(options), secrets_of(settings)
     environment["BATCHQ_METRICS_PORT"] = str(settings.metrics_port)

@@ -1,5 +1,6 @@
 """The web application: its routes, and how it is served."""
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import parse_qsl
@@ -14,6 +15,7 @@ from starlette.responses import FileResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 
 from batchq.errors import BatchqError, DatabaseAway
+from batchq.hosts import group_of
 from batchq.log import get_logger
 from batchq.settings import Settings, hide_password
 from batchq.web import bulk, shown, verbs
@@ -107,10 +109,11 @@ class Web:
         name = request.path_params["name"]
         if name not in self.live.watched:
             await run_in_threadpool(self.pages.live_part, name)  # raises where there is no such page
-        if self.live.is_full(name):
-            return PlainTextResponse("too many watch\n", 503, {"Retry-After": "30"})
         guard: Guard = request.scope["guard"]
-        events = self.live.stream(name, lambda: self.pages.live_part(name), lambda: guard.is_let_in(request))
+        client = group_of(guard.address_of(request))
+        if self.live.is_full(name, client):
+            return PlainTextResponse("too many watch\n", 503, {"Retry-After": "30"})
+        events = self.live.stream(name, lambda: self.pages.live_part(name), lambda: guard.is_let_in(request), client)
         return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     # ------------------------------------------------------------------------------------------------------- verbs
@@ -217,9 +220,9 @@ class Web:
             answer.headers["Set-Cookie"] = cookie(guard.sessions.new(is_known=True), request)
             return answer
         if wait := guard.attempts.failed(guard.address_of(request)):
-            problem = f"too many attempts: wait {wait:.0f} s"
+            problem = f"too many attempts: wait {math.ceil(wait)} s"
             answer = self.pages.page(request, "login.html", 429, problem=problem)
-            answer.headers["Retry-After"] = str(int(wait) + 1)
+            answer.headers["Retry-After"] = str(math.ceil(wait))
             return answer
         return self.pages.page(request, "login.html", 401, problem="that is not it")
 
@@ -252,7 +255,7 @@ class Web:
     def show_away(self, request: Request, error: Exception) -> Response:
         """Say that the database does not answer."""
         log.warning(
-            "a page could not be read", path=request.url.path, error=hide_password(" ".join(str(error).split()))
+            "a page could not be read", path=request.scope["path"], error=hide_password(" ".join(str(error).split()))
         )
         return self.pages.page(request, "problem.html", 503, title="the database does not answer")
 

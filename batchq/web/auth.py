@@ -10,6 +10,7 @@ others guess from the same address. Only wrong ones are throttled.
 
 import hashlib
 import hmac
+import math
 import re
 import secrets
 import time
@@ -21,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from batchq.hosts import Network, group_of, is_address, is_own_host, is_within
+from batchq.hosts import Network, Seldom, group_of, is_address, is_own_host, is_within, without_port
 from batchq.log import get_logger
 from batchq.web.settings import WebSettings
 
@@ -33,7 +34,6 @@ FORGOTTEN_SECONDS = 600.0
 MOST_ADDRESSES = 10_000
 FREE_FAILURES_OF_ALL = 30
 SECONDS_PER_FAILURE_OF_ALL = 1.0
-LOG_SECONDS = 60.0
 MOST_SESSIONS = 10_000
 SAFE_METHODS = {"GET", "HEAD"}
 OPEN_PATHS = {"/login", "/static/style.css", "/static/icon.svg"}
@@ -110,7 +110,7 @@ class Attempts:
     def __init__(self) -> None:
         self.failures: OrderedDict[str, tuple[int, float]] = OrderedDict()
         self.paid_until = 0.0  # of all addresses: each wrong one moves it by a second
-        self.logged_at = float("-inf")
+        self.reported = Seldom()
 
     def failed(self, address: str) -> float:
         """Count a wrong password; return 0, or how long to wait if it is one too many, which is not counted."""
@@ -118,7 +118,7 @@ class Attempts:
         count, free_at = self.failures.get(client, (0, 0.0))
         ahead = self.paid_until - now - (FREE_FAILURES_OF_ALL - 1) * SECONDS_PER_FAILURE_OF_ALL
         if (wait := max(free_at - now, ahead)) > 0:
-            self.report(address, now)
+            self.report(address)
             return wait
         self.paid_until = max(self.paid_until, now) + SECONDS_PER_FAILURE_OF_ALL
         self.note(client, 1 if now - free_at > FORGOTTEN_SECONDS else count + 1, now)
@@ -132,10 +132,9 @@ class Attempts:
         if len(self.failures) > MOST_ADDRESSES:
             self.failures.popitem(last=False)
 
-    def report(self, address: str, now: float) -> None:
+    def report(self, address: str) -> None:
         """Log that somebody guesses, once a minute."""
-        if now - self.logged_at > LOG_SECONDS:
-            self.logged_at = now
+        if self.reported():
             log.warning("wrong passwords throttled", address=address)
 
 
@@ -153,6 +152,7 @@ class Guard:
         self.settings = settings
         self.sessions = Sessions()
         self.attempts = Attempts()
+        self.refusals = Seldom()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -180,7 +180,10 @@ class Guard:
 
     def refusal(self, request: Request) -> Response | None:
         """Return what is answered instead of a page, None if the request may pass."""
-        if not is_own_host(request.headers.get("host", ""), self.settings.hosts):
+        host = request.headers.get("host")  # None: an old health check, and no browser
+        if host is not None and not is_own_host(host, self.settings.hosts):
+            if self.refusals():
+                log.warning("refused: unknown host name; list it in BATCHQ_WEB_HOSTS", host=host[:200])
             return PlainTextResponse("unknown host name; list it in BATCHQ_WEB_HOSTS\n", 421)
         if "transfer-encoding" in request.headers and "content-length" in request.headers:
             # A proxy that reads the other one of the two would see another end of this request, and another next one.
@@ -200,7 +203,7 @@ class Guard:
     def closed_door(self, request: Request) -> Response:
         """Return the answer to somebody who is not let in. Counts a wrong token."""
         if bearer(request) and (wait := self.attempts.failed(self.address_of(request))):
-            return PlainTextResponse("too many wrong tokens\n", 429, {"Retry-After": str(int(wait) + 1)})
+            return PlainTextResponse("too many wrong tokens\n", 429, {"Retry-After": str(math.ceil(wait))})
         if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
             return RedirectResponse("/login", 303)
         return PlainTextResponse("log in first\n", 401)
@@ -244,9 +247,10 @@ def client_of(address: str, forwarded: list[str], proxies: tuple[Network, ...]) 
     """Return the address of a client: the other end of the connection or, if a trusted proxy is there, the last one in
     X-Forwarded-For that is not a trusted proxy itself. What stands before that, the client may have made up."""
     for given in reversed(",".join(forwarded).split(",")):
-        if not is_within(address, proxies) or not is_address(given.strip()):
+        client = without_port(given)
+        if not is_within(address, proxies) or not is_address(client):
             break
-        address = given.strip()
+        address = client
     return address
 
 
@@ -254,7 +258,7 @@ def is_over_tls(request: Request) -> bool:
     """Return whether a browser speaks TLS, to this server or to a proxy. Anybody may say so: it only makes the cookie
     of the one who says it stricter."""
     forwarded = request.headers.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
-    return "https" in (request.url.scheme, forwarded)
+    return "https" in (request.scope["scheme"], forwarded)
 
 
 def cookie(session: str, request: Request) -> str:

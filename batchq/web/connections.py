@@ -14,7 +14,10 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from batchq.hosts import Network, group_of, is_within
+from batchq.hosts import Network, Seldom, group_of, is_within
+from batchq.log import get_logger
+
+log = get_logger()
 
 MOST_CONNECTIONS = 800
 MOST_OF_AN_ADDRESS = 200
@@ -35,6 +38,7 @@ class Connections:
         self.open: set[PatientProtocol] = set()
         self.of_client: Counter[str] = Counter()
         self.waiting: dict[PatientProtocol, None] = {}
+        self.reported = Seldom()
         self.most = max(10, min(MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FILES))
 
     def take_in(self, connection: "PatientProtocol") -> bool:
@@ -55,6 +59,11 @@ class Connections:
         if found:
             found.drop()
         return found is not None
+
+    def report(self, address: str) -> None:
+        """Log once a minute that a connection was refused."""
+        if self.reported():
+            log.warning("connections refused: too many; name a proxy in BATCHQ_WEB_PROXIES", address=address)
 
     def forget(self, connection: "PatientProtocol") -> None:
         """Count a connection no longer."""
@@ -81,6 +90,7 @@ class PatientProtocol(H11Protocol):
         if self.table.take_in(self):
             self.follow()
         else:
+            self.table.report(self.address)
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -8,6 +8,7 @@ a hundredth of one connection's time.
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ SIGN_OF_LIFE_SECONDS = 15.0
 LONGEST_STREAM_SECONDS = 3600.0  # then the browser comes again, and is asked for its session
 MOST_PAGES = 200
 MOST_VIEWERS = 500
+MOST_OF_A_CLIENT = 150  # of the 200 connections that it may have: the others are for its requests
 
 Render = Callable[[], str]
 
@@ -44,21 +46,28 @@ class Live:
         self.every_seconds = every_seconds
         self.share = SHARE
         self.watched: dict[str, Watched] = {}
+        self.of_client: Counter[str] = Counter()
 
     @property
     def viewers(self) -> int:
         """How many watch, all pages together."""
         return sum(len(page.viewers) for page in self.watched.values())
 
-    def is_full(self, name: str) -> bool:
-        """Tell whether one more viewer of a page would be too many."""
-        return self.viewers >= MOST_VIEWERS or (name not in self.watched and len(self.watched) >= MOST_PAGES)
+    def is_full(self, name: str, client: str = "") -> bool:
+        """Tell whether one more viewer of a page would be too many, or one more of this client's."""
+        return (
+            self.of_client[client] >= MOST_OF_A_CLIENT
+            or self.viewers >= MOST_VIEWERS
+            or (name not in self.watched and len(self.watched) >= MOST_PAGES)
+        )
 
-    async def stream(self, name: str, render: Render, is_let_in: Callable[[], bool]) -> AsyncIterator[str]:
+    async def stream(
+        self, name: str, render: Render, is_let_in: Callable[[], bool], client: str = ""
+    ) -> AsyncIterator[str]:
         """Yield events: the page whenever it has changed, and now and then a comment as a sign of life. End when the
         viewer is no longer let in, because he has logged out."""
         until = time.monotonic() + LONGEST_STREAM_SECONDS
-        with self.viewing(name, render) as texts:
+        with self.counted(client), self.viewing(name, render) as texts:
             yield "retry: 2000\n\n"
             while time.monotonic() < until:
                 try:
@@ -68,6 +77,17 @@ class Live:
                 if not is_let_in():
                     return
                 yield news
+
+    @contextlib.contextmanager
+    def counted(self, client: str) -> Iterator[None]:
+        """Count one more viewer of a client's while the block runs."""
+        self.of_client[client] += 1
+        try:
+            yield
+        finally:
+            self.of_client[client] -= 1
+            if not self.of_client[client]:
+                del self.of_client[client]
 
     @contextlib.contextmanager
     def viewing(self, name: str, render: Render) -> Iterator[asyncio.Queue[str]]:

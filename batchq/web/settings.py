@@ -8,7 +8,8 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 
 from batchq.env_file import FileSettings
 from batchq.errors import ConfigError
-from batchq.hosts import Network
+from batchq.hosts import Network, host_names
+from batchq.settings import know_password
 
 SHORTEST_SECRET = 8
 
@@ -26,10 +27,16 @@ class WebSettings(FileSettings):
     proxies: Annotated[tuple[Network, ...], NoDecode] = ()
     read_only: bool = False
 
-    @field_validator("hosts", "proxies", mode="before")
+    @field_validator("hosts", mode="before")
+    @classmethod
+    def split_hosts(cls, value: Any) -> Any:
+        """Take ``"a.example, .b.example"`` as well as a sequence."""
+        return host_names(value)
+
+    @field_validator("proxies", mode="before")
     @classmethod
     def split(cls, value: Any) -> Any:
-        """Take ``"a.example, b.example"`` as well as a sequence."""
+        """Take ``"10.0.0.0/8, ::1"`` as well as a sequence."""
         return (
             tuple(name.strip().lower() for name in value.split(",") if name.strip())
             if isinstance(value, str)
@@ -51,6 +58,8 @@ class WebSettings(FileSettings):
             said = "; ".join(f"BATCHQ_WEB_{str(one['loc'][0]).upper()}: {one['msg']}" for one in problems)
             raise ConfigError(said) from None
         settings.check()
+        for secret in settings.secrets:
+            know_password(secret)
         return settings
 
     def check(self) -> None:

@@ -41,7 +41,7 @@ def refused(why: str) -> None:
 def test_a_file_of_somebody_else(file: Path) -> None:
     """As a neighbour who owns the directory, and waits for somebody to start batchq there."""
     os.chown(file, NOBODY, NOBODY)
-    refused(rf"{file}' belongs to user {NOBODY}, not to you or root; start batchq in a directory of yours")
+    refused(rf"{file}' has settings of batchq and belongs to user {NOBODY}, not to you or root; start batchq in a ")
 
 
 @as_root
@@ -75,9 +75,11 @@ def test_a_file_that_others_may_write(file: Path, mode: int) -> None:
     refused(rf"can be written by its group or by others \(mode {mode:o}\); run: chmod go-w \.env")
 
 
+@as_root
 def test_the_group_of_one_user_alone_may_write(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As somebody whose system gives each user a group, and lets it write what that user makes (umask 002)."""
     user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(os.getegid())
+    os.chown(file, -1, NOBODY)
     file.chmod(0o664)
     for name, members, number, is_read in (
         (user.pw_name, [], user.pw_gid, True),
@@ -92,6 +94,49 @@ def test_the_group_of_one_user_alone_may_write(file: Path, monkeypatch: pytest.M
             assert WebSettings.load().host == "0.0.0.0"
         else:
             refused("can be written by its group")
+
+
+@as_root
+def test_a_file_of_somebody_else_that_sets_nothing_of_ours_is_no_harm(file: Path) -> None:
+    """As a neighbour whose `.env` is of another program; or a project that is mounted into a container."""
+    file.write_text("DJANGO_SECRET=1\n")
+    os.chown(file, NOBODY, NOBODY)
+    file.chmod(0o666)
+    assert WebSettings.load().host == "127.0.0.1"
+
+
+@as_root
+def test_a_file_that_the_environment_names_is_read_whoever_wrote_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As nobody: only who starts batchq sets its environment."""
+    os.chown(file, NOBODY, NOBODY)
+    refused(r"BATCHQ_ENV_FILE=\.env")
+    monkeypatch.setenv("BATCHQ_ENV_FILE", ".env")
+    assert WebSettings.load().host == "0.0.0.0"
+    monkeypatch.setenv("BATCHQ_ENV_FILE", "")
+    assert WebSettings.load().host == "127.0.0.1"
+    monkeypatch.setenv("BATCHQ_ENV_FILE", "nowhere")
+    refused("BATCHQ_ENV_FILE names .*nowhere', which cannot be read")
+
+
+@as_root
+def test_who_became_root_by_sudo_is_no_stranger(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a developer who runs `sudo batchq migrate` in a project of his own."""
+    os.chown(file, NOBODY, NOBODY)
+    monkeypatch.setenv("SUDO_UID", str(NOBODY))
+    assert WebSettings.load().host == "0.0.0.0"
+
+
+@as_root
+def test_a_file_that_cannot_be_read_sets_nothing(file: Path) -> None:
+    """As a service whose settings come from its environment, by a file that root alone reads."""
+    file.parent.chmod(0o755)
+    os.seteuid(NOBODY)
+    try:
+        assert WebSettings.load().host == "127.0.0.1"
+    finally:
+        os.seteuid(0)
 
 
 def test_what_is_no_file_is_not_read(file: Path) -> None:

@@ -209,6 +209,46 @@ def test_what_a_handler_imports_late_does_not_come_from_the_directory(
     )
 
 
+def test_a_module_that_is_not_the_one_beside_the_app_is_told(command: CommandLine, conn: psycopg.Connection) -> None:
+    """As nobody: the fence tells whose module it keeps out."""
+    (command.directory / "wave.py").write_text("KIND = 'mine'\n")
+    (command.directory / "late.py").write_text(
+        "import batchq, wave\napp = batchq.App()\n@app.handler('late')\ndef work(batch):\n    pass\n"
+    )
+    batch_id = insert(conn, kind="late")
+    ended = run(command, [*WAYS["command"], "worker", "late:app", "--drain", "--log-format", "json"])
+    assert '"event": "a module here is not imported: another one has its name"' in ended.stderr
+    assert '"module": "wave"' in ended.stderr
+    assert conn.execute("SELECT status FROM batchq.batches WHERE id = %s", [batch_id]).fetchone() == ("completed",)
+    (command.directory / "late.py").rename(command.directory / "queue.py")
+    ended = run(command, [*WAYS["command"], "worker", "queue:app", "--drain"])
+    assert "give a module of yours another name" in ended.stderr
+
+
+def test_a_path_that_is_the_directory_itself_serves_the_children_of_a_supervisor_as_well(
+    command: CommandLine, conn: psycopg.Connection
+) -> None:
+    """As nobody: PYTHONPATH=/app in /app, as in many images."""
+    (command.directory / "wave.py").write_text("KIND = 'mine'\n")
+    (command.directory / "late.py").write_text(
+        "import batchq, wave\napp = batchq.App()\n@app.handler(wave.KIND)\ndef work(batch):\n    pass\n"
+    )
+    for words in (["worker", "late:app"], ["workers", "1", "late:app"]):
+        batch_id = insert(conn, kind="mine")
+        ended = run(command, [*WAYS["command"], *words, "--drain"], PYTHONPATH=str(command.directory))
+        assert ended.returncode == 0, ended.stderr
+        assert conn.execute("SELECT status FROM batchq.batches WHERE id = %s", [batch_id]).fetchone() == ("completed",)
+
+
+def test_a_directory_that_is_gone_is_no_traceback(command: CommandLine, tmp_path: Path) -> None:
+    """As a deploy that removes the directory of a release while its supervisor starts a worker anew."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"cd {gone} && rmdir {gone} && exec {sys.executable} -P -m batchq status"
+    ended = run(command, ["bash", "-c", script])
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
+
+
 def is_installed(name: str) -> bool:
     """Return whether a distribution is installed."""
     try:

@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 
 from batchq import metrics
+from batchq.errors import ConfigError
+from batchq.hosts import is_own_host
 from batchq.metrics import MOST_CONNECTIONS, MetricsServer
 from batchq.settings import Settings
 from tests.support.alone import run_alone
@@ -85,15 +87,39 @@ def test_a_foreign_host_name(server: MetricsServer) -> None:
             assert status_of(exchange(server.port, request(path, host))) == 421, (host, path)
     twice = request("/metrics").replace(b"\r\n\r\n", b"\r\nHost: evil.example\r\n\r\n")
     assert status_of(exchange(server.port, twice)) == 421
-    assert status_of(exchange(server.port, b"GET /metrics HTTP/1.0\r\n\r\n")) == 421
     for host in (f"127.0.0.1:{server.port}", "localhost", "[::1]", "10.1.2.3:9400", "Worker-1.Example:9400"):
         assert status_of(exchange(server.port, request("/metrics", host))) == 200, host
+
+
+def test_old_health_checks_are_answered(server: MetricsServer) -> None:
+    """As nobody: a check that sends no Host (no browser does so), HEAD, or an empty line first."""
+    for sent in (
+        b"GET /healthz HTTP/1.0\r\n\r\n",
+        b"\r\nGET /healthz HTTP/1.0\r\n\r\n",
+        request("/healthz", socket.gethostname().upper()),
+        request("/healthz", "localhost").replace(b"GET", b"HEAD"),
+    ):
+        answer = exchange(server.port, sent)
+        assert status_of(answer) == 200, sent
+        assert answer.endswith(b"\r\n\r\n") == sent.startswith(b"HEAD"), sent
+
+
+def test_a_host_that_comes_after_the_head_is_no_way_in(server: MetricsServer) -> None:
+    """As a page with a foreign name whose Host header stands where a bounded head has ended."""
+    sent = request("/metrics", "evil.example").replace(b"\r\nHost", b"\r\nX: " + b"x" * 20_000 + b"\r\nHost")
+    assert b"200" not in exchange(server.port, sent)[:20]
 
 
 def test_names_come_from_the_setting() -> None:
     """As nobody: the fence lets its own people through."""
     assert Settings.load(metrics_hosts="a.example, B.example").metrics_hosts == ("a.example", "b.example")
     assert Settings.load().metrics_hosts == ()
+    assert is_own_host("pod.default.svc:9400", Settings.load(metrics_hosts=".svc, w").metrics_hosts)
+    assert is_own_host("W.", ("w",))
+    assert not is_own_host("evil.example", (".svc", "w"))
+    for wrong in ("https://a.example", "a.example:9400", "*", "a.example/x"):
+        with pytest.raises(ConfigError, match="is not a host name: leave out the scheme"):
+            Settings.load(metrics_hosts=wrong)
 
 
 @pytest.mark.parametrize(

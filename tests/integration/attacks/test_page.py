@@ -1,5 +1,6 @@
 """Attacks on the web UI's door: guesses, stolen cookies, forged headers, heads that two servers read differently."""
 
+import ipaddress
 import re
 import socket
 import threading
@@ -165,6 +166,16 @@ def test_a_forged_address_before_the_proxys_own_is_not_believed() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- sessions
+
+
+def test_addresses_as_proxies_write_them() -> None:
+    """As nobody: gateways that add a port, and a socket that has IPv4 addresses in IPv6's form."""
+    networks = (ipaddress.ip_network("10.0.0.0/8"),)
+    for given in ("203.0.113.9:52311", "203.0.113.9", " 203.0.113.9 "):
+        assert client_of("10.0.0.1", [given], networks) == "203.0.113.9"
+    assert client_of("10.0.0.1", ["[2001:db8::1]:443"], networks) == "2001:db8::1"
+    assert client_of("10.0.0.1", ["2001:db8::1"], networks) == "2001:db8::1"
+    assert client_of("::ffff:10.0.0.1", ["203.0.113.9"], networks) == "203.0.113.9"
 
 
 def test_the_cookie_of_a_session_that_logged_out(site: Site) -> None:

@@ -15,6 +15,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import batchq
 from batchq import settings
 from batchq.database import connect
+from batchq.log import hidden
 from batchq.settings import Settings, hide_password
 from batchq.text import error_object, message_object, one_line
 from tests.support.alone import run_alone
@@ -271,6 +272,20 @@ def test_a_password_comes_from_a_file_of_passwords(
     batch_id = put(conn, "fail", max_attempts=1)
     drain(app, make_conninfo(**parts))
     assert look(conn, batch_id).errors[0]["error"] == "ValueError: it is ***"
+
+
+@pytest.mark.parametrize("text", ["\\" * 1_000_000, "://:" * 250_000, "://u:p@" * 140_000, "%" * 1_000_000])
+def test_no_text_takes_long_to_search(text: str) -> None:
+    Settings.load(dsn=f"postgresql://u:{quote(PASSWORD, safe='')}@h/db")
+    began = time.monotonic()
+    hide_password(text)
+    assert time.monotonic() - began < 2
+
+
+def test_a_line_of_the_log_is_bounded() -> None:
+    line = hidden("a" * 1_000_000)
+    assert len(line) < 101_000
+    assert "900000 characters" in line
 
 
 def test_a_password_that_is_a_name_too_or_short_hides_no_half_of_a_message() -> None:

@@ -273,6 +273,19 @@ def test_every_invisible_character_of_unicode_is_spelled_out_and_nothing_else() 
     assert visible_line("a\tb\n") == "a⟨U+0009⟩b⟨U+000A⟩"
 
 
+@pytest.mark.parametrize("text", ["⚠️ retry ❤️", "👨‍👩‍👧 at home", "👍🏽‍", "می‌خواهم", "क्‍ष", "grüße, שלום, 漢字, 🙂"])
+def test_what_changes_how_its_neighbors_look_is_left_as_it_is(text: str) -> None:
+    assert visible(text.rstrip("\u200d")) == text.rstrip("\u200d")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["good\u200d", "go\u200dod", "a\ufe0f", "支\u200c付", "❤\ufe0f\ufe0f", "\u200d", "👨\u200d", "א\u200dב"],
+)
+def test_what_joins_nothing_is_spelled_out(text: str) -> None:
+    assert "⟨U+" in visible(text)
+
+
 def test_json_for_a_program_is_the_same_json() -> None:
     value = {STEERING + FORGING: [STEERING, "漢字 grüße"]}
     text = visible_json(json.dumps(value, ensure_ascii=False))
