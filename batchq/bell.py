@@ -37,10 +37,12 @@ class Bell:
             queries.listen(conn)
             self.outage.over()
             self.nudge()  # what came meanwhile made no sound
+            is_ringing = False
             while not self.closing.is_set():
-                if list(conn.notifies(timeout=LISTEN_SECONDS, stop_after=1)):
+                if is_ringing or list(conn.notifies(timeout=LISTEN_SECONDS, stop_after=1)):
                     self.nudge()
-                    self.closing.wait(REST_SECONDS)
+                    # Read on meanwhile: what is not read fills the server's queue.
+                    is_ringing = sum(1 for _ in conn.notifies(timeout=REST_SECONDS)) > 0
 
     def close(self) -> None:
         """Let `run` end."""

@@ -170,7 +170,7 @@ HAVING max(cost_seconds) > 0.005
 
 -- name: rows_in_the_default_partition
 SELECT 'warning', format('finished batches of %%s lie in finished_default', string_agg(DISTINCT d.day::text, ', ')),
-  'have the owner''s workers run, or SELECT batchq.create_finished_partitions(current_date, 8) daily; prune removes these rows'
+  'run a worker, or SELECT batchq.create_finished_partitions(current_date, 8) daily; prune removes these rows'
 FROM (SELECT (finished_at AT TIME ZONE 'UTC')::date AS day FROM batchq.finished_default LIMIT 10000) d
 HAVING count(*) > 0
 
@@ -192,7 +192,7 @@ WHERE 3 * held >= room
 -- name: partitions_missing
 SELECT CASE WHEN min(d.day) = (now() AT TIME ZONE 'UTC')::date THEN 'critical' ELSE 'warning' END,
   format('no partition for batches that finish on %%s', string_agg(d.day::text, ', ' ORDER BY d.day)),
-  'as the owner: SELECT batchq.create_finished_partitions(current_date, 8); a worker of the owner''s does it by itself'
+  'as the owner: SELECT batchq.create_finished_partitions(current_date, 8); a worker does it by itself'
 FROM (SELECT (now() AT TIME ZONE 'UTC')::date + n AS day FROM generate_series(0, 2) n) d
 WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.relnamespace = 'batchq'::regnamespace AND c.relispartition
                     AND c.relname = 'finished_' || to_char(d.day, 'YYYYMMDD'))

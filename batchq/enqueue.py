@@ -3,7 +3,7 @@
 The batch exists if, and only if, the caller's transaction commits; nothing here commits.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from itertools import islice
 from typing import Any
@@ -95,11 +95,25 @@ def enqueue_many(
         raise InvalidInput("enqueue_many has no unique_key; call enqueue for each")
     texts = payload_rows(payloads) if payloads is not None else item_rows(items or (), items_per_batch, payload)
     given = check_options(kind=kind, **(DEFAULTS | known(options)))
-    with traces.sending(kind, given["queue"]) as trace_context, conn.transaction():
-        columns, same = columns_and_values(conn, given)
-        if trace_context is not None:
-            columns, same = [*columns, "trace_context"], [*same, trace_context]
-        return queries.copy_batches(conn, [*columns, "payload", "items"], same, texts)
+    with traces.sending(kind, given["queue"]) as trace_context:
+        more = {} if trace_context is None else {"trace_context": trace_context}
+        try:
+            return insert_all(conn, queries.copy_batches, given, more, texts)
+        except psycopg.errors.FeatureNotSupported:  # row security is on; no text has been taken
+            return insert_all(conn, queries.insert_batches, given, more, texts)
+
+
+def insert_all(
+    conn: psycopg.Connection[Any],
+    insert: Callable[[psycopg.Connection[Any], list[str], list[Any], "Texts"], int],
+    options: dict[str, Any],
+    more: dict[str, Any],
+    texts: "Texts",
+) -> int:
+    """Insert all batches, or none; return how many."""
+    with conn.transaction():
+        columns, same = columns_and_values(conn, options)
+        return insert(conn, [*columns, *more, "payload", "items"], [*same, *more.values()], texts)
 
 
 DEFAULTS: dict[str, Any] = {

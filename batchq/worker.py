@@ -1,6 +1,7 @@
 """The worker: one process of claimer, lanes, finisher and keeper, from its start to its graceful end."""
 
 import os
+import shlex
 import socket
 import sys
 import threading
@@ -340,9 +341,10 @@ def check_database(dsn: str, seconds: float, row: WorkerRow | None = None) -> No
         check_writable(conn)
         check_schema(conn)
         if not queries.may_work(conn):
+            role = shlex.quote(queries.role_and_encoding(conn)[0])
             raise ConfigError(
-                f"permission denied: role {conn.info.user} may not work batches; "
-                f"as the owner of the schema: batchq roles worker {conn.info.user} --apply"
+                f"permission denied: role {role} may not work batches; "
+                f"as the owner of the schema: batchq roles worker {role} --apply"
             )
         try:
             queries.take_in(conn, [*row.queues, *row.kinds, row.id] if row else [])

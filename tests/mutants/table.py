@@ -22,7 +22,7 @@ TABLES, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE, DOORS = (
         "0034_replica_identities",
         "0036_true_bulk_numbers",
         "0037_prune_in_steps",
-        "0038_doors",
+        "0039_doors",
     )
 )
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
@@ -1045,7 +1045,7 @@ MUTANTS = [
         PRODUCER,
         [
             (
-                "isfinite(coalesce(lease_expires_at, claimed_at, created_at))",
+                "coalesce(isfinite(lease_expires_at), true)",
                 "true",
                 "every lease runs out",
             ),
@@ -1053,9 +1053,9 @@ MUTANTS = [
         DOORS,
     ),
     *of(
-        "CREATE FUNCTION batchq.refuse_packed_values(",
+        "CREATE TRIGGER refuse_packed_values",
         PRODUCER,
-        [("octet_length(NEW.cursor::text) > 2 * most_bytes", "false", "no value is larger than it looks")],
+        [("OR octet_length(NEW.items::text) >", "OR false AND 0 >", "no value is larger than it looks")],
         DOORS,
     ),
     *of(
@@ -1072,7 +1072,13 @@ MUTANTS = [
     *of(
         "    def run(self",
         NOTIFY,
-        [("self.closing.wait(REST_SECONDS)", "pass", "whoever may NOTIFY sets no worker's pace")],
+        [
+            (
+                "conn.notifies(timeout=REST_SECONDS)",
+                "conn.notifies(timeout=0)",
+                "whoever may NOTIFY sets no worker's pace",
+            )
+        ],
         "batchq/bell.py",
     ),
     # ----------------------------------------------------------------------------------------------- the page's doors

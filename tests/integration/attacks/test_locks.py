@@ -80,6 +80,13 @@ def test_nobody_but_a_worker_takes_the_locks_of_maintenance(conn: Conn, admin_ds
     assert values(conn, "SELECT name FROM batchq.locks ORDER BY name") == list(NAMES[1:])
 
 
+def test_a_lock_that_is_not_there_is_an_error(conn: Conn) -> None:
+    conn.execute("DELETE FROM batchq.locks")
+    for call in ("try_lock", "take_lock"):
+        with pytest.raises(psycopg.errors.RaiseException, match=r"batchq\.locks has no row 'partitions'"):
+            conn.execute(f"SELECT batchq.{call}('partitions')".encode())
+
+
 def test_a_viewer_locks_no_row_and_no_table_against_a_worker(conn: Conn, admin_dsn: str) -> None:
     insert(conn)
     with role_for(admin_dsn, "viewer") as dsn, psycopg.connect(dsn, autocommit=True) as viewer:

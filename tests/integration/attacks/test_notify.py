@@ -5,6 +5,7 @@ import time
 import psycopg
 
 from batchq.bell import REST_SECONDS, Bell
+from tests.component.rows import insert, value
 from tests.support.alone import run_alone
 from tests.support.roles import role_for
 from tests.support.steps import step
@@ -31,6 +32,26 @@ def test_a_flood_of_notifications_wakes_a_worker_a_hundred_times_a_second_at_mos
         count = len(nudges)
         flooder.execute("NOTIFY batchq")
         wait_until(lambda: len(nudges) > count, 1, "a nudge")
+
+
+def test_a_full_queue_of_notifications_fails_no_insert(conn: psycopg.Connection, admin_dsn: str) -> None:
+    """As a stranger who floods with large notifications, and another who listens and reads none."""
+    conn.execute("SELECT batchq.bell(true)")
+    nudges: list[float] = []
+    bell = Bell(admin_dsn, lambda: nudges.append(time.monotonic()))
+    with role_for(admin_dsn) as dsn, psycopg.connect(dsn, autocommit=True) as flooder, running(bell.run, bell.close):
+        wait_until(lambda: nudges, 10, "the bell to listen")
+        until = time.monotonic() + 3
+        sent = 0
+        while time.monotonic() < until:
+            flooder.execute("SELECT pg_notify('batchq', i || repeat('x', 7900)) FROM generate_series(1, 100) i")
+            sent += 100
+            insert(conn)
+        usage = "SELECT pg_notification_queue_usage()"
+        step("%s large notifications; the queue is %.4f full", sent, value(conn, usage))
+        wait_until(lambda: value(conn, usage) < 0.0001, 10, "the worker to have read them all")
+    source = value(conn, "SELECT prosrc FROM pg_proc WHERE oid = 'batchq.ring()'::regprocedure")
+    assert "IF pg_notification_queue_usage() < 0.5" in source, "a queue of 8 GB is not filled here"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The door: INSERT. A producer may enqueue, and change nothing that others or workers count on."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import batchq
 from tests.component.rows import insert, value, values
 from tests.support.alone import run_alone
+from tests.support.commands import CommandLine
 from tests.support.roles import role_for
 
 Conn = psycopg.Connection
@@ -144,6 +146,44 @@ def test_what_is_small_only_because_it_is_compressed_is_refused(conn: Conn, colu
     assert value(conn, f"SELECT pg_column_size({column}) FROM packed") < 2_000_000
     with pytest.raises(psycopg.errors.CheckViolation, match="when they are unpacked"):
         conn.execute(f"INSERT INTO batchq.batches (kind, {column}) SELECT 'x', {column} FROM packed".encode())
+
+
+BOMBS = {
+    "a few numbers": ("payload", "('[' || repeat('1e131071,', 30) || '1]')::jsonb"),
+    "many numbers": ("payload", "('[' || repeat('1e131071,', 1200) || '1]')::jsonb"),
+    "numbers that compress": (
+        "payload",
+        "('[' || repeat('1e131071,', 1200) || '\"' || repeat('x', 99999) || '\"]')::jsonb",
+    ),
+    "more than a gigabyte": ("payload", "('[' || repeat('1e131071,', 40000) || '1]')::jsonb"),
+    "items": ("items", "('[' || repeat('1e131071,', 1200) || '1]')::jsonb"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_what_is_small_only_until_it_is_read_is_refused(conn: Conn, producer: Conn, bomb: str) -> None:
+    column, made = BOMBS[bomb]
+    with pytest.raises((psycopg.errors.CheckViolation, psycopg.errors.ProgramLimitExceeded)):
+        producer.execute(f"INSERT INTO batchq.batches (kind, {column}) VALUES ('x', {made})".encode())
+    assert values(conn, "SELECT id FROM batchq.batches") == []
+
+
+@pytest.mark.parametrize(
+    "text", ['"\\u0001' * 0 + '"' + "\\u0001" * 5000 + '"', "[" + "0.1," * 5000 + "1]", "[" + "1e100," * 100 + "1]"]
+)
+def test_ordinary_values_that_read_longer_than_they_are_stored_are_taken(producer: Conn, conn: Conn, text: str) -> None:
+    producer.execute("INSERT INTO batchq.batches (kind, payload, items) VALUES ('x', %s::jsonb, '[1]')", [text])
+    assert value(conn, "SELECT count(*) FROM batchq.batches") == 1
+
+
+def test_a_producer_uses_the_command_line(producer: Conn, admin_dsn: str, tmp_path: Path) -> None:
+    with role_for(admin_dsn, "producer") as dsn:
+        shell = CommandLine(dsn, tmp_path)
+        assert shell("enqueue", "mail").code == 0
+        (tmp_path / "lines").write_text("a\nb\n")
+        assert shell("enqueue", "mail", "--lines", "lines").code == 0
+        checked = shell("check")
+        assert (checked.code, "what waits was not looked at" in checked.out) == (0, True), checked.out
 
 
 def test_a_payload_that_fits_is_taken_compressed_or_not(conn: Conn) -> None:

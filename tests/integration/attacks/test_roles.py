@@ -98,7 +98,7 @@ def test_a_role_has_the_privileges_of_its_duty_and_no_other(conn: Conn, roles: d
         assert ("schema", "batchq", "USAGE") in found
         assert ("schema", "batchq", "CREATE") not in found
         assert not [cell for cell in found if cell[0] == "sequence" or cell[2] in ("TRUNCATE", "REFERENCES", "TRIGGER")]
-    assert {name for kind, name, privilege in granted["producer"] if kind == "relation"} == set()
+    assert {name for kind, name, privilege in granted["producer"] if kind == "relation"} == {"migrations"}
     assert {privilege for kind, _, privilege in granted["viewer"] if kind != "function"} == {"SELECT", "USAGE"}
     more = set(granted["operator"]) - set(granted["viewer"])
     assert {kind for kind, _, _ in more} == {"function"}
@@ -177,6 +177,13 @@ def test_a_grant_beyond_every_duty_is_told(dsn: str, admin_dsn: str, tmp_path: P
         (finding,) = ended.json
         assert BEYOND[grant].format(name) in finding["evidence"]
         assert BEYOND[grant].format(name) in shell("doctor", "--json").out
+
+
+def test_whoever_migrates_what_is_up_to_date_needs_no_ownership(roles: dict[str, str], tmp_path: Path) -> None:
+    """A container that runs `batchq migrate && batchq worker` with the worker's role."""
+    for duty in ("worker", "viewer", "producer"):
+        ended = CommandLine(roles[duty], tmp_path)("migrate")
+        assert (ended.code, ended.out) == (0, "the schema is up to date\n"), (duty, ended.err)
 
 
 def test_a_worker_without_its_grants_is_told_what_to_do(admin_dsn: str, tmp_path: Path) -> None:

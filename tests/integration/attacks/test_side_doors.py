@@ -9,7 +9,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from batchq import enqueue
+from batchq import enqueue, enqueue_many
 from tests.component.rows import insert, value, values
 from tests.support.alone import run_alone
 from tests.support.roles import role_for
@@ -232,6 +232,17 @@ def test_a_tenant_does_not_get_round_its_policy(conn: Conn, tenant: Conn, statem
     with pytest.raises(DENIED):
         tenant.execute(statement.encode())
     assert value(conn, "SELECT count(*) FROM batchq.batches") == 2
+
+
+def test_a_tenant_enqueues_many_of_its_own_and_none_of_others(conn: Conn, tenant: Conn) -> None:
+    """COPY does not work with row security."""
+    given = ({"tenant": "me", "n": n} for n in range(250))
+    assert enqueue_many(tenant, "mail", given, delay_seconds=5) == 250
+    assert value(conn, "SELECT count(*) FROM batchq.batches WHERE run_at > now()") == 250
+    with pytest.raises(DENIED):
+        enqueue_many(tenant, "mail", [{"tenant": "me"}, {"tenant": "somebody else"}])
+    assert enqueue_many(tenant, "mail", items=range(5), items_per_batch=2, payload={"tenant": "me"}) == 3
+    assert value(conn, "SELECT count(*) FROM batchq.batches") == 255
 
 
 def test_a_tenant_copies_and_counts_its_own_alone(tenant: Conn) -> None:

@@ -90,61 +90,6 @@ BEGIN
 END
 $$;
 
--- ----------------------------------------------------------------------------------------------------------------- locks
-
--- An advisory lock may be taken by any role that may log in, and held: no partition would be made again. A row can be
--- locked only by a role that may update it, and by the functions below.
-CREATE TABLE batchq.locks (
-  name text PRIMARY KEY
-);
-
-COMMENT ON TABLE batchq.locks IS 'Rows that are locked, and never changed, by the one worker that does what their name says.';
-COMMENT ON COLUMN batchq.locks.name IS 'partitions, positions or throughput.';
-
-INSERT INTO batchq.locks (name) VALUES ('partitions'), ('positions'), ('throughput');
-
-CREATE FUNCTION batchq.take_lock(lock text)
-RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-  PERFORM FROM batchq.locks WHERE name = lock FOR UPDATE;
-END
-$$;
-
-COMMENT ON FUNCTION batchq.take_lock(text) IS 'Takes a lock of batchq.locks, until the end of the transaction; waits for it.';
-
-CREATE FUNCTION batchq.try_lock(lock text)
-RETURNS boolean
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-  PERFORM FROM batchq.locks WHERE name = lock FOR UPDATE SKIP LOCKED;
-  RETURN FOUND;
-END
-$$;
-
-COMMENT ON FUNCTION batchq.try_lock(text) IS
-  'Takes a lock of batchq.locks, until the end of the transaction, if it is free; returns whether it was.';
-
-DO $$
-DECLARE
-  made text;
-BEGIN
-  FOR made IN
-    SELECT regexp_replace(
-             regexp_replace(pg_get_functiondef(p.oid), 'pg_try_advisory_xact_lock' || argument, 'batchq.try_lock(''\1'')'),
-             'pg_advisory_xact_lock' || argument, 'batchq.take_lock(''\1'')')
-    FROM pg_catalog.pg_proc p
-    CROSS JOIN (VALUES ('\(hashtextextended\(''batchq\.(\w+)'', 0\)\)')) AS a(argument)
-    WHERE p.pronamespace = 'batchq'::regnamespace
-      AND p.prosrc LIKE '%advisory_xact_lock(%'
-  LOOP
-    EXECUTE made;
-  END LOOP;
-END
-$$;
-
 -- ---------------------------------------------------------------------------------------------------------------- duties
 
 CREATE VIEW batchq.duties AS
@@ -153,6 +98,7 @@ FROM (VALUES
   ('producer', 'INSERT (queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items, '
                'timeout_seconds, trace_context)', '{batches}'::text[]),
   ('producer', 'SELECT (id)', '{batches}'),
+  ('producer', 'SELECT', '{migrations}'),
 
   ('worker', 'SELECT', '{batches,batches_live,batches_finished,failed_items,workers,throughput_minutes,pauses,positions,migrations}'),
   ('worker', 'UPDATE (status, attempt, claimed_by, claim_token, claimed_at, lease_expires_at, run_at, items_done, '
@@ -165,9 +111,9 @@ FROM (VALUES
                         'create_finished_partitions,ids_given_twice,"forget_failed_items(text,bigint)"}'),
 
   ('viewer', 'SELECT', '{batches,batches_live,batches_finished,failed_items,workers,throughput_minutes,pauses,positions,'
-                       'migrations,audit,status,queues,throughput,failures,duties}'),
+                       'migrations,audit,status,queues,throughput,failures,duties,finished_default}'),
   ('viewer', 'EXECUTE', '{shown_status,count_live,count_failed,latest_failures,run_time_percentile,run_time_percentiles,'
-                        'sum_counts,add_counts,busy_queues,waiting_levels,newest_live,ids_given_twice}'),
+                        'sum_counts,add_counts,busy_queues,waiting_levels,newest_live,ids_given_twice,duty_statements}'),
 
   ('operator', 'EXECUTE', '{cancel,retry,retry_items,snooze,set_priority,move,pause,resume,drain_worker,bulk}')
 ) AS granted(duty, privilege, objects)
@@ -222,7 +168,7 @@ ALTER VIEW batchq.status SET (security_invoker = true);
 
 -- -------------------------------------------------------------------------------------------- what PUBLIC has had so far
 
--- Whoever may read goes on with a viewer's functions; whoever may change batches, with the verbs and a worker's.
+-- A role that may read goes on with a viewer's functions; one that may change batches, with the verbs; a worker's with both.
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA batchq FROM PUBLIC;
 
 DO $$
@@ -231,12 +177,16 @@ DECLARE
   granted text;
 BEGIN
   FOR had IN
-    SELECT CASE acl.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(acl.grantee)) END AS role,
-      CASE privilege_type WHEN 'SELECT' THEN '{viewer}' ELSE '{viewer,worker,operator}' END::text[] AS duties
+    SELECT quote_ident(pg_get_userbyid(acl.grantee)) AS role,
+      CASE WHEN privilege_type = 'SELECT' THEN '{viewer}'
+           WHEN has_table_privilege(acl.grantee, 'batchq.batches_live', 'DELETE')
+            AND has_table_privilege(acl.grantee, 'batchq.batches_finished', 'INSERT') THEN '{viewer,worker,operator}'
+           ELSE '{viewer,operator}'
+      END::text[] AS duties
     FROM pg_catalog.pg_class c
     CROSS JOIN LATERAL aclexplode(c.relacl) acl
     WHERE c.relnamespace = 'batchq'::regnamespace
-      AND acl.grantee <> c.relowner
+      AND acl.grantee NOT IN (0, c.relowner)
       AND (privilege_type = 'SELECT' OR (privilege_type = 'UPDATE' AND c.relname IN ('batches', 'batches_live')))
   LOOP
     FOR granted IN
@@ -255,37 +205,38 @@ $$;
 
 -- An infinite lease is never rescued, and a finish that is dated ahead keeps its day's partition from being made.
 ALTER TABLE batchq.batches ADD CONSTRAINT batches_times_are_finite
-  CHECK (isfinite(created_at) AND isfinite(coalesce(lease_expires_at, claimed_at, created_at))) NOT VALID;
+  CHECK (isfinite(created_at) AND coalesce(isfinite(claimed_at), true) AND coalesce(isfinite(lease_expires_at), true)) NOT VALID;
 
--- The CHECKs of sizes see a value as it comes: one that was compressed elsewhere (INSERT ... SELECT) is small until a
--- worker unpacks it. Below 16,000 bytes it cannot have more than 4 MiB: lz4 and pglz save 254 of 255 bytes at most.
+UPDATE batchq.batches_live
+SET lease_expires_at = now()
+WHERE status = 'processing'
+  AND lease_expires_at IN ('infinity', '-infinity');
+
+-- The CHECKs of sizes see a value as it comes. One that was compressed elsewhere (INSERT ... SELECT) is small until a worker
+-- unpacks it, and 1e131071 is a number of 8 bytes until somebody reads it.
 CREATE FUNCTION batchq.refuse_packed_values()
 RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
 AS $$
-DECLARE
-  most_bytes constant integer := 4194304;
 BEGIN
-  IF octet_length(NEW.payload::text) > 2 * most_bytes
-     OR octet_length(NEW.cursor::text) > 2 * most_bytes
-     OR octet_length(NEW.items::text) > 16 * most_bytes THEN
-    RAISE EXCEPTION 'batch % has % bytes of payload, % of cursor and % of items when they are unpacked', NEW.id,
-        coalesce(octet_length(NEW.payload::text), 0), coalesce(octet_length(NEW.cursor::text), 0),
-        coalesce(octet_length(NEW.items::text), 0)
-      USING ERRCODE = 'check_violation', CONSTRAINT = 'batches_unpacked_values_fit', SCHEMA = 'batchq', TABLE = TG_TABLE_NAME,
-            HINT = 'At most 8 MiB of payload and of cursor, and 64 MiB of items, as text.';
-  END IF;
-  RETURN NULL;
+  RAISE EXCEPTION 'batch % has % bytes of payload, % of cursor and % of items when they are unpacked', NEW.id,
+      coalesce(octet_length(NEW.payload::text), 0), coalesce(octet_length(NEW.cursor::text), 0),
+      coalesce(octet_length(NEW.items::text), 0)
+    USING ERRCODE = 'check_violation', CONSTRAINT = 'batches_unpacked_values_fit', SCHEMA = 'batchq', TABLE = TG_TABLE_NAME,
+          HINT = 'As text, at most 8 MiB of payload and of cursor, 64 MiB of items; at most 16 times what is stored, plus 10 kB.';
 END
 $$;
 
-COMMENT ON FUNCTION batchq.refuse_packed_values() IS 'Keeps out what is small only because it is compressed.';
+COMMENT ON FUNCTION batchq.refuse_packed_values() IS 'Keeps out what is small only until it is read.';
 
 CREATE TRIGGER refuse_packed_values AFTER INSERT ON batchq.batches_live
   FOR EACH ROW
-  WHEN (pg_column_size(NEW.payload) + coalesce(pg_column_size(NEW.cursor), 0) + coalesce(pg_column_size(NEW.items), 0) > 16000
-        AND num_nonnulls(pg_column_compression(NEW.payload), pg_column_compression(NEW.cursor),
-                         pg_column_compression(NEW.items)) > 0)
+  WHEN (octet_length(NEW.payload::text) > CASE WHEN pg_column_compression(NEW.payload) IS NULL
+                                            THEN 10000 + 16 * pg_column_size(NEW.payload) ELSE 8388608 END
+        OR octet_length(NEW.cursor::text) > CASE WHEN pg_column_compression(NEW.cursor) IS NULL
+                                            THEN 10000 + 16 * pg_column_size(NEW.cursor) ELSE 8388608 END
+        OR octet_length(NEW.items::text) > CASE WHEN pg_column_compression(NEW.items) IS NULL
+                                            THEN 10000 + 16 * pg_column_size(NEW.items) ELSE 67108864 END)
   EXECUTE FUNCTION batchq.refuse_packed_values();
 
 CREATE FUNCTION batchq.refuse_finish_ahead()
@@ -309,3 +260,26 @@ CREATE TRIGGER refuse_finish_ahead BEFORE INSERT OR UPDATE ON batchq.finished_de
   FOR EACH ROW EXECUTE FUNCTION batchq.refuse_finish_ahead();
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA batchq FROM PUBLIC;
+
+-- ---------------------------------------------------------------------------------------------------------------- owners
+
+-- Functions with their owner's rights call each other, so all has one owner: that of the schema.
+DO $$
+DECLARE
+  statement text;
+BEGIN
+  FOR statement IN
+    SELECT format('ALTER TABLE %s OWNER TO %s', c.oid::regclass, n.nspowner::regrole)
+    FROM pg_catalog.pg_namespace n
+    JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relkind IN ('r', 'p', 'v') AND c.relowner <> n.nspowner
+    WHERE n.nspname = 'batchq'
+    UNION ALL
+    SELECT format('ALTER ROUTINE %s OWNER TO %s', p.oid::regprocedure, n.nspowner::regrole)
+    FROM pg_catalog.pg_namespace n
+    JOIN pg_catalog.pg_proc p ON p.pronamespace = n.oid AND p.proowner <> n.nspowner
+    WHERE n.nspname = 'batchq'
+  LOOP
+    EXECUTE statement;
+  END LOOP;
+END
+$$;
