@@ -270,30 +270,37 @@ WHERE NOT has_it
 -- name: grants_beyond_duties
 -- What a role was granted by name, against what any duty needs (batchq.duties).
 WITH held AS (
-  SELECT acl.grantee, c.relname::text AS object, acl.privilege_type AS privilege, NULL AS of_column
+  SELECT acl.grantee, c.relname::text AS object, acl.privilege_type AS privilege, NULL AS of_column,
+    acl.is_grantable
   FROM pg_catalog.pg_class c
   CROSS JOIN LATERAL aclexplode(c.relacl) acl
   WHERE c.relnamespace = 'batchq'::regnamespace
     AND acl.grantee <> c.relowner
   UNION ALL
-  SELECT acl.grantee, c.relname, acl.privilege_type, a.attname
+  SELECT acl.grantee, c.relname, acl.privilege_type, a.attname, acl.is_grantable
   FROM pg_catalog.pg_class c
   JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid
   CROSS JOIN LATERAL aclexplode(a.attacl) acl
   WHERE c.relnamespace = 'batchq'::regnamespace
     AND acl.grantee <> c.relowner
   UNION ALL
-  SELECT acl.grantee, p.oid::regprocedure::text, acl.privilege_type, NULL
+  SELECT acl.grantee, p.oid::regprocedure::text, acl.privilege_type, NULL, acl.is_grantable
   FROM pg_catalog.pg_proc p
   CROSS JOIN LATERAL aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) acl
   WHERE p.pronamespace = 'batchq'::regnamespace
     AND acl.grantee <> p.proowner
   UNION ALL
-  SELECT acl.grantee, 'schema batchq', acl.privilege_type, NULL
+  SELECT acl.grantee, 'schema batchq', acl.privilege_type, NULL, acl.is_grantable
   FROM pg_catalog.pg_namespace n
   CROSS JOIN LATERAL aclexplode(n.nspacl) acl
   WHERE n.nspname = 'batchq'
     AND acl.grantee <> n.nspowner
+  UNION ALL
+  SELECT m.member, 'role ' || m.roleid::regrole, 'membership', NULL, true
+  FROM pg_catalog.pg_auth_members m
+  JOIN pg_catalog.pg_roles r ON r.oid = m.member AND NOT r.rolsuper
+  JOIN pg_catalog.pg_namespace n ON n.nspname = 'batchq' AND n.nspowner <> m.member
+  WHERE m.roleid IN (n.nspowner, 'pg_read_all_data'::regrole, 'pg_write_all_data'::regrole)
 ), needed AS (
   SELECT d.object, p.privilege, NULL AS of_columns
   FROM batchq.duties d
@@ -306,9 +313,12 @@ WITH held AS (
   UNION ALL
   SELECT 'schema batchq', 'USAGE', NULL
 ), beyond AS (
-  SELECT grantee, format('%%s on %%s', h.privilege, h.object || coalesce('.' || h.of_column, '')) AS granted, h.privilege
+  SELECT grantee, h.privilege,
+    format('%%s on %%s', h.privilege, h.object || coalesce('.' || h.of_column, ''))
+      || CASE WHEN h.is_grantable AND h.privilege <> 'membership' THEN ' with grant option' ELSE '' END AS granted
   FROM held h
   WHERE h.grantee = 0
+     OR h.is_grantable
      OR NOT EXISTS (
        SELECT
        FROM needed n

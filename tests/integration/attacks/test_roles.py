@@ -159,6 +159,8 @@ BEYOND = {
     "GRANT TRIGGER ON batchq.batches TO {}": "TRIGGER on batches",
     "GRANT CREATE ON SCHEMA batchq TO {}": "CREATE on schema batchq",
     "GRANT USAGE ON SEQUENCE batchq.batches_id_seq TO {}": "USAGE on batches_id_seq",
+    "GRANT SELECT ON batchq.workers TO {} WITH GRANT OPTION": "SELECT on workers with grant option",
+    "GRANT pg_write_all_data TO {}": "membership on role pg_write_all_data",
     "GRANT EXECUTE ON FUNCTION batchq.count_items() TO {}": "EXECUTE on batchq.count_items()",
     "GRANT EXECUTE ON FUNCTION batchq.forget_failed_items() TO {}": "EXECUTE on batchq.forget_failed_items()",
     "GRANT EXECUTE ON FUNCTION batchq.cancel(bigint, text, text) TO PUBLIC": "PUBLIC has more",
