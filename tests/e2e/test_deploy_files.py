@@ -196,7 +196,8 @@ def test_the_page_is_served_as_the_files_have_it_and_refuses_who_does_not_log_in
     ]
     assert set(listens) == {options.port}
     [hosts] = [each["value"] for each in container["env"] if each["name"] == "BATCHQ_WEB_HOSTS"]
-    assert hosts == service["metadata"]["name"]
+    name = service["metadata"]["name"]
+    assert hosts.split(",") == [name, ".svc", ".svc.cluster.local"], "as other namespaces call it, too"
     compose = objects(FOLDER / "compose.yaml")[0]["services"]["web"]
     assert compose["ports"] == ["127.0.0.1:8080:8080"], "for others it needs a proxy with TLS"
     for words in (container["command"], compose["command"]):
@@ -209,9 +210,10 @@ def test_the_page_is_served_as_the_files_have_it_and_refuses_who_does_not_log_in
         with started([*command, "--port", str(port)], environment, tmp_path, ends):
             wait_until(lambda port=port: answers(f"http://127.0.0.1:{port}/login"), 60, "the login")
             url = f"http://127.0.0.1:{port}/metrics"
-            with httpx.Client(trust_env=False, headers={"Host": f"{hosts}:8080"}) as client:
-                assert client.get(url).status_code == 401
-                assert "batchq_workers" in client.get(url, headers={"Authorization": "Bearer battery staple"}).text
+            for host in (name, f"{name}.jobs.svc", f"{name}.jobs.svc.cluster.local"):
+                with httpx.Client(trust_env=False, headers={"Host": f"{host}:8080"}) as client:
+                    assert client.get(url).status_code == 401
+                    assert "batchq_workers" in client.get(url, headers={"Authorization": "Bearer battery staple"}).text
 
 
 @contextmanager
