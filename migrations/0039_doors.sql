@@ -219,11 +219,19 @@ RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-  RAISE EXCEPTION 'batch % has % bytes of payload, % of cursor and % of items when they are unpacked', NEW.id,
-      coalesce(octet_length(NEW.payload::text), 0), coalesce(octet_length(NEW.cursor::text), 0),
-      coalesce(octet_length(NEW.items::text), 0)
-    USING ERRCODE = 'check_violation', CONSTRAINT = 'batches_unpacked_values_fit', SCHEMA = 'batchq', TABLE = TG_TABLE_NAME,
-          HINT = 'As text, at most 8 MiB of payload and of cursor, 64 MiB of items; at most 16 times what is stored, plus 10 kB.';
+  IF (octet_length(NEW.payload::text) > CASE WHEN pg_column_compression(NEW.payload) IS NULL
+                                            THEN 10000 + 16 * pg_column_size(NEW.payload) ELSE 8388608 END
+     OR octet_length(NEW.cursor::text) > CASE WHEN pg_column_compression(NEW.cursor) IS NULL
+                                              THEN 10000 + 16 * pg_column_size(NEW.cursor) ELSE 8388608 END
+     OR octet_length(NEW.items::text) > CASE WHEN pg_column_compression(NEW.items) IS NULL
+                                             THEN 10000 + 16 * pg_column_size(NEW.items) ELSE 67108864 END) THEN
+    RAISE EXCEPTION 'batch % has % bytes of payload, % of cursor and % of items when they are unpacked', NEW.id,
+        coalesce(octet_length(NEW.payload::text), 0), coalesce(octet_length(NEW.cursor::text), 0),
+        coalesce(octet_length(NEW.items::text), 0)
+      USING ERRCODE = 'check_violation', CONSTRAINT = 'batches_unpacked_values_fit', SCHEMA = 'batchq', TABLE = TG_TABLE_NAME,
+            HINT = 'As text, at most 8 MiB of payload and of cursor, 64 MiB of items; at most 16 times what is stored, plus 10 kB.';
+  END IF;
+  RETURN NULL;
 END
 $$;
 
@@ -231,12 +239,8 @@ COMMENT ON FUNCTION batchq.refuse_packed_values() IS 'Keeps out what is small on
 
 CREATE TRIGGER refuse_packed_values AFTER INSERT ON batchq.batches_live
   FOR EACH ROW
-  WHEN (octet_length(NEW.payload::text) > CASE WHEN pg_column_compression(NEW.payload) IS NULL
-                                            THEN 10000 + 16 * pg_column_size(NEW.payload) ELSE 8388608 END
-        OR octet_length(NEW.cursor::text) > CASE WHEN pg_column_compression(NEW.cursor) IS NULL
-                                            THEN 10000 + 16 * pg_column_size(NEW.cursor) ELSE 8388608 END
-        OR octet_length(NEW.items::text) > CASE WHEN pg_column_compression(NEW.items) IS NULL
-                                            THEN 10000 + 16 * pg_column_size(NEW.items) ELSE 67108864 END)
+  WHEN (octet_length(NEW.payload::text) > 10000 + 16 * pg_column_size(NEW.payload)
+        OR NEW.items IS NOT NULL OR NEW.cursor IS NOT NULL)
   EXECUTE FUNCTION batchq.refuse_packed_values();
 
 CREATE FUNCTION batchq.refuse_finish_ahead()

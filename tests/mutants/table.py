@@ -1053,7 +1053,7 @@ MUTANTS = [
         DOORS,
     ),
     *of(
-        "CREATE TRIGGER refuse_packed_values",
+        "CREATE FUNCTION batchq.refuse_packed_values(",
         PRODUCER,
         [("OR octet_length(NEW.items::text) >", "OR false AND 0 >", "no value is larger than it looks")],
         DOORS,
