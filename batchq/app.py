@@ -203,9 +203,13 @@ def place_of(module: ModuleType) -> str:
 
 def hidden_modules() -> list[tuple[str, str]]:
     """Return the names of modules in the current directory that others of that name stand in for, and which."""
-    here = [path for path in Path.cwd().iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
-    loaded = [(path.stem, module) for path in here if (module := sys.modules.get(path.stem))]
-    return [(name, place_of(module)) for name, module in sorted(loaded) if not lies_below_here(module)]
+    try:
+        here = [path for path in Path.cwd().iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+        names = sorted({path.stem for path in here} - {"__main__"})
+        loaded = [(name, module) for name in names if (module := sys.modules.get(name))]
+        return [(name, place_of(module)) for name, module in loaded if not lies_below_here(module)]
+    except OSError:  # the directory is gone, or may not be listed
+        return []
 
 
 def load_app(name: str) -> App:

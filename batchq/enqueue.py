@@ -99,7 +99,10 @@ def enqueue_many(
         more = {} if trace_context is None else {"trace_context": trace_context}
         try:
             return insert_all(conn, queries.copy_batches, given, more, texts)
-        except psycopg.errors.FeatureNotSupported:  # row security is on; no text has been taken
+        except psycopg.errors.FeatureNotSupported:
+            # With row security COPY is refused before it takes a text. Whatever else raised this may have taken some.
+            if not queries.has_row_security(conn):
+                raise
             return insert_all(conn, queries.insert_batches, given, more, texts)
 
 

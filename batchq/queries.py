@@ -218,6 +218,11 @@ def copy_batches(conn: Conn, columns: Sequence[str], same: Sequence[Any], texts:
     return count
 
 
+def has_row_security(conn: Conn) -> bool:
+    """Return whether row security holds for the caller, so that COPY does not work."""
+    return bool(one(conn, "SELECT row_security_active('batchq.batches')", {})[0])
+
+
 def insert_batches(
     conn: Conn, columns: Sequence[str], same: Sequence[Any], texts: Iterable[Sequence[str | None]]
 ) -> int:

@@ -25,6 +25,7 @@ from tests.support.batches import await_status, drain, put
 from tests.support.commands import CommandLine
 from tests.support.screen import until
 from tests.support.steps import step
+from tests.support.terminals import read_all
 
 Conn = psycopg.Connection[Any]
 AT_ONCE = batchq.Backoff(0, 0)
@@ -149,17 +150,6 @@ def test_watch_shows_a_bar_on_a_terminal(conn: Conn, dsn: str, command: CommandL
     assert f"batch {batch_id} items: completed" in seen
     assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" * 40 in seen, "the bar is full"
     assert "50 of 50" in seen
-
-
-def read_all(screen: int) -> str:
-    """Return what comes to a terminal until its last writer has closed it."""
-    parts = []
-    try:
-        while part := os.read(screen, 65_536):
-            parts.append(part)
-    except OSError:  # how Linux tells that nobody writes any more
-        pass
-    return b"".join(parts).decode()
 
 
 # ------------------------------------------------------------------------------------------------------------- logs

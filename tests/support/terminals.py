@@ -23,14 +23,14 @@ def on_terminal(command: CommandLine, *arguments: str, **environment: str) -> tu
     ) as process:
         os.close(terminal)
         try:
-            seen = _read_all(screen)
+            seen = read_all(screen)
             return process.wait(SECONDS), seen
         finally:
             process.kill()
             os.close(screen)
 
 
-def _read_all(screen: int) -> str:
+def read_all(screen: int) -> str:
     """Return what comes to a terminal until its last writer has closed it."""
     parts = []
     try:

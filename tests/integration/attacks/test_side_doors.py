@@ -245,6 +245,18 @@ def test_a_tenant_enqueues_many_of_its_own_and_none_of_others(conn: Conn, tenant
     assert value(conn, "SELECT count(*) FROM batchq.batches") == 255
 
 
+def test_an_error_in_the_middle_of_many_loses_none_of_them_silently(conn: Conn) -> None:
+    """A generator that fails with the error that COPY gives beside row security, when some have been taken."""
+
+    def payloads() -> Iterator[int]:
+        yield from range(150)
+        raise psycopg.errors.FeatureNotSupported("of another database")
+
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="of another database"):
+        enqueue_many(conn, "mail", payloads())
+    assert value(conn, "SELECT count(*) FROM batchq.batches") == 0
+
+
 def test_a_tenant_copies_and_counts_its_own_alone(tenant: Conn) -> None:
     with tenant.cursor().copy("COPY (SELECT payload ->> 'card' FROM batchq.batches) TO STDOUT") as copy:
         assert b"".join(bytes(part) for part in copy) == b"card of me\n"
