@@ -3,9 +3,9 @@
 Rows of ``batchq.batches`` are the queue; an `App` says which function works which kind of batch.
 """
 
-from batchq import program as _program  # noqa: F401 (first: see there)
 from batchq.app import App
 from batchq.batch import Batch, Chunk
+from batchq.common import program as _program  # noqa: F401 (first: see there
 from batchq.enqueue import enqueue, enqueue_async, enqueue_many
 from batchq.errors import (
     BatchqError,
@@ -20,7 +20,7 @@ from batchq.errors import (
 )
 from batchq.retry import Backoff
 from batchq.settings import Settings
-from batchq.worker import Worker
+from batchq.worker.worker import Worker
 
 __all__ = [
     "App",

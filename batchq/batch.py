@@ -13,13 +13,13 @@ from uuid import UUID
 import psycopg
 from psycopg.pq import TransactionStatus
 
-from batchq import queries
-from batchq.database import AnyConnection, HandlerConnections
+from batchq.common.forks import end_if_forked
+from batchq.common.text import MOST_ERROR_BYTES, error_text, in_letters_of, json_text, one_line
 from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested
-from batchq.forks import end_if_forked
-from batchq.queries import ClaimedRow, Finish, ItemFailure, Progress, Statement
+from batchq.postgres import queries
+from batchq.postgres.database import AnyConnection, HandlerConnections
+from batchq.postgres.queries import ClaimedRow, Finish, ItemFailure, Progress, Statement
 from batchq.retry import Conflicts
-from batchq.text import MOST_ERROR_BYTES, error_text, in_letters_of, json_text, one_line
 
 PAGE_BYTES = 4_000_000
 UNCHANGED: Any = object()

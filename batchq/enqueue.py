@@ -11,9 +11,10 @@ from typing import Any
 import psycopg
 from psycopg.rows import tuple_row
 
-from batchq import queries, traces
+from batchq.common import traces
+from batchq.common.text import json_text
 from batchq.errors import InvalidInput
-from batchq.text import json_text
+from batchq.postgres import queries
 
 INFINITY = float("inf")
 

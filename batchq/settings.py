@@ -1,8 +1,6 @@
 """Settings: from ``BATCHQ_*`` in the environment, from ``.env``, or from the flags of the command line."""
 
 import os
-import re
-from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 from psycopg import ProgrammingError
@@ -10,9 +8,11 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from batchq.env_file import FileSettings
+from batchq.common.env_file import FileSettings
+from batchq.common.hosts import host_names
+from batchq.common.secrets import SECRET_VARIABLES, know_password, know_passwords_of
 from batchq.errors import ConfigError
-from batchq.hosts import host_names
+from batchq.postgres.dsn import dsn_problems, not_a_dsn
 
 MAX_CONCURRENCY = 1000
 # A statement that looks over all days takes 5 locks for each. With max_locks_per_transaction = 64 and
@@ -183,124 +183,3 @@ def describe_problem(error: ValidationError) -> str:
         shown = "" if "dsn" in name else f" (not {detail['input']!r})"
         problems.append(f"BATCHQ_{name.upper()}: {detail['msg']}{shown}")
     return "; ".join(problems)
-
-
-# What becomes a start-up parameter of libpq; poolers refuse it or drop it (psycopg sends these from the environment).
-# Not PGCLIENTENCODING: each connection asks for UTF-8 itself, which comes before the variable.
-STARTUP_VARIABLES = ("PGOPTIONS", "PGTZ", "PGDATESTYLE", "PGGEQO")
-SUPABASE_POOLER = ".pooler.supabase.com"
-MAX_STARTUP_BYTES = 900  # Supavisor (2.9 and later) refuses a start-up packet over 1024
-
-
-def dsn_problems(dsn: str) -> list[str]:
-    """Return what would break *dsn* behind a transaction-mode pooler, each with its remedy. Shows no password."""
-    try:
-        parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
-    except ProgrammingError as error:
-        return [not_a_dsn(str(error))]
-    return [*parameter_problems(parts), *environment_problems(), *supabase_problems(parts)]
-
-
-def not_a_dsn(error: str) -> str:
-    """Say that libpq could not read the DSN. Its own words quote parts of it, so no more of them than a name."""
-    found = re.search(r'invalid (?:connection option|URI query parameter:?) "\w+"', error)
-    return (
-        f"not a Postgres DSN{f': {found[0]}' if found else ''}; it looks like postgresql://user:password@host:6543/db"
-    )
-
-
-def parameter_problems(parts: dict[str, str]) -> list[str]:
-    """Return what is wrong with the DSN's parameters."""
-    problems = [
-        f"{name}= does not survive a pooler; use ALTER ROLE ... SET, or leave it out"
-        for name in ("options", "replication")
-        if parts.get(name)
-    ]
-    if parts.get("channel_binding") == "require" and "neon" not in parts.get("host", ""):
-        problems.append("channel_binding=require: poolers offer SCRAM-SHA-256 only; leave it out")
-    if parts.get("sslnegotiation") == "direct":
-        problems.append("sslnegotiation=direct: poolers wait for an SSLRequest first; leave it out")
-    if "@" in parts.get("host", "") or not re.fullmatch(r"[\d,]*", parts.get("port", "")):
-        problems.append("its host or port has characters of a password: write @ : / ? # % in a password as %40 %3A ...")
-    startup = ("user", "dbname", "application_name")
-    if sum(len(name) + len(parts.get(name, "").encode()) + 2 for name in startup) > MAX_STARTUP_BYTES:
-        problems.append("user, database and application_name are together over 900 bytes; shorten them")
-    return problems
-
-
-def environment_problems() -> list[str]:
-    """Return what the environment adds to every connection that a pooler would refuse or drop."""
-    return [
-        f"the environment's {name} would be sent at the start of each connection; unset it"
-        for name in STARTUP_VARIABLES
-        if os.environ.get(name)
-    ]
-
-
-def supabase_problems(parts: dict[str, str]) -> list[str]:
-    """Return what is wrong for Supabase's pooler (host ``*.pooler.supabase.com``)."""
-    if not parts.get("host", "").endswith(SUPABASE_POOLER):
-        return []
-    problems = []
-    if "." not in parts.get("user", ""):
-        problems.append(f"Supabase's pooler wants the user as ROLE.PROJECT_REF, not {parts.get('user', '')!r}")
-    if parts.get("port", "5432") == "5432":
-        problems.append("port 5432 of Supabase's pooler is session mode, which allows few clients; use 6543")
-    if parts.get("sslmode", "prefer") in ("disable", "allow", "prefer"):
-        problems.append("add sslmode=require (or verify-full with Supabase's certificate)")
-    return problems
-
-
-# ----------------------------------------------------------------------------------------------------- passwords
-
-# A port and a path with an @ in it are no password: http://host:8080/users/me@there.
-IN_AN_ADDRESS = re.compile(r"(://[^:/?#@\s]{0,500}):(?!\d{1,5}/)(?:(?:(?!://)[^@\s]){0,2000}@)+")
-# password=x as in a DSN or a list of variables; 'password': 'x' as in a dict.
-AFTER_ITS_NAME = re.compile(
-    r"""(password["']?\s*(?:=|:(?=\s*["']))\s*)('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s&]+)""", re.IGNORECASE
-)
-LEAST_KNOWN_CHARACTERS = 6
-NO_SECRETS = ("batchq", "postgres", "password")  # as passwords for trying things out; they stand in many messages
-SECRET_VARIABLES = ("PGPASSWORD", "BATCHQ_WEB_PASSWORD", "BATCHQ_WEB_TOKEN")
-known_passwords: dict[str, re.Pattern[str]] = {}
-
-
-def hide_password(text: str) -> str:
-    """Return *text* with every password in it replaced by ***: those of DSNs, those behind the word password, and those
-    that `know_password` has been given."""
-    for known in tuple(known_passwords.values()):
-        text = known.sub("***", text)
-    return AFTER_ITS_NAME.sub(r"\1***", IN_AN_ADDRESS.sub(r"\1:***@", text))
-
-
-def know_password(password: str, *names: str) -> None:
-    """Have `hide_password` hide a password wherever it stands, percent-encoded and escaped as well.
-
-    Not one that is shorter than 6 characters, or is one of *names* too (its user's, its database's) or a word that
-    everybody knows: half a message would be hidden with it.
-    """
-    if len(password) >= LEAST_KNOWN_CHARACTERS and password not in (*names, *NO_SECRETS, *known_passwords):
-        known_passwords[password] = re.compile("".join(spellings(char) for char in password))
-
-
-def know_passwords_of(dsn: str) -> None:
-    """Do so for the password in a DSN; a text that is no DSN is left to whoever connects."""
-    with suppress(ProgrammingError):
-        parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
-        know_password(parts.get("password", ""), parts.get("user", ""), parts.get("dbname", ""))
-
-
-# Bounded: else a text of nothing but backslashes is searched from each of them to its end.
-ESCAPES = r"\\{1,16}"
-
-
-def spellings(char: str) -> str:
-    """Return a pattern for a character of a password: as it is, after backslashes (repr, JSON, a DSN of name=value),
-    percent-encoded, or by its number."""
-    encoded = "".join(f"%{byte:02x}" for byte in char.encode(errors="surrogateescape"))
-    ways = [re.escape(char), rf"{ESCAPES}{re.escape(char)}", encoded, encoded.upper()]
-    if char == " ":
-        ways.append(r"\+")
-    if not char.isascii():
-        ways += [rf"{ESCAPES}u{ord(char):04x}", rf"{ESCAPES}x{ord(char):02x}"]
-    return f"(?:{'|'.join(ways)})"

@@ -7,7 +7,7 @@ from typing import Any
 
 from batchq.app import App
 from batchq.settings import Settings
-from batchq.worker import Worker
+from batchq.worker.worker import Worker
 
 
 def drain(app: App, dsn: str, **settings: Any) -> None:

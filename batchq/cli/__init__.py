@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 
 import psycopg
 
-from batchq.cli import commands, doctor, invariants, one_batch, roles, terminal, verbs, web
+from batchq.cli import commands, doctor, invariants, one_batch, roles, verbs, web
 from batchq.cli.leaving import WRITE_SECONDS, flush, leave, within
+from batchq.common import terminal
+from batchq.common.secrets import hide_password
 from batchq.errors import BatchqError, DatabaseAway, OutcomeUnknown
-from batchq.settings import Settings, hide_password
+from batchq.settings import Settings
 
 EXIT_TROUBLE, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
 SHOWN_STATUSES = ("ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")

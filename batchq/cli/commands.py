@@ -14,23 +14,25 @@ from typing import Any
 import psycopg
 from rich.live import Live
 
-from batchq import log, memory, queries
-from batchq import migrate as migrations
 from batchq.app import App, hidden_modules, load_app
 from batchq.cli import enqueue_file, show_tables
 from batchq.cli.leaving import flush
 from batchq.cli.signals import StopSignals
-from batchq.cli.terminal import complain, console, one_line, put, put_json, put_marked
-from batchq.cli.terminal import show as show_on_terminal
-from batchq.database import Link, check_server, check_writable, connect, transaction
+from batchq.common import log
+from batchq.common.env_file import file_in_use
+from batchq.common.terminal import complain, console, one_line, put, put_json, put_marked
+from batchq.common.terminal import show as show_on_terminal
 from batchq.enqueue import enqueue as enqueue_batch
-from batchq.env_file import file_in_use
 from batchq.errors import ConfigError, InvalidInput, OutcomeUnknown
-from batchq.monitor import Monitor
+from batchq.operate.monitor import Monitor
+from batchq.postgres import migrate as migrations
+from batchq.postgres import queries
+from batchq.postgres.database import Link, check_server, check_writable, connect, transaction
 from batchq.settings import SECRET_SETTINGS, Settings
-from batchq.signs import Signs
-from batchq.supervisor import EXIT_REPLACE, Supervisor, command
-from batchq.worker import Worker, check_database, require_extras
+from batchq.worker import memory
+from batchq.worker.signs import Signs
+from batchq.worker.supervisor import EXIT_REPLACE, Supervisor, command
+from batchq.worker.worker import Worker, check_database, require_extras
 
 A_DAY_SECONDS = 86_400
 

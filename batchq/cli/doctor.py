@@ -2,9 +2,9 @@
 
 from argparse import Namespace
 
-from batchq import doctor
 from batchq.cli.commands import settings_of
-from batchq.cli.terminal import put_json, put_marked
+from batchq.common.terminal import put_json, put_marked
+from batchq.operate import doctor
 
 COLOURS = {"ok": "green", "note": "blue", "warning": "yellow", "critical": "red"}
 

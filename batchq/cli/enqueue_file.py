@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import psycopg
 from rich.progress import track
 
-from batchq.cli.terminal import errors
+from batchq.common.terminal import errors
 from batchq.enqueue import enqueue_many
 from batchq.errors import InvalidInput
 

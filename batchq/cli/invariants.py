@@ -3,10 +3,11 @@
 from argparse import Namespace
 from typing import Any
 
-from batchq import invariants, migrate
 from batchq.cli.commands import settings_of
-from batchq.cli.terminal import put_json, put_marked
-from batchq.database import check_server, connect, transaction
+from batchq.common.terminal import put_json, put_marked
+from batchq.operate import invariants
+from batchq.postgres import migrate
+from batchq.postgres.database import check_server, connect, transaction
 
 
 def check(options: Namespace) -> int:

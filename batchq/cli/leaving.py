@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from batchq.log import get_logger
+from batchq.common.log import get_logger
 
 LEAVE_SECONDS = 2.5
 THREAD_SECONDS = 1.0

@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID
 
-from batchq import queries
 from batchq.cli import show_tables
 from batchq.cli.commands import database, linked, patiently
 from batchq.cli.pace import Pace, clock
-from batchq.cli.terminal import column, complain, console, line, put, put_json
+from batchq.common.terminal import column, complain, console, line, put, put_json
+from batchq.postgres import queries
 
 EXIT_CODES = {"completed": 0, "failed": 1, "cancelled": 3}
 NO_SUCH_BATCH = 2

@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 
-from batchq import queries
 from batchq.cli.commands import database
 from batchq.cli.show_tables import table
-from batchq.cli.terminal import put, put_json, show
+from batchq.common.terminal import put, put_json, show
 from batchq.errors import InvalidInput
+from batchq.postgres import queries
 
 DUTIES = ("producer", "worker", "viewer", "operator")
 

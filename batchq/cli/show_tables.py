@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from batchq.cli.terminal import block, line, styled
+from batchq.common.terminal import block, line, styled
 
 STYLES = {
     "ready": "cyan",

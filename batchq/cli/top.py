@@ -19,7 +19,7 @@ from textual.widgets import DataTable, Footer, Static, TabbedContent, TabPane
 from batchq.cli import show_tables
 from batchq.cli.pace import Pace, clock
 from batchq.cli.show_tables import colored, short
-from batchq.cli.terminal import one_line, styled
+from batchq.common.terminal import one_line, styled
 
 Row = dict[str, Any]
 Look = dict[str, list[Row]]

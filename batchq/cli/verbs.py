@@ -13,14 +13,14 @@ from typing import Any
 import psycopg
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from batchq import queries
-from batchq.bulk import DONE, PAUSE_FACTOR, Bulk
 from batchq.cli import show_tables
 from batchq.cli.commands import connected, database, linked, refusal, settings_of
-from batchq.cli.terminal import column, errors, put, put_json, show, styled
-from batchq.database import transaction
+from batchq.common.terminal import column, errors, put, put_json, show, styled
+from batchq.common.text import period_seconds
 from batchq.errors import InvalidInput
-from batchq.text import period_seconds
+from batchq.operate.bulk import DONE, PAUSE_FACTOR, Bulk
+from batchq.postgres import queries
+from batchq.postgres.database import transaction
 
 EXIT_LEFT_OUT, EXIT_INTERRUPTED = 1, 130
 SAY_EACH_SECONDS = 5.0

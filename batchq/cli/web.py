@@ -2,9 +2,9 @@
 
 from argparse import Namespace
 
-from batchq import log
 from batchq.cli.commands import database, settings_of
-from batchq.cli.terminal import errors, styled
+from batchq.common import log
+from batchq.common.terminal import errors, styled
 from batchq.errors import ConfigError
 
 

@@ -19,14 +19,14 @@ from typing import Any, TextIO
 import psycopg
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from batchq import embedded
-from batchq.cli.terminal import column, console, put, put_marked
-from batchq.database import Link, connect, transaction
+from batchq.common.terminal import column, console, put, put_marked
 from batchq.demo.page import page
 from batchq.errors import BatchqError, ConfigError
-from batchq.migrate import migrate
+from batchq.postgres import embedded
+from batchq.postgres.database import Link, connect, transaction
+from batchq.postgres.migrate import migrate
 from batchq.settings import Settings
-from batchq.supervisor import command
+from batchq.worker.supervisor import command
 
 LEASE_SECONDS = 2
 FILES_A_BATCH = 40

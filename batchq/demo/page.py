@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from batchq.cli.terminal import put
+from batchq.common.terminal import put
 from batchq.errors import ConfigError
 
 if TYPE_CHECKING:

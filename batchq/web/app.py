@@ -14,10 +14,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from batchq.common.hosts import group_of
+from batchq.common.log import get_logger
+from batchq.common.secrets import hide_password
 from batchq.errors import BatchqError, DatabaseAway
-from batchq.hosts import group_of
-from batchq.log import get_logger
-from batchq.settings import Settings, hide_password
+from batchq.settings import Settings
 from batchq.web import bulk, shown, verbs
 from batchq.web.auth import Guard, cookie, same
 from batchq.web.connections import protocol_of
@@ -272,7 +273,8 @@ class Web:
     def metrics(self, _: Request) -> Response:
         """Show what stands in batchq.queues to Prometheus."""
         try:
-            from batchq.metrics import CONTENT_TYPE, exposition, queue_metrics
+            from batchq.common.exposition import CONTENT_TYPE, exposition
+            from batchq.web.metrics import queue_metrics
         except ModuleNotFoundError:
             return PlainTextResponse("this needs an extra: pip install 'batchq[metrics]'\n", 501)
         queues = self.reader.read("queues", limit=MOST_SCRAPED)

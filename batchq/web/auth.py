@@ -22,8 +22,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from batchq.hosts import Network, Seldom, group_of, is_address, is_own_host, is_within, without_port
-from batchq.log import get_logger
+from batchq.common.hosts import Network, Seldom, group_of, is_address, is_own_host, is_within, without_port
+from batchq.common.log import get_logger
 from batchq.web.settings import WebSettings
 
 COOKIE = "batchq_session"

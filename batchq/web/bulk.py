@@ -13,8 +13,9 @@ from typing import Any
 
 import psycopg
 
-from batchq import queries
-from batchq.bulk import (
+from batchq.common.text import period_seconds
+from batchq.errors import BatchqError
+from batchq.operate.bulk import (
     DONE,
     LEFT_OUT,
     LOCK_SECONDS,
@@ -24,9 +25,8 @@ from batchq.bulk import (
     PAUSE_FACTOR,
     left_out,
 )
-from batchq.errors import BatchqError
-from batchq.queries import Chunk
-from batchq.text import period_seconds
+from batchq.postgres import queries
+from batchq.postgres.queries import Chunk
 from batchq.web.reads import Conn, Reader
 from batchq.web.verbs import MOST_TEXT, Refused, extra, refusals
 

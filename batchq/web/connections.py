@@ -14,8 +14,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from batchq.hosts import Network, Seldom, group_of, is_within
-from batchq.log import get_logger
+from batchq.common.hosts import Network, Seldom, group_of, is_within
+from batchq.common.log import get_logger
 
 log = get_logger()
 

@@ -7,8 +7,8 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from batchq import queries
-from batchq.database import HandlerConnections
+from batchq.postgres import queries
+from batchq.postgres.database import HandlerConnections
 
 Conn = psycopg.Connection[Any]
 Row = dict[str, Any]

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from batchq.env_file import FileSettings
+from batchq.common.env_file import FileSettings
+from batchq.common.hosts import Network, host_names
+from batchq.common.secrets import know_password
 from batchq.errors import ConfigError
-from batchq.hosts import Network, host_names
-from batchq.settings import know_password
 
 SHORTEST_SECRET = 8
 

@@ -3,7 +3,7 @@
 from typing import Any
 from urllib.parse import urlencode
 
-from batchq import text as texts
+from batchq.common import text as texts
 
 UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 

@@ -9,8 +9,8 @@ from psycopg import sql
 from psycopg.rows import dict_row, tuple_row
 from psycopg.types.json import Jsonb
 
-from batchq import queries
-from batchq.queries import END, START, ClaimedRow, Finish, Leases, Position, Requeue, Statement
+from batchq.postgres import queries
+from batchq.postgres.queries import END, START, ClaimedRow, Finish, Leases, Position, Requeue, Statement
 
 Conn = psycopg.Connection[Any]
 KIND = "work"

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 import batchq
 from batchq.app import load_app
 from batchq.errors import ConfigError, InvalidInput
-from batchq.worker import Worker
+from batchq.worker.worker import Worker
 from tests.support.alone import run_alone
 from tests.support.batches import drain, look, put
 
@@ -236,7 +236,7 @@ def test_a_snooze_that_cannot_be_is_refused(seconds: float) -> None:
 
 
 def test_a_models_message_is_one_line() -> None:
-    from batchq.items import validate
+    from batchq.worker.items import validate
 
     class Two(BaseModel):
         first: int

@@ -17,97 +17,23 @@ PACKAGE = ROOT / "batchq"
 MOST_LINES = 40
 MEDIAN_LINES = 10
 
-# Imports go one way: cli, testing -> worker -> execution -> batch -> queries; the leaves import at most leaves.
-ALLOWED: dict[str, set[str]] = {
-    "errors": set(),
-    "retry": {"errors"},
-    "text": {"errors", "settings"},
-    "hosts": set(),
-    "env_file": {"errors"},
-    "settings": {"env_file", "errors", "hosts"},
-    "outlet": set(),
-    "log": {"outlet", "settings", "text"},
-    "outage": {"log", "text"},
-    "queries": set(),
-    "traces": {"errors", "log", "text"},
-    "forks": {"log"},
-    "places": set(),
-    "database": {"errors", "forks", "places", "queries", "settings"},
-    "migrate": {"database", "errors", "queries", "settings"},
-    "invariants": {"database", "queries"},
-    "doctor": {"database", "errors", "migrate", "queries"},
-    "enqueue": {"errors", "queries", "text", "traces"},
-    "app": {"errors", "retry"},
-    "batch": {"database", "errors", "forks", "queries", "retry", "text"},
-    "items": {"app", "batch", "database", "errors", "text"},
-    "execution": {"app", "batch", "database", "errors", "forks", "items", "log", "queries", "retry", "text", "traces"},
-    "lanes": {"app", "batch", "database", "errors", "execution", "log", "places"},
-    "positions": {"lanes", "queries"},
-    "bell": {"database", "outage", "queries"},
-    "claimer": {"batch", "database", "errors", "lanes", "log", "outage", "positions", "queries"},
-    "throughput": {"batch", "database", "errors", "queries"},
-    "finisher": {"batch", "database", "errors", "execution", "lanes", "log", "outage", "queries", "text", "throughput"},
-    "survey": {"database", "queries"},
-    "keeper": {
-        "batch", "claimer", "database", "execution", "lanes", "log", "outage", "queries", "survey", "text",
-        "throughput",
-    },
-    "worker": {
-        "app", "batch", "bell", "claimer", "database", "errors", "execution", "finisher", "keeper", "lanes", "log",
-        "memory", "metrics", "migrate", "queries", "settings", "text", "traces",
-    },
-    "metrics": {"database", "errors", "hosts", "keeper", "lanes", "log", "settings", "throughput"},
-    "testing": {"app", "settings", "worker"},
-    "bulk": {"database", "errors", "queries"},
-    "monitor": {"database", "queries"},
-    "signs": set(),
-    "supervisor": {"log", "signs"},
-    "embedded": {"errors"},
-    "memory": set(),
-    "demo": {"cli.terminal", "database", "demo.page", "embedded", "errors", "migrate", "settings", "supervisor"},
-    "demo.page": {"cli.terminal", "errors", "web.app", "web.settings"},
-    "demo.tasks": {"batchq"},
-    "cli.terminal": {"settings", "text"},
-    "cli.show_tables": {"cli.terminal"},
-    "cli.enqueue_file": {"cli.terminal", "enqueue", "errors"},
-    "cli.leaving": {"log"},
-    "cli.signals": {"cli.leaving"},
-    "cli.pace": set(),
-    "cli.top": {"cli.pace", "cli.show_tables", "cli.terminal"},
-    "cli.one_batch": {"cli.commands", "cli.pace", "cli.show_tables", "cli.terminal", "queries"},
-    "cli.commands": {
-        "app", "cli.enqueue_file", "cli.leaving", "cli.show_tables", "cli.signals", "cli.terminal", "cli.top",
-        "database", "demo", "enqueue", "env_file", "errors", "log", "memory", "migrate", "monitor", "queries",
-        "settings", "signs", "supervisor", "worker",
-    },
-    "cli.verbs": {"bulk", "cli.commands", "cli.show_tables", "cli.terminal", "database", "errors", "queries", "text"},
-    "cli.doctor": {"cli.commands", "cli.terminal", "doctor"},
-    "cli.roles": {"cli.commands", "cli.show_tables", "cli.terminal", "errors", "queries"},
-    "cli.invariants": {"cli.commands", "cli.terminal", "database", "invariants", "migrate"},
-    "cli.web": {"cli.commands", "cli.terminal", "errors", "log", "web.app", "web.settings"},
-    "cli": {
-        "cli.commands", "cli.doctor", "cli.invariants", "cli.leaving", "cli.one_batch", "cli.roles", "cli.terminal",
-        "cli.verbs", "cli.web", "errors", "settings",
-    },
-    "web": set(),
-    "web.charts": set(),
-    "web.shown": {"text"},
-    "web.settings": {"env_file", "errors", "hosts", "settings"},
-    "web.auth": {"hosts", "log", "web.settings"},
-    "web.connections": {"hosts", "log"},
-    "web.live": {"errors"},
-    "web.reads": {"database", "queries"},
-    "web.verbs": {"web.reads"},
-    "web.bulk": {"bulk", "errors", "queries", "text", "web.reads", "web.verbs"},
-    "web.pages": {"web.auth", "web.bulk", "web.charts", "web.reads", "web.shown", "web.verbs"},
-    "web.app": {
-        "errors", "hosts", "log", "metrics", "settings", "web.auth", "web.bulk", "web.connections", "web.live",
-        "web.pages", "web.reads", "web.settings", "web.shown", "web.verbs",
-    },
-    "program": set(),
-    "batchq": {"app", "batch", "enqueue", "errors", "program", "retry", "settings", "worker"},
+# Which folders of the package each folder may import from. Within a folder, modules import each other freely, but never
+# in a circle.
+EVERYBODY = {"errors"}
+TOP = {"settings", "retry", "app", "batch", "enqueue"}  # what users import; App and Batch know nothing of a worker
+FOLDERS_MAY_IMPORT: dict[str, set[str]] = {
+    "common": set(),
+    "postgres": {"common"},
+    "top": {"common", "postgres"},
+    "worker": {"common", "postgres", "top"},
+    "operate": {"postgres"},
+    "web": {"common", "postgres", "top", "operate"},
+    "cli": {"common", "postgres", "top", "worker", "operate", "web", "demo"},
+    "demo": {"common", "postgres", "top", "worker", "web", "package"},
+    "testing": {"top", "worker"},
+    "package": {"common", "top", "worker"},  # batchq/__init__.py
     "__main__": {"cli"},
-}  # fmt: skip
+}
 
 
 def name_of(file: Path) -> str:
@@ -149,20 +75,34 @@ def imported_from(module: str, names: list[str]) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------- imports
 
 
-def test_each_module_imports_only_what_it_may() -> None:
-    too_much = {name: imported(tree) - ALLOWED.get(name, set()) for name, tree in MODULES.items()}
-    assert {name: modules for name, modules in too_much.items() if modules} == {}
+def folder_of(module: str) -> str:
+    """Return where a module stands, as in FOLDERS_MAY_IMPORT."""
+    first = module.partition(".")[0]
+    return "top" if first in TOP else "package" if first == "batchq" else first
 
 
-def test_the_table_of_imports_names_every_module_and_nothing_that_is_gone() -> None:
-    assert ALLOWED.keys() == MODULES.keys()
-    unused = {name: allowed - imported(MODULES[name]) for name, allowed in ALLOWED.items()}
-    assert {name: modules for name, modules in unused.items() if modules} == {}
+def may_import(module: str, other: str) -> bool:
+    """Return whether the rules allow a module to import another one."""
+    here, there = folder_of(module), folder_of(other)
+    return there == here or there in EVERYBODY or there in FOLDERS_MAY_IMPORT[here]
 
 
-def test_imports_have_no_cycle() -> None:
-    order = list(TopologicalSorter(ALLOWED).static_order())  # raises CycleError
-    assert order.index("queries") < order.index("batch") < order.index("execution") < order.index("worker")
+def test_modules_import_only_what_their_folder_may() -> None:
+    arrows = [(name, other) for name, tree in MODULES.items() if name != "errors" for other in imported(tree)]
+    assert [f"{name} imports {other}" for name, other in arrows if not may_import(name, other)] == []
+    assert imported(MODULES["errors"]) == set()
+
+
+def test_the_rules_name_every_folder_and_nothing_that_is_not_needed() -> None:
+    assert {folder_of(name) for name in MODULES} - EVERYBODY == FOLDERS_MAY_IMPORT.keys()
+    used = {(folder_of(name), folder_of(other)) for name, tree in MODULES.items() for other in imported(tree)}
+    allowed = {(here, there) for here, others in FOLDERS_MAY_IMPORT.items() for there in others}
+    assert allowed - used == set()
+
+
+def test_imports_have_no_circle_neither_of_modules_nor_of_folders() -> None:
+    TopologicalSorter(FOLDERS_MAY_IMPORT).prepare()  # raises CycleError
+    TopologicalSorter({name: imported(tree) - {name} for name, tree in MODULES.items()}).prepare()
 
 
 # ------------------------------------------------------------------------------------------------- SQL
@@ -190,10 +130,10 @@ def texts(tree: ast.Module) -> Iterator[str]:
 
 
 def test_statements_stand_in_queries_alone() -> None:
-    own = {"queries", "demo", "demo.tasks"}  # the demo is a user's program, with statements of its own
+    own = {"postgres.queries", "demo", "demo.tasks"}  # the demo is a user's program, with statements of its own
     found = {name: [text for text in texts(tree) if A_STATEMENT.match(text)] for name, tree in MODULES.items()}
     assert {name: statements for name, statements in found.items() if statements and name not in own} == {}
-    assert len(found["queries"]) > 20, "the test does not see statements"
+    assert len(found["postgres.queries"]) > 20, "the test does not see statements"
 
 
 def test_ddl_stands_in_migrations_alone() -> None:
@@ -206,7 +146,7 @@ def test_ddl_stands_in_migrations_alone() -> None:
 
 # ------------------------------------------------------------------------------------------------- the terminal
 
-THE_WAY_OUT = "cli.terminal"
+THE_WAY_OUT = "common.terminal"
 READS_MARKUP = {"TextColumn", "Static", "Console", "Status", "Panel", "Label", "track", "status"}
 
 

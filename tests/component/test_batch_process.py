@@ -13,10 +13,10 @@ from pydantic import BaseModel
 
 import batchq
 from batchq import testing
-from batchq.lanes import Lane
-from batchq.positions import Source
 from batchq.testing import running_worker
-from batchq.worker import Worker
+from batchq.worker.lanes import Lane
+from batchq.worker.positions import Source
+from batchq.worker.worker import Worker
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, await_status, drain, look, put, register, values
 from tests.support.steps import step
@@ -688,7 +688,7 @@ class Blocked:
 def test_a_stop_gives_back_what_has_not_begun_without_charging_an_attempt(
     dsn: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchq.keeper.WAITING_SECONDS", 3600)  # so that only the stop gives back
+    monkeypatch.setattr("batchq.worker.keeper.WAITING_SECONDS", 3600)  # so that only the stop gives back
     blocked = Blocked(conn)
     with running_worker(blocked.app, dsn, concurrency=1) as worker:
         blocked.wait_for_many_in_hand()

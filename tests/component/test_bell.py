@@ -9,10 +9,11 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 import batchq
-from batchq import bell, claimer, queries
-from batchq.bell import Bell
-from batchq.queries import Finish, Progress, Requeue
+from batchq.postgres import queries
+from batchq.postgres.queries import Finish, Progress, Requeue
 from batchq.testing import running_worker
+from batchq.worker import bell, claimer
+from batchq.worker.bell import Bell
 from tests.component.rows import (
     Conn,
     checkpoint,

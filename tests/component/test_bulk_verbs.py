@@ -12,10 +12,10 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from batchq import queries
-from batchq.bulk import Bulk, LeftOut
-from batchq.database import Link
-from batchq.queries import Finish, Progress
+from batchq.operate.bulk import Bulk, LeftOut
+from batchq.postgres import queries
+from batchq.postgres.database import Link
+from batchq.postgres.queries import Finish, Progress
 from tests.component.rows import (
     KIND,
     Conn,

@@ -8,9 +8,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from batchq import queries
-from batchq.database import LONGEST_TEXT
-from batchq.queries import END, START, Finish, Position, Progress, Requeue, Statement
+from batchq.postgres import queries
+from batchq.postgres.database import LONGEST_TEXT
+from batchq.postgres.queries import END, START, Finish, Position, Progress, Requeue, Statement
 from tests.component.rows import (
     KIND,
     Conn,

@@ -9,8 +9,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from batchq import doctor
-from batchq.doctor import Finding
+from batchq.operate import doctor
+from batchq.operate.doctor import Finding
 from tests.component.rows import Conn, claim, expire_lease, insert, processing, value
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine

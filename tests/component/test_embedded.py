@@ -6,8 +6,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from batchq import embedded
 from batchq.errors import ConfigError
+from batchq.postgres import embedded
 from tests.support.alone import run_alone
 from tests.support.servers import open_directory
 from tests.support.steps import step

@@ -8,11 +8,11 @@ import psycopg
 import pytest
 
 import batchq
-from batchq import queries
 from batchq.cli import main
-from batchq.database import Link, check_server, connect
 from batchq.errors import ConfigError
-from batchq.migrate import migrate
+from batchq.postgres import queries
+from batchq.postgres.database import Link, check_server, connect
+from batchq.postgres.migrate import migrate
 from tests.support.batches import drain, look
 from tests.support.databases import Databases
 from tests.support.poolers import PgBouncer

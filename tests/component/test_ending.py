@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from batchq.outlet import MOST_BYTES, Outlet
+from batchq.common.outlet import MOST_BYTES, Outlet
 from tests.support.alone import run_alone
 from tests.support.batches import await_status, put, values
 from tests.support.processes import ROOT, Processes

@@ -8,8 +8,9 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from batchq import finisher, queries
-from batchq.database import LONGEST_TEXT
+from batchq.postgres import queries
+from batchq.postgres.database import LONGEST_TEXT
+from batchq.worker import finisher
 from tests.component.rows import Conn, Taken, claim, complete, insert, values
 from tests.support.alone import run_alone
 from tests.support.steps import step

@@ -12,8 +12,8 @@ import psycopg
 import pytest
 from psycopg.rows import tuple_row
 
-from batchq import queries
-from batchq.queries import END, Finish, Position, Progress, Requeue, Statement
+from batchq.postgres import queries
+from batchq.postgres.queries import END, Finish, Position, Progress, Requeue, Statement
 from batchq.web.reads import batch_list
 from tests.component.rows import KIND, Conn, value
 from tests.support.alone import run_alone

@@ -19,8 +19,8 @@ import structlog
 from psycopg.rows import dict_row
 
 import batchq
+from batchq.common.text import error_object, one_line
 from batchq.testing import running_worker
-from batchq.text import error_object, one_line
 from tests.support.alone import run_alone
 from tests.support.batches import await_status, look, put, values
 from tests.support.steps import step

@@ -9,8 +9,9 @@ import pytest
 from psycopg.types.json import Jsonb
 
 import batchq
-from batchq import invariants, queries
-from batchq.queries import Progress
+from batchq.operate import invariants
+from batchq.postgres import queries
+from batchq.postgres.queries import Progress
 from tests.component.rows import (
     Conn,
     checkpoint,

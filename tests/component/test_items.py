@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 import batchq
-from batchq import queries
+from batchq.postgres import queries
 from batchq.testing import running_worker
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, await_status, drain, failed_items, look, put, register_items, values

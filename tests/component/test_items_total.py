@@ -12,10 +12,10 @@ import pytest
 from psycopg import sql
 
 import batchq
-from batchq import migrate as migrations
-from batchq import queries
-from batchq.migrate import migrate
-from batchq.queries import Finish, Progress
+from batchq.postgres import migrate as migrations
+from batchq.postgres import queries
+from batchq.postgres.migrate import migrate
+from batchq.postgres.queries import Finish, Progress
 from tests.component.rows import (
     KIND,
     Conn,

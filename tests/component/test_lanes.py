@@ -9,12 +9,12 @@ from uuid import uuid4
 import pytest
 
 import batchq
-from batchq import lanes
 from batchq.batch import Batch, Claim, Runtime
-from batchq.execution import RELEASED, Outcome
-from batchq.lanes import MOST_PREFETCHED, Lane, Spurt, ThreadLane
-from batchq.queries import ClaimedRow
-from batchq.worker import switching_quickly
+from batchq.postgres.queries import ClaimedRow
+from batchq.worker import lanes
+from batchq.worker.execution import RELEASED, Outcome
+from batchq.worker.lanes import MOST_PREFETCHED, Lane, Spurt, ThreadLane
+from batchq.worker.worker import switching_quickly
 from tests.support.alone import run_alone
 from tests.support.steps import step
 from tests.support.waiting import allowed, wait_until

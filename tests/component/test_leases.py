@@ -8,8 +8,8 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from batchq import queries
-from batchq.queries import Finish, Progress, Requeue
+from batchq.postgres import queries
+from batchq.postgres.queries import Finish, Progress, Requeue
 from tests.component.rows import (
     KIND,
     Conn,

@@ -14,12 +14,13 @@ import pytest
 from rich.console import Console
 
 import batchq
-from batchq import bulk, queries
 from batchq.cli import commands, main
+from batchq.operate import bulk
+from batchq.postgres import queries
 from batchq.web.reads import POOL_SIZE
-from tests.bench.proxy import DelayingProxy
-from tests.chaos.proxy import FaultyProxy
 from tests.component.rows import values
+from tests.instruments.bench.proxy import DelayingProxy
+from tests.instruments.chaos.proxy import FaultyProxy
 from tests.support.alone import run_alone
 from tests.support.batches import look, put
 from tests.support.steps import step

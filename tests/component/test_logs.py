@@ -15,7 +15,7 @@ import structlog
 from psycopg.conninfo import make_conninfo
 
 import batchq
-from batchq import log
+from batchq.common import log
 from batchq.errors import ConfigError
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, drain, put

@@ -9,8 +9,8 @@ from uuid import uuid4
 
 import pytest
 
-from batchq import queries
-from batchq.queries import END, START, Position
+from batchq.postgres import queries
+from batchq.postgres.queries import END, START, Position
 from tests.component.rows import (
     KIND,
     Conn,

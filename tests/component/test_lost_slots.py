@@ -13,10 +13,10 @@ import pytest
 import structlog
 
 import batchq
-from batchq import lanes, signs
 from batchq.settings import Settings
-from batchq.signs import SIGNS_FD, Signs
 from batchq.testing import running_worker
+from batchq.worker import lanes, signs
+from batchq.worker.signs import SIGNS_FD, Signs
 from tests.support.alone import run_alone
 from tests.support.batches import await_status, look, put, values, wait_for_status
 from tests.support.processes import Processes

@@ -9,7 +9,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from batchq.memory import NEW_OBJECTS, collecting_seldom
+from batchq.worker.memory import NEW_OBJECTS, collecting_seldom
 from tests.support.alone import run_alone
 from tests.support.batches import look, put
 from tests.support.commands import CommandLine
@@ -17,7 +17,7 @@ from tests.support.steps import step
 
 GROWTH = """
 import sys, threading
-from batchq.memory import return_large_buffers
+from batchq.worker.memory import return_large_buffers
 
 if sys.argv[1] == "set":
     assert return_large_buffers()

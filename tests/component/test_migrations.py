@@ -11,10 +11,10 @@ import pytest
 from psycopg import sql
 
 import batchq
-from batchq import migrate as migrations
-from batchq import queries
 from batchq.errors import ConfigError
-from batchq.migrate import all_migrations, check_schema, migrate
+from batchq.postgres import migrate as migrations
+from batchq.postgres import queries
+from batchq.postgres.migrate import all_migrations, check_schema, migrate
 from tests.component.rows import (
     KIND,
     Conn,
@@ -417,7 +417,7 @@ def test_every_column_explains_itself_but_for_the_obvious(conn: Conn, table: str
 def test_the_files_are_found_in_the_package_or_else_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "batchq"
     package.mkdir()
-    monkeypatch.setattr(migrations, "__file__", str(package / "migrate.py"))
+    monkeypatch.setattr(migrations, "__file__", str(package / "postgres" / "migrate.py"))
     assert migrations.directory() == tmp_path / "migrations"
     (package / "migrations").mkdir()
     assert migrations.directory() == package / "migrations"

@@ -11,15 +11,15 @@ import pytest
 from psycopg import sql
 
 import batchq
-from batchq import queries
-from batchq.claimer import SETTINGS
 from batchq.cli import main
-from batchq.database import Link
-from batchq.migrate import migrate
-from batchq.monitor import Monitor
-from batchq.positions import Source
-from batchq.queries import END, START
+from batchq.operate.monitor import Monitor
+from batchq.postgres import queries
+from batchq.postgres.database import Link
+from batchq.postgres.migrate import migrate
+from batchq.postgres.queries import END, START
 from batchq.web.reads import Reader
+from batchq.worker.claimer import SETTINGS
+from batchq.worker.positions import Source
 from tests.component.test_stuck_rows import REFUSING
 from tests.component.test_worker_parts import Parts
 from tests.support.alone import run_alone

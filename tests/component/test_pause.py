@@ -8,10 +8,10 @@ import psycopg
 import pytest
 
 import batchq
-from batchq.claimer import PAUSES_SECONDS
 from batchq.settings import Settings
 from batchq.testing import drain, running_worker
-from batchq.worker import Worker
+from batchq.worker.claimer import PAUSES_SECONDS
+from batchq.worker.worker import Worker
 from tests.component.rows import Conn, insert, value, values
 from tests.support.alone import run_alone
 from tests.support.steps import step

@@ -10,10 +10,10 @@ import psycopg
 import pytest
 
 import batchq
-from batchq import database
-from batchq.database import HandlerConnections
 from batchq.errors import DatabaseAway, OutcomeUnknown
-from batchq.places import Places
+from batchq.postgres import database
+from batchq.postgres.database import HandlerConnections
+from batchq.postgres.places import Places
 from batchq.testing import running_worker
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, drain, look, put, values

@@ -9,12 +9,15 @@ import psycopg
 import pytest
 
 import batchq
-from batchq import positions, queries
 from batchq.batch import Runtime
-from batchq.claimer import Claimer
-from batchq.database import HandlerConnections, Link
-from batchq.lanes import Lane
-from batchq.positions import (
+from batchq.postgres import queries
+from batchq.postgres.database import HandlerConnections, Link
+from batchq.postgres.queries import END, START, ClaimedRow, Position, Requeue, Statement
+from batchq.testing import drain
+from batchq.worker import positions
+from batchq.worker.claimer import Claimer
+from batchq.worker.lanes import Lane
+from batchq.worker.positions import (
     BUSY_PAUSE_SECONDS,
     CHEAP_SECONDS,
     MOST_PARTS,
@@ -24,8 +27,6 @@ from batchq.positions import (
     Source,
     Track,
 )
-from batchq.queries import END, START, ClaimedRow, Position, Requeue, Statement
-from batchq.testing import drain
 from tests.component.rows import (
     KIND,
     Conn,

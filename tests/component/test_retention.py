@@ -9,9 +9,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from batchq import App, Settings, queries
+from batchq import App, Settings
+from batchq.postgres import queries
 from batchq.settings import MAX_KEEP_FINISHED_DAYS
-from batchq.worker import Worker
+from batchq.worker.worker import Worker
 from tests.component.rows import KIND, Conn, batch, finished, insert, value, values
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine

@@ -1,4 +1,4 @@
-"""What people look at reads a bounded part of a large queue, by index. At full size: python -m tests.scale."""
+"""What people look at reads a bounded part of a large queue, by index. At full size: tests/instruments/scale.py."""
 
 from collections.abc import Iterator
 

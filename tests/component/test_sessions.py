@@ -11,8 +11,8 @@ import pytest
 from psycopg import sql
 
 import batchq
-from batchq import queries
-from batchq.database import LONGEST_TEXT, HandlerConnections, Link
+from batchq.postgres import queries
+from batchq.postgres.database import LONGEST_TEXT, HandlerConnections, Link
 from batchq.retry import Conflicts
 from batchq.testing import running_worker
 from tests.support.alone import run_alone

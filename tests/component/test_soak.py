@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.cli import main
-from tests.soak.load import KINDS, Mix
-from tests.soak.sampling import Sample
-from tests.soak.verdict import Finding, judge
+from tests.instruments.soak.cli import main
+from tests.instruments.soak.load import KINDS, Mix
+from tests.instruments.soak.sampling import Sample
+from tests.instruments.soak.verdict import Finding, judge
 from tests.support.alone import run_alone
 from tests.support.steps import step
 

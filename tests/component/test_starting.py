@@ -13,11 +13,11 @@ import psycopg
 import pytest
 
 import batchq
-from batchq.database import HandlerConnections
 from batchq.errors import ConfigError
-from batchq.lanes import LoopLane, ThreadLane
+from batchq.postgres.database import HandlerConnections
 from batchq.settings import Settings
-from batchq.worker import Worker
+from batchq.worker.lanes import LoopLane, ThreadLane
+from batchq.worker.worker import Worker
 from tests.support.alone import run_alone
 from tests.support.batches import put, values, wait_for_status
 from tests.support.waiting import wait_until

@@ -11,13 +11,13 @@ import pytest
 from structlog.testing import capture_logs
 
 import batchq
-from batchq import finisher, keeper, lanes
 from batchq.batch import Batch
-from batchq.database import Link
-from batchq.execution import COMPLETED, RELEASED, Outcome
-from batchq.outage import Outage
-from batchq.positions import Source
-from batchq.queries import END, OWN_LOCK_SECONDS, START
+from batchq.postgres.database import Link
+from batchq.postgres.queries import END, OWN_LOCK_SECONDS, START
+from batchq.worker import finisher, keeper, lanes
+from batchq.worker.execution import COMPLETED, RELEASED, Outcome
+from batchq.worker.outage import Outage
+from batchq.worker.positions import Source
 from tests.component.rows import Conn, claim, value, values
 from tests.component.test_worker_parts import Parts, enqueue
 from tests.support.alone import run_alone

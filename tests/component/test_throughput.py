@@ -10,12 +10,12 @@ import pytest
 from psycopg.rows import dict_row
 
 import batchq
-from batchq import queries
-from batchq.database import Link
 from batchq.errors import Cancel, OutcomeUnknown
-from batchq.queries import Tally
+from batchq.postgres import queries
+from batchq.postgres.database import Link
+from batchq.postgres.queries import Tally
 from batchq.testing import drain, running_worker
-from batchq.throughput import BOUNDS, Throughput
+from batchq.worker.throughput import BOUNDS, Throughput
 from tests.component.rows import Conn, insert, run, value, values
 from tests.support.alone import run_alone
 from tests.support.steps import step

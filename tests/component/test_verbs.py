@@ -9,8 +9,8 @@ import psycopg
 import pytest
 
 import batchq
-from batchq import queries
-from batchq.queries import Finish, Progress, Requeue
+from batchq.postgres import queries
+from batchq.postgres.queries import Finish, Progress, Requeue
 from tests.component.rows import (
     KIND,
     Conn,

@@ -12,9 +12,9 @@ import pytest
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from batchq import queries
-from batchq.database import Link
-from batchq.queries import Finish, Progress, Requeue, Tally, WorkerRow
+from batchq.postgres import queries
+from batchq.postgres.database import Link
+from batchq.postgres.queries import Finish, Progress, Requeue, Tally, WorkerRow
 from tests.component.rows import (
     KIND,
     Conn,

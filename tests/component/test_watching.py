@@ -19,7 +19,7 @@ import batchq
 from batchq.cli import commands, top
 from batchq.cli.pace import Pace, clock
 from batchq.settings import Settings
-from batchq.worker import Worker
+from batchq.worker.worker import Worker
 from tests.support.alone import run_alone
 from tests.support.batches import await_status, drain, put
 from tests.support.commands import CommandLine

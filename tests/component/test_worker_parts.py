@@ -12,21 +12,22 @@ import psycopg
 import pytest
 
 import batchq
-from batchq import claimer, finisher, keeper, queries
 from batchq.batch import Batch, Runtime
-from batchq.claimer import POLLS_A_SECOND, Claimer, Turns
-from batchq.database import HandlerConnections, Link
 from batchq.errors import DatabaseAway, OutcomeUnknown
-from batchq.execution import COMPLETED, Outcome
-from batchq.finisher import Finisher
-from batchq.keeper import Keeper
-from batchq.lanes import MOST_STRETCH, ThreadLane
-from batchq.positions import Source
-from batchq.queries import END, START, Turn, WorkerRow
+from batchq.postgres import queries
+from batchq.postgres.database import HandlerConnections, Link
+from batchq.postgres.queries import END, START, Turn, WorkerRow
 from batchq.settings import Settings
 from batchq.testing import drain
-from tests.bench.proxy import DelayingProxy
+from batchq.worker import claimer, finisher, keeper
+from batchq.worker.claimer import POLLS_A_SECOND, Claimer, Turns
+from batchq.worker.execution import COMPLETED, Outcome
+from batchq.worker.finisher import Finisher
+from batchq.worker.keeper import Keeper
+from batchq.worker.lanes import MOST_STRETCH, ThreadLane
+from batchq.worker.positions import Source
 from tests.component.rows import Conn, claim, expire_lease, has_expired, insert, value, values
+from tests.instruments.bench.proxy import DelayingProxy
 from tests.support import supasim
 from tests.support.alone import run_alone
 from tests.support.steps import step

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 import batchq
-from batchq import embedded
+from batchq.postgres import embedded
 from tests.e2e import apps
 from tests.support.alone import run_alone
 from tests.support.processes import Processes

@@ -21,10 +21,11 @@ import yaml
 import batchq
 from batchq.cli import make_parser
 from batchq.cli.signals import SPARE_SECONDS
-from batchq.metrics import STATES, queue_metrics, worker_metrics
 from batchq.settings import Settings
-from batchq.throughput import Counts
+from batchq.web.metrics import STATES, queue_metrics
 from batchq.web.settings import WebSettings
+from batchq.worker.metrics import worker_metrics
+from batchq.worker.throughput import Counts
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
 from tests.support.processes import ROOT

@@ -16,9 +16,9 @@ import psycopg
 import pytest
 
 import batchq
-from batchq import embedded
 from batchq.cli.signals import SPARE_SECONDS
-from batchq.migrate import migrate
+from batchq.postgres import embedded
+from batchq.postgres.migrate import migrate
 from tests.e2e import apps
 from tests.integration.test_faults import Load
 from tests.support.alone import run_alone

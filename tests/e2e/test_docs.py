@@ -17,10 +17,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 import batchq
-from batchq import embedded, enqueue
+from batchq import enqueue
 from batchq.app import load_app
+from batchq.postgres import embedded
 from batchq.testing import drain
-from tests import newcomer, reference
+from tests.instruments import newcomer, reference
 from tests.support import settings_table
 from tests.support.alone import run_alone
 from tests.support.markdown import ROOT, Block, blocks
@@ -323,7 +324,7 @@ def test_what_the_page_about_the_page_shows_runs(dsn: str, admin_dsn: str, tmp_p
 
 def test_the_reference_is_what_the_code_says(conn: psycopg.Connection) -> None:
     written = reference.PAGE.read_text(encoding="utf-8").splitlines()
-    assert written == reference.page(conn).splitlines(), "run: python -m tests.reference"
+    assert written == reference.page(conn).splitlines(), "run: python -m tests.instruments.reference"
 
 
 def test_the_reference_has_every_function_that_the_docs_call_and_every_name_of_the_package() -> None:

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from tests.component.rows import Conn
-from tests.screenshots import FOLDER, make
+from tests.instruments.screenshots import FOLDER, make
 from tests.support.alone import run_alone
 
 PNG = b"\x89PNG\r\n\x1a\n"

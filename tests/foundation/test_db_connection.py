@@ -19,8 +19,11 @@ import structlog
 from psycopg_pool import PoolTimeout
 
 import batchq
-from batchq import database, log, queries
-from batchq.database import (
+from batchq.common import log
+from batchq.common.secrets import hide_password
+from batchq.errors import ConfigError, OutcomeUnknown
+from batchq.postgres import database, queries
+from batchq.postgres.database import (
     CONNECT_OPTIONS,
     POOL_OPTIONS,
     AsyncConnection,
@@ -36,9 +39,9 @@ from batchq.database import (
     transaction,
     transaction_async,
 )
-from batchq.errors import ConfigError, OutcomeUnknown
-from batchq.queries import Finish, Requeue
-from batchq.settings import Settings, dsn_problems, hide_password
+from batchq.postgres.dsn import dsn_problems
+from batchq.postgres.queries import Finish, Requeue
+from batchq.settings import Settings
 from tests.support import supasim
 from tests.support.alone import run_alone
 from tests.support.poolers import PgBouncer
@@ -917,7 +920,7 @@ def test_the_dsn_of_migrations_is_checked_by_its_own_name() -> None:
 
 
 def test_without_a_dsn_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchq.env_file.ENV_FILE", Path("there is none"))
+    monkeypatch.setattr("batchq.common.env_file.ENV_FILE", Path("there is none"))
     with pytest.raises(ConfigError, match="BATCHQ_DSN is not set; set it to your database, such as postgresql://"):
         Settings.load().require_dsn()
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import cli
-from tests.mutants.cli import SURVIVED, UNTRIED, page, read_killers
-from tests.mutants.table import MUTANTS, ROOT, Mutant, StaleError
+from tests.instruments.mutants import cli
+from tests.instruments.mutants.cli import SURVIVED, UNTRIED, page, read_killers
+from tests.instruments.mutants.table import MUTANTS, ROOT, Mutant, StaleError
 from tests.support.alone import run_alone
 from tests.support.servers import Server
 
@@ -55,7 +55,7 @@ def test_every_mutant_has_a_name_of_its_own() -> None:
 
 def test_the_page_is_the_table_and_its_killers_are_tests_of_the_suite() -> None:
     killers = read_killers()
-    assert page(killers) == (ROOT / "tests" / "mutants" / "README.md").read_text()
+    assert page(killers) == (ROOT / "tests" / "instruments" / "mutants" / "README.md").read_text()
     assert {mutant.name for mutant in MUTANTS} == set(killers)
     assert [name for name, killer in killers.items() if killer in (SURVIVED, UNTRIED)] == []
     wanted = {f"tests/{killer}" for killer in killers.values()}

@@ -16,19 +16,19 @@ import pytest
 
 import batchq
 from batchq.testing import drain
-from tests.chaos import ledger, report
-from tests.chaos.cli import main
-from tests.chaos.faults import FAULTS, Fault, wait_for_work, worked_by_style
-from tests.chaos.ledger import Violation, check_at_end, check_so_far
-from tests.chaos.marks import DIRECTORY, Mark, read_marks
-from tests.chaos.orders import ORDERS, STYLES
-from tests.chaos.points import POINTS
-from tests.chaos.producer import Producer
-from tests.chaos.proxy import FaultyProxy
-from tests.chaos.run import Run, Window
-from tests.chaos.schedule import schedule
-from tests.chaos.server import GivenServer
-from tests.chaos.world import world
+from tests.instruments.chaos import ledger, report
+from tests.instruments.chaos.cli import main
+from tests.instruments.chaos.faults import FAULTS, Fault, wait_for_work, worked_by_style
+from tests.instruments.chaos.ledger import Violation, check_at_end, check_so_far
+from tests.instruments.chaos.marks import DIRECTORY, Mark, read_marks
+from tests.instruments.chaos.orders import ORDERS, STYLES
+from tests.instruments.chaos.points import POINTS
+from tests.instruments.chaos.producer import Producer
+from tests.instruments.chaos.proxy import FaultyProxy
+from tests.instruments.chaos.run import Run, Window
+from tests.instruments.chaos.schedule import schedule
+from tests.instruments.chaos.server import GivenServer
+from tests.instruments.chaos.world import world
 from tests.support.alone import run_alone
 from tests.support.databases import Databases
 from tests.support.servers import Server
@@ -103,7 +103,7 @@ def worked_once(server: Server, databases: Databases, tmp_path_factory: pytest.T
     """Return a database in which everything was worked, without any fault."""
     directory = tmp_path_factory.mktemp("marks")
     os.environ[DIRECTORY] = str(directory)
-    from tests.chaos import apps
+    from tests.instruments.chaos import apps
 
     with databases.migrated() as name, psycopg.connect(server.dsn(name), autocommit=True) as conn:
         conn.execute(ledger.TABLES)

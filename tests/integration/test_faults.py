@@ -19,9 +19,10 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import batchq
-from batchq import claimer, queries
-from batchq.database import Link
+from batchq.postgres import queries
+from batchq.postgres.database import Link
 from batchq.testing import running_worker
+from batchq.worker import claimer
 from tests.e2e import apps
 from tests.support import supasim
 from tests.support.alone import run_alone

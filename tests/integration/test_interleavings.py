@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from tests.model.orders import Case, Laboratory, cases, operations
-from tests.model.reality import drop_partitions_ahead
+from tests.instruments.model.orders import Case, Laboratory, cases, operations
+from tests.instruments.model.reality import drop_partitions_ahead
 from tests.support.alone import run_alone
 from tests.support.steps import step
 

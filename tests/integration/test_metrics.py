@@ -11,10 +11,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import batchq
+from batchq.common.exposition import MOST_PAIRS, exposition
 from batchq.errors import ConfigError
-from batchq.metrics import MOST_PAIRS, bounded, bounded_rows, buckets, exposition, queue_metrics, worker_metrics
-from batchq.throughput import BOUNDS, Counts, Throughput
-from batchq.worker import Worker
+from batchq.web.metrics import bounded_rows, queue_metrics
+from batchq.worker.metrics import bounded, buckets, worker_metrics
+from batchq.worker.throughput import BOUNDS, Counts, Throughput
+from batchq.worker.worker import Worker
 from tests.component.rows import Conn, expire_lease, insert, processing
 from tests.support.alone import run_alone
 from tests.support.batches import put, wait_for_status

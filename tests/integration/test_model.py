@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.model.lives import Lives
-from tests.model.reality import Reality
+from tests.instruments.model.lives import Lives
+from tests.instruments.model.reality import Reality
 from tests.support.alone import run_alone
 from tests.support.steps import step
 

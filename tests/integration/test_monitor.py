@@ -10,10 +10,10 @@ import psycopg
 import pytest
 
 import batchq
-from batchq import queries
 from batchq.cli import main
-from batchq.database import Link
-from batchq.monitor import Monitor
+from batchq.operate.monitor import Monitor
+from batchq.postgres import queries
+from batchq.postgres.database import Link
 from tests.e2e import apps
 from tests.support.alone import run_alone
 from tests.support.processes import Process, Processes

@@ -17,9 +17,9 @@ from typing import Any, LiteralString
 import psycopg
 import pytest
 
-from batchq import migrate as migrations
 from batchq.errors import ConfigError
-from batchq.migrate import all_migrations, check_schema, migrate
+from batchq.postgres import migrate as migrations
+from batchq.postgres.migrate import all_migrations, check_schema, migrate
 from tests.support.alone import run_alone
 from tests.support.databases import MIGRATIONS
 from tests.support.servers import Server

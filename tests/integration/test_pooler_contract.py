@@ -14,9 +14,9 @@ import pytest
 from psycopg import sql
 
 import batchq
-from batchq import queries
-from batchq.database import CONNECT_OPTIONS, Link
-from batchq.migrate import all_migrations, migrate
+from batchq.postgres import queries
+from batchq.postgres.database import CONNECT_OPTIONS, Link
+from batchq.postgres.migrate import all_migrations, migrate
 from batchq.testing import running_worker
 from tests.e2e import apps
 from tests.support import supasim

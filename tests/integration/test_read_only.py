@@ -8,9 +8,9 @@ import psycopg
 import pytest
 
 import batchq
-from batchq import metrics
 from batchq.cli import main
 from batchq.testing import running_worker
+from batchq.worker import metrics
 from tests.support.batches import await_status, drain, put
 from tests.support.servers import free_port
 from tests.support.steps import step
@@ -112,7 +112,7 @@ def test_a_worker_is_not_ready_while_no_write_succeeds(
     admin_dsn: str, admin: Conn, app: batchq.App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "UNWRITTEN_SECONDS", 1.0)
-    monkeypatch.setattr("batchq.keeper.HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr("batchq.worker.keeper.HEARTBEAT_SECONDS", 0.2)
     port = free_port()
     with running_worker(app, admin_dsn, metrics_port=port):
         wait_until(lambda: readiness(port)[0] == 200, SECONDS, "a worker that is ready")

@@ -17,8 +17,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext, SpanKind, StatusCode
 
 import batchq
-from batchq import Backoff, enqueue_async, enqueue_many, queries, traces
+from batchq import Backoff, enqueue_async, enqueue_many
+from batchq.common import traces
 from batchq.errors import ConfigError
+from batchq.postgres import queries
 from batchq.testing import running_worker
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, drain, look, put, register, register_items

@@ -16,9 +16,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from batchq import queries
 from batchq.errors import ConfigError
-from batchq.queries import Finish, Progress, Tally, WorkerRow
+from batchq.postgres import queries
+from batchq.postgres.queries import Finish, Progress, Tally, WorkerRow
 from batchq.web import reads
 from batchq.web.live import Live
 from batchq.web.settings import WebSettings

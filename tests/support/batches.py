@@ -9,7 +9,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 import batchq
-from batchq.worker import Worker
+from batchq.worker.worker import Worker
 from tests.support.waiting import wait_until
 
 DRAIN_SECONDS = 30.0

@@ -76,7 +76,7 @@ class Databases:
 
     def _make_template(self, conn: psycopg.Connection, name: str) -> None:
         """Migrate a new template under another name, so that *name* is complete or not there."""
-        from batchq.migrate import migrate
+        from batchq.postgres.migrate import migrate
 
         for old in _templates(conn):
             _drop(conn, old)

@@ -12,7 +12,7 @@ from tests.support.markdown import ROOT
 from tests.support.roles import role_for
 
 PAGE = ROOT / "docs" / "security.md"
-BEGIN = "<!-- matrix: each cell tried; `python -m tests.reference` writes it anew -->\n"
+BEGIN = "<!-- matrix: each cell tried; `python -m tests.instruments.reference` writes it anew -->\n"
 END = "<!-- end of matrix -->"
 ROLES = ("stranger", "producer", "worker", "viewer", "operator")
 NOTHING = "-"

@@ -12,7 +12,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
-from batchq.embedded import hand_over, run_unprivileged
+from batchq.postgres.embedded import hand_over, run_unprivileged
 from tests.support.programs import path_of
 from tests.support.servers import Server, free_port
 from tests.support.waiting import wait_until

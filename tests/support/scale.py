@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import psutil
 import psycopg
 
-from batchq import queries
+from batchq.postgres import queries
 from tests.support.steps import step
 
 CHUNK = 1_000_000

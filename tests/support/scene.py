@@ -4,8 +4,8 @@ from typing import Any
 
 import psycopg
 
-from batchq import queries
-from batchq.queries import Progress, WorkerRow
+from batchq.postgres import queries
+from batchq.postgres.queries import Progress, WorkerRow
 from tests.component.rows import checkpoint, expire_lease, failure, finished, insert, processing
 
 Conn = psycopg.Connection[Any]

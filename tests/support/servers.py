@@ -20,8 +20,8 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 from testcontainers.core.container import DockerContainer
 
-from batchq import embedded
 from batchq.errors import ConfigError
+from batchq.postgres import embedded
 from tests.support.waiting import wait_until
 
 DEFAULT_IMAGE = "postgres:17"

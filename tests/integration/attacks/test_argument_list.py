@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from batchq.program import secrets_in
+from batchq.common.program import secrets_in
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
 from tests.support.waiting import wait_until

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchq import env_file
+from batchq.common import env_file
 from batchq.errors import ConfigError
 from batchq.settings import Settings
 from batchq.web.settings import WebSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from batchq.metrics import CONTENT_TYPE  # noqa: F401 (the extra is installed: else the test would prove nothing)
+from batchq.common.exposition import CONTENT_TYPE  # noqa: F401 (the extra is installed: else the test would prove nothing)
 from tests.component.rows import insert
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine

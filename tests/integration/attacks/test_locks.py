@@ -8,8 +8,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from batchq import queries
-from batchq.migrate import directory, migrate
+from batchq.postgres import queries
+from batchq.postgres.migrate import directory, migrate
 from tests.component.rows import insert, value, values
 from tests.support.alone import run_alone
 from tests.support.roles import role_for
@@ -43,7 +43,7 @@ def test_a_stranger_who_holds_every_advisory_lock_stops_no_maintenance(
     step("and the owner migrates a schema that is there")
     shutil.copytree(directory(), tmp_path, dirs_exist_ok=True)
     (tmp_path / "9000_more.sql").write_text("SELECT 1;")
-    monkeypatch.setattr("batchq.migrate.directory", lambda: tmp_path)
+    monkeypatch.setattr("batchq.postgres.migrate.directory", lambda: tmp_path)
     began = time.monotonic()
     assert migrate(admin_dsn) == ["9000_more"]
     assert time.monotonic() - began < 5

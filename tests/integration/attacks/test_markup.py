@@ -10,9 +10,9 @@ import psycopg
 import pytest
 from textual.widgets import Static
 
-from batchq import queries
 from batchq.cli import commands, show_tables, top
-from batchq.queries import Progress, WorkerRow
+from batchq.postgres import queries
+from batchq.postgres.queries import Progress, WorkerRow
 from tests.component.rows import change, checkpoint, failure, finished, insert, processing
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine

@@ -8,11 +8,11 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from batchq import metrics
+from batchq.common.hosts import is_own_host
 from batchq.errors import ConfigError
-from batchq.hosts import is_own_host
-from batchq.metrics import MOST_CONNECTIONS, MetricsServer
 from batchq.settings import Settings
+from batchq.worker import metrics
+from batchq.worker.metrics_server import MOST_CONNECTIONS, MetricsServer
 from tests.support.alone import run_alone
 from tests.support.steps import step
 from tests.support.waiting import allowed, wait_until

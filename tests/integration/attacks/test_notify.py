@@ -4,7 +4,7 @@ import time
 
 import psycopg
 
-from batchq.bell import REST_SECONDS, Bell
+from batchq.worker.bell import REST_SECONDS, Bell
 from tests.component.rows import insert, value
 from tests.support.alone import run_alone
 from tests.support.roles import role_for

@@ -109,7 +109,7 @@ def test_a_role_has_the_privileges_of_its_duty_and_no_other(conn: Conn, roles: d
 
 
 def test_the_docs_have_the_matrix_of_what_each_role_may_do(admin_dsn: str) -> None:
-    assert matrix.shown() == matrix.matrix(admin_dsn), "run: python -m tests.reference"
+    assert matrix.shown() == matrix.matrix(admin_dsn), "run: python -m tests.instruments.reference"
 
 
 def test_a_worker_rewrites_no_input_and_forges_no_batch(conn: Conn, roles: dict[str, str]) -> None:

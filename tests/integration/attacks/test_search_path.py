@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from batchq.migrate import migrate
+from batchq.postgres.migrate import migrate
 from tests.support import tour
 from tests.support.alone import run_alone
 from tests.support.steps import step

@@ -13,11 +13,12 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import batchq
-from batchq import settings
-from batchq.database import connect
-from batchq.log import hidden
-from batchq.settings import Settings, hide_password
-from batchq.text import error_object, message_object, one_line
+from batchq.common import secrets
+from batchq.common.log import hidden
+from batchq.common.secrets import hide_password
+from batchq.common.text import error_object, message_object, one_line
+from batchq.postgres.database import connect
+from batchq.settings import Settings
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, drain, failed_items, look, put, register, register_items
 from tests.support.roles import role_for
@@ -63,11 +64,11 @@ def spelled(password: str) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def forgotten() -> Any:
     """Let each test know its own passwords only."""
-    before = dict(settings.known_passwords)
-    settings.known_passwords.clear()
+    before = dict(secrets.known_passwords)
+    secrets.known_passwords.clear()
     yield
-    settings.known_passwords.clear()
-    settings.known_passwords.update(before)
+    secrets.known_passwords.clear()
+    secrets.known_passwords.update(before)
 
 
 def assert_hidden(text: str, password: str) -> None:
@@ -81,7 +82,7 @@ def assert_hidden(text: str, password: str) -> None:
 
 @pytest.mark.parametrize("password", PASSWORDS.values(), ids=PASSWORDS)
 def test_a_library_raises_the_password_in_each_of_its_spellings(password: str) -> None:
-    settings.know_password(password)
+    secrets.know_password(password)
     for form in spelled(password).values():
         for text in (form, f"cannot connect to {form}: refused", f"a\n{form}\nb", f"x{form}y"):
             error = ValueError(text)
@@ -92,7 +93,7 @@ def test_a_library_raises_the_password_in_each_of_its_spellings(password: str) -
 
 def test_a_long_message_is_cut_in_the_middle_of_the_password() -> None:
     password = "Pq7" + "correct-horse" * 3
-    settings.know_password(password)
+    secrets.know_password(password)
     for before in (*range(860, 900, 3), *range(1_000, 1_060, 7), 19_990, 50_000):
         for after in (0, 30, 880, 890, 5_000, 100_000):
             for form in (password, f"postgresql://u:{password}@h/db"):
@@ -103,7 +104,7 @@ def test_a_long_message_is_cut_in_the_middle_of_the_password() -> None:
 
 
 def test_a_message_of_many_addresses_takes_the_worker_long() -> None:
-    settings.know_password("Pq7correcthorse")
+    secrets.know_password("Pq7correcthorse")
     for text in (
         "://a:" * 2_000_000,
         "password='" * 1_000_000,

@@ -10,10 +10,10 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from batchq import queries
-from batchq.cli import terminal
-from batchq.queries import Progress, WorkerRow
-from batchq.text import visible, visible_json, visible_line
+from batchq.common import terminal
+from batchq.common.text import visible, visible_json, visible_line
+from batchq.postgres import queries
+from batchq.postgres.queries import Progress, WorkerRow
 from tests.component.rows import change, checkpoint, expire_lease, failure, finished, insert, processing
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine

@@ -1,0 +1,1 @@
+"""What every part of batchq uses: logs, texts, traces, secrets, names of hosts."""

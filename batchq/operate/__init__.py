@@ -1,0 +1,1 @@
+"""What people do with a running queue: bulk actions, doctor, invariants, monitor."""

@@ -1,0 +1,7 @@
+"""``python -m tests.instruments.chaos``."""
+
+import sys
+
+from tests.instruments.chaos.cli import main
+
+sys.exit(main())

@@ -1,0 +1,92 @@
+"""The producer: keeps enough in the queue that no worker is ever idle, past every pooler and proxy."""
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Self
+
+import psycopg
+
+import batchq
+from tests.instruments.chaos.orders import ORDERS, STYLES, Order, items, payload
+
+BY_STYLE = [[each for each in ORDERS.values() if each.style == style and each.share] for style in STYLES]
+READY = """
+SELECT kind, count(*)
+FROM batchq.batches_live
+WHERE status = 'pending' AND run_at <= now()
+GROUP BY kind
+"""
+PAUSE_SECONDS = 0.1
+AHEAD = -1  # a priority
+
+
+class Producer:
+    """Keeps *backlog* batches of each style ready; with each lot, in its transaction, a row of ``produced``."""
+
+    def __init__(self, connect: Callable[[], psycopg.Connection[Any]], backlog: int) -> None:
+        self.connect = connect
+        self.backlog = backlog
+        self.next_seq = 0
+        self.lock = threading.Lock()
+        self.known_lots: list[tuple[int, int]] = []
+        self.ending = threading.Event()
+        self.thread = threading.Thread(target=self.run, name="producer")
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Enqueue no more."""
+        self.ending.set()
+        self.thread.join()
+
+    def run(self) -> None:
+        """Enqueue until told to end; connect again when the server was away."""
+        while not self.ending.is_set():
+            with suppress(psycopg.Error), self.connect() as conn:
+                while not self.ending.wait(PAUSE_SECONDS):
+                    self.fill(conn)
+            self.ending.wait(PAUSE_SECONDS)
+
+    def fill(self, conn: psycopg.Connection[Any]) -> None:
+        """Enqueue until there is enough of each style."""
+        ready: dict[str, int] = dict(conn.execute(READY.encode()).fetchall())
+        for orders in BY_STYLE:
+            missing = self.backlog - sum(ready.get(order.kind, 0) for order in orders)
+            if missing > 0:
+                self.enqueue_lots(conn, orders, -(-missing // sum(order.share for order in orders)))
+
+    def enqueue_lots(self, conn: psycopg.Connection[Any], orders: Sequence[Order], times: int) -> None:
+        """Enqueue some of each kind, by its share."""
+        with conn.transaction():
+            lots = [self.enqueue(conn, order, times * order.share) for order in orders]
+        self.known_lots += lots
+
+    def order(self, kind: str, count: int, **more: Any) -> None:
+        """Enqueue *count* of one kind, ahead of all others; *more* goes into the payload."""
+        with self.connect() as conn:
+            with conn.transaction():
+                lot = self.enqueue(conn, ORDERS[kind], count, AHEAD, **more)
+            self.known_lots.append(lot)
+
+    def enqueue(
+        self, conn: psycopg.Connection[Any], order: Order, count: int, priority: int = 0, **more: Any
+    ) -> tuple[int, int]:
+        """Enqueue some of a kind in the caller's transaction; return their first number and how many."""
+        with self.lock:
+            first = self.next_seq
+            self.next_seq += count
+        conn.execute("INSERT INTO produced (kind, first, count) VALUES (%s, %s, %s)", [order.kind, first, count])
+        payloads = [payload(order, seq) | more for seq in range(first, first + count)]
+        options: dict[str, Any] = {"max_attempts": order.max_attempts, "priority": priority}
+        if not order.has_items:
+            batchq.enqueue_many(conn, order.kind, payloads, **options)
+            return first, count
+        for each in payloads:
+            batchq.enqueue(conn, order.kind, each, items=items(each["seq"]), max_failed_items=1, **options)
+        return first, count

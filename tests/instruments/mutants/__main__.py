@@ -1,0 +1,7 @@
+"""``python -m tests.instruments.mutants``, which `bin/mutants` runs."""
+
+import sys
+
+from tests.instruments.mutants.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1141 @@
+"""The mutants: each takes out one fence, lock, lease condition or bound, and says what it would break.
+
+Not among them is what would change nothing: that a rescue and what gives a claim back look for `processing` (a pending
+row has no token and no lease: batches_claim_is_whole), and that a statement names the queue in its second part, too,
+which has its ids from the first (that of EXTEND in its first, too, which has them from its caller).
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+QUERIES, MIGRATE = (f"batchq/postgres/{name}.py" for name in ("queries", "migrate"))
+POSITIONS, KEEPER = (f"batchq/worker/{name}.py" for name in ("positions", "keeper"))
+TABLES, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE, DOORS = (
+    f"migrations/{name}.sql"
+    for name in (
+        "0001_batches",
+        "0033_has_ready_by_the_claims_index",
+        "0023_verbs_lock_first",
+        "0016_bulk",
+        "0026_trace_context",
+        "0034_replica_identities",
+        "0036_true_bulk_numbers",
+        "0037_prune_in_steps",
+        "0039_doors",
+    )
+)
+CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
+    f"component/test_{name}.py" for name in ("claim", "leases", "retention", "migrations", "batch_process", "items")
+)
+POSITION, ACTIONS, CREATE, FORGET, PARTS, TRANSACTIONS, TOTALS = (
+    f"component/test_{name}.py"
+    for name in ("positions", "verbs", "batch_create", "keep_completed", "worker_parts", "transactions", "items_total")
+)
+ENDING = "component/test_ending.py"
+FLAT = "component/test_flat.py"
+LOOKS, FINISHER, VIEWS = (f"component/test_{name}.py" for name in ("looks", "finisher", "views"))
+BULK_ACTIONS = "component/test_bulk_verbs.py"
+CONNECTIONS = "foundation/test_db_connection.py"
+POOL, SESSIONS, STUCK, ODD, ENCODINGS, LOG_INS = (
+    f"component/test_{name}.py" for name in ("pool", "sessions", "stuck_rows", "odd_settings", "encodings", "log_ins")
+)
+TERMINAL, SECRETS, ARGUMENTS, IMPORTS, FUNCTIONS, PRODUCER, SEARCH_PATHS, NOTIFY, PAGE, HELD, ENV_FILE = (
+    f"integration/attacks/test_{name}.py"
+    for name in (
+        "terminal", "stored_secrets", "argument_list", "imports", "functions", "producer", "search_path", "notify",
+        "page", "page_connections", "env_file",
+    )
+)  # fmt: skip
+DATABASE, PLACES = (f"batchq/postgres/{name}.py" for name in ("database", "places"))
+SECTION_END = re.compile(r'^"""$|\n\n\n|^\$\$;', re.MULTILINE)
+
+
+class StaleError(Exception):
+    """A mutant's text no longer stands where the table says, once."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """*old* becomes *new* in the section of *file* that begins with *section*; *tests*: files that ought to see it."""
+
+    section: str
+    old: str
+    new: str
+    promise: str
+    tests: tuple[str, ...]
+    file: str = QUERIES
+
+    @property
+    def name(self) -> str:
+        """What it is called: the statement or function, and what goes and comes there."""
+        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        return f"{self.place}: {old}" + (f" → {new}" if new not in ("", "true", "AND true") else "")
+
+    @property
+    def place(self) -> str:
+        """The name of the statement, function or table that it changes."""
+        return str(KEYWORDS.sub("", self.section.strip()).partition(":")[0].partition("(")[0]).strip()
+
+    def apply(self, root: Path) -> None:
+        """Change the file below *root*. Raises StaleError."""
+        path = root / self.file
+        path.write_text(self.mutated(path.read_text()))
+
+    def mutated(self, text: str) -> str:
+        """Return the file's text with the change. Raises StaleError."""
+        if text.count(self.section) != 1:
+            raise StaleError(f"{self.file} has {self.section!r} {text.count(self.section)} times, not once")
+        start = text.index(self.section)
+        end = SECTION_END.search(text, start)
+        section = text[start : end.start() if end else len(text)]
+        if section.count(self.old) != 1:
+            raise StaleError(
+                f"{self.file}, {self.section!r}: has {self.old!r} {section.count(self.old)} times, not once"
+            )
+        return text[:start] + section.replace(self.old, self.new) + text[start + len(section) :]
+
+
+KEYWORDS = re.compile(r"^(CREATE|OR|REPLACE|UNIQUE|FUNCTION|INDEX|TABLE|def|\s)+\b")
+
+
+def of(
+    section: str, tests: str | tuple[str, ...], changes: list[tuple[str, str, str]], file: str = QUERIES
+) -> list[Mutant]:
+    """Return the mutants of one section: what goes, what comes in its place, and what that breaks."""
+    files = (tests,) if isinstance(tests, str) else tests
+    return [Mutant(section, old, new, promise, files, file) for old, new, promise in changes]
+
+
+MUTANTS = [
+    # ------------------------------------------------------------------------------------------------------ claim
+    *of(
+        "CLAIM: LiteralString",
+        (CLAIM, POSITION, LEASES),
+        [
+            ("WHERE queue = %(queue)s", "WHERE true", "a worker serves its own queues only"),
+            ("AND status = 'pending'", "AND true", "what somebody works is not claimed"),
+            ("AND priority = %(priority)s", "AND true", "a claim is of one priority"),
+            (
+                "AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)",
+                "AND true",
+                "a claim starts behind the dead",
+            ),
+            (
+                "AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)",
+                "AND true",
+                "a sweep of a part keeps to it",
+            ),
+            ("AND run_at <= now()", "AND true", "nothing runs before its time"),
+            ("AND kind = ANY (%(kinds)s)", "AND true", "a worker claims only kinds that it knows"),
+            ("ORDER BY run_at, id", "ORDER BY run_at DESC, id DESC", "the oldest first"),
+            ("LIMIT %(limit)s", "", "no more than there is room for"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "claims do not wait for each other"),
+            ("  FOR UPDATE SKIP LOCKED\n", "", "no two claims take one batch"),
+            ("attempt = b.attempt + 1", "attempt = b.attempt", "the attempt is counted at the claim"),
+            ("now() + %(lease_seconds)s::float8 * interval '1 second'", "'infinity'", "a lease runs out"),
+            ("now() + %(lease_seconds)s::float8 * interval '1 second'", "now()", "a lease lasts"),
+        ],
+    ),
+    *of(
+        "CLAIM_SKIPPING: LiteralString",
+        STUCK,
+        [("AND id <> ALL (%(skipped)s)", "", "rows that are refused keep no other from being claimed")],
+    ),
+    *of(
+        "READY_POSITIONS: LiteralString",
+        STUCK,
+        [("AND id <> ALL (%(skipped)s::bigint[])", "", "rows that are refused keep no other from being claimed")],
+    ),
+    *of(
+        "def give_back_claim(",
+        (LOOKS, CLAIM, PARTS),
+        [
+            ("WHERE queue = %(queue)s", "WHERE true", "a write names its queue"),
+            ("AND claim_token = %(token)s", "AND true", "only what the lost claim took is given back"),
+            ("attempt = greatest(attempt - 1, 0)", "attempt = attempt", "a claim that never ran costs no attempt"),
+        ],
+    ),
+    *of(
+        "READY: LiteralString",
+        (LOOKS, CLAIM, POSITION),
+        [
+            ("b.queue = %(queue)s", "true", "looks are of one queue"),
+            ("AND b.status = 'pending'", "", "what is claimed is not ready"),
+            ("AND b.priority = known.priority", "", "looks tell priorities apart"),
+            ("AND (b.run_at, b.id) > (to_timestamp(known.run_at), known.id)", "", "looks start behind the dead"),
+            ("AND b.run_at <= now()", "", "what is scheduled is not ready"),
+            ("AND b.kind = ANY (%(kinds)s)", "", "what no handler knows is not ready"),
+        ],
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.has_ready",
+        (LOOKS, CLAIM, POSITION),
+        [
+            ("b.queue = in_queue", "true", "looks are of one queue"),
+            ("AND b.status = 'pending'", "", "what is claimed is not ready"),
+            ("AND b.priority = in_priority", "", "looks tell priorities apart"),
+            ("AND (b.run_at, b.id) > (to_timestamp(after_run_at), after_id)", "", "looks start behind the dead"),
+            ("AND b.run_at <= now()", "", "what is scheduled is not ready"),
+            ("AND b.kind = ANY (kinds)", "", "what no handler knows is not ready"),
+        ],
+        HAS_READY,
+    ),
+    *of(
+        "READY_BETWEEN: LiteralString",
+        (LOOKS, CLAIM, POSITION),
+        [
+            (
+                "AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)",
+                "",
+                "a sweep of a part keeps to it",
+            ),
+            (
+                "AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)",
+                "",
+                "a sweep of a part keeps to it",
+            ),
+            ("AND run_at <= now()", "", "what is scheduled is not ready"),
+            ("AND kind = ANY (%(kinds)s)", "", "what no handler knows is not ready"),
+        ],
+    ),
+    *of(
+        "UNKNOWN_PRIORITY: LiteralString",
+        (LOOKS, CLAIM),
+        [
+            ("AND b.status = 'pending'", "", "only what waits has a priority to learn"),
+            ("AND b.priority > gap.above", "", "known priorities are known"),
+            ("AND b.priority < gap.below", "", "known priorities are known"),
+        ],
+    ),
+    *of(
+        "CREATE UNIQUE INDEX batches_live_only_id",
+        FLAT,
+        [("batchq.batches_live (id)", "batchq.batches_live (id, queue)", "no index by id can serve a look at a queue")],
+        "migrations/0030_live_id.sql",
+    ),
+    *of(
+        "CREATE FUNCTION batchq.newest_live(",
+        FLAT,
+        [
+            ("AND (b.run_at, b.id) >= (w.at, w.id)", "", "views begin after the dead"),
+            ("AND b.lease_expires_at >= q.at", "", "views begin after the dead leases"),
+        ],
+        "migrations/0032_views_from_positions.sql",
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.count_live(",
+        (FLAT, VIEWS),
+        [
+            (
+                "AND b.lease_expires_at >= q.at\n      ORDER BY b.lease_expires_at\n      LIMIT share.of_busy",
+                "ORDER BY b.lease_expires_at\n      LIMIT share.of_busy",
+                "counts begin after the dead leases",
+            ),
+            (
+                "AND b.lease_expires_at >= q.at\n            ORDER BY b.lease_expires_at\n            LIMIT most",
+                "ORDER BY b.lease_expires_at\n            LIMIT most",
+                "counts begin after the dead leases",
+            ),
+            (
+                "CASE WHEN counts_all THEN most ELSE most / greatest((SELECT count(*) FROM waiting), 1) END",
+                "most / greatest((SELECT count(*) FROM waiting), 1)",
+                "counts are exact up to the bound",
+            ),
+            (
+                "CASE WHEN counts_all THEN most ELSE most / greatest((SELECT count(*) FROM busy), 1) END",
+                "most / greatest((SELECT count(*) FROM busy), 1)",
+                "counts are exact up to the bound",
+            ),
+        ],
+        "migrations/0032_views_from_positions.sql",
+    ),
+    # ------------------------------------------------------------------------------------------- input, checkpoint
+    *of("def large_input(", (CLAIM, LEASES), [("AND claim_token = %(token)s", "", "input is for who has the batch")]),
+    *of("def items_page(", (CLAIM, ITEMS), [("AND claim_token = %(token)s", "", "input is for who has the batch")]),
+    *of(
+        "def failed_page(",
+        (LEASES, ITEMS),
+        [
+            ("AND retryable", "", "what cannot be cured is not run again"),
+            ("AND attempt < %(attempt)s", "", "an item runs once an attempt"),
+            ("AND b.claim_token = %(token)s", "", "fence: a late worker calls no failed item again"),
+        ],
+    ),
+    *of(
+        "PLAIN_CHECKPOINT: LiteralString",
+        (LEASES, ITEMS, TRANSACTIONS),
+        [
+            ("WHERE queue = %(queue)s", "WHERE true", "a write names its queue"),
+            ("AND id = %(id)s", "", "a checkpoint is of one batch"),
+            ("AND claim_token = %(token)s", "", "fence: a late worker changes nothing"),
+            ("AND items_done = %(done_before)s", "", "a checkpoint written twice counts once"),
+            ("AND items_failed = %(failed_before)s", "", "a checkpoint written twice counts once"),
+            (
+                "greatest(lease_expires_at,\n      pg_catalog.clock_timestamp()"
+                " + %(lease_seconds)s::float8 * interval '1 second')",
+                "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
+                "a checkpoint never shortens a lease",
+            ),
+            (
+                "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
+                "now() + %(lease_seconds)s::float8 * interval '1 second'",
+                "a lease counts from now, not from the BEGIN",
+            ),
+        ],
+    ),
+    *of(
+        "\nCHECKPOINT: LiteralString",
+        (LEASES, ITEMS),
+        [
+            ("WHERE queue = %(queue)s", "WHERE true", "a write names its queue"),
+            ("AND claim_token = %(token)s", "", "fence: a late worker changes nothing"),
+            ("AND items_done = %(done_before)s", "", "a checkpoint written twice counts once"),
+            ("AND items_failed = %(failed_before)s", "", "a checkpoint written twice counts once"),
+            (
+                "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
+                "now() + %(lease_seconds)s::float8 * interval '1 second'",
+                "a lease counts from now, not from the BEGIN",
+            ),
+            ("AND f.item_index = ANY (%(recovered)s::integer[])", "", "only what is cured loses its error"),
+            (
+                "WHERE f.queue = mine.queue\n    AND f.batch_id = mine.id\n    AND f.item_index = ANY",
+                "WHERE f.item_index = ANY",
+                "other batches' failed items stay",
+            ),
+            ("AND f.item_index = failure.item_index", "", "each item has its own error"),
+        ],
+    ),
+    # ------------------------------------------------------------------------------------------------------ finish
+    *of(
+        "FINISH: LiteralString",
+        (LEASES, CLAIM),
+        [
+            ("b.queue = %(queue)s", "true", "a write names its queue"),
+            ("AND b.id = ANY (%(ids)s::bigint[])", "", "finishes go by the id index"),
+            ("AND b.id = u.id", "", "each batch has its own outcome"),
+            ("AND b.claim_token = u.token", "", "fence: a late worker changes nothing"),
+        ],
+    ),
+    *of(
+        "COMPLETE: LiteralString",
+        (LEASES, FINISHER, CLAIM),
+        [
+            ("b.queue = %(queue)s", "true", "a write names its queue"),
+            (
+                "AND b.id = ANY ((SELECT pg_catalog.array_agg(id) FROM given)::bigint[])",
+                "",
+                "finishes go by the id index",
+            ),
+            ("AND b.id = given.id", "", "only batches that are named are completed"),
+            ("AND b.claim_token = (%(tokens)s::uuid[])[given.number]", "", "fence: a late worker changes nothing"),
+        ],
+    ),
+    *of(
+        "COMPLETE_AND_FORGET: LiteralString",
+        (LEASES, FORGET),
+        [
+            ("b.queue = %(queue)s", "true", "a write names its queue"),
+            ("AND b.claim_token = (%(tokens)s::uuid[])[given.number]", "", "fence: a late worker deletes nothing"),
+        ],
+    ),
+    *of(
+        "CREATE FUNCTION batchq.forget_failed_items(in_queue",
+        (LEASES, FORGET),
+        [("AND f.batch_id = of_batch", "", "other batches' failed items stay")],
+        "migrations/0024_forget_failed_items.sql",
+    ),
+    *of(
+        "REQUEUE: LiteralString",
+        (LEASES, LIFE),
+        [
+            ("b.queue = %(queue)s", "true", "a write names its queue"),
+            ("AND b.id = u.id", "", "each batch has its own outcome"),
+            ("AND b.claim_token = u.token", "", "fence: a late worker changes nothing"),
+            ("b.attempt - u.give_back::integer", "b.attempt", "a graceful stop costs no attempt"),
+            ("claim_token = NULL", "claim_token = b.claim_token", "what is given back is nobody's"),
+        ],
+    ),
+    *of(
+        "LOCKED: LiteralString",
+        STUCK,
+        [
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "who looks for locked rows waits for none"),
+            ("  FOR UPDATE SKIP LOCKED\n", "", "a locked row costs one wait"),
+            ("AND id <> ALL (ARRAY(SELECT id FROM free))", "", "a locked row holds up no other"),
+        ],
+    ),
+    *of(
+        "SETTINGS = queries.BY_INDEX",
+        STUCK,
+        [(' | {"lock_timeout": str(LOCK_MILLISECONDS)}', "", "a finish waits briefly for a locked row")],
+        "batchq/worker/finisher.py",
+    ),
+    # ------------------------------------------------------------------------------------------------------ leases
+    *of(
+        "EXTEND: LiteralString",
+        LEASES,
+        [
+            (
+                "ON b.id = given.id AND b.claim_token = given.token",
+                "ON b.id = given.id",
+                "fence: a late worker keeps no lease",
+            ),
+            ("FOR UPDATE OF b SKIP LOCKED", "FOR UPDATE OF b", "extensions do not wait, so do not deadlock"),
+            ("  FOR UPDATE OF b SKIP LOCKED\n", "", "extensions do not wait, so do not deadlock"),
+            (
+                "SET lease_expires_at = now() + %(lease_seconds)s::float8 * interval '1 second'",
+                "SET lease_expires_at = b.lease_expires_at",
+                "a lease is extended",
+            ),
+            ("    AND b.claim_token = given.token\n  LIMIT 1", "  LIMIT 1", "whoever lost a batch is told"),
+            ("OR held.is_ours IS NULL", "", "whoever lost a batch is told"),
+        ],
+    ),
+    *of(
+        "RESCUE: LiteralString",
+        (LEASES, POSITION),
+        [
+            ("SELECT id, attempt < max_attempts AS again", "SELECT id, true AS again", "a poison batch stops"),
+            ("SELECT id, attempt < max_attempts AS again", "SELECT id, false AS again", "a rescued batch runs again"),
+            ("WHERE queue = %(queue)s", "WHERE true", "a rescue is of one queue"),
+            ("AND lease_expires_at < now()", "", "rescue is by lease only"),
+            ("AND lease_expires_at < now()", "AND claimed_at < now()", "rescue is by lease, not by start"),
+            ("AND lease_expires_at > to_timestamp(%(after)s)", "", "a rescue does not walk over the dead"),
+            ("ORDER BY lease_expires_at", "ORDER BY lease_expires_at DESC", "the longest silent first"),
+            ("LIMIT %(limit)s", "", "a rescue is bounded"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "a rescue passes over locked rows"),
+            ("  FOR UPDATE SKIP LOCKED\n", "", "a rescue passes over locked rows"),
+            ("CASE WHEN b.attempt < 2 THEN b.run_at", "CASE WHEN true THEN b.run_at", "a killer has other neighbours"),
+            (
+                "CASE WHEN b.attempt < 2 THEN b.run_at",
+                "CASE WHEN false THEN b.run_at",
+                "a first rescue is ready at once",
+            ),
+            ("claim_token = NULL", "claim_token = b.claim_token", "what is rescued is nobody's"),
+        ],
+    ),
+    *of(
+        "RESCUE: LiteralString",
+        STUCK,
+        [
+            ("AND id <> ALL (%(skipped)s::bigint[])", "", "rows that are refused keep no other from being rescued"),
+            (
+                "AND (%(only)s::bigint[] IS NULL OR id = ANY (%(only)s::bigint[]))",
+                "",
+                "rows that are refused keep no other from being rescued",
+            ),
+        ],
+    ),
+    *of(
+        "EXPIRED: LiteralString",
+        STUCK,
+        [("AND id <> ALL (%(skipped)s::bigint[])", "", "rows that are refused keep no other from being rescued")],
+    ),
+    # ------------------------------------------------------------------------------------- bounds, workers, days
+    *of(
+        "def limits(",
+        (CONNECTIONS, RETENTION),
+        [
+            ('        "statement_timeout": str(milliseconds),\n', "", "every statement is bounded"),
+            ('        "lock_timeout": str(int(min(seconds, lock_seconds) * 1000)),\n', "", "lock waits are bounded"),
+            ('        "idle_in_transaction_session_timeout": str(milliseconds),\n', "", "no transaction is left open"),
+        ],
+    ),
+    *of(
+        "def limits(",
+        ODD,
+        [('        "array_nulls": "on",', "", "a role's settings change no value")],
+    ),
+    *of(
+        "PLAIN = {",
+        ODD,
+        [
+            ('    "DateStyle": "ISO",\n', "", "a role's settings change no value"),
+            ('    "IntervalStyle": "postgres",\n', "", "a role's settings change no value"),
+            ('    "extra_float_digits": "1",\n', "", "a role's settings move no position"),
+            ('    "standard_conforming_strings": "on",\n', "", "a role's settings change no statement"),
+        ],
+    ),
+    *of(
+        "PROBING = PLAIN",
+        FLAT,
+        [
+            ('"enable_seqscan": "off", ', "", "a probe goes by its index whatever the statistics say"),
+            ('"enable_bitmapscan": "off", ', "", "a probe goes by its index whatever the statistics say"),
+        ],
+    ),
+    *of(
+        "CLEAN_SESSION = ",
+        SESSIONS,
+        [
+            (f"{part};", "", "a batch finds the session as it was")
+            for part in (
+                "CLOSE ALL",
+                "RESET SESSION AUTHORIZATION; RESET ROLE",
+                "RESET ALL",
+                "DEALLOCATE ALL",
+                "UNLISTEN *",
+                "DISCARD TEMP",
+            )
+        ]
+        + [("SELECT pg_advisory_unlock_all();", "", "a batch finds the session as it was")],
+    ),
+    *of(
+        "    def clean(self",
+        SESSIONS,
+        [
+            (
+                "                conn.execute(queries.CLEAN_SESSION)",
+                "                pass",
+                "a batch finds the session as it was",
+            ),
+            ("await conn.execute(queries.CLEAN_SESSION)", "pass", "a batch finds the session as it was"),
+        ],
+        DATABASE,
+    ),
+    *of(
+        "CONNECT_OPTIONS: dict",
+        ENCODINGS,
+        [('    "client_encoding": "UTF8",\n', "", "texts travel as UTF-8")],
+        DATABASE,
+    ),
+    *of("def not_given(", ENCODINGS, [(' - {"client_encoding"}', "", "texts travel as UTF-8")], DATABASE),
+    *of(
+        "def each_batch(",
+        LOG_INS,
+        [
+            (
+                "    with connected(options) as conn:\n        for batch_id in options.ids:\n",
+                "    for batch_id in options.ids:\n        with connected(options) as conn:\n",
+                "a verb logs in once",
+            )
+        ],
+        "batchq/cli/verbs.py",
+    ),
+    *of(
+        "BEGIN = ",
+        CONNECTIONS,
+        [(" ISOLATION LEVEL READ COMMITTED", "", "no serialization failure by the role's default")],
+    ),
+    *of(
+        "class Connection(psycopg",
+        SESSIONS,
+        [
+            (
+                "conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED",
+                "pass",
+                "no serialization failure by the role's default",
+            )
+        ],
+        DATABASE,
+    ),
+    *of(
+        "class AsyncConnection(psycopg",
+        SESSIONS,
+        [
+            (
+                "await conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)",
+                "pass",
+                "no serialization failure by the role's default",
+            )
+        ],
+        DATABASE,
+    ),
+    *of(
+        "class ReadingCursor(",
+        SESSIONS,
+        [("{queries.BEGIN}", "BEGIN", "no serialization failure by the role's default")],
+        DATABASE,
+    ),
+    *of(
+        "class ReadingCursor(",
+        STUCK,
+        [("                conn.rollback()", "                pass", "a read that fails leaves a usable connection")],
+        DATABASE,
+    ),
+    *of(
+        "class ReadingCursor(",
+        CONNECTIONS,
+        [("if len(text) > LONGEST_TEXT:", "if False:", "no text is longer than every pooler takes")],
+        DATABASE,
+    ),
+    *of(
+        "class Conflicts:",
+        SESSIONS,
+        [("if count > self.MOST:", "if False:", "a conflict that does not pass is charged in the end")],
+        "batchq/retry.py",
+    ),
+    *of(
+        "class Places:",
+        POOL,
+        [
+            ("go = self.line.popleft()", "go = self.line.pop()", "a connection goes to who came first"),
+            ("if is_in_line := go in self.line:", "if is_in_line := True:", "who leaves the line takes no place along"),
+            ("max(self.held_seconds, time.monotonic() - self.moved_at)", "0.001", "no more begin than get on"),
+        ],
+        PLACES,
+    ),
+    *of(
+        "class Patience:",
+        POOL,
+        [
+            ("if self.places.is_busy():", "if False:", "a pool in use is no outage"),
+            ("if self.places.is_busy():", "if True:", "a wait ends where no connection can be made"),
+            ("min(self.until, self.last)", "self.until", "the page waits no longer than it may"),
+        ],
+        PLACES,
+    ),
+    *of(
+        "HEARTBEAT: LiteralString",
+        VIEWS,
+        [
+            ("WHERE id <> %(id)s", "WHERE true", "a worker counts once"),
+            ("heartbeat_at > now() - %(silent_seconds)s * interval '1 second'", "true", "the dead have no turn"),
+            ("AND queues && %(queues)s::text[]", "", "turns are among who serves the queue"),
+            ("AND NOT stopping", "", "who stops has no turn"),
+        ],
+    ),
+    *of(
+        "HEARTBEAT_SETTINGS = ",
+        VIEWS,
+        [(' | {"lock_timeout": "100"}', "", "leases are kept though workers is locked")],
+    ),
+    *of(
+        "def forget_silent_workers(",
+        VIEWS,
+        [
+            (
+                "    wait_briefly_for_locks(conn)  # leases are kept by the same thread\n",
+                "",
+                "leases are kept though workers is locked",
+            ),
+            ("WHERE heartbeat_at < now() - interval '1 hour'", "WHERE true", "rows of live workers stay"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "no worker waits for another that tidies up"),
+        ],
+    ),
+    *of(
+        "LEASE_PROBE: LiteralString",
+        (PARTS, LEASES),
+        [
+            ("WHERE queue = %(queue)s", "WHERE true", "looks are of one queue"),
+            ("AND lease_expires_at > start.at", "", "looks start behind the dead"),
+            ("AND lease_expires_at < now()", "", "a lease that lasts is not looked for twice"),
+        ],
+    ),
+    *of(
+        "def create_finished_partitions(",
+        RETENTION,
+        [("    wait_briefly_for_locks(conn)\n", "", "maintenance waits 100 ms for a lock at most")],
+    ),
+    *of(
+        "def prune(",
+        RETENTION,
+        [("    wait_briefly_for_locks(conn)\n", "", "maintenance waits 100 ms for a lock at most")],
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.create_finished_partitions",
+        (RETENTION, SCHEMA),
+        [
+            (
+                "  PERFORM pg_advisory_xact_lock(hashtextextended('batchq.partitions', 0));\n",
+                "",
+                "workers that make one partition do not collide",
+            ),
+            ("CONTINUE WHEN to_regclass('batchq.' || name) IS NOT NULL;", "", "a partition that is there will do"),
+            (
+                "EXCEPTION WHEN check_violation THEN",
+                "EXCEPTION WHEN division_by_zero THEN",
+                "a day that lies in the default partition stops nothing",
+            ),
+            (
+                "      EXECUTE format('ALTER TABLE batchq.%I REPLICA IDENTITY FULL', name);\n",
+                "",
+                "no publication stops a retry",
+            ),
+        ],
+        IDENTITIES,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.prune(",
+        RETENTION,
+        [
+            (
+                "  PERFORM pg_advisory_xact_lock(hashtextextended('batchq.partitions', 0));\n",
+                "",
+                "workers that prune at once do not collide",
+            ),
+            ("    LIMIT most\n", "", "locks of a prune do not grow with history"),
+            ("< first_kept_day\n", "<= first_kept_day\n", "only days wholly before are dropped"),
+            (
+                "AND NOT EXISTS (SELECT FROM batchq.batches b WHERE b.id = o.batch_id)",
+                "",
+                "failed items stay with their batch",
+            ),
+            ("IF older_than < interval '0' THEN", "IF false THEN", "a negative age is refused"),
+        ],
+        PRUNE,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.prune(",
+        ODD,
+        [("'^finished_[0-9]{8}$'", r"'^finished_\d{8}$'", "a caller's settings hide no day")],
+        PRUNE,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.create_finished_partitions",
+        ODD,
+        [("to_char(day, 'YYYY-MM-DD 00:00:00+00')", "day || ' 00:00:00+00'", "a caller's settings move no day")],
+        IDENTITIES,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.bulk(",
+        ODD,
+        [("older_than::numeric)", "older_than)", "a caller's settings change no age")],
+        TRUE_BULK,
+    ),
+    # ------------------------------------------------------------------------------------------------------- verbs
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.retry(",
+        ACTIONS,
+        [
+            ("AND l.status = 'pending'", "", "a batch that runs is left alone"),
+            ("run_at = least(l.run_at, now())", "run_at = l.run_at", "a retry runs at once"),
+            ("WHERE whole AND f.batch_id", "WHERE f.batch_id", "a retry keeps what has failed"),
+            (
+                "IF b.status = 'completed' AND b.items_failed = 0 AND NOT whole THEN",
+                "IF false THEN",
+                "what is complete is not run again by mistake",
+            ),
+            (
+                "attempt = 0, retryable = true WHERE f.queue = b.queue AND f.batch_id = b.id",
+                "attempt = 0, retryable = true",
+                "other batches' failed items stay",
+            ),
+            ("attempt = 0, retryable = true", "retryable = true", "a retry runs the failed items"),
+            (
+                "EXCEPTION WHEN unique_violation THEN",
+                "EXCEPTION WHEN division_by_zero THEN",
+                "a retry says which key is taken",
+            ),
+        ],
+        TRACED,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.lock_batch(",
+        (ACTIONS, "integration/test_interleavings.py"),
+        [
+            (
+                "batches_live b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue FOR UPDATE",
+                "batches_live b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue",
+                "a verb that waited is not lost",
+            ),
+            (
+                "batches_finished b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue FOR UPDATE",
+                "batches_finished b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue",
+                "a verb that waited is not lost",
+            ),
+        ],
+        VERBS,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.snooze(",
+        ACTIONS,
+        [("AND l.status = 'pending'", "", "a batch that runs is left alone")],
+        VERBS,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.set_priority(",
+        ACTIONS,
+        [("AND l.status = 'pending'", "", "a batch that runs is left alone")],
+        VERBS,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.move(",
+        ACTIONS,
+        [
+            ("AND l.status = 'pending'", "", "a batch that runs is left alone"),
+            ("WHERE f.batch_id = b.id AND f.queue = b.queue", "WHERE true", "other batches' failed items stay"),
+            (
+                "EXCEPTION WHEN unique_violation THEN",
+                "EXCEPTION WHEN division_by_zero THEN",
+                "a move says which key is taken",
+            ),
+        ],
+        VERBS,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.bulk_retry(",
+        BULK_ACTIONS,
+        [
+            ("AND f.status = from_status", "", "a verb in bulk keeps to its filter"),
+            (
+                "AND (f.status <> 'completed' OR f.items_failed > 0 OR whole)",
+                "",
+                "what is complete is not run again by mistake",
+            ),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "verbs in bulk wait for no row"),
+            ("ON CONFLICT DO NOTHING", "", "a key that is taken stops no other batch"),
+            (
+                "UPDATE batchq.failed_items f SET attempt = 0, retryable = true WHERE f.batch_id = ANY (done);",
+                "UPDATE batchq.failed_items f SET attempt = 0, retryable = true;",
+                "other batches' failed items stay",
+            ),
+        ],
+        TRACED,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.bulk_cancel(",
+        BULK_ACTIONS,
+        [
+            ("AND b.status = ANY (statuses)", "", "a verb in bulk keeps to its filter"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "verbs in bulk wait for no row"),
+        ],
+        TRACED,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.bulk_change(",
+        BULK_ACTIONS,
+        [
+            ("AND b.status = 'pending'", "", "a batch that runs is left alone"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "verbs in bulk wait for no row"),
+            (
+                "EXCEPTION WHEN unique_violation THEN",
+                "EXCEPTION WHEN division_by_zero THEN",
+                "a key that is taken stops no other batch",
+            ),
+        ],
+        BULK,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.bulk(",
+        BULK_ACTIONS,
+        [
+            (
+                "coalesce((filter ->> 'before')::timestamptz, (place",
+                "coalesce((place",
+                "a verb in bulk takes each batch once",
+            ),
+            ("OR b.queue <> change ->> 'to_queue'));", "));", "what is as wanted is not left out"),
+        ],
+        TRUE_BULK,
+    ),
+    # ------------------------------------------------------------------------------------------------------ tables
+    *of(
+        "CREATE UNIQUE INDEX batches_live_unique_key",
+        CREATE,
+        [
+            (
+                "CREATE UNIQUE INDEX batches_live_unique_key",
+                "CREATE INDEX batches_live_unique_key",
+                "one live batch a key",
+            )
+        ],
+        TABLES,
+    ),
+    *of(
+        "CREATE TABLE batchq.batches (",
+        (CREATE, LEASES),
+        [
+            ("AND (status <> 'pending' OR attempt < max_attempts)", "", "what has no attempt left is not pending"),
+            (
+                "THEN num_nulls(claimed_by, claim_token, claimed_at, lease_expires_at) = 0",
+                "THEN true",
+                "what is processing has an owner and a lease",
+            ),
+            (
+                "ELSE claim_token IS NULL AND lease_expires_at IS NULL END",
+                "ELSE true END",
+                "what is not processing has no owner",
+            ),
+            (
+                "((status IN ('completed', 'failed', 'cancelled')) = (finished_at IS NOT NULL))",
+                "(true)",
+                "what has ended has a time of its end",
+            ),
+        ],
+        TABLES,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.count_items",
+        (TOTALS, CREATE),
+        [
+            ("ELSIF jsonb_typeof(NEW.items) <> 'array' THEN", "ELSIF false THEN", "bad input is refused by name"),
+            (
+                "WHERE b.queue = NEW.queue\n      AND b.id = NEW.id",
+                "WHERE b.queue = NEW.queue",
+                "an INSERT changes its own rows",
+            ),
+        ],
+        DOORS,
+    ),
+    *of("INSERT_BATCH: LiteralString", CREATE, [("ON CONFLICT DO NOTHING", "", "a key that is taken is no error")]),
+    # -------------------------------------------------------------------------------------------------- migrations
+    *of(
+        "def apply(",
+        SCHEMA,
+        [
+            ("        queries.take_migration_lock(conn)\n", "", "each file is applied once"),
+            ("        queries.wait_briefly_for_locks(conn, 500)\n", "", "a migration holds up nobody"),
+            ("if migration.version in queries.applied_migrations(conn):", "if False:", "each file is applied once"),
+            (
+                "bounded(conn, SECONDS_A_FILE + 1), conn.transaction()",
+                "bounded(conn, SECONDS_A_FILE)",
+                "a file that fails leaves nothing",
+            ),
+        ],
+        MIGRATE,
+    ),
+    *of(
+        "def check_schema(",
+        SCHEMA,
+        [
+            (
+                "if version not in known and breaks]",
+                "if version not in known]",
+                "old workers go on beside a new schema",
+            ),
+            ("if version not in known and breaks]", "if False]", "a schema that breaks a worker is refused"),
+            (
+                "if missing := sorted(known.keys() - applied.keys()):",
+                "if missing := []:",
+                "a schema that is too old is refused",
+            ),
+        ],
+        MIGRATE,
+    ),
+    # --------------------------------------------------------------------------------------- positions and leases
+    *of(
+        "    def start(self",
+        POSITION,
+        [
+            (
+                "return START if self.is_whole and now >= self.sweep_at else self.position",
+                "return self.position",
+                "what lands behind a position is found",
+            )
+        ],
+        POSITIONS,
+    ),
+    *of(
+        "    def claimed(self",
+        POSITION,
+        [
+            (
+                "self.position = last if is_full else max(last, self.position)",
+                "self.position = max(last, self.position)",
+                "a full claim from the start leaves nothing behind",
+            )
+        ],
+        POSITIONS,
+    ),
+    *of(
+        "    def due_part(self",
+        POSITION,
+        [("if not track.is_whole and now >= track.sweep_at", "if False", "what lands behind a position is found")],
+        POSITIONS,
+    ),
+    *of(
+        "    def next_part(self",
+        POSITION,
+        [
+            (
+                "number = last if self.swept % 2 else self.swept // 2 % len(self.marks)",
+                "number = last",
+                "every part is swept",
+            )
+        ],
+        POSITIONS,
+    ),
+    *of(
+        "    def extend(self",
+        (PARTS, LIFE),
+        [
+            (
+                "time.monotonic() - self.lease_seconds / 3",
+                "time.monotonic() - self.lease_seconds",
+                "leases are extended at a third of their time",
+            )
+        ],
+        KEEPER,
+    ),
+    *of(
+        "    def passing(self",
+        (POSITION, PARTS),
+        [
+            (
+                'yield float("-inf") if is_whole else self.passed_until',
+                "yield self.passed_until",
+                "a lease that was locked is found later",
+            )
+        ],
+        KEEPER,
+    ),
+    # ---------------------------------------------------------------------------------------------------- the process
+    *of(
+        "    def has_room(self",
+        ENDING,
+        [("self.waiting_bytes + size <= MOST_BYTES", "True", "what waits for a reader is bounded")],
+        "batchq/common/outlet.py",
+    ),
+    *of(
+        "def leave(code",
+        ENDING,
+        [("leave_after(LEAVE_SECONDS)", "pass", "a process ends in time, whatever handlers leave behind")],
+        "batchq/cli/leaving.py",
+    ),
+    *of(
+        "def raised(",
+        LIFE,
+        [
+            (
+                "of_group(cause_of_cancellation(batch, error))",
+                "cause_of_cancellation(batch, error)",
+                "a Snooze is no failure",
+            )
+        ],
+        "batchq/worker/execution.py",
+    ),
+    # ---------------------------------------------------------------------------------- the terminal and what is stored
+    *of(
+        "def error_text(",
+        SECRETS,
+        [("clean(hide_password(text))", "clean(text)", "no password is stored")],
+        "batchq/common/text.py",
+    ),
+    *of(
+        "def line(",
+        TERMINAL,
+        [("visible_line(shortened(plain(value)))", "shortened(plain(value))", "no row steers the terminal")],
+        "batchq/common/terminal.py",
+    ),
+    *of(
+        "def last_processors(",
+        TERMINAL,
+        [("[*first, spell_out, ", "[*first, ", "no row steers who reads the log")],
+        "batchq/common/log.py",
+    ),
+    *of(
+        "def hide_secret_arguments(",
+        ARGUMENTS,
+        [("os.pwrite(memory", "(memory", "no password stays in the list of arguments")],
+        "batchq/common/program.py",
+    ),
+    *of(
+        "def import_from_here(",
+        IMPORTS,
+        [("sys.path.append(here)", "sys.path.insert(0, here)", "no file in the directory replaces a module")],
+        "batchq/app.py",
+    ),
+    # ------------------------------------------------------------------------------------------- the database's doors
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.count_items(",
+        FUNCTIONS,
+        [("TG_TABLE_SCHEMA <> 'batchq'", "false", "a trigger function does its work on batchq's own tables alone")],
+        DOORS,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.forget_failed_items(",
+        FUNCTIONS,
+        [("TG_RELID <> 'batchq.batches'::regclass", "false", "failed items are forgotten by TRUNCATE batches alone")],
+        DOORS,
+    ),
+    *of(
+        "ALTER TABLE batchq.batches ADD CONSTRAINT batches_times_are_finite",
+        PRODUCER,
+        [
+            (
+                "coalesce(isfinite(lease_expires_at), true)",
+                "true",
+                "every lease runs out",
+            ),
+        ],
+        DOORS,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.refuse_packed_values(",
+        PRODUCER,
+        [("OR octet_length(NEW.items::text) >", "OR false AND 0 >", "no value is larger than it looks")],
+        DOORS,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.refuse_finish_ahead(",
+        PRODUCER,
+        [("NEW.finished_at > clock_timestamp() + interval '1 hour'", "false", "each day's partition can be made")],
+        DOORS,
+    ),
+    *of(
+        "PLAIN = {",
+        SEARCH_PATHS,
+        [('"search_path": SEARCH_PATH,', "", "names in statements mean pg_catalog's")],
+    ),
+    *of(
+        "    def run(self",
+        NOTIFY,
+        [
+            (
+                "conn.notifies(timeout=REST_SECONDS)",
+                "conn.notifies(timeout=0)",
+                "whoever may NOTIFY sets no worker's pace",
+            )
+        ],
+        "batchq/worker/bell.py",
+    ),
+    # ----------------------------------------------------------------------------------------------- the page's doors
+    *of(
+        "    def failed(self, address",
+        PAGE,
+        [
+            (
+                "self.paid_until = max(self.paid_until, now) + SECONDS_PER_FAILURE_OF_ALL",
+                "pass",
+                "guesses from many addresses are throttled",
+            ),
+            ("max(free_at - now, ahead)", "ahead", "guesses from one address are throttled"),
+        ],
+        "batchq/web/auth.py",
+    ),
+    *of(
+        "    def is_known(self",
+        PAGE,
+        [(" and session in self.known", "", "logging out ends a session")],
+        "batchq/web/auth.py",
+    ),
+    *of(
+        "def client_of(",
+        PAGE,
+        [("not is_within(address, proxies) or ", "", "only a trusted proxy names a client")],
+        "batchq/web/auth.py",
+    ),
+    *of(
+        "    def take_in(self",
+        HELD,
+        [
+            ("and not self.give_way(address)", "and False", "one address does not hold all connections"),
+            ("and not self.give_way():", "and False:", "who waits longest for its client gives way"),
+        ],
+        "batchq/web/connections.py",
+    ),
+    *of(
+        "    def follow(self",
+        HELD,
+        [
+            (
+                "self.timer = self.loop.call_later(WAIT_SECONDS[stage[0]], self.drop)",
+                "self.timer = None",
+                "no client is waited for without a limit",
+            )
+        ],
+        "batchq/web/connections.py",
+    ),
+    *of(
+        "def check(path: Path",
+        ENV_FILE,
+        [
+            ("if strangers:", "if False:", "nobody else chooses the settings"),
+            ("if by_group or status.st_mode & stat.S_IWOTH:", "if False:", "nobody else changes the settings"),
+        ],
+        "batchq/common/env_file.py",
+    ),
+]
