@@ -118,8 +118,11 @@ def prepare() -> None:
     """Import all that the command line imports, and forget the command line: it looks at its environment."""
     import batchq.cli  # noqa: F401
 
-    for name in [name for name in sys.modules if name.startswith("batchq.cli")]:
+    for name in [
+        name for name in sys.modules if name.startswith(("batchq.cli", "batchq.demo", "batchq.common.terminal"))
+    ]:
         del sys.modules[name]
+    del batchq.common.terminal  # else "from batchq.common import terminal" would find it
     gc.freeze()
 
 
