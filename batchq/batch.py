@@ -16,9 +16,12 @@ from psycopg.pq import TransactionStatus
 from batchq.common.forks import end_if_forked
 from batchq.common.text import MOST_ERROR_BYTES, error_text, in_letters_of, json_text, one_line
 from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested
-from batchq.postgres import queries
 from batchq.postgres.database import AnyConnection, HandlerConnections
-from batchq.postgres.queries import ClaimedRow, Finish, ItemFailure, Progress, Statement
+from batchq.postgres.statements import checkpoints, claims, endings, inputs
+from batchq.postgres.statements.checkpoints import ItemFailure, Progress
+from batchq.postgres.statements.claims import ClaimedRow
+from batchq.postgres.statements.endings import Finish
+from batchq.postgres.statements.running import Statement
 from batchq.retry import Conflicts
 
 PAGE_BYTES = 4_000_000
@@ -148,8 +151,8 @@ class Batch:
         are not text in the database's encoding, or have letters that UTF-8 does not have."""
         if self.row.payload is None:
             try:
-                found = self.read(queries.large_input, self.queue, self.id, self.claim.token)
-            except queries.UNREADABLE as error:
+                found = self.read(inputs.large_input, self.queue, self.id, self.claim.token)
+            except claims.UNREADABLE as error:
                 raise InvalidInput(f"payload or cursor cannot be read as UTF-8: {error.diag.message_primary}") from None
             if found is None:
                 raise self.lost()
@@ -271,7 +274,7 @@ class Batch:
 
     def checkpoint_statement(self, progress: Progress) -> Statement:
         """Return the fenced write of *progress*."""
-        return queries.checkpoint(self.queue, self.id, self.claim.token, self.claim.runtime.lease_seconds, progress)
+        return checkpoints.checkpoint(self.queue, self.id, self.claim.token, self.claim.runtime.lease_seconds, progress)
 
     def apply(self, progress: Progress, written_at: float) -> None:
         """Take over what a checkpoint has committed."""
@@ -313,7 +316,7 @@ def read_items(batch: Batch, first: int, count: int) -> str:
     """Return *count* items from number *first* as JSON text. Raises LeaseLost."""
     if count == 0:
         return "[]"
-    text = batch.read(queries.items_page, batch.queue, batch.id, batch.claim.token, first, count)
+    text = batch.read(inputs.items_page, batch.queue, batch.id, batch.claim.token, first, count)
     if text is None:
         raise batch.lost()
     return text
@@ -433,7 +436,7 @@ def storable(conn: AnyConnection, statement: Statement) -> Statement:
     """Return a checkpoint whose failed items' errors are of letters that the database has."""
     text, parameters = statement
     encoding = conn.info.parameter_status("server_encoding") or ""
-    if encoding == "UTF8" or text is not queries.CHECKPOINT:
+    if encoding == "UTF8" or text is not checkpoints.CHECKPOINT:
         return statement
     return text, parameters | {"errors": [in_letters_of(error, encoding) for error in parameters["errors"]]}
 
@@ -462,9 +465,9 @@ class BatchTransaction(FencedTransaction):
             return self.batch.checkpoint_statement(self.progress)
         claim = self.batch.claim
         if not claim.runtime.keep_completed:
-            return queries.complete(claim.queue, [self.batch.id], [claim.token_text], keep=False)
+            return endings.complete(claim.queue, [self.batch.id], [claim.token_text], keep=False)
         done = Finish(self.batch.id, self.batch.claim.token, "completed", self.result, all_done=True)
-        return queries.finish(self.batch.queue, [done])
+        return endings.finish(self.batch.queue, [done])
 
     def committed(self, written_at: float) -> None:
         """Remember that the batch is completed, or where it stands."""
@@ -639,7 +642,7 @@ class Chunks:
     def next_retry(self) -> Chunk | None:
         """Return the next chunk of items that failed in an earlier attempt, None if none is left."""
         batch = self.batch
-        rows = batch.read(queries.failed_page, batch.queue, batch.id, batch.claim.token, batch.attempt, self.size)
+        rows = batch.read(inputs.failed_page, batch.queue, batch.id, batch.claim.token, batch.attempt, self.size)
         if not rows:
             return None
         return Chunk(batch, [row[0] for row in rows], [parse(row[1], "item") for row in rows], is_retry=True)

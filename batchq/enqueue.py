@@ -14,7 +14,7 @@ from psycopg.rows import tuple_row
 from batchq.common import traces
 from batchq.common.text import json_text
 from batchq.errors import InvalidInput
-from batchq.postgres import queries
+from batchq.postgres.statements import inserts
 
 INFINITY = float("inf")
 
@@ -54,7 +54,7 @@ def enqueue(
         timeout_seconds=timeout_seconds,
     )
     with traces.sending(kind, queue) as trace_context:
-        statement = queries.insert_batch(parameters, trace_context)
+        statement = inserts.insert_batch(parameters, trace_context)
         row = conn.cursor(row_factory=tuple_row).execute(*statement, prepare=False).fetchone()
     return row[0] if row else None
 
@@ -66,7 +66,7 @@ async def enqueue_async(
     parameters = insert_parameters(kind=kind, payload=payload, **(DEFAULTS | known(options)))
     cursor = conn.cursor(row_factory=tuple_row)
     with traces.sending(kind, parameters["queue"]) as trace_context:
-        statement = queries.insert_batch(parameters, trace_context)
+        statement = inserts.insert_batch(parameters, trace_context)
         row = await (await cursor.execute(*statement, prepare=False)).fetchone()
     return row[0] if row else None
 
@@ -99,12 +99,12 @@ def enqueue_many(
     with traces.sending(kind, given["queue"]) as trace_context:
         more = {} if trace_context is None else {"trace_context": trace_context}
         try:
-            return insert_all(conn, queries.copy_batches, given, more, texts)
+            return insert_all(conn, inserts.copy_batches, given, more, texts)
         except psycopg.errors.FeatureNotSupported:
             # With row security COPY is refused before it takes a text. Whatever else raised this may have taken some.
-            if not queries.has_row_security(conn):
+            if not inserts.has_row_security(conn):
                 raise
-            return insert_all(conn, queries.insert_batches, given, more, texts)
+            return insert_all(conn, inserts.insert_batches, given, more, texts)
 
 
 def insert_all(
@@ -218,5 +218,5 @@ def columns_and_values(conn: psycopg.Connection[Any], options: dict[str, Any]) -
     """Return the columns that differ from the defaults, and their values: the same for each batch."""
     given = {name: value for name, value in options.items() if name not in DEFAULTS or value != DEFAULTS[name]}
     if delay_seconds := given.pop("delay_seconds", None):
-        given["run_at"] = queries.now_plus(conn, delay_seconds)
+        given["run_at"] = inserts.now_plus(conn, delay_seconds)
     return list(given), list(given.values())

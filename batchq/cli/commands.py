@@ -26,8 +26,8 @@ from batchq.enqueue import enqueue as enqueue_batch
 from batchq.errors import ConfigError, InvalidInput, OutcomeUnknown
 from batchq.operate.monitor import Monitor
 from batchq.postgres import migrate as migrations
-from batchq.postgres import queries
 from batchq.postgres.database import Link, check_server, check_writable, connect, transaction
+from batchq.postgres.statements import ledger, maintenance, session, verbs, views
 from batchq.settings import SECRET_SETTINGS, Settings
 from batchq.worker import memory
 from batchq.worker.signs import Signs
@@ -71,7 +71,7 @@ def log_file_in_use() -> None:
 def database(options: Namespace, seconds: float | None = None) -> Iterator[psycopg.Connection[Any]]:
     """Give a connection in a transaction of at most *seconds*, on a database with our schema. Raises ConfigError."""
     timeout_seconds = settings_of(options).database_timeout_seconds
-    with connected(options) as conn, transaction(conn, seconds or timeout_seconds, settings=queries.PLAIN):
+    with connected(options) as conn, transaction(conn, seconds or timeout_seconds, settings=session.PLAIN):
         yield conn
 
 
@@ -119,15 +119,15 @@ def check(options: Namespace) -> int:
     findings: list[tuple[bool, str]] = []
     dsn = settings.require_dsn()
     kinds = set(load_app(options.app).handlers) if options.app else None
-    with connect(dsn) as conn, transaction(conn, settings.database_timeout_seconds, settings=queries.PLAIN):
+    with connect(dsn) as conn, transaction(conn, settings.database_timeout_seconds, settings=session.PLAIN):
         check_server(conn)
         check_writable(conn)
-        findings.append((True, f"the server answers: {queries.server_version(conn)[1].split(',')[0]}"))
+        findings.append((True, f"the server answers: {session.server_version(conn)[1].split(',')[0]}"))
         migrations.check_schema(conn)
-        findings.append((True, f"the schema is at version {max(queries.applied_migrations(conn))}"))
+        findings.append((True, f"the schema is at version {max(ledger.applied_migrations(conn))}"))
         try:
             with conn.transaction():
-                findings += [judge_queue(row, kinds) for row in queries.queue_rows(conn)]
+                findings += [judge_queue(row, kinds) for row in views.queue_rows(conn)]
         except psycopg.errors.InsufficientPrivilege as error:
             findings.append((True, f"what waits was not looked at: {error.diag.message_primary}"))
     if options.json:
@@ -284,10 +284,10 @@ def read_status(link: Link, options: Namespace) -> dict[str, Any]:
     """Read what `status` shows."""
     with link.transaction() as conn:
         return {
-            "queues": queries.queue_rows(conn, options.queue, options.kind),
-            "workers": queries.worker_objects(conn),
-            "pauses": queries.pause_rows(conn),
-            "batches": queries.status_rows(conn, options.queue, options.kind, options.status, options.limit),
+            "queues": views.queue_rows(conn, options.queue, options.kind),
+            "workers": views.worker_objects(conn),
+            "pauses": verbs.pause_rows(conn),
+            "batches": views.status_rows(conn, options.queue, options.kind, options.status, options.limit),
         }
 
 
@@ -324,18 +324,18 @@ class TopLooks:
     def show(self, batch_id: int) -> Any:
         """Return what is shown of one batch, None if it is gone."""
         with self.turn, self.link.transaction() as conn:
-            batch, failed_items = read_batch(conn, batch_id), queries.failed_item_objects(conn, batch_id, MOST_IN_TOP)
+            batch, failed_items = read_batch(conn, batch_id), views.failed_item_objects(conn, batch_id, MOST_IN_TOP)
         return show_tables.one_batch(batch, failed_items) if batch else None
 
 
 def read_top(conn: psycopg.Connection[Any], options: Namespace) -> dict[str, list[dict[str, Any]]]:
     """Read what `top` shows."""
     return {
-        "queues": queries.queue_rows(conn, options.queue, options.kind),
-        "running": queries.running_rows(conn, options.queue, options.kind, MOST_IN_TOP),
-        "failures": queries.failed_rows(conn, options.queue, options.kind, MOST_IN_TOP),
-        "workers": queries.worker_objects(conn),
-        "pauses": queries.pause_rows(conn),
+        "queues": views.queue_rows(conn, options.queue, options.kind),
+        "running": views.running_rows(conn, options.queue, options.kind, MOST_IN_TOP),
+        "failures": views.failed_rows(conn, options.queue, options.kind, MOST_IN_TOP),
+        "workers": views.worker_objects(conn),
+        "pauses": verbs.pause_rows(conn),
     }
 
 
@@ -352,7 +352,7 @@ def show(options: Namespace) -> int:
     """Show one batch and its failed items; 1 if there is no such batch."""
     with database(options) as conn:
         batch = read_batch(conn, options.id)
-        failed_items = queries.failed_item_objects(conn, options.id, options.limit)
+        failed_items = views.failed_item_objects(conn, options.id, options.limit)
     if batch is None:
         complain(f"there is no batch {options.id}")
         return 1
@@ -366,9 +366,9 @@ def show(options: Namespace) -> int:
 def read_batch(conn: psycopg.Connection[Any], batch_id: int) -> dict[str, Any] | None:
     """Read what `show` shows; payload and cursor as text where they are nested too deep, or a number is too long."""
     try:
-        return queries.batch_object(conn, batch_id)
+        return views.batch_object(conn, batch_id)
     except (ValueError, RecursionError):
-        return queries.batch_object(conn, batch_id, inputs_as_text=True)
+        return views.batch_object(conn, batch_id, inputs_as_text=True)
 
 
 def monitor(options: Namespace) -> int:
@@ -443,6 +443,6 @@ def pruned(options: Namespace, days: float) -> Iterator[int]:
             migrations.check_schema(conn)
         count = 1
         while count > 0:
-            with transaction(conn, settings.database_timeout_seconds, settings=queries.PLAIN):
-                count = queries.prune(conn, days)
+            with transaction(conn, settings.database_timeout_seconds, settings=session.PLAIN):
+                count = maintenance.prune(conn, days)
             yield count

@@ -11,7 +11,7 @@ from batchq.cli import show_tables
 from batchq.cli.commands import database, linked, patiently
 from batchq.cli.pace import Pace, clock
 from batchq.common.terminal import column, complain, console, line, put, put_json
-from batchq.postgres import queries
+from batchq.postgres.statements import views
 
 EXIT_CODES = {"completed": 0, "failed": 1, "cancelled": 3}
 NO_SUCH_BATCH = 2
@@ -39,7 +39,7 @@ def look_until_the_end(options: Namespace) -> Iterator[dict[str, Any]]:
 
         def look() -> dict[str, Any] | None:
             with link.transaction() as conn:
-                return queries.status_row(conn, options.id)
+                return views.status_row(conn, options.id)
 
         while (row := patiently(look)) is not None:
             yield row
@@ -97,7 +97,7 @@ def told(row: dict[str, Any], pace: Pace) -> str:
 def logs(options: Namespace) -> int:
     """Tell the attempts of one batch, with their errors, oldest first; 1 if there is no such batch, as `show`."""
     with database(options) as conn:
-        batch = queries.batch_object(conn, options.id, inputs_as_text=True)
+        batch = views.batch_object(conn, options.id, inputs_as_text=True)
     if batch is None:
         complain(f"there is no batch {options.id}")
         return 1

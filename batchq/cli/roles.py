@@ -6,7 +6,7 @@ from batchq.cli.commands import database
 from batchq.cli.show_tables import table
 from batchq.common.terminal import put, put_json, show
 from batchq.errors import InvalidInput
-from batchq.postgres import queries
+from batchq.postgres.statements import health, verbs
 
 DUTIES = ("producer", "worker", "viewer", "operator")
 
@@ -18,9 +18,9 @@ def roles(options: Namespace) -> int:
     if options.role is None:
         raise InvalidInput(f"name the role that is to be {options.duty}: batchq roles {options.duty} ROLE")
     with database(options) as conn:
-        statements = queries.duty_statements(conn, options.duty, options.role)
+        statements = verbs.duty_statements(conn, options.duty, options.role)
         if options.apply:
-            queries.grant_duty(conn, options.duty, options.role)
+            verbs.grant_duty(conn, options.duty, options.role)
     if options.json:
         put_json({"statements": statements, "applied": options.apply})
     else:
@@ -32,7 +32,7 @@ def roles(options: Namespace) -> int:
 def check(options: Namespace) -> int:
     """Print the roles that have more than any duty needs; return 1 if there are any."""
     with database(options) as conn:
-        found = queries.ailing(conn, "grants_beyond_duties", {})
+        found = health.ailing(conn, "grants_beyond_duties", {})
     if options.json:
         put_json([{"evidence": evidence, "remedy": remedy} for _, evidence, remedy in found])
     elif found:

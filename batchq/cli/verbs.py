@@ -19,8 +19,8 @@ from batchq.common.terminal import column, errors, put, put_json, show, styled
 from batchq.common.text import period_seconds
 from batchq.errors import InvalidInput
 from batchq.operate.bulk import DONE, PAUSE_FACTOR, Bulk
-from batchq.postgres import queries
 from batchq.postgres.database import transaction
+from batchq.postgres.statements import session, verbs
 
 EXIT_LEFT_OUT, EXIT_INTERRUPTED = 1, 130
 SAY_EACH_SECONDS = 5.0
@@ -34,7 +34,7 @@ Verb = Callable[[Conn, int], str | None]
 
 def cancel(options: Namespace) -> int:
     """Cancel batches."""
-    return on_batches(options, "cancel", {}, lambda conn, id_: queries.cancel(conn, id_, options.reason, options.actor))
+    return on_batches(options, "cancel", {}, lambda conn, id_: verbs.cancel(conn, id_, options.reason, options.actor))
 
 
 def retry(options: Namespace) -> int:
@@ -43,13 +43,13 @@ def retry(options: Namespace) -> int:
         raise InvalidInput("--items works failed items alone, --whole works everything: choose one")
     if options.items:
         return on_batches(
-            options, "retry_items", {}, lambda conn, id_: queries.retry_items(conn, id_, options.reason, options.actor)
+            options, "retry_items", {}, lambda conn, id_: verbs.retry_items(conn, id_, options.reason, options.actor)
         )
     return on_batches(
         options,
         "retry",
         {"whole": options.whole},
-        lambda conn, id_: queries.retry(conn, id_, options.whole, options.reason, options.actor),
+        lambda conn, id_: verbs.retry(conn, id_, options.whole, options.reason, options.actor),
     )
 
 
@@ -61,7 +61,7 @@ def snooze(options: Namespace) -> int:
         options,
         "snooze",
         change,
-        lambda conn, id_: queries.snooze(conn, id_, delay, until, options.reason, options.actor),
+        lambda conn, id_: verbs.snooze(conn, id_, delay, until, options.reason, options.actor),
     )
 
 
@@ -71,7 +71,7 @@ def set_priority(options: Namespace) -> int:
         options,
         "set_priority",
         {"priority": options.to},
-        lambda conn, id_: queries.set_priority(conn, id_, options.to, options.reason, options.actor),
+        lambda conn, id_: verbs.set_priority(conn, id_, options.to, options.reason, options.actor),
     )
 
 
@@ -81,7 +81,7 @@ def move(options: Namespace) -> int:
         options,
         "move",
         {"to_queue": options.to},
-        lambda conn, id_: queries.move(conn, id_, options.to, options.reason, options.actor),
+        lambda conn, id_: verbs.move(conn, id_, options.to, options.reason, options.actor),
     )
 
 
@@ -90,7 +90,7 @@ def pause(options: Namespace) -> int:
     if options.queue is None and options.kind is None:
         return list_pauses(options)
     with database(options) as conn:
-        is_new = queries.pause(
+        is_new = verbs.pause(
             conn, options.queue, options.kind, options.for_, options.until, options.reason, options.actor
         )
     return say(options, {"changed": is_new}, "paused" if is_new else "paused already")
@@ -99,7 +99,7 @@ def pause(options: Namespace) -> int:
 def list_pauses(options: Namespace) -> int:
     """List what is paused."""
     with database(options) as conn:
-        rows = queries.pause_rows(conn)
+        rows = verbs.pause_rows(conn)
     if options.json:
         put_json(rows)
     elif not rows:
@@ -116,14 +116,14 @@ def resume(options: Namespace) -> int:
             "resume needs --queue, --kind, or both, as the pause had them; batchq pause lists what is paused"
         )
     with database(options) as conn:
-        was_paused = queries.resume(conn, options.queue, options.kind, options.reason, options.actor)
+        was_paused = verbs.resume(conn, options.queue, options.kind, options.reason, options.actor)
     return say(options, {"changed": was_paused}, "resumed" if was_paused else "there was no such pause")
 
 
 def drain(options: Namespace) -> int:
     """Ask workers to finish what they run, and to end; 1 if there is no such worker."""
     with database(options) as conn:
-        found = {id_: queries.drain_worker(conn, id_, options.reason, options.actor) for id_ in options.workers}
+        found = {id_: verbs.drain_worker(conn, id_, options.reason, options.actor) for id_ in options.workers}
     for id_, status in found.items():
         if not options.json:
             put(f"{id_}: {status or 'there is no such worker'}")
@@ -135,7 +135,7 @@ def drain(options: Namespace) -> int:
 def audit(options: Namespace) -> int:
     """Show who did what, and why."""
     with database(options) as conn:
-        rows = queries.audit_rows(conn, options.limit, options.id)
+        rows = verbs.audit_rows(conn, options.limit, options.id)
     if options.json:
         put_json(rows)
     else:
@@ -180,7 +180,7 @@ def each_batch(options: Namespace, verb: Verb) -> int:
     with connected(options) as conn:
         for batch_id in options.ids:
             try:
-                with transaction(conn, seconds, settings=queries.PLAIN):
+                with transaction(conn, seconds, settings=session.PLAIN):
                     results[batch_id] = verb(conn, batch_id) or "there is no such batch"
             except (psycopg.errors.RaiseException, psycopg.errors.UniqueViolation) as error:
                 results[batch_id] = refusal(error)

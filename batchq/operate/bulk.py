@@ -13,9 +13,9 @@ from typing import Any
 import psycopg
 
 from batchq.errors import OutcomeUnknown
-from batchq.postgres import queries
 from batchq.postgres.database import Link
-from batchq.postgres.queries import Chunk
+from batchq.postgres.statements import session, verbs
+from batchq.postgres.statements.verbs import Chunk
 
 MOST_A_CHUNK = 1000
 MOST_COUNTED = 20_000
@@ -106,7 +106,7 @@ class Bulk:
         """Take the time before which its batches finished or were inserted: one for the count and all passes."""
         if "before" not in self.filter:
             with self.link.transaction() as conn:
-                self.filter = {**self.filter, "before": queries.clock_json(conn)}
+                self.filter = {**self.filter, "before": verbs.clock_json(conn)}
 
     def chunks(self) -> Iterator[Chunk]:
         """Do it; yield each chunk when it is committed. Up to three times, while batches are left out that were locked.
@@ -154,8 +154,8 @@ class Bulk:
         for number in range(MOST_TRIES):
             try:
                 with self.link.transaction() as conn:
-                    queries.wait_briefly_for_locks(conn, int(LOCK_SECONDS * 1000))
-                    return queries.bulk(
+                    session.wait_briefly_for_locks(conn, int(LOCK_SECONDS * 1000))
+                    return verbs.bulk(
                         conn, self.verb, self.filter, self.change, place, dry_run, most, self.reason, self.actor,
                         self.audit_id,
                     )  # fmt: skip

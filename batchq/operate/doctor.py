@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import psycopg
 
 from batchq.errors import ConfigError
-from batchq.postgres import queries
 from batchq.postgres.database import connect, read_only_problem, transaction
 from batchq.postgres.migrate import all_migrations
+from batchq.postgres.statements import health, ledger, session
 
 SECONDS_EACH = 5.0
 PATIENCE_SECONDS = 300.0
@@ -49,15 +49,15 @@ def findings(
         yield from schema(conn, seconds)
         yield from clock(conn, seconds)
         yield from pooler(conn, dsn, seconds)
-        for name in queries.ailments():
+        for name in health.ailments():
             yield from looked(conn, name, {"patience": patience, "ages": ages}, seconds)
 
 
 def looked(conn: Conn, name: str, parameters: dict[str, float], seconds: float) -> list[Finding]:
     """Return what one query of doctor.sql finds."""
     try:
-        with transaction(conn, seconds, settings=queries.READ_ONLY):
-            found = [Finding(name, *row) for row in queries.ailing(conn, name, parameters)]
+        with transaction(conn, seconds, settings=session.READ_ONLY):
+            found = [Finding(name, *row) for row in health.ailing(conn, name, parameters)]
         return found or [Finding(name, "ok", "nothing found")]
     except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
         return [
@@ -82,8 +82,8 @@ def writing(conn: Conn) -> Finding:
 def schema(conn: Conn, seconds: float) -> list[Finding]:
     """Compare the schema's version with the code's."""
     try:
-        with transaction(conn, seconds, settings=queries.READ_ONLY):
-            applied = queries.applied_migrations(conn) if queries.has_ledger(conn) else {}
+        with transaction(conn, seconds, settings=session.READ_ONLY):
+            applied = ledger.applied_migrations(conn) if ledger.has_ledger(conn) else {}
     except psycopg.errors.InsufficientPrivilege as error:
         return [
             Finding("schema", "note", f"not checked: {error.diag.message_primary}", "ask with a role that may see it")
@@ -101,9 +101,9 @@ def schema(conn: Conn, seconds: float) -> list[Finding]:
 
 def clock(conn: Conn, seconds: float, local: Callable[[], float] = time.time) -> list[Finding]:
     """Compare this machine's clock with the database's. Nothing of batchq depends on it; logs are read by it."""
-    with transaction(conn, seconds, settings=queries.READ_ONLY):
+    with transaction(conn, seconds, settings=session.READ_ONLY):
         before = local()
-        theirs = queries.clock(conn)
+        theirs = session.clock(conn)
         after = local()
     ahead = (before + after) / 2 - theirs
     evidence = f"this machine's clock is {ahead:+.2f} s from the database's, to within {(after - before) / 2:.2f} s"
@@ -140,8 +140,8 @@ def pooler(conn: Conn, dsn: str, seconds: float) -> list[Finding]:
 
 def backend(conn: Conn, seconds: float) -> int:
     """Return the id of the backend that a transaction meets."""
-    with transaction(conn, seconds, settings=queries.READ_ONLY):
-        return queries.backend_pid(conn)
+    with transaction(conn, seconds, settings=session.READ_ONLY):
+        return session.backend_pid(conn)
 
 
 def exit_code(found: list[Finding]) -> int:

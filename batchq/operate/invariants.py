@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from batchq.postgres import queries
 from batchq.postgres.database import transaction
+from batchq.postgres.statements import health, session
 
 MOST_OFFENDERS = 10
 SECONDS_EACH = 5.0
@@ -36,8 +36,8 @@ def violations(conn: psycopg.Connection[Any], most: int = MOST_OFFENDERS) -> lis
     """Return up to *most* violations of each invariant, within the caller's transaction, if any; none: all is well."""
     return [
         Violation(name, *row)
-        for name, statement in queries.invariants().items()
-        for row in queries.offenders(conn, statement, most)
+        for name, statement in health.invariants().items()
+        for row in health.offenders(conn, statement, most)
     ]
 
 
@@ -48,10 +48,10 @@ def verdicts(
 
     A short one: so no snapshot is held for longer, and no DROP of a partition waits for longer.
     """
-    for name, statement in queries.invariants().items():
+    for name, statement in health.invariants().items():
         try:
-            with transaction(conn, seconds, settings=queries.READ_ONLY):
-                found = [Violation(name, *row) for row in queries.offenders(conn, statement, most + 1)]
+            with transaction(conn, seconds, settings=session.READ_ONLY):
+                found = [Violation(name, *row) for row in health.offenders(conn, statement, most + 1)]
             yield Verdict(name, found[:most], len(found) > most)
         except psycopg.errors.QueryCanceled:
             yield Verdict(name, [], unknown=f"not checked: it takes longer than {seconds:g} s")

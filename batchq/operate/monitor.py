@@ -4,8 +4,8 @@ from typing import Any
 
 import psycopg
 
-from batchq.postgres import queries
 from batchq.postgres.database import Link
+from batchq.postgres.statements import health, inserts, views
 
 MOST_ROWS = 1000
 OVERLAP_SECONDS = 10  # a finish is seen when it commits, a little after its finished_at
@@ -38,17 +38,17 @@ class Monitor:
     def read(self, conn: psycopg.Connection[Any]) -> list[dict[str, Any]]:
         """Read what may have changed."""
         if self.since is None:
-            self.after_id = queries.newest_id(conn)
-        since = self.since or queries.now_plus(conn, 0)
-        rows = queries.changed_rows(conn, since, self.after_id, list(self.seen), self.queue, self.kind, MOST_ROWS)
-        self.since = queries.now_plus(conn, -OVERLAP_SECONDS) if self.since else since
+            self.after_id = health.newest_id(conn)
+        since = self.since or inserts.now_plus(conn, 0)
+        rows = views.changed_rows(conn, since, self.after_id, list(self.seen), self.queue, self.kind, MOST_ROWS)
+        self.since = inserts.now_plus(conn, -OVERLAP_SECONDS) if self.since else since
         self.after_id = max([self.after_id, *(row["id"] for row in rows)])
         return rows
 
     def is_done(self) -> bool:
         """Tell whether nothing of what is watched waits or runs."""
         with self.link.transaction() as conn:
-            rows = queries.queue_rows(conn, self.queue, self.kind)
+            rows = views.queue_rows(conn, self.queue, self.kind)
         return not any(row["ready"] or row["scheduled"] or row["processing"] for row in rows)
 
 

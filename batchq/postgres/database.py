@@ -27,10 +27,10 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 from batchq.common.forks import end_if_forked
 from batchq.common.secrets import hide_password, know_password
 from batchq.errors import ConfigError, ConnectionLost, DatabaseAway, OutcomeUnknown
-from batchq.postgres import queries
 from batchq.postgres.dsn import parameter_problems
 from batchq.postgres.places import Patience, Places
-from batchq.postgres.queries import Statement
+from batchq.postgres.statements import session
+from batchq.postgres.statements.running import Statement
 
 CONNECT_OPTIONS: dict[str, Any] = {
     "autocommit": True,  # a transaction exists only inside `with conn.transaction()`
@@ -281,7 +281,7 @@ def is_read_only(error: BaseException | None) -> bool:
 def transaction(
     conn: psycopg.Connection[Any],
     seconds: float,
-    lock_seconds: float = queries.OWN_LOCK_SECONDS,
+    lock_seconds: float = session.OWN_LOCK_SECONDS,
     settings: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[psycopg.Connection[Any]]:
     """Run the block in one transaction, within *seconds*, on the server and here; wait for locks no longer than that.
@@ -291,7 +291,7 @@ def transaction(
     committing = False
     try:
         with bounded(conn, seconds + 1), conn.transaction():
-            conn.execute(queries.limits(seconds, lock_seconds, settings))
+            conn.execute(session.limits(seconds, lock_seconds, settings))
             yield conn
             committing = True
     except psycopg.Error as error:
@@ -309,7 +309,7 @@ async def transaction_async(
     try:
         with bounded(conn, seconds + 1):
             async with conn.transaction():
-                await conn.execute(queries.limits(seconds, seconds))
+                await conn.execute(session.limits(seconds, seconds))
                 yield conn
                 committing = True
     except psycopg.Error as error:
@@ -331,10 +331,10 @@ class ReadingCursor(psycopg.Cursor[Any]):
     def execute(self, query: Any, params: Params | None = None, **_: Any) -> Self:
         """Run it. In three messages if its text has no room for the parameters."""
         conn = self.connection
-        text = f"{queries.BEGIN}; {queries.OUR_NAMES}; {psycopg.ClientCursor(conn).mogrify(query, params)}; COMMIT"
+        text = f"{session.BEGIN}; {session.OUR_NAMES}; {psycopg.ClientCursor(conn).mogrify(query, params)}; COMMIT"
         if len(text) > LONGEST_TEXT:
             with conn.transaction():
-                super().execute(queries.OUR_NAMES)
+                super().execute(session.OUR_NAMES)
                 return super().execute(query, params)
         try:
             super().execute(text)  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -412,16 +412,16 @@ class Link:
         self.quickest_seconds = min(seconds, self.quickest_seconds or seconds)
 
     @contextmanager
-    def transaction(self, settings: Mapping[str, str] = queries.PLAIN) -> Iterator[psycopg.Connection[Any]]:
+    def transaction(self, settings: Mapping[str, str] = session.PLAIN) -> Iterator[psycopg.Connection[Any]]:
         """Run the block in one transaction, with *settings*; see the module's `transaction`."""
         with self.kept() as conn, transaction(conn, self.timeout_seconds, settings=settings):
             yield conn
 
     def probe(self, statement: Statement) -> list[Any]:
         """Return the rows of a statement that probes an index, whatever the statistics say."""
-        return self.run(statement, queries.PROBING)
+        return self.run(statement, session.PROBING)
 
-    def run(self, statement: Statement, settings: Mapping[str, str] = queries.BY_INDEX) -> list[Any]:
+    def run(self, statement: Statement, settings: Mapping[str, str] = session.BY_INDEX) -> list[Any]:
         """Run one statement over many rows in a transaction of its own, with *settings*; return its rows.
 
         In one round trip if its text has room for the parameters, else in four. Raises OutcomeUnknown if the
@@ -430,7 +430,7 @@ class Link:
         with self.kept() as conn:
             cursor = psycopg.ClientCursor(conn, row_factory=tuple_row)
             script = (
-                f"{queries.BEGIN}; {queries.limits(self.timeout_seconds, settings=settings)}; {statement[0]}; COMMIT"
+                f"{session.BEGIN}; {session.limits(self.timeout_seconds, settings=settings)}; {statement[0]}; COMMIT"
             )
             text = cursor.mogrify(script, statement[1])
             if len(text) <= LONGEST_TEXT:
@@ -611,9 +611,9 @@ class HandlerConnections:
         conn.is_used = False
         with bounded(conn, self.borrow_seconds + 1):
             if conn.is_direct is None:
-                conn.is_direct = queries.backend_pid(conn) == conn.info.backend_pid
+                conn.is_direct = session.backend_pid(conn) == conn.info.backend_pid
             if conn.is_direct:
-                conn.execute(queries.CLEAN_SESSION)
+                conn.execute(session.CLEAN_SESSION)
 
     async def clean_async(self, conn: AsyncConnection) -> None:
         """Do as `clean` does, in the event loop."""
@@ -622,10 +622,10 @@ class HandlerConnections:
         conn.is_used = False
         with bounded(conn, self.borrow_seconds + 1):
             if conn.is_direct is None:
-                cursor = await conn.cursor(row_factory=tuple_row).execute(queries.BACKEND_PID)
+                cursor = await conn.cursor(row_factory=tuple_row).execute(session.BACKEND_PID)
                 conn.is_direct = await cursor.fetchone() == (conn.info.backend_pid,)
             if conn.is_direct:
-                await conn.execute(queries.CLEAN_SESSION)
+                await conn.execute(session.CLEAN_SESSION)
 
     @contextmanager
     def place(self, patience: Patience, check: Callable[[], None]) -> Iterator[None]:
@@ -789,7 +789,7 @@ def check_server(conn: psycopg.Connection[Any]) -> None:
         raise ConfigError("; ".join(problems))
     if problem := encoding_problem(conn):  # first: nothing else could be read
         raise ConfigError("; ".join(problem))
-    number, text = queries.server_version(conn)
+    number, text = session.server_version(conn)
     if number < OLDEST_SERVER:
         raise ConfigError(f"batchq needs PostgreSQL 15 or later; the server is {text.split(',')[0]}")
 
@@ -809,7 +809,7 @@ def encoding_problem(conn: psycopg.Connection[Any]) -> Problem | None:
 
     What the pooler reports at log-in counts as well, since texts are read by it.
     """
-    role, encoding = queries.role_and_encoding(conn)
+    role, encoding = session.role_and_encoding(conn)
     if encoding == "UTF8" and conn.info.encoding == "utf-8":
         return None
     found = encoding if encoding != "UTF8" else conn.info.encoding
@@ -827,7 +827,7 @@ SETS_READ_ONLY = {
 
 def read_only_problem(conn: psycopg.Connection[Any]) -> Problem | None:
     """Return what is wrong if nothing can be written: on a standby, or by a setting, whose source is named."""
-    role, database, is_standby, is_off, source = queries.read_only_state(conn)
+    role, database, is_standby, is_off, source = session.read_only_state(conn)
     if is_standby:
         return "the server is a standby, which is read-only", "point BATCHQ_DSN at the primary, or promote this server"
     if is_off:

@@ -11,8 +11,8 @@ import psycopg
 
 from batchq.common.secrets import hide_password
 from batchq.errors import ConfigError
-from batchq.postgres import queries
 from batchq.postgres.database import bounded, connect
+from batchq.postgres.statements import ledger, session
 
 FILE_NAME = re.compile(r"(\d{4})_(\w+)\.sql")
 BREAKING_MARK = "-- breaking"
@@ -87,19 +87,19 @@ def apply_patiently(conn: psycopg.Connection[Any], migration: Migration) -> str 
 
 def apply(conn: psycopg.Connection[Any], migration: Migration) -> str | None:
     """Apply one migration, unless somebody has; return its name if it was applied here. Raises LockNotAvailable."""
-    if queries.has_ledger(conn) and migration.version in queries.applied_migrations(conn):
+    if ledger.has_ledger(conn) and migration.version in ledger.applied_migrations(conn):
         return None  # whoever may read that need not be the owner
     with bounded(conn, SECONDS_A_FILE + 1), conn.transaction():
         # Its own limits: those of the role or the database are made for short statements.
-        conn.execute(queries.limits(SECONDS_A_FILE, SECONDS_A_FILE, settings=queries.PLAIN))
-        queries.lift_transaction_timeout(conn)
-        queries.take_migration_lock(conn)
-        queries.wait_briefly_for_locks(conn, 500)
-        if not queries.has_ledger(conn):
+        conn.execute(session.limits(SECONDS_A_FILE, SECONDS_A_FILE, settings=session.PLAIN))
+        ledger.lift_transaction_timeout(conn)
+        ledger.take_migration_lock(conn)
+        session.wait_briefly_for_locks(conn, 500)
+        if not ledger.has_ledger(conn):
             run_file(conn, (directory() / LEDGER).read_text(encoding="utf-8"))
-        if migration.version in queries.applied_migrations(conn):
+        if migration.version in ledger.applied_migrations(conn):
             return None
-        queries.record_migration(conn, migration.version, migration.name, migration.breaking)
+        ledger.record_migration(conn, migration.version, migration.name, migration.breaking)
         run_file(conn, migration.text)
     return f"{migration.version:04}_{migration.name}"
 
@@ -114,9 +114,9 @@ def check_schema(conn: psycopg.Connection[Any]) -> None:
 
     Too old: migrate. Newer: fine, unless one of the versions that this code does not know is marked as breaking.
     """
-    if not queries.has_ledger(conn):
+    if not ledger.has_ledger(conn):
         raise ConfigError("the database has no batchq schema; run: batchq migrate")
-    applied = queries.applied_migrations(conn)
+    applied = ledger.applied_migrations(conn)
     known = {migration.version: migration.name for migration in all_migrations()}
     if missing := sorted(known.keys() - applied.keys()):
         raise ConfigError(f"the schema is older than this code: {known[missing[0]]!r} is missing; run: batchq migrate")

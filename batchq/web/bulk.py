@@ -25,8 +25,8 @@ from batchq.operate.bulk import (
     PAUSE_FACTOR,
     left_out,
 )
-from batchq.postgres import queries
-from batchq.postgres.queries import Chunk
+from batchq.postgres.statements import session, verbs, views
+from batchq.postgres.statements.verbs import Chunk
 from batchq.web.reads import Conn, Reader
 from batchq.web.verbs import MOST_TEXT, Refused, extra, refusals
 
@@ -120,7 +120,7 @@ class Job:
 
 def stored(status: str | None) -> str:
     """Return the stored status that a status of the lists is part of; empty for none."""
-    return queries.STORED_STATUS.get(status or "", status or "")
+    return views.STORED_STATUS.get(status or "", status or "")
 
 
 def verbs_for(status: str | None) -> list[str]:
@@ -144,7 +144,7 @@ def asked(reader: Reader, verb: str, form: dict[str, str]) -> Job:
     return Job(
         verb,
         given,
-        filter_of(given, reader.ask(queries.clock_json)),
+        filter_of(given, reader.ask(verbs.clock_json)),
         change_of(reader, verb, form),
         reason,
         actor or "web",
@@ -226,8 +226,8 @@ def ended_pass(job: Job) -> Job:
 
 def bulk(job: Job, most: int, dry_run: bool, conn: Conn) -> Chunk:
     """Do or count one chunk."""
-    queries.wait_briefly_for_locks(conn, int(LOCK_SECONDS * 1000))
-    return queries.bulk(
+    session.wait_briefly_for_locks(conn, int(LOCK_SECONDS * 1000))
+    return verbs.bulk(
         conn, job.bulk_verb, job.filter, job.change, job.place, dry_run, most, job.reason, job.actor, job.audit_id
     )
 

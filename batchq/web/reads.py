@@ -7,8 +7,8 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from batchq.postgres import queries
 from batchq.postgres.database import HandlerConnections
+from batchq.postgres.statements import running, session, views
 
 Conn = psycopg.Connection[Any]
 Row = dict[str, Any]
@@ -20,7 +20,7 @@ PAGE_ROWS = 50
 LOOK_ROWS = 5000  # how many batches one page of a filtered list looks at
 MOST_CHARACTERS = 20_000  # of a payload
 HIGHEST_ID = 2**63 - 1
-SQL = queries.statements_of(Path(__file__).with_name("queries.sql"))
+SQL = running.statements_of(Path(__file__).with_name("queries.sql"))
 BASES = {
     "ready": ["pending"],
     "scheduled": ["pending"],
@@ -36,7 +36,7 @@ class Reader:
 
     def __init__(self, dsn: str, seconds: float = READ_SECONDS) -> None:
         self.connections = HandlerConnections(
-            dsn, POOL_SIZE, seconds, seconds, queue_seconds=seconds, cleans=False, settings=queries.PLAIN
+            dsn, POOL_SIZE, seconds, seconds, queue_seconds=seconds, cleans=False, settings=session.PLAIN
         )
 
     def open(self) -> None:
@@ -90,7 +90,7 @@ def batch_list(
     parameters = {
         "queue": queue, "kind": kind, "status": status, "error": error, "look": look, "limit": PAGE_ROWS,
         "before_time": before_time, "before_id": before_id, "statuses": BASES.get(status or "", EVERY_BASE),
-        "final_statuses": [final for final in queries.FINAL_STATUSES if final in BASES.get(status or "", EVERY_BASE)],
+        "final_statuses": [final for final in views.FINAL_STATUSES if final in BASES.get(status or "", EVERY_BASE)],
     }  # fmt: skip
 
     def read(conn: Conn) -> tuple[list[Row], str | None, int]:

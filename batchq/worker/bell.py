@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import psycopg
 
-from batchq.postgres import queries
 from batchq.postgres.database import CONNECT_OPTIONS, is_login_failure, not_given
+from batchq.postgres.statements import session
 from batchq.worker.outage import Outage
 
 LISTEN_SECONDS = 1.0  # how long until a stop is seen
@@ -34,7 +34,7 @@ class Bell:
     def listen(self) -> None:
         """Listen on one connection until closed or lost."""
         with psycopg.connect(self.dsn, **not_given(self.dsn, CONNECT_OPTIONS)) as conn:
-            queries.listen(conn)
+            session.listen(conn)
             self.outage.over()
             self.nudge()  # what came meanwhile made no sound
             is_ringing = False

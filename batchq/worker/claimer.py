@@ -13,9 +13,11 @@ import psycopg
 from batchq.batch import Batch, Claim, Runtime
 from batchq.common.log import get_logger
 from batchq.errors import OutcomeUnknown
-from batchq.postgres import queries
 from batchq.postgres.database import Link
-from batchq.postgres.queries import END, ClaimedRow, Position, Statement, Turn
+from batchq.postgres.statements import claims, probes, session, workers
+from batchq.postgres.statements.claims import END, ClaimedRow, Position
+from batchq.postgres.statements.running import Statement
+from batchq.postgres.statements.workers import Turn
 from batchq.worker.lanes import Lane
 from batchq.worker.outage import Halving, Outage, Skipped, is_about_rows
 from batchq.worker.positions import MOST_PRIORITIES, Pauses, Source, Track
@@ -28,7 +30,7 @@ FULL_SECONDS = 0.5
 DEAR_POLL_FACTOR = 20
 MOST_A_CLAIM = 2000
 IN_ORDER = attrgetter("run_at", "id")
-SETTINGS = queries.BY_INDEX | queries.WITHOUT_WAITING_FOR_THE_DISK
+SETTINGS = session.BY_INDEX | session.WITHOUT_WAITING_FOR_THE_DISK
 
 log = get_logger()
 
@@ -150,7 +152,7 @@ class Claimer:
         if time.monotonic() - self.writable_at < WRITABLE_SECONDS:
             return
         with self.link.reading() as conn:
-            only_reads = queries.only_reads(conn)
+            only_reads = session.only_reads(conn)
         self.writable_at = time.monotonic()
         if only_reads:
             self.link.close()
@@ -163,7 +165,7 @@ class Claimer:
         if time.monotonic() - self.pauses_read_at < PAUSES_SECONDS:
             return False
         with self.link.reading() as conn:
-            pauses = frozenset(queries.pauses(conn))
+            pauses = frozenset(workers.pauses(conn))
         self.pauses_read_at = time.monotonic()
         if pauses == self.pauses:
             return False
@@ -216,20 +218,19 @@ class Claimer:
         """Return the priorities that have a ready batch after their start, the most urgent first."""
         if len(starts) > 1:
             return [
-                priority
-                for (priority,) in self.link.probe(queries.ready_priorities(source.queue, source.kinds, starts))
+                priority for (priority,) in self.link.probe(probes.ready_priorities(source.queue, source.kinds, starts))
             ]
         [(priority, start)] = starts.items()  # the usual case of an idle worker
         with self.link.reading() as conn:
-            return [priority] if queries.has_ready(conn, source.queue, priority, source.kinds, start) else []
+            return [priority] if probes.has_ready(conn, source.queue, priority, source.kinds, start) else []
 
     def learn(self, source: Source) -> None:
         """Begin a track for each priority that was never seen before."""
         if not source.tracks:
             self.take_positions(source)
         began_at = time.monotonic()
-        if self.link.probe(queries.unknown_priority(source.queue, source.tracks)):
-            for (priority,) in self.link.probe(queries.priorities(source.queue)):
+        if self.link.probe(probes.unknown_priority(source.queue, source.tracks)):
+            for (priority,) in self.link.probe(probes.priorities(source.queue)):
                 source.tracks.setdefault(priority, Track())
         source.learned(time.monotonic() - began_at)
 
@@ -237,7 +238,7 @@ class Claimer:
         """Begin where workers have recorded that dead entries end."""
         if self.from_start:
             return
-        source.begin_at(queries.as_positions(self.link.probe(queries.known_positions(source.queue))))
+        source.begin_at(probes.as_positions(self.link.probe(probes.known_positions(source.queue))))
 
     def probe_seconds(self) -> float:
         """Return the time that the server needs to find the next ready batch, of the most expensive source."""
@@ -254,7 +255,7 @@ class Claimer:
         track = source.tracks[priority]
         number, after, until = track.next_part()
         began_at = time.monotonic()
-        found = self.link.probe(queries.ready_between(source.queue, priority, source.kinds, after, until))
+        found = self.link.probe(probes.ready_between(source.queue, priority, source.kinds, after, until))
         track.was_swept(source.cost(time.monotonic() - began_at), source.busy_priority is not None, number)
         room = self.room(source.lane, 0)
         if not found or room <= 0 or self.heed_pauses():  # what has changed is swept with the next part
@@ -281,7 +282,7 @@ class Claimer:
     ) -> list[ClaimedRow]:
         """Claim what can be claimed of batches that were refused together; leave out the others for a while."""
         skipped = self.skipped.ids()
-        statement = queries.ready_positions(source.queue, priority, source.kinds, room, after, until, skipped)
+        statement = probes.ready_positions(source.queue, priority, source.kinds, room, after, until, skipped)
         ready = [Position._make(row) for row in self.link.probe(statement)]
         rows: list[ClaimedRow] = []
 
@@ -306,7 +307,7 @@ class Claimer:
         """
         claim = Claim(source.queue, uuid.uuid4(), self.runtime, began_at=time.monotonic())
         lease_seconds = self.runtime.lease_seconds
-        statement = queries.claim(
+        statement = claims.claim(
             source.queue, priority, source.kinds, room, self.worker_id, claim.token, lease_seconds, after, until,
             self.skipped.ids(),
         )  # fmt: skip
@@ -325,13 +326,13 @@ class Claimer:
         then fetched by itself, and only that batch fails."""
         try:
             return self.link.run(statement, SETTINGS)
-        except queries.UNREADABLE:
-            return self.link.run(queries.without_inputs(statement), SETTINGS)
+        except claims.UNREADABLE:
+            return self.link.run(claims.without_inputs(statement), SETTINGS)
 
     def give_back_unknown(self) -> None:
         """Give back what a claim whose COMMIT was cut off may have claimed."""
         while self.unknown:
             queue, token = self.unknown[0]
             with self.link.transaction() as conn:
-                queries.give_back_claim(conn, queue, token)
+                claims.give_back_claim(conn, queue, token)
             self.unknown.pop(0)

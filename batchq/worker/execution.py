@@ -14,8 +14,8 @@ from batchq.common.forks import end_if_forked
 from batchq.common.log import current_batch, get_logger
 from batchq.common.text import MOST_RESULT_BYTES, error_object, json_text, message_object, message_of, one_line
 from batchq.errors import Cancel, DatabaseAway, InvalidInput, LeaseLost, Snooze, StopRequested, TimedOut, of_group
-from batchq.postgres import queries
 from batchq.postgres.database import CONFLICTS
+from batchq.postgres.statements import inputs
 from batchq.retry import Backoff
 from batchq.worker.items import run_items, run_items_async, validate
 
@@ -174,7 +174,7 @@ def with_failed_items(batch: Batch, handler: Handler, result: Any) -> Outcome:
     """Return the outcome of a batch some of whose items failed: again for those, or the end, by its tolerance."""
     if batch.used_chunks and not batch.all_items_worked:
         return left_early(batch, handler)
-    retryable, first_error = batch.claim.runtime.connections.read(queries.retryable_items, batch.queue, batch.id)
+    retryable, first_error = batch.claim.runtime.connections.read(inputs.retryable_items, batch.queue, batch.id)
     message = f"{batch.items_failed} of {batch.items_total} items failed; the first: {first_error}"
     if retryable and batch.attempt < batch.max_attempts:
         return retried(batch, handler, message, message_object(message))
@@ -237,7 +237,7 @@ def cause_of_cancellation(batch: Batch, error: BaseException) -> BaseException:
 def status_now(batch: Batch) -> str:
     """Return what became of a batch that is no longer ours, for the log."""
     try:
-        return batch.claim.runtime.connections.read(queries.status_of, batch.queue, batch.id) or "gone"
+        return batch.claim.runtime.connections.read(inputs.status_of, batch.queue, batch.id) or "gone"
     except Exception as error:
         return f"unknown ({one_line(error)})"
 

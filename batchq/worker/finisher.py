@@ -14,9 +14,10 @@ from batchq.batch import Batch
 from batchq.common.log import get_logger
 from batchq.common.text import message_object, one_line, plain_object
 from batchq.errors import OutcomeUnknown
-from batchq.postgres import queries
 from batchq.postgres.database import Link
-from batchq.postgres.queries import Finish, Requeue, Statement
+from batchq.postgres.statements import endings, session
+from batchq.postgres.statements.endings import Finish, Requeue
+from batchq.postgres.statements.running import Statement
 from batchq.worker.execution import COMPLETED, Outcome
 from batchq.worker.lanes import Lane
 from batchq.worker.outage import Outage
@@ -32,7 +33,7 @@ FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.25, 5.0
 MOST_RETRIED = 100
 MOST_REFUSED_IN_A_ROW = 10
 MOST_LOGGED = 20
-SETTINGS = queries.BY_INDEX | {"lock_timeout": str(LOCK_MILLISECONDS)}
+SETTINGS = session.BY_INDEX | {"lock_timeout": str(LOCK_MILLISECONDS)}
 ABOUT_CONTENT = (
     UnicodeError,
     psycopg.DataError,
@@ -183,7 +184,7 @@ class Finisher:
     def without_locked(self, queue: str, entries: list[Ended]) -> list[Ended] | None:
         """Postpone the entries whose rows another session has locked; return the others, None if that is not known."""
         try:
-            rows = self.link.run(queries.locked(queue, [entry.batch.id for entry in entries]), SETTINGS)
+            rows = self.link.run(endings.locked(queue, [entry.batch.id for entry in entries]), SETTINGS)
         except Exception as error:  # the table is locked, or the connection is lost
             self.give_up.wait(self.outage.failed(error))
             return None
@@ -259,11 +260,11 @@ class Finisher:
             case "complete":
                 ids = [entry.batch.id for entry in entries]
                 tokens = [entry.batch.claim.token_text for entry in entries]
-                return queries.complete(queue, ids, tokens, self.keep_completed)
+                return endings.complete(queue, ids, tokens, self.keep_completed)
             case "finish":
-                return queries.finish(queue, list(map(as_finish, entries)))
+                return endings.finish(queue, list(map(as_finish, entries)))
             case _:
-                return queries.requeue(queue, list(map(as_requeue, entries)))
+                return endings.requeue(queue, list(map(as_requeue, entries)))
 
     def way(self, outcome: Outcome) -> str:
         """Return how an outcome is written."""
@@ -330,7 +331,7 @@ def pieces(entries: list[Ended]) -> Iterator[list[Ended]]:
     entries.sort(key=lambda entry: entry.batch.id)
     ids = [entry.batch.id for entry in entries]
     tokens = [entry.batch.claim.token_text for entry in entries]
-    starts = [place for place, is_start in enumerate(queries.starts_of_runs(ids, tokens)) if is_start]
+    starts = [place for place, is_start in enumerate(endings.starts_of_runs(ids, tokens)) if is_start]
     cuts = [*starts[::MOST_RUNS], len(entries)]
     for first, end in pairwise(cuts):
         yield entries[first:end]

@@ -16,9 +16,10 @@ import psycopg
 from batchq.batch import Batch
 from batchq.common.log import current_batch, get_logger
 from batchq.common.text import one_line
-from batchq.postgres import queries
 from batchq.postgres.database import Link
-from batchq.postgres.queries import WorkerRow
+from batchq.postgres.statements import leases as lease_statements
+from batchq.postgres.statements import maintenance, session, workers
+from batchq.postgres.statements.workers import WorkerRow
 from batchq.worker.claimer import Claimer, Turns
 from batchq.worker.execution import WRITTEN, failed_attempt, safely, timed_out
 from batchq.worker.lanes import Lane
@@ -145,8 +146,10 @@ class Keeper:
         """Extend leases of one queue in one statement; stop what is no longer ours, if it is in a lane's hand."""
         now = time.monotonic()
         batches = [batch for _, batch in held]
-        statement = queries.extend(queue, [b.id for b in batches], [b.claim.token for b in batches], self.lease_seconds)
-        leases = queries.leases(self.link.run(statement))
+        statement = lease_statements.extend(
+            queue, [b.id for b in batches], [b.claim.token for b in batches], self.lease_seconds
+        )
+        leases = lease_statements.leases(self.link.run(statement))
         for lane, batch in held:
             key = (batch.id, batch.claim.token)
             if key in leases.extended:
@@ -209,7 +212,7 @@ class Keeper:
         rescued: list[tuple[int, str, int, str]] = []
         is_full = False
         with expiries.passing() as after:
-            [(now, start, is_any)] = self.link.probe(queries.lease_probe(queue, after))
+            [(now, start, is_any)] = self.link.probe(lease_statements.lease_probe(queue, after))
             try:
                 rescued = self.take_back(queue, start, expiries.skipped) if is_any else []
                 is_full = len(rescued) == RESCUES_A_ROUND
@@ -223,22 +226,22 @@ class Keeper:
         return is_full
 
     def take_back(self, queue: str, after: float, skipped: Skipped) -> list[tuple[int, str, int, str]]:
-        """Take back up to 1,000 batches of one queue whose lease ran out after *after*; return them, as queries.rescue
+        """Take back up to 1,000 batches of one queue whose lease ran out after *after*; return them, as `rescue`
         does. A row that the database refuses to change does not keep the others from being taken back."""
         spread_seconds = self.lease_seconds / 2
         try:
-            with self.link.transaction(queries.BY_INDEX) as conn:
-                return queries.rescue(conn, queue, RESCUES_A_ROUND, spread_seconds, after, skipped.ids())
+            with self.link.transaction(session.BY_INDEX) as conn:
+                return lease_statements.rescue(conn, queue, RESCUES_A_ROUND, spread_seconds, after, skipped.ids())
         except psycopg.Error as error:
             if not is_about_rows(error):
                 raise
         rescued: list[tuple[int, str, int, str]] = []
 
         def take_back_part(ids: Sequence[int]) -> None:
-            with self.link.transaction(queries.BY_INDEX) as conn:
-                rescued.extend(queries.rescue(conn, queue, len(ids), spread_seconds, after, only=ids))
+            with self.link.transaction(session.BY_INDEX) as conn:
+                rescued.extend(lease_statements.rescue(conn, queue, len(ids), spread_seconds, after, only=ids))
 
-        rows = self.link.probe(queries.expired(queue, RESCUES_A_ROUND, after, skipped.ids()))
+        rows = self.link.probe(lease_statements.expired(queue, RESCUES_A_ROUND, after, skipped.ids()))
         ids = [batch_id for (batch_id,) in rows]
         halving = Halving(take_back_part)
         halving.halve(ids)
@@ -251,10 +254,10 @@ class Keeper:
         in_hand = sum(lane.unwritten for lane in self.lanes)
         stopping = self.claimer.runtime.stopping.is_set() or self.claimer.draining.is_set()
         lost_slots = sum(self.lost.values())
-        statement = queries.heartbeat(self.row, in_hand, stopping, lost_slots, 3 * HEARTBEAT_SECONDS)
+        statement = workers.heartbeat(self.row, in_hand, stopping, lost_slots, 3 * HEARTBEAT_SECONDS)
         began_at = time.monotonic()
-        [row] = self.link.run(statement, queries.HEARTBEAT_SETTINGS)
-        beat = queries.beat(row)
+        [row] = self.link.run(statement, workers.HEARTBEAT_SETTINGS)
+        beat = workers.beat(row)
         self.beat_at = time.monotonic()
         self.claimer.turns = Turns(beat.turn, (began_at + time.monotonic()) / 2)
         self.survey.dead_rows = beat.dead_rows
@@ -272,9 +275,9 @@ class Keeper:
     def merge_throughput(self) -> None:
         """Merge what all workers have counted in the minutes that are over; forget those that are long silent."""
         with self.link.transaction() as conn:
-            queries.merge_throughput(conn)
+            maintenance.merge_throughput(conn)
         with self.link.transaction() as conn:
-            queries.forget_silent_workers(conn)
+            workers.forget_silent_workers(conn)
 
     def maintain(self) -> None:
         """Create the partitions of the next days, drop those that are too old, unless another worker is at it.
@@ -284,12 +287,12 @@ class Keeper:
         """
         try:
             with self.link.transaction() as conn:
-                if not queries.take_maintenance(conn):
+                if not maintenance.take_maintenance(conn):
                     return
-                queries.create_finished_partitions(conn, PARTITIONS_AHEAD_DAYS)
+                maintenance.create_finished_partitions(conn, PARTITIONS_AHEAD_DAYS)
             self.prune()
             with self.link.transaction() as conn:
-                queries.prune_records(conn)
+                maintenance.prune_records(conn)
         except psycopg.Error as error:
             if self.link.conn is None:  # lost: done again when the database is back
                 raise
@@ -299,7 +302,7 @@ class Keeper:
         """Drop the oldest partitions that are too old, a few: more at once would take too many locks."""
         self.has_more_to_prune = False
         with self.link.transaction() as conn:
-            dropped = queries.prune(conn, self.keep_finished_days) if queries.take_maintenance(conn) else 0
+            dropped = maintenance.prune(conn, self.keep_finished_days) if maintenance.take_maintenance(conn) else 0
         if dropped:
             log.info("pruned", partitions=dropped, older_than_days=self.keep_finished_days)
         self.has_more_to_prune = dropped > 0

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence, Set
 
-from batchq.postgres.queries import START, ClaimedRow, Position
+from batchq.postgres.statements.claims import START, ClaimedRow, Position
 from batchq.worker.lanes import Lane
 
 CHEAP_SECONDS = 0.005

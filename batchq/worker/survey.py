@@ -3,8 +3,8 @@
 import time
 from collections.abc import Sequence
 
-from batchq.postgres import queries
 from batchq.postgres.database import Link
+from batchq.postgres.statements import probes, session
 
 SURVEY_SECONDS = 1.0
 PAUSE_FACTOR = 10
@@ -32,8 +32,8 @@ class Survey:
         if self.dead_rows < MANY_DEAD_ROWS or began_at < self.due_at:
             return
         try:
-            with self.link.transaction(queries.PROBING) as conn:
-                queries.move_positions(conn, self.queues, priorities, self.lease_seconds)
+            with self.link.transaction(session.PROBING) as conn:
+                probes.move_positions(conn, self.queues, priorities, self.lease_seconds)
         finally:
             self.took_seconds = time.monotonic() - began_at
             self.due_at = time.monotonic() + PAUSE_FACTOR * self.took_seconds

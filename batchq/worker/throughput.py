@@ -9,9 +9,9 @@ import psycopg
 
 from batchq.batch import Batch
 from batchq.errors import OutcomeUnknown
-from batchq.postgres import queries
 from batchq.postgres.database import Link
-from batchq.postgres.queries import Tally
+from batchq.postgres.statements import workers
+from batchq.postgres.statements.workers import Tally
 
 ENDS = ("completed", "failed", "cancelled", "retried")
 BOUNDS = [2.0 ** (number / 2 - 16) for number in range(67)]  # of run times, in seconds: from 15 us to 36 hours
@@ -87,7 +87,7 @@ class Throughput:
             return
         tallies = [each.tally(queue, kind) for (queue, kind), each in counts.items()]
         try:
-            link.run(queries.count_throughput(worker_id, tallies), queries.THROUGHPUT_SETTINGS)
+            link.run(workers.count_throughput(worker_id, tallies), workers.THROUGHPUT_SETTINGS)
         except OutcomeUnknown:
             raise  # rather a second's counts missing than twice in the sum
         except psycopg.Error:

@@ -18,10 +18,10 @@ from batchq.common import traces
 from batchq.common.log import get_logger
 from batchq.common.text import one_line
 from batchq.errors import ConfigError, StopRequested
-from batchq.postgres import queries
 from batchq.postgres.database import HandlerConnections, Link, check_server, check_writable, connect, transaction
 from batchq.postgres.migrate import check_schema
-from batchq.postgres.queries import WorkerRow
+from batchq.postgres.statements import claims, health, session, workers
+from batchq.postgres.statements.workers import WorkerRow
 from batchq.settings import Settings
 from batchq.worker.bell import Bell
 from batchq.worker.claimer import Claimer
@@ -302,7 +302,7 @@ class Worker:
         try:
             self.finisher.throughput.write(self.links[1], self.id)
             with self.links[1].transaction() as conn:
-                queries.forget_worker(conn, self.id)
+                workers.forget_worker(conn, self.id)
         except Exception:
             log.info("the worker's row stays behind until somebody tidies up", worker=self.id)
 
@@ -337,19 +337,19 @@ def check_database(dsn: str, seconds: float, row: WorkerRow | None = None) -> No
 
     Also ConfigError if its encoding does not have a letter of a name in *row*: no claim and no heartbeat would work.
     """
-    with connect(dsn) as conn, transaction(conn, seconds, settings=queries.PLAIN):
+    with connect(dsn) as conn, transaction(conn, seconds, settings=session.PLAIN):
         check_server(conn)
         check_writable(conn)
         check_schema(conn)
-        if not queries.may_work(conn):
-            role = shlex.quote(queries.role_and_encoding(conn)[0])
+        if not session.may_work(conn):
+            role = shlex.quote(session.role_and_encoding(conn)[0])
             raise ConfigError(
                 f"permission denied: role {role} may not work batches; "
                 f"as the owner of the schema: batchq roles worker {role} --apply"
             )
         try:
-            queries.take_in(conn, [*row.queues, *row.kinds, row.id] if row else [])
-        except queries.UNREADABLE as error:
+            session.take_in(conn, [*row.queues, *row.kinds, row.id] if row else [])
+        except claims.UNREADABLE as error:
             raise ConfigError(f"the name of a queue or a kind: {error.diag.message_primary}") from None
-        for relation, last_given, newest in queries.ids_given_twice(conn, IDS_FINISHED_DAYS):
+        for relation, last_given, newest in health.ids_given_twice(conn, IDS_FINISHED_DAYS):
             log.error("ids given twice", relation=relation, last_given=last_given, newest=newest)

@@ -9,8 +9,11 @@ from psycopg import sql
 from psycopg.rows import dict_row, tuple_row
 from psycopg.types.json import Jsonb
 
-from batchq.postgres import queries
-from batchq.postgres.queries import END, START, ClaimedRow, Finish, Leases, Position, Requeue, Statement
+from batchq.postgres.statements import checkpoints, claims, endings, leases, probes
+from batchq.postgres.statements.claims import END, START, ClaimedRow, Position
+from batchq.postgres.statements.endings import Finish, Requeue
+from batchq.postgres.statements.leases import Leases
+from batchq.postgres.statements.running import Statement
 
 Conn = psycopg.Connection[Any]
 KIND = "work"
@@ -77,29 +80,29 @@ def run(conn: Conn, statement: Statement) -> list[Any]:
 
 def has_unknown_priority(conn: Conn, queue: str, known: Iterable[int]) -> bool:
     """Return whether a pending batch has a priority that is not known."""
-    return bool(run(conn, queries.unknown_priority(queue, known)))
+    return bool(run(conn, probes.unknown_priority(queue, known)))
 
 
 def priorities(conn: Conn, queue: str) -> list[int]:
     """Return the priorities that have a pending batch."""
-    return [priority for (priority,) in run(conn, queries.priorities(queue))]
+    return [priority for (priority,) in run(conn, probes.priorities(queue))]
 
 
 def ready_priorities(conn: Conn, queue: str, kinds: Sequence[str], after: Mapping[int, Position]) -> list[int]:
     """Return the priorities that have a ready batch after their position."""
-    return [priority for (priority,) in run(conn, queries.ready_priorities(queue, kinds, after))]
+    return [priority for (priority,) in run(conn, probes.ready_priorities(queue, kinds, after))]
 
 
 def is_ready_between(
     conn: Conn, queue: str, priority: int, kinds: Sequence[str], after: Position, until: Position
 ) -> bool:
     """Return whether a batch is ready after one position and up to another."""
-    return bool(run(conn, queries.ready_between(queue, priority, kinds, after, until)))
+    return bool(run(conn, probes.ready_between(queue, priority, kinds, after, until)))
 
 
 def has_expired(conn: Conn, queue: str, after: float = float("-inf")) -> tuple[float, bool]:
     """Return the time, and whether any lease has expired since *after*."""
-    [(now, _, is_any)] = run(conn, queries.lease_probe(queue, after))
+    [(now, _, is_any)] = run(conn, leases.lease_probe(queue, after))
     return now, is_any
 
 
@@ -117,7 +120,7 @@ def claim(
     until: Position = END,
 ) -> list[ClaimedRow]:
     """Claim as a worker does."""
-    statement = queries.claim(
+    statement = claims.claim(
         queue, priority, kinds, limit, worker, token or uuid4(), lease_seconds, after=after, until=until
     )
     return [ClaimedRow(*row) for row in run(conn, statement)]
@@ -141,24 +144,24 @@ def processing(conn: Conn, *, lease_seconds: float = 60, worker: str = "worker-1
 
 def finish(conn: Conn, *finishes: Finish, queue: str = "default") -> set[int]:
     """Finish batches as a worker does; return the ids of those that were still its own."""
-    return {batch_id for (batch_id,) in run(conn, queries.finish(queue, finishes))}
+    return {batch_id for (batch_id,) in run(conn, endings.finish(queue, finishes))}
 
 
 def complete(conn: Conn, *taken: Taken, queue: str = "default", keep: bool = True) -> set[int]:
     """Complete batches without a result as a worker does; return the ids of those that were still its own."""
-    statement = queries.complete(queue, [one.id for one in taken], [str(one.token) for one in taken], keep)
+    statement = endings.complete(queue, [one.id for one in taken], [str(one.token) for one in taken], keep)
     return {batch_id for (batch_id,) in run(conn, statement)}
 
 
 def requeue(conn: Conn, *requeues: Requeue, queue: str = "default") -> set[int]:
     """Make batches pending again as a worker does; return the ids of those that were still its own."""
-    return {batch_id for (batch_id,) in run(conn, queries.requeue(queue, requeues))}
+    return {batch_id for (batch_id,) in run(conn, endings.requeue(queue, requeues))}
 
 
 def extend(conn: Conn, *taken: Taken, queue: str = "default", lease_seconds: float = 60) -> Leases:
     """Extend leases as a keeper does; return what became of them."""
     ids, tokens = [one.id for one in taken], [one.token for one in taken]
-    return queries.leases(run(conn, queries.extend(queue, ids, tokens, lease_seconds)))
+    return leases.leases(run(conn, leases.extend(queue, ids, tokens, lease_seconds)))
 
 
 def finished(conn: Conn, status: str = "completed", *, error: str | None = None, **columns: Any) -> int:
@@ -170,11 +173,11 @@ def finished(conn: Conn, status: str = "completed", *, error: str | None = None,
 
 
 def checkpoint(
-    conn: Conn, taken: Taken, progress: queries.Progress, *, queue: str = "default", lease_seconds: float = 60
+    conn: Conn, taken: Taken, progress: checkpoints.Progress, *, queue: str = "default", lease_seconds: float = 60
 ) -> int:
     """Save progress as a worker does; return how many batches were still its own: 0 or 1."""
     with conn.transaction():
-        return conn.execute(*queries.checkpoint(queue, taken.id, taken.token, lease_seconds, progress)).rowcount
+        return conn.execute(*checkpoints.checkpoint(queue, taken.id, taken.token, lease_seconds, progress)).rowcount
 
 
 def expire_lease(conn: Conn, batch_id: int, seconds_ago: float = 1) -> None:
@@ -183,6 +186,6 @@ def expire_lease(conn: Conn, batch_id: int, seconds_ago: float = 1) -> None:
     assert conn.execute(query, [seconds_ago, batch_id]).rowcount == 1
 
 
-def failure(index: int, error: str = "ValueError: no", retryable: bool = True) -> queries.ItemFailure:
+def failure(index: int, error: str = "ValueError: no", retryable: bool = True) -> checkpoints.ItemFailure:
     """Return a failed item as a checkpoint takes it."""
-    return queries.ItemFailure(index, error, retryable)
+    return checkpoints.ItemFailure(index, error, retryable)

@@ -9,8 +9,9 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 import batchq
-from batchq.postgres import queries
-from batchq.postgres.queries import Finish, Progress, Requeue
+from batchq.postgres.statements import leases
+from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.endings import Finish, Requeue
 from batchq.testing import running_worker
 from batchq.worker import bell, claimer
 from batchq.worker.bell import Bell
@@ -107,7 +108,7 @@ def test_what_workers_write_does_not_ring_but_a_retry_does(conn: Conn, ear: Call
     claim(conn)
     conn.execute("UPDATE batchq.batches_live SET attempt = 2 WHERE id = %s", [taken[4].id])
     expire_lease(conn, taken[4].id)
-    queries.rescue(conn, "default", 10)
+    leases.rescue(conn, "default", 10)
     assert ear() == 0
     assert value(conn, "SELECT batchq.retry(%s)", [taken[1].id]) == "pending"
     assert ear() == 1

@@ -13,9 +13,10 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from batchq.operate.bulk import Bulk, LeftOut
-from batchq.postgres import queries
 from batchq.postgres.database import Link
-from batchq.postgres.queries import Finish, Progress
+from batchq.postgres.statements import endings
+from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.endings import Finish
 from tests.component.rows import (
     KIND,
     Conn,
@@ -126,7 +127,7 @@ def test_a_batch_retried_in_bulk_is_as_one_retried_alone(conn: Conn) -> None:
         taken = processing(conn, items=[0, 1, 2, 3], payload={"a": 1}, priority=3, max_attempts=2, max_failed_items=1)
         failures = [failure(1), failure(2, retryable=False)]
         checkpoint(conn, taken, Progress(2, 2, failures, first_index=0, keeps_cursor=False, cursor='"here"'))
-        finish(conn, queries.Finish(*taken, "failed", error='{"error": "no"}'))
+        finish(conn, endings.Finish(*taken, "failed", error='{"error": "no"}'))
         return taken.id
 
     for whole in (False, True):
@@ -155,7 +156,7 @@ def test_a_retry_of_completed_batches_takes_those_with_failed_items_or_whole_one
     add(conn, 3, "completed")
     taken = processing(conn, items=[1, 2], max_failed_items=1)
     checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0))
-    finish(conn, queries.Finish(*taken, "completed"))
+    finish(conn, endings.Finish(*taken, "completed"))
     assert bulk(conn, "retry", {"status": "completed"}) == 1
     assert [row.id for row in claim(conn)] == [taken.id]
     assert bulk(conn, "retry", {"status": "completed"}, whole=True) == 3
@@ -165,7 +166,7 @@ def test_retrying_items_in_bulk_takes_those_with_failed_items(conn: Conn) -> Non
     add(conn, 3, "failed")
     taken = processing(conn, items=[1, 2])
     checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0))
-    finish(conn, queries.Finish(*taken, "failed"))
+    finish(conn, endings.Finish(*taken, "failed"))
     assert bulk(conn, "retry_items") == 1
     assert [row.id for row in claim(conn)] == [taken.id]
 
@@ -176,7 +177,7 @@ def test_a_cancel_in_bulk_takes_what_waits_and_what_runs(conn: Conn) -> None:
     assert bulk(conn, "cancel", {"status": "processing"}) == 1
     assert bulk(conn, "cancel", most=6) == 20
     assert statuses(conn) == {"cancelled": 21}
-    assert finish(conn, queries.Finish(*taken, "completed")) == set()
+    assert finish(conn, endings.Finish(*taken, "completed")) == set()
     assert batch(conn, taken.id)["errors"][-1]["error"] == "cancelled: why"
 
 
@@ -199,7 +200,7 @@ def test_a_move_in_bulk_leaves_what_would_meet_its_key_and_takes_failed_items_al
         insert(conn, unique_key="b", queue=queue)
     taken = processing(conn, items=[1, 2], priority=1)
     checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0))
-    finish(conn, queries.Finish(*taken, "failed"))
+    finish(conn, endings.Finish(*taken, "failed"))
     conn.execute("SELECT batchq.retry(%s)", [taken.id])
     assert list(chunks(conn, "move", {}, 1000, to_queue="slow")) == [(4, 2)], (
         "the one that is there already is no match"
@@ -302,7 +303,7 @@ def test_a_retry_in_bulk_leaves_the_failed_items_of_other_batches(conn: Conn, wh
     for kind in ("mail", "sms"):
         taken = processing(conn, items=[1, 2], kind=kind)
         checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0))
-        finish(conn, queries.Finish(*taken, "failed"))
+        finish(conn, endings.Finish(*taken, "failed"))
         ids.append(taken.id)
     assert bulk(conn, "retry", {"kind": "mail"}, whole=whole) == 1
     items = "SELECT attempt FROM batchq.failed_items WHERE batch_id = %s"

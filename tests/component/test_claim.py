@@ -8,9 +8,12 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from batchq.postgres import queries
 from batchq.postgres.database import LONGEST_TEXT
-from batchq.postgres.queries import END, START, Finish, Position, Progress, Requeue, Statement
+from batchq.postgres.statements import checkpoints, claims, endings, inputs, leases, session
+from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.claims import END, START, Position
+from batchq.postgres.statements.endings import Finish, Requeue
+from batchq.postgres.statements.running import Statement
 from tests.component.rows import (
     KIND,
     Conn,
@@ -41,7 +44,7 @@ def ready(conn: Conn, *, kind: str = KIND, queue: str = "default") -> list[int]:
     return ready_priorities(conn, queue, [kind], dict.fromkeys(priorities(conn, queue), START))
 
 
-def ids(rows: list[queries.ClaimedRow]) -> list[int]:
+def ids(rows: list[claims.ClaimedRow]) -> list[int]:
     """Return the ids of a claim, in order."""
     return sorted(row.id for row in rows)
 
@@ -165,7 +168,7 @@ def test_a_kind_that_the_worker_does_not_know_stays_pending(conn: Conn) -> None:
 def test_two_claims_at_once_take_different_batches_and_neither_waits(conn: Conn, dsn: str) -> None:
     inserted = [insert(conn) for _ in range(10)]
     with psycopg.connect(dsn, prepare_threshold=None) as other:
-        other.execute(queries.limits(5))
+        other.execute(session.limits(5))
         step("one claims 4 and has not committed, the other claims all it can get")
         first = claim(other, 4, worker="worker-2")
         with conn.transaction():
@@ -204,7 +207,7 @@ def test_a_claim_returns_what_the_handler_needs(conn: Conn) -> None:
     change(conn, batch_id, items_done=1, items_failed=1, cursor={"at": 2})
     [row] = claim(conn)
     run_at = batch(conn, batch_id)["run_at"].timestamp()
-    assert row == queries.ClaimedRow(batch_id, KIND, 2, 4, '{"a": 1}', '{"at": 2}', 3, 1, 1, 2, 9, run_at)
+    assert row == claims.ClaimedRow(batch_id, KIND, 2, 4, '{"a": 1}', '{"at": 2}', 3, 1, 1, 2, 9, run_at)
     assert row.position == Position(run_at, batch_id)
 
 
@@ -218,17 +221,17 @@ def test_a_large_payload_or_cursor_is_left_out_and_fetched_by_the_token(conn: Co
     [row] = claim(conn, token=token)
     assert (row.payload, row.cursor) == (None, None)
     step("fetch it by the token, then by another")
-    found = queries.large_input(conn, "default", batch_id, token)
+    found = inputs.large_input(conn, "default", batch_id, token)
     assert found is not None
     assert "y" * 600 in f"{found}"
-    assert queries.large_input(conn, "default", batch_id, uuid4()) is None
+    assert inputs.large_input(conn, "default", batch_id, uuid4()) is None
 
 
 def test_items_are_not_in_the_claim_but_read_in_pages_by_the_token(conn: Conn) -> None:
     taken = processing(conn, items=list(range(100)))
-    assert queries.items_page(conn, "default", *taken, 40, 5) == "[40, 41, 42, 43, 44]"
-    assert queries.items_page(conn, "default", *taken, 98, 5) == "[98, 99]"
-    assert queries.items_page(conn, "default", taken.id, uuid4(), 40, 5) is None
+    assert inputs.items_page(conn, "default", *taken, 40, 5) == "[40, 41, 42, 43, 44]"
+    assert inputs.items_page(conn, "default", *taken, 98, 5) == "[98, 99]"
+    assert inputs.items_page(conn, "default", taken.id, uuid4(), 40, 5) is None
 
 
 # --------------------------------------------------------------------------------------------------------- give back
@@ -240,10 +243,10 @@ def test_a_claim_of_unknown_outcome_is_given_back_by_its_token_unharmed(conn: Co
     token = uuid4()
     claim(conn, 2, token=token)
     claim(conn, 1)
-    assert queries.give_back_claim(conn, "default", token) == 2
+    assert claims.give_back_claim(conn, "default", token) == 2
     assert [batch(conn, batch_id) for batch_id in inserted[:2]] == before[:2]
     assert batch(conn, inserted[2])["status"] == "processing", "of another claim"
-    assert queries.give_back_claim(conn, "default", token) == 0, "again: nothing is left of it"
+    assert claims.give_back_claim(conn, "default", token) == 0, "again: nothing is left of it"
 
 
 # ----------------------------------------------------------------------------------------------------- flat cost
@@ -333,7 +336,7 @@ def plan_of(conn: Conn, statement: Statement) -> dict[str, Any]:
     text, parameters = statement
     with conn.transaction(force_rollback=True):
         conn.cursor_factory = psycopg.Cursor
-        conn.execute(queries.limits(60, settings=queries.BY_INDEX))
+        conn.execute(session.limits(60, settings=session.BY_INDEX))
         explain = f"EXPLAIN (ANALYZE, FORMAT JSON) {text}".encode()
         client = psycopg.ClientCursor(conn)
         is_short = len(client.mogrify(explain, parameters)) <= LONGEST_TEXT
@@ -373,7 +376,7 @@ def any_backlog(request: pytest.FixtureRequest, conn: Conn, admin_dsn: str) -> N
 def test_the_claim_goes_by_the_order_of_its_index_without_a_sort(conn: Conn, limit: int) -> None:
     middle = Position(value(conn, "SELECT extract(epoch FROM now() - interval '25000 s')::float8"), 0)
     for after, until in ((START, END), (middle, END), (START, middle)):
-        statement = queries.claim("default", 0, [KIND, "other"], limit, "worker-1", uuid4(), 60, after, until)
+        statement = claims.claim("default", 0, [KIND, "other"], limit, "worker-1", uuid4(), 60, after, until)
         check_plan(conn, f"claim of {limit}", statement, limit, {"batches_live_ready", "batches_live_id"})
 
 
@@ -384,11 +387,11 @@ def test_what_is_written_for_claimed_batches_goes_by_their_id(conn: Conn, count:
     given_ids, tokens = [one.id for one in taken], [one.token for one in taken]
     texts = [str(token) for token in tokens]
     writes = {
-        "complete": queries.complete("default", given_ids, texts),
-        "complete and forget": queries.complete("default", given_ids, texts, keep=False),
-        "finish": queries.finish("default", [Finish(*one, "completed", "1", NO, True) for one in taken]),
-        "requeue": queries.requeue("default", [Requeue(*one, 1.0, True, NO) for one in taken]),
-        "extend": queries.extend("default", given_ids, tokens, 60),
+        "complete": endings.complete("default", given_ids, texts),
+        "complete and forget": endings.complete("default", given_ids, texts, keep=False),
+        "finish": endings.finish("default", [Finish(*one, "completed", "1", NO, True) for one in taken]),
+        "requeue": endings.requeue("default", [Requeue(*one, 1.0, True, NO) for one in taken]),
+        "extend": leases.extend("default", given_ids, tokens, 60),
     }
     for name, statement in writes.items():
         check_plan(conn, f"{name} of {count}", statement, count, {"batches_live_id"})
@@ -397,7 +400,7 @@ def test_what_is_written_for_claimed_batches_goes_by_their_id(conn: Conn, count:
 def take(conn: Conn, count: int) -> list[Taken]:
     """Claim *count* batches."""
     token = uuid4()
-    rows = run(conn, queries.claim("default", 0, [KIND, "other"], count, "worker-1", token, 60))
+    rows = run(conn, claims.claim("default", 0, [KIND, "other"], count, "worker-1", token, 60))
     assert len(rows) == count
     return [Taken(row[0], token) for row in rows]
 
@@ -423,15 +426,15 @@ def test_what_is_written_and_read_for_one_batch_goes_by_its_id(conn: Conn, backl
     batch_id, token = take(conn, 1)[0]
     backlog.clear()
     for progress in (Progress(keeps_cursor=False, cursor="1"), Progress(recovered=[1, 2])):
-        assert conn.execute(*queries.checkpoint("default", batch_id, token, 60, progress)).rowcount == 1
-    assert queries.large_input(conn, "default", batch_id, token) is not None
-    queries.items_page(conn, "default", batch_id, token, 0, 10)
-    queries.status_of(conn, "default", batch_id)
+        assert conn.execute(*checkpoints.checkpoint("default", batch_id, token, 60, progress)).rowcount == 1
+    assert inputs.large_input(conn, "default", batch_id, token) is not None
+    inputs.items_page(conn, "default", batch_id, token, 0, 10)
+    inputs.status_of(conn, "default", batch_id)
     assert indexes(backlog) == {"batches_live_id"}
 
 
 def test_the_rescue_goes_by_the_index_of_leases(conn: Conn, backlog: list[dict[str, Any]]) -> None:
-    assert queries.rescue(conn, "default", 100) == []
+    assert leases.rescue(conn, "default", 100) == []
     assert not has_sort(backlog)
     scans = [node for plan in backlog for node in nodes(plan) if node.get("Index Name") == "batches_live_lease"]
     assert ["lease_expires_at" in scan["Index Cond"] for scan in scans] == [True]
@@ -447,7 +450,7 @@ def test_failed_items_are_read_by_the_key_of_their_batch(conn: Conn, backlog: li
         )
         other.execute("ANALYZE batchq.failed_items")
     backlog.clear()
-    assert queries.failed_page(conn, "default", batch_id, token, 2, 10) == [(n, "1") for n in range(10)]
+    assert inputs.failed_page(conn, "default", batch_id, token, 2, 10) == [(n, "1") for n in range(10)]
     assert indexes(backlog) == {"batches_live_id"}
     assert {node.get("Index Name") for plan in backlog for node in nodes(plan)} & {"failed_items_pkey"}
 

@@ -11,6 +11,7 @@ from psycopg.conninfo import make_conninfo
 
 from batchq.operate import doctor
 from batchq.operate.doctor import Finding
+from batchq.postgres.statements import health
 from tests.component.rows import Conn, claim, expire_lease, insert, processing, value
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
@@ -42,7 +43,7 @@ def test_a_healthy_database_has_no_warning(dsn: str, conn: Conn, tmp_path: Path)
     ended = CommandLine(dsn, tmp_path)("doctor", "--json")
     assert {row["severity"] for row in ended.json} <= {"ok", "note"}, ended.out
     assert ended.code == 0
-    assert {"writing", "schema", "clock", "pooler", *doctor.queries.ailments()} == {row["check"] for row in ended.json}
+    assert {"writing", "schema", "clock", "pooler", *health.ailments()} == {row["check"] for row in ended.json}
 
 
 def test_a_session_that_holds_a_snapshot_is_named(dsn: str, admin: Conn, admin_dsn: str) -> None:

@@ -10,9 +10,9 @@ import pytest
 import batchq
 from batchq.cli import main
 from batchq.errors import ConfigError
-from batchq.postgres import queries
 from batchq.postgres.database import Link, check_server, connect
 from batchq.postgres.migrate import migrate
+from batchq.postgres.statements import session, views
 from tests.support.batches import drain, look
 from tests.support.databases import Databases
 from tests.support.poolers import PgBouncer
@@ -74,7 +74,7 @@ def test_a_database_in_any_encoding_works_texts_that_it_can_hold(odd_dsn: str, e
         assert statuses(conn) == ["completed", "failed", "failed", *["completed"] * 20]
         assert look(conn, done or 0).result == {"text": text}
         assert look(conn, failed or 0).errors[0]["error"] == f"ValueError: {text}"
-        assert queries.failed_item_objects(conn, items or 0, 5)[0]["error"] == f"ValueError: {text}"
+        assert views.failed_item_objects(conn, items or 0, 5)[0]["error"] == f"ValueError: {text}"
 
 
 @pytest.mark.parametrize("encoding", list(FOREIGN))
@@ -100,7 +100,7 @@ def test_a_text_that_the_database_cannot_hold_concerns_its_own_batch_only(
         step("then a result fails its batch, and errors are stored with escapes")
         assert "the outcome could not be stored: UntranslatableCharacter" in look(conn, result or 0).errors[0]["error"]
         assert look(conn, error or 0).errors[0]["error"] == f"ValueError: {escaped}"
-        assert queries.failed_item_objects(conn, items or 0, 5)[0]["error"] == f"ValueError: {escaped}"
+        assert views.failed_item_objects(conn, items or 0, 5)[0]["error"] == f"ValueError: {escaped}"
 
 
 @pytest.mark.parametrize("encoding", list(FOREIGN))
@@ -157,10 +157,10 @@ def test_texts_travel_as_utf8_whatever_role_dsn_and_environment_say(
     for dsn in (admin_dsn, f"{admin_dsn} client_encoding=EUC_JP"):
         with connect(dsn) as conn:
             check_server(conn)
-            assert queries.role_and_encoding(conn)[1] == "UTF8"
+            assert session.role_and_encoding(conn)[1] == "UTF8"
         link = Link(dsn, 5)
         with link.reading() as conn:
-            assert queries.role_and_encoding(conn)[1] == "UTF8"
+            assert session.role_and_encoding(conn)[1] == "UTF8"
         link.close()
 
 
@@ -170,7 +170,7 @@ def test_texts_travel_as_utf8_through_pgbouncer(server: Server, databases: Datab
         with connect(bouncer.dsn(name)) as conn:
             check_server(conn)
             for _ in range(4):
-                assert queries.role_and_encoding(conn)[1] == "UTF8"
+                assert session.role_and_encoding(conn)[1] == "UTF8"
         bouncer.forget(name)
 
 

@@ -8,8 +8,8 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from batchq.postgres import queries
 from batchq.postgres.database import LONGEST_TEXT
+from batchq.postgres.statements import endings
 from batchq.worker import finisher
 from tests.component.rows import Conn, Taken, claim, complete, insert, values
 from tests.support.alone import run_alone
@@ -43,7 +43,7 @@ def ids_of(piece: list[Any]) -> list[int]:
 def text_length(conn: Conn, piece: list[Any], *, keep: bool) -> int:
     """Return the length of the statement that completes a piece."""
     tokens = [entry.batch.claim.token_text for entry in piece]
-    statement, parameters = queries.complete("default", ids_of(piece), tokens, keep)
+    statement, parameters = endings.complete("default", ids_of(piece), tokens, keep)
     return len(psycopg.ClientCursor(conn).mogrify(statement, parameters))
 
 
@@ -91,8 +91,8 @@ def test_a_run_ends_where_the_token_does() -> None:
     (piece,) = finisher.pieces(ended([3, 1], first) + ended([4, 2], second))
     assert ids_of(piece) == [1, 2, 3, 4]
     tokens = [entry.batch.claim.token_text for entry in piece]
-    assert list(queries.starts_of_runs(ids_of(piece), tokens)) == [True] * 4
-    assert list(queries.starts_of_runs([7, 8, 10, 9, 10], ["a"] * 5)) == [True, False, True, True, False]
+    assert list(endings.starts_of_runs(ids_of(piece), tokens)) == [True] * 4
+    assert list(endings.starts_of_runs([7, 8, 10, 9, 10], ["a"] * 5)) == [True, False, True, True, False]
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ import psycopg
 import pytest
 from psycopg.rows import tuple_row
 
-from batchq.postgres import queries
-from batchq.postgres.queries import END, Finish, Position, Progress, Requeue, Statement
+from batchq.postgres.statements import checkpoints, claims, endings, health, leases, probes, session, views
+from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.claims import END, Position
+from batchq.postgres.statements.endings import Finish, Requeue
+from batchq.postgres.statements.running import Statement
 from batchq.web.reads import batch_list
 from tests.component.rows import KIND, Conn, value
 from tests.support.alone import run_alone
@@ -112,7 +115,7 @@ def buffers(conn: Conn, statement: Statement, settings: dict[str, str]) -> tuple
     its plan. It runs twice, since the first time reads the catalog, too."""
     text, parameters = statement
     with conn.transaction(force_rollback=True):
-        conn.execute(queries.limits(60, settings=settings))
+        conn.execute(session.limits(60, settings=settings))
         with conn.transaction(force_rollback=True):
             rows = len(conn.cursor(row_factory=tuple_row).execute(text, parameters).fetchall())
         cursor = psycopg.ClientCursor(conn)
@@ -129,20 +132,20 @@ OF_A_WORKER: dict[str, Callable[[Position], Statement]] = {
         "SELECT batchq.has_ready('default', 0::smallint, '{work}', %(run_at)s, %(id)s)",
         {"run_at": at.run_at, "id": at.id},
     ),
-    "probe of two priorities": lambda at: queries.ready_priorities("default", [KIND], {0: at, 5: at}),
-    "probe of a part": lambda at: queries.ready_between("default", 0, [KIND], at, END),
-    "unknown priority": lambda _: queries.unknown_priority("default", [0]),
-    "recorded positions": lambda _: queries.known_positions("default"),
-    "claim": lambda at: queries.claim("default", 0, [KIND], CLAIMED_AT_ONCE, "w", TOKEN, 60, at, END),
-    "ready beside refused": lambda at: queries.ready_positions("default", 0, [KIND], CLAIMED_AT_ONCE, at, END, [1]),
-    "expired leases": lambda _: queries.lease_probe("default", float("-inf")),
-    "expired beside refused": lambda at: queries.expired("default", 1000, at.run_at + 3600, [1]),
-    "extend": lambda _: queries.extend("default", IDS, [TOKEN] * len(IDS), 60),
-    "complete": lambda _: queries.complete("default", IDS, [str(TOKEN)] * len(IDS)),
-    "complete and forget": lambda _: queries.complete("default", IDS, [str(TOKEN)] * len(IDS), keep=False),
-    "finish": lambda _: queries.finish("default", [Finish(number, TOKEN, "failed") for number in IDS]),
-    "requeue": lambda _: queries.requeue("default", [Requeue(number, TOKEN, None, True) for number in IDS]),
-    "checkpoint": lambda _: queries.checkpoint("default", 7, TOKEN, 60, Progress(done=1)),
+    "probe of two priorities": lambda at: probes.ready_priorities("default", [KIND], {0: at, 5: at}),
+    "probe of a part": lambda at: probes.ready_between("default", 0, [KIND], at, END),
+    "unknown priority": lambda _: probes.unknown_priority("default", [0]),
+    "recorded positions": lambda _: probes.known_positions("default"),
+    "claim": lambda at: claims.claim("default", 0, [KIND], CLAIMED_AT_ONCE, "w", TOKEN, 60, at, END),
+    "ready beside refused": lambda at: probes.ready_positions("default", 0, [KIND], CLAIMED_AT_ONCE, at, END, [1]),
+    "expired leases": lambda _: leases.lease_probe("default", float("-inf")),
+    "expired beside refused": lambda at: leases.expired("default", 1000, at.run_at + 3600, [1]),
+    "extend": lambda _: leases.extend("default", IDS, [TOKEN] * len(IDS), 60),
+    "complete": lambda _: endings.complete("default", IDS, [str(TOKEN)] * len(IDS)),
+    "complete and forget": lambda _: endings.complete("default", IDS, [str(TOKEN)] * len(IDS), keep=False),
+    "finish": lambda _: endings.finish("default", [Finish(number, TOKEN, "failed") for number in IDS]),
+    "requeue": lambda _: endings.requeue("default", [Requeue(number, TOKEN, None, True) for number in IDS]),
+    "checkpoint": lambda _: checkpoints.checkpoint("default", 7, TOKEN, 60, Progress(done=1)),
 }
 PROBES = {
     name for name in OF_A_WORKER if "probe" in name or "priority" in name or name.startswith(("ready", "expired"))
@@ -164,7 +167,7 @@ def test_no_index_but_those_of_claims_and_leases_can_serve_a_statement_that_name
 
 @pytest.mark.parametrize("name", OF_A_WORKER)
 def test_a_statement_of_a_worker_reads_only_what_it_returns(table: Table, name: str) -> None:
-    settings = queries.PROBING if name in PROBES else queries.BY_INDEX
+    settings = session.PROBING if name in PROBES else session.BY_INDEX
     read, rows, plan = buffers(table.conn, OF_A_WORKER[name](table.position), settings)
     rows = max(rows, len(IDS) if name in BY_IDS else 0)
     step("%s buffers, %s rows", read, rows)
@@ -180,31 +183,31 @@ def test_a_probe_ends_at_the_first_batch_of_a_kind_that_was_rare_when_statistics
     conn.execute(fill + "generate_series(1, 20000)", ["other"])
     conn.execute("ANALYZE batchq.batches_live")
     conn.execute(fill + "generate_series(1, 20000)", [KIND])
-    read, rows, plan = buffers(conn, OF_A_WORKER[name](queries.START), queries.PROBING)
+    read, rows, plan = buffers(conn, OF_A_WORKER[name](claims.START), session.PROBING)
     step("%s buffers, %s rows", read, rows)
     assert rows == 1
     assert read <= BASE_BUFFERS, plan
 
 
 def test_priorities_are_learned_without_reading_the_dead(table: Table) -> None:
-    read, _, plan = buffers(table.conn, queries.unknown_priority("default", [0]), queries.PROBING)
+    read, _, plan = buffers(table.conn, probes.unknown_priority("default", [0]), session.PROBING)
     assert read <= BASE_BUFFERS, plan
-    recorded = queries.as_positions(table.conn.execute(*queries.known_positions("default")).fetchall())
+    recorded = probes.as_positions(table.conn.execute(*probes.known_positions("default")).fetchall())
     assert recorded[0] >= table.position, "a new worker begins after the dead"
 
 
 LOOKED_AT: dict[str, Callable[[Conn], Any]] = {
-    "status": lambda conn: queries.status_rows(conn, None, None, None, 20),
-    "status, ready": lambda conn: queries.status_rows(conn, None, None, "ready", 20),
-    "status, processing": lambda conn: queries.status_rows(conn, None, None, "processing", 20),
-    "one batch": lambda conn: queries.status_row(conn, 7),
-    "running": lambda conn: queries.running_rows(conn, None, None, 20),
-    "failed": lambda conn: queries.failed_rows(conn, None, None, 20),
-    "monitor": lambda conn: queries.changed_rows(conn, "2100-01-01", 2**62, [], None, None, 20),
-    "newest id": queries.newest_id,
+    "status": lambda conn: views.status_rows(conn, None, None, None, 20),
+    "status, ready": lambda conn: views.status_rows(conn, None, None, "ready", 20),
+    "status, processing": lambda conn: views.status_rows(conn, None, None, "processing", 20),
+    "one batch": lambda conn: views.status_row(conn, 7),
+    "running": lambda conn: views.running_rows(conn, None, None, 20),
+    "failed": lambda conn: views.failed_rows(conn, None, None, 20),
+    "monitor": lambda conn: views.changed_rows(conn, "2100-01-01", 2**62, [], None, None, 20),
+    "newest id": health.newest_id,
     "page": lambda conn: batch_list(None, None, None, None, None)(conn),
     "page, processing": lambda conn: batch_list(None, None, "processing", None, None)(conn),
-    "doctor, stalled": lambda conn: queries.ailing(conn, "stalled", {}),
+    "doctor, stalled": lambda conn: health.ailing(conn, "stalled", {}),
 }
 
 
@@ -219,11 +222,11 @@ def test_what_people_look_at_does_not_read_the_dead(table: Table, name: str) -> 
 
 def test_counts_read_the_live_and_not_the_dead(table: Table) -> None:
     conn = table.conn
-    read = read_by(conn, queries.queue_rows)
+    read = read_by(conn, views.queue_rows)
     counted = min(table.live, 10_000)
     step("%s buffers for %s", read, counted)
     assert read <= 1_000 + 2 * counted
-    rows = queries.queue_rows(conn)
+    rows = views.queue_rows(conn)
     if table.live:
         assert "ready" in rows[0]["estimated"], "what was committed late may be left out"
         assert rows[0]["ready"] == table.live or table.live > 10_000

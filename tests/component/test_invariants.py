@@ -10,8 +10,8 @@ from psycopg.types.json import Jsonb
 
 import batchq
 from batchq.operate import invariants
-from batchq.postgres import queries
-from batchq.postgres.queries import Progress
+from batchq.postgres.statements import endings, health
+from batchq.postgres.statements.checkpoints import Progress
 from tests.component.rows import (
     Conn,
     checkpoint,
@@ -119,8 +119,8 @@ def lives(conn: Conn) -> None:
     taken = processing(conn, items=["a", "b", "c"])
     progress = Progress(done=2, failed=1, failures=[failure(1)], first_index=0)
     assert checkpoint(conn, taken, progress) == 1
-    end = queries.Finish(taken.id, taken.token, "failed", error='{"error": "no"}')
-    assert conn.execute(*queries.finish("default", [end])).fetchall() == [(taken.id,)]
+    end = endings.Finish(taken.id, taken.token, "failed", error='{"error": "no"}')
+    assert conn.execute(*endings.finish("default", [end])).fetchall() == [(taken.id,)]
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def admin(admin_dsn: str) -> Any:
 
 
 def test_every_invariant_has_its_hostile_client() -> None:
-    assert HOSTILE.keys() == queries.invariants().keys()
+    assert HOSTILE.keys() == health.invariants().keys()
 
 
 def test_what_a_hostile_client_does_is_named(admin: Conn) -> None:
@@ -166,7 +166,7 @@ def test_the_command_names_what_is_violated(conn: Conn, admin: Conn, dsn: str, t
     lives(conn)
     healthy = command("check", "--invariants", "--json")
     assert (healthy.code, {row["holds"] for row in healthy.json}) == (0, {True})
-    assert [row["invariant"] for row in healthy.json] == list(queries.invariants())
+    assert [row["invariant"] for row in healthy.json] == list(health.invariants())
     admin.execute("UPDATE batchq.failed_items SET attempt = 9")
     shown = command("check", "--invariants")
     line = "violated  failed_item_attempt_within_limits: 4: item 1 failed in attempt 9 of 5"

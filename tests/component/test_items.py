@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 import batchq
-from batchq.postgres import queries
+from batchq.postgres.statements import checkpoints as checkpoint_statements
 from batchq.testing import running_worker
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, await_status, drain, failed_items, look, put, register_items, values
@@ -291,13 +291,15 @@ def test_a_checkpoint_follows_every_chunk_size_items(dsn: str, conn: psycopg.Con
 def checkpoints(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Return how many items each checkpoint from now on counts as done, and as failed."""
     seen: list[tuple[int, int]] = []
-    make = queries.checkpoint
+    make = checkpoint_statements.checkpoint
 
-    def recording(queue: str, batch_id: int, token: Any, lease_seconds: float, progress: queries.Progress) -> Any:
+    def recording(
+        queue: str, batch_id: int, token: Any, lease_seconds: float, progress: checkpoint_statements.Progress
+    ) -> Any:
         seen.append((progress.done, progress.failed))
         return make(queue, batch_id, token, lease_seconds, progress)
 
-    monkeypatch.setattr(queries, "checkpoint", recording)
+    monkeypatch.setattr(checkpoint_statements, "checkpoint", recording)
     return seen
 
 

@@ -13,9 +13,10 @@ from psycopg import sql
 
 import batchq
 from batchq.postgres import migrate as migrations
-from batchq.postgres import queries
 from batchq.postgres.migrate import migrate
-from batchq.postgres.queries import Finish, Progress
+from batchq.postgres.statements import claims, endings, leases
+from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.endings import Finish
 from tests.component.rows import (
     KIND,
     Conn,
@@ -64,12 +65,12 @@ FROM gone
 RETURNING id
 """
 # What they wrote to claim: it does not ask for the context of a trace.
-OLD_CLAIM = queries.CLAIM.replace(",\n  CASE WHEN %(most_bytes)s > 0 THEN b.trace_context END", "")
+OLD_CLAIM = claims.CLAIM.replace(",\n  CASE WHEN %(most_bytes)s > 0 THEN b.trace_context END", "")
 
 
 def old_finish(conn: Conn, *finishes: Finish) -> set[int]:
     """Finish batches as a worker from before does; return the ids of those that were still its own."""
-    _, parameters = queries.finish("default", finishes)
+    _, parameters = endings.finish("default", finishes)
     return {batch_id for (batch_id,) in run(conn, (OLD_FINISH, parameters))}
 
 
@@ -237,7 +238,7 @@ def end_by_rescue(conn: Conn, taken: Taken) -> None:
     """Let the lease of the last attempt run out."""
     conn.execute("UPDATE batchq.batches_live SET max_attempts = attempt")
     expire_lease(conn, taken.id)
-    assert [row[3] for row in queries.rescue(conn, "default", 10)] == ["failed"]
+    assert [row[3] for row in leases.rescue(conn, "default", 10)] == ["failed"]
 
 
 def end_by_hand(conn: Conn, taken: Taken) -> None:
@@ -268,7 +269,7 @@ def test_an_old_worker_fills_the_total_in_a_partition_that_is_made_later_and_in_
     later = OLD_FINISH.replace("clock_timestamp()", "clock_timestamp() + %(days)s * interval '1 day'")
     for days in (1, 2, -400):
         taken = processing(conn, items=[1, 2])
-        _, parameters = queries.finish("default", [Finish(*taken, "completed")])
+        _, parameters = endings.finish("default", [Finish(*taken, "completed")])
         assert run(conn, (later, parameters | {"days": days})) == [(taken.id,)]
     places = values(conn, "SELECT tableoid::regclass::text FROM batchq.batches ORDER BY id")
     assert len(set(places)) == 3
@@ -303,7 +304,7 @@ def old_files(tmp_path: Path) -> Path:
 @pytest.fixture
 def old(empty_dsn: str, old_files: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the DSN of a database as it was then; from now on batchq has all its migrations. Claims are as then."""
-    monkeypatch.setattr(queries, "CLAIM", OLD_CLAIM)
+    monkeypatch.setattr(claims, "CLAIM", OLD_CLAIM)
     with monkeypatch.context() as patch:
         patch.setattr(migrations, "directory", lambda: old_files)
         assert len(migrate(empty_dsn)) == LAST_BEFORE

@@ -7,7 +7,7 @@ import psycopg
 import pytest
 
 import batchq
-from batchq.postgres.queries import Progress
+from batchq.postgres.statements.checkpoints import Progress
 from tests.component.rows import (
     Conn,
     checkpoint,

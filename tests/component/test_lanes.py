@@ -10,7 +10,7 @@ import pytest
 
 import batchq
 from batchq.batch import Batch, Claim, Runtime
-from batchq.postgres.queries import ClaimedRow
+from batchq.postgres.statements.claims import ClaimedRow
 from batchq.worker import lanes
 from batchq.worker.execution import RELEASED, Outcome
 from batchq.worker.lanes import MOST_PREFETCHED, Lane, Spurt, ThreadLane

@@ -8,8 +8,10 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from batchq.postgres import queries
-from batchq.postgres.queries import Finish, Progress, Requeue
+from batchq.postgres.statements import checkpoints, claims, endings, inputs, session
+from batchq.postgres.statements import leases as lease_statements
+from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.endings import Finish, Requeue
 from tests.component.rows import (
     KIND,
     Conn,
@@ -88,7 +90,7 @@ def write_extend(conn: Conn, queue: str, taken: Taken) -> bool:
 
 def give_back(conn: Conn, queue: str, taken: Taken) -> bool:
     """Give back the whole claim."""
-    return queries.give_back_claim(conn, queue, taken.token) == 1
+    return claims.give_back_claim(conn, queue, taken.token) == 1
 
 
 WRITES = [
@@ -248,7 +250,7 @@ def test_a_checkpoint_extends_the_lease(conn: Conn, taken: Taken) -> None:
 
 @pytest.mark.parametrize("failures", [[], [failure(0)]], ids=["plain", "with a failed item"])
 def test_a_checkpoint_at_the_end_of_a_long_transaction_does_not_shorten_the_lease(
-    conn: Conn, taken: Taken, failures: list[queries.ItemFailure]
+    conn: Conn, taken: Taken, failures: list[checkpoints.ItemFailure]
 ) -> None:
     step("the transaction begins; the keeper extends the lease; then the checkpoint ends the transaction")
     unchanged = Progress(failures=failures, done_before=1, failed_before=1)
@@ -256,7 +258,7 @@ def test_a_checkpoint_at_the_end_of_a_long_transaction_does_not_shorten_the_leas
         handler.execute("SELECT now()")
         extend(conn, taken)
         kept = batch(conn, taken.id)["lease_expires_at"]
-        handler.execute(*queries.checkpoint("default", *taken, 30, unchanged))
+        handler.execute(*checkpoints.checkpoint("default", *taken, 30, unchanged))
     assert batch(conn, taken.id)["lease_expires_at"] == kept
     step("a lease that would run out earlier counts from the commit, not from the transaction's beginning")
     with conn.transaction():
@@ -264,7 +266,7 @@ def test_a_checkpoint_at_the_end_of_a_long_transaction_does_not_shorten_the_leas
         wait_until(
             lambda: value(conn, f"SELECT clock_timestamp() > '{began}'::timestamptz + interval '0.2 s'"), 5, "0.2 s"
         )
-        conn.execute(*queries.checkpoint("default", *taken, 60, unchanged))
+        conn.execute(*checkpoints.checkpoint("default", *taken, 60, unchanged))
     left = f"SELECT extract(epoch FROM lease_expires_at - '{began}'::timestamptz)::float8 FROM batchq.batches"
     assert value(conn, left) >= 60.2
 
@@ -280,7 +282,7 @@ def test_a_checkpoint_that_was_committed_already_counts_nothing_twice(conn: Conn
 @pytest.mark.parametrize("failures", [[], [failure(1)]], ids=["plain", "with a failed item"])
 @pytest.mark.parametrize("counted", [(0, 1), (2, 1), (1, 0), (1, 2)])
 def test_a_checkpoint_that_starts_from_other_counters_changes_nothing(
-    conn: Conn, taken: Taken, counted: tuple[int, int], failures: list[queries.ItemFailure]
+    conn: Conn, taken: Taken, counted: tuple[int, int], failures: list[checkpoints.ItemFailure]
 ) -> None:
     done, failed = counted
     before = everything(conn)
@@ -316,7 +318,7 @@ def test_a_failed_item_is_stored_with_its_value_and_its_attempt(conn: Conn) -> N
 def test_the_next_attempt_works_what_has_failed_and_may_be_cured(conn: Conn) -> None:
     taken = processing(conn, items=["a", "b", "c"])
     checkpoint(conn, taken, Progress(1, 2, [failure(0), failure(1, retryable=False)], first_index=0))
-    pages = [queries.failed_page(conn, "default", *taken, attempt, 10) for attempt in (1, 2)]
+    pages = [inputs.failed_page(conn, "default", *taken, attempt, 10) for attempt in (1, 2)]
     assert pages == [[], [(0, '"a"')]]
 
 
@@ -328,7 +330,7 @@ def test_a_late_worker_is_given_no_failed_items(conn: Conn) -> None:
     conn.execute("SELECT batchq.retry(%s)", [late.id])
     token = uuid4()
     assert [row.attempt for row in claim(conn, token=token)] == [1]
-    pages = [queries.failed_page(conn, "default", late.id, its, 1, 10) for its in (late.token, token)]
+    pages = [inputs.failed_page(conn, "default", late.id, its, 1, 10) for its in (late.token, token)]
     assert pages == [[], [(0, '"a"')]]
 
 
@@ -349,7 +351,7 @@ def test_a_batch_whose_lease_ran_out_is_pending_again_its_attempt_counted(conn: 
     change(conn, taken.id, cursor={"at": 2})
     before = batch(conn, taken.id)
     expire_lease(conn, taken.id)
-    assert queries.rescue(conn, "default", 10) == [(taken.id, KIND, 1, "pending")]
+    assert lease_statements.rescue(conn, "default", 10) == [(taken.id, KIND, 1, "pending")]
     after = batch(conn, taken.id)
     kept = ("attempt", "payload", "items", "items_done", "items_failed", "cursor", "run_at", "created_at")
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
@@ -361,29 +363,29 @@ def test_a_batch_whose_lease_ran_out_is_pending_again_its_attempt_counted(conn: 
 
 def test_nothing_is_rescued_by_when_it_started(conn: Conn, taken: Taken) -> None:
     change(conn, taken.id, claimed_at="2001-01-01", created_at="2001-01-01", run_at="2001-01-01")
-    assert queries.rescue(conn, "default", 10) == []
+    assert lease_statements.rescue(conn, "default", 10) == []
     assert batch(conn, taken.id)["status"] == "processing"
 
 
 def test_the_rescue_needs_no_row_of_any_worker(conn: Conn, taken: Taken) -> None:
     assert value(conn, "SELECT count(*) FROM batchq.workers") == 0
     expire_lease(conn, taken.id)
-    assert len(queries.rescue(conn, "default", 10)) == 1
+    assert len(lease_statements.rescue(conn, "default", 10)) == 1
 
 
 def test_pending_batches_and_other_queues_are_not_rescued(conn: Conn) -> None:
     insert(conn)
     other = processing(conn, queue="other")
     expire_lease(conn, other.id)
-    assert queries.rescue(conn, "default", 10) == []
-    assert [row[0] for row in queries.rescue(conn, "other", 10)] == [other.id]
+    assert lease_statements.rescue(conn, "default", 10) == []
+    assert [row[0] for row in lease_statements.rescue(conn, "other", 10)] == [other.id]
 
 
 def test_a_rescue_takes_no_more_than_its_limit_the_longest_silent_first(conn: Conn) -> None:
     silent = [processing(conn).id for _ in range(5)]
     for seconds, batch_id in enumerate(silent, start=1):
         expire_lease(conn, batch_id, seconds)
-    found = [{row[0] for row in queries.rescue(conn, "default", 2)} for _ in range(3)]
+    found = [{row[0] for row in lease_statements.rescue(conn, "default", 2)} for _ in range(3)]
     assert found == [set(silent[3:]), set(silent[1:3]), set(silent[:1])]
 
 
@@ -391,15 +393,15 @@ def test_a_rescue_has_its_limit_for_its_own_queue(conn: Conn) -> None:
     other, mine = processing(conn, queue="other"), processing(conn)
     expire_lease(conn, other.id, seconds_ago=60)
     expire_lease(conn, mine.id)
-    assert [row[0] for row in queries.rescue(conn, "default", 1)] == [mine.id]
+    assert [row[0] for row in lease_statements.rescue(conn, "default", 1)] == [mine.id]
 
 
 def test_a_rescue_looks_behind_where_it_is_told_to(conn: Conn) -> None:
     silent = processing(conn)
     expire_lease(conn, silent.id)
     ran_out_at = value(conn, "SELECT extract(epoch FROM lease_expires_at)::float8 FROM batchq.batches_live")
-    assert queries.rescue(conn, "default", 10, after=ran_out_at + 0.01) == []
-    assert [row[0] for row in queries.rescue(conn, "default", 10, after=ran_out_at - 0.01)] == [silent.id]
+    assert lease_statements.rescue(conn, "default", 10, after=ran_out_at + 0.01) == []
+    assert [row[0] for row in lease_statements.rescue(conn, "default", 10, after=ran_out_at - 0.01)] == [silent.id]
 
 
 def test_a_rescue_passes_over_what_somebody_writes_just_now(conn: Conn, dsn: str) -> None:
@@ -408,12 +410,12 @@ def test_a_rescue_passes_over_what_somebody_writes_just_now(conn: Conn, dsn: str
         expire_lease(conn, batch_id)
     with psycopg.connect(dsn, prepare_threshold=None) as late_worker:
         step("the worker of %s wakes up late, and saves a checkpoint", busy.id)
-        late_worker.execute(queries.limits(5))
-        late_worker.execute(*queries.checkpoint("default", *busy, 60, Progress()))
+        late_worker.execute(session.limits(5))
+        late_worker.execute(*checkpoints.checkpoint("default", *busy, 60, Progress()))
         with conn.transaction():
             conn.execute("SELECT set_config('lock_timeout', '500ms', true)")
-            assert [row[0] for row in queries.rescue(conn, "default", 10)] == [silent.id]
-    assert queries.rescue(conn, "default", 10) == [], "its lease is new"
+            assert [row[0] for row in lease_statements.rescue(conn, "default", 10)] == [silent.id]
+    assert lease_statements.rescue(conn, "default", 10) == [], "its lease is new"
 
 
 def test_a_batch_that_kills_its_worker_ends_as_failed_with_its_attempts(conn: Conn) -> None:
@@ -422,7 +424,7 @@ def test_a_batch_that_kills_its_worker_ends_as_failed_with_its_attempts(conn: Co
         assert [row.attempt for row in claim(conn)] == [attempt]
         expire_lease(conn, batch_id)
         status = "failed" if attempt == 3 else "pending"
-        assert queries.rescue(conn, "default", 10) == [(batch_id, KIND, attempt, status)]
+        assert lease_statements.rescue(conn, "default", 10) == [(batch_id, KIND, attempt, status)]
     row = batch(conn, batch_id)
     assert (row["status"], row["attempt"], row["items"]) == ("failed", 3, [1, 2])
     assert row["finished_at"] is not None
@@ -440,7 +442,7 @@ def test_what_is_rescued_again_is_spread_out_so_that_a_killer_has_other_neighbou
         assert len(claim(conn, 8)) == 8
         conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() - interval '1 s'")
         step("rescued for the first time: ready at once; again: each at a time of its own")
-        queries.rescue(conn, "default", 10, spread_seconds=30)
+        lease_statements.rescue(conn, "default", 10, spread_seconds=30)
         seen = values(conn, waits)
         assert (max(seen) == 0) == (value(conn, "SELECT max(attempt) FROM batchq.batches") == 1)
     assert max(seen) <= 4 * 30
@@ -452,7 +454,7 @@ def test_what_is_rescued_again_is_spread_out_so_that_a_killer_has_other_neighbou
 def test_a_rescued_batch_takes_nothing_more_from_its_old_worker(conn: Conn, attempts: int, write: Write) -> None:
     taken = processing(conn, max_attempts=attempts, items=[1, 2])
     expire_lease(conn, taken.id)
-    queries.rescue(conn, "default", 10)
+    lease_statements.rescue(conn, "default", 10)
     before = everything(conn)
     assert not write(conn, "default", taken)
     assert everything(conn) == before
@@ -460,7 +462,7 @@ def test_a_rescued_batch_takes_nothing_more_from_its_old_worker(conn: Conn, atte
 
 def test_after_a_rescue_the_new_worker_finishes_and_the_old_does_not(conn: Conn, taken: Taken) -> None:
     expire_lease(conn, taken.id)
-    queries.rescue(conn, "default", 10)
+    lease_statements.rescue(conn, "default", 10)
     token = uuid4()
     claim(conn, token=token, worker="worker-2")
     assert finish(conn, Finish(*taken, "failed")) == set()
@@ -492,15 +494,15 @@ def test_an_extension_names_only_those_that_are_lost(conn: Conn) -> None:
 def test_an_extension_passes_over_a_locked_row_and_does_not_call_it_lost(conn: Conn, dsn: str) -> None:
     locked, free = processing(conn), processing(conn)
     with psycopg.connect(dsn, prepare_threshold=None) as own_finisher:
-        own_finisher.execute(queries.limits(5))
-        own_finisher.execute(*queries.finish("default", [Finish(*locked, "completed")]))
+        own_finisher.execute(session.limits(5))
+        own_finisher.execute(*endings.finish("default", [Finish(*locked, "completed")]))
         with conn.transaction():
             conn.execute("SELECT set_config('lock_timeout', '500ms', true)")
-            assert extend(conn, locked, free, lease_seconds=600) == queries.Leases({free}, set())
+            assert extend(conn, locked, free, lease_seconds=600) == lease_statements.Leases({free}, set())
         own_finisher.rollback()
     assert leases(conn)[0] <= 60
     assert leases(conn)[1] > 590
-    assert extend(conn, locked, free, lease_seconds=600) == queries.Leases({free, locked}, set())
+    assert extend(conn, locked, free, lease_seconds=600) == lease_statements.Leases({free, locked}, set())
     assert min(leases(conn)) > 590
 
 
@@ -524,7 +526,7 @@ def test_finishes_and_extensions_in_opposite_orders_do_not_deadlock(conn: Conn, 
         thread.start()
         with conn.transaction():
             for part in range(0, size, 10):
-                conn.execute(*queries.finish("default", [Finish(*t, "completed") for t in taken[part : part + 10]]))
+                conn.execute(*endings.finish("default", [Finish(*t, "completed") for t in taken[part : part + 10]]))
         keeping = False
         thread.join()
     assert failures == []

@@ -16,7 +16,7 @@ from rich.console import Console
 import batchq
 from batchq.cli import commands, main
 from batchq.operate import bulk
-from batchq.postgres import queries
+from batchq.postgres.statements import views
 from batchq.web.reads import POOL_SIZE
 from tests.component.rows import values
 from tests.instruments.bench.proxy import DelayingProxy
@@ -60,8 +60,8 @@ def ids(conn: Conn) -> list[str]:
 
 
 def after(looks: int, monkeypatch: pytest.MonkeyPatch, query: str, act: Callable[[], Any]) -> None:
-    """Have *act* done once a statement of `queries` has been asked so often."""
-    asked, original = [], getattr(queries, query)
+    """Have *act* done once a statement has been asked so often."""
+    asked, original = [], getattr(views, query)
 
     def counted(*given: Any) -> Any:
         found = original(*given)
@@ -70,7 +70,7 @@ def after(looks: int, monkeypatch: pytest.MonkeyPatch, query: str, act: Callable
             act()
         return found
 
-    monkeypatch.setattr(queries, query, counted)
+    monkeypatch.setattr(views, query, counted)
 
 
 def test_a_verb_logs_in_once_for_a_hundred_batches(

@@ -9,8 +9,8 @@ from uuid import uuid4
 
 import pytest
 
-from batchq.postgres import queries
-from batchq.postgres.queries import END, START, Position
+from batchq.postgres.statements import claims, probes
+from batchq.postgres.statements.claims import END, START, Position
 from tests.component.rows import (
     KIND,
     Conn,
@@ -30,7 +30,7 @@ AT_ONE = 946_688_400.0  # the same, in seconds
 
 def by_one(conn: Conn, after: Position = START, until: Position = END) -> bool:
     """Look at one priority, as an idle worker does."""
-    return queries.has_ready(conn, "default", 0, [KIND], after)
+    return probes.has_ready(conn, "default", 0, [KIND], after)
 
 
 def by_several(conn: Conn, after: Position = START, until: Position = END) -> bool:
@@ -122,9 +122,9 @@ def test_a_claim_of_unknown_outcome_is_given_back_in_its_own_queue_alone(conn: C
     insert(conn)
     token = uuid4()
     claim(conn, token=token)
-    assert queries.give_back_claim(conn, "other", token) == 0
+    assert claims.give_back_claim(conn, "other", token) == 0
     assert value(conn, "SELECT status FROM batchq.batches") == "processing"
-    assert queries.give_back_claim(conn, "default", token) == 1
+    assert claims.give_back_claim(conn, "default", token) == 1
 
 
 if __name__ == "__main__":

@@ -13,8 +13,20 @@ from psycopg import sql
 import batchq
 from batchq.errors import ConfigError
 from batchq.postgres import migrate as migrations
-from batchq.postgres import queries
 from batchq.postgres.migrate import all_migrations, check_schema, migrate
+from batchq.postgres.statements import (
+    checkpoints,
+    claims,
+    endings,
+    inputs,
+    leases,
+    ledger,
+    maintenance,
+    running,
+    verbs,
+    views,
+    workers,
+)
 from tests.component.rows import (
     KIND,
     Conn,
@@ -103,7 +115,7 @@ def test_a_migration_waits_for_one_that_runs(dsn: str, admin_dsn: str, files: Pa
     applied: list[str] = []
     thread = Thread(target=lambda: applied.extend(migrate(dsn)))
     with psycopg.connect(admin_dsn) as other, connect(admin_dsn) as admin:
-        queries.take_migration_lock(other)
+        ledger.take_migration_lock(other)
         thread.start()
         waiting = "SELECT count(*) FROM pg_locks WHERE mode = 'ShareRowExclusiveLock' AND NOT granted"
         wait_until(lambda: value(admin, waiting), 10, "the migration to wait")
@@ -137,7 +149,7 @@ def test_a_migration_waits_for_another_for_longer_than_the_limits_of_role_or_dat
     applied: list[str] = []
     (files / "9000_new.sql").write_text("SELECT 1;\n")
     with connect(admin_dsn) as other, other.transaction():
-        queries.take_migration_lock(other)
+        ledger.take_migration_lock(other)
         set_short_limits(admin_dsn)
         waiting = Thread(target=lambda: applied.extend(migrate(admin_dsn)))
         waiting.start()
@@ -247,7 +259,7 @@ def test_every_statement_works_beside_a_publication_of_all_tables(empty_dsn: str
             conn.execute("SELECT batchq.bulk(%s)", [verb])
         conn.execute("SELECT batchq.pause(kind => 'x'), batchq.resume(kind => 'x'), batchq.prune_records()")
         with conn.transaction():
-            queries.merge_throughput(conn)
+            maintenance.merge_throughput(conn)
 
 
 def test_every_table_has_a_replica_identity_and_each_new_day_too(conn: Conn) -> None:
@@ -281,50 +293,50 @@ def check_every_statement(conn: Conn) -> None:
     batchq.enqueue_many(conn, KIND, items=[1, 2], items_per_batch=1, delay_seconds=-1)
     assert priorities(conn, "default") == [0]
     assert has_unknown_priority(conn, "default", [1])
-    assert ready_priorities(conn, "default", [KIND], {0: queries.START}) == [0]
-    assert ready_priorities(conn, "default", [KIND], {0: queries.START, 1: queries.START}) == [0]
-    assert is_ready_between(conn, "default", 0, [KIND], queries.START, queries.END)
+    assert ready_priorities(conn, "default", [KIND], {0: claims.START}) == [0]
+    assert ready_priorities(conn, "default", [KIND], {0: claims.START, 1: claims.START}) == [0]
+    assert is_ready_between(conn, "default", 0, [KIND], claims.START, claims.END)
     assert len(claim(conn, 2, token=(token := processing(conn, kind="other").token))) == 2
-    assert queries.give_back_claim(conn, "default", token) == 3
+    assert claims.give_back_claim(conn, "default", token) == 3
     taken = processing(conn, kind="third", items=[1, 2])
     write_everything(conn, taken)
     failed = finished(conn, "failed", kind="fourth", error='{"error": "no"}')
     assert value(conn, "SELECT batchq.retry(%s)", [failed]) == "pending"
-    assert queries.cancel(conn, failed, "no reason") == "cancelled"
+    assert verbs.cancel(conn, failed, "no reason") == "cancelled"
     read_everything(conn, failed)
     with conn.transaction():
-        worker = queries.WorkerRow("w", "h", 1, "1", ["default"], [KIND], 1)
-        assert queries.beat(queries.one(conn, *queries.heartbeat(worker, 0, stopping=False))).turn[:2] == (1, 0)
-        queries.forget_worker(conn, "w")
-        assert queries.create_finished_partitions(conn, 20) > 0
-        assert queries.prune(conn, 1) == 0
+        worker = workers.WorkerRow("w", "h", 1, "1", ["default"], [KIND], 1)
+        assert workers.beat(running.one(conn, *workers.heartbeat(worker, 0, stopping=False))).turn[:2] == (1, 0)
+        workers.forget_worker(conn, "w")
+        assert maintenance.create_finished_partitions(conn, 20) > 0
+        assert maintenance.prune(conn, 1) == 0
 
 
 def write_everything(conn: Conn, taken: Taken) -> None:
     """Run every fenced write on a batch with two items."""
-    progress = queries.Progress(1, 1, [failure(1)], first_index=0)
-    assert conn.execute(*queries.checkpoint("default", *taken, 60, progress)).rowcount == 1
+    progress = checkpoints.Progress(1, 1, [failure(1)], first_index=0)
+    assert conn.execute(*checkpoints.checkpoint("default", *taken, 60, progress)).rowcount == 1
     assert extend(conn, taken).lost == set()
-    queries.large_input(conn, "default", *taken)
-    queries.items_page(conn, "default", *taken, 0, 1)
-    assert len(queries.failed_page(conn, "default", *taken, 2, 10)) == 1
-    queries.retryable_items(conn, "default", taken.id)
-    assert requeue(conn, queries.Requeue(*taken, 1, False, '{"error": "no"}')) == {taken.id}
+    inputs.large_input(conn, "default", *taken)
+    inputs.items_page(conn, "default", *taken, 0, 1)
+    assert len(inputs.failed_page(conn, "default", *taken, 2, 10)) == 1
+    inputs.retryable_items(conn, "default", taken.id)
+    assert requeue(conn, endings.Requeue(*taken, 1, False, '{"error": "no"}')) == {taken.id}
     for keep in (True, False):
         done = processing(conn, kind="done")
         assert complete(conn, done, keep=keep) == {done.id}
     silent = processing(conn, kind="silent")
     conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() - interval '1 s' WHERE id = %s", [silent.id])
-    assert len(queries.rescue(conn, "default", 10)) == 1
+    assert len(leases.rescue(conn, "default", 10)) == 1
 
 
 def read_everything(conn: Conn, batch_id: int) -> None:
     """Run what people look at."""
-    queries.status_rows(conn, None, None, None, 10)
-    queries.queue_rows(conn)
-    queries.batch_object(conn, batch_id)
-    queries.failed_item_objects(conn, batch_id, 10)
-    queries.worker_objects(conn)
+    views.status_rows(conn, None, None, None, 10)
+    views.queue_rows(conn)
+    views.batch_object(conn, batch_id)
+    views.failed_item_objects(conn, batch_id, 10)
+    views.worker_objects(conn)
 
 
 # ------------------------------------------------------------------------------------------------------------ files

@@ -13,10 +13,10 @@ from psycopg import sql
 import batchq
 from batchq.cli import main
 from batchq.operate.monitor import Monitor
-from batchq.postgres import queries
 from batchq.postgres.database import Link
 from batchq.postgres.migrate import migrate
-from batchq.postgres.queries import END, START
+from batchq.postgres.statements import claims, leases, maintenance, session
+from batchq.postgres.statements.claims import END, START
 from batchq.web.reads import Reader
 from batchq.worker.claimer import SETTINGS
 from batchq.worker.positions import Source
@@ -71,7 +71,7 @@ def odd_dsn(server: Server, empty_database: str) -> str:
 def plain(odd_dsn: str) -> Iterator[Conn]:
     """Return a connection that sees everything as it is."""
     with psycopg.connect(odd_dsn, autocommit=True, client_encoding="UTF8") as conn:
-        for name, value in (queries.PLAIN | {"TimeZone": "UTC"}).items():
+        for name, value in (session.PLAIN | {"TimeZone": "UTC"}).items():
             conn.execute("SELECT set_config(%s, %s, false)", [name, value])
         yield conn
 
@@ -147,11 +147,11 @@ def test_a_statement_of_ours_means_what_it_says(odd_dsn: str) -> None:
 def test_positions_keep_every_digit(odd_dsn: str, odd: Conn, plain: Conn) -> None:
     put(odd, "echo")
     link = Link(odd_dsn, 10)
-    [row] = map(queries.ClaimedRow._make, link.run(queries.claim("default", 0, ["echo"], 1, "w", TOKEN, 60), SETTINGS))
+    [row] = map(claims.ClaimedRow._make, link.run(claims.claim("default", 0, ["echo"], 1, "w", TOKEN, 60), SETTINGS))
     assert row.run_at == look(plain, row.id).run_at.timestamp()
-    [(now, _, _)] = link.probe(queries.lease_probe("default", float("-inf")))
+    [(now, _, _)] = link.probe(leases.lease_probe("default", float("-inf")))
     link.close()
-    assert abs(now - queries.clock(plain)) < 60
+    assert abs(now - session.clock(plain)) < 60
 
 
 def test_verbs_and_looks_say_the_same(odd_dsn: str, odd: Conn, plain: Conn, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +206,7 @@ def test_days_begin_in_utc_and_old_ones_are_dropped(odd_dsn: str, plain: Conn) -
     link = Link(odd_dsn, 10)
     with link.transaction() as conn:
         assert conn.execute(days.encode()).fetchall() == [(3,)]
-        assert queries.prune(conn, 30) == 3
+        assert maintenance.prune(conn, 30) == 3
     link.close()
     bounds = plain.execute(
         "SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE relname = "
@@ -258,12 +258,12 @@ def test_ready_rows_beside_one_that_is_refused_are_claimed(odd_dsn: str, odd: Co
 
 def test_the_page_reads_and_acts_under_plain_settings(odd_dsn: str) -> None:
     def seen(conn: Conn) -> dict[str, str]:
-        return {name: conn.execute(f"SHOW {name}".encode()).fetchall()[0][0] for name in queries.PLAIN}
+        return {name: conn.execute(f"SHOW {name}".encode()).fetchall()[0][0] for name in session.PLAIN}
 
     with closing(Reader(odd_dsn)) as reader:
         reader.open()
         for way in (reader.ask, reader.act):
-            assert way(seen) == queries.PLAIN | {"DateStyle": "ISO, DMY"}
+            assert way(seen) == session.PLAIN | {"DateStyle": "ISO, DMY"}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 import batchq
+from batchq.postgres.statements import workers
 from batchq.settings import Settings
 from batchq.testing import drain, running_worker
 from batchq.worker.claimer import PAUSES_SECONDS
@@ -193,8 +194,8 @@ def test_an_idle_worker_reads_no_pauses_and_heeds_one_before_its_next_claim(
     conn: Conn, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[float] = []
-    really = batchq.queries.pauses
-    monkeypatch.setattr(batchq.queries, "pauses", lambda given: read.append(1) or really(given))
+    really = workers.pauses
+    monkeypatch.setattr(workers, "pauses", lambda given: read.append(1) or really(given))
     worker = Worker(app, Settings.load(dsn=dsn))
     for _ in range(3):
         assert worker.claimer.round() == 0
@@ -214,8 +215,8 @@ def test_pauses_are_read_once_a_second_however_much_is_claimed(
 ) -> None:
     worker = Worker(app, Settings.load(dsn=dsn))
     read: list[float] = []
-    really = batchq.queries.pauses
-    monkeypatch.setattr(batchq.queries, "pauses", lambda given: read.append(1) or really(given))
+    really = workers.pauses
+    monkeypatch.setattr(workers, "pauses", lambda given: read.append(1) or really(given))
     for _ in range(50):
         worker.claimer.heed_pauses()
     assert len(read) == 1

@@ -10,9 +10,12 @@ import pytest
 
 import batchq
 from batchq.batch import Runtime
-from batchq.postgres import queries
 from batchq.postgres.database import HandlerConnections, Link
-from batchq.postgres.queries import END, START, ClaimedRow, Position, Requeue, Statement
+from batchq.postgres.statements import claims as claim_statements
+from batchq.postgres.statements import leases, probes, session
+from batchq.postgres.statements.claims import END, START, ClaimedRow, Position
+from batchq.postgres.statements.endings import Requeue
+from batchq.postgres.statements.running import Statement
 from batchq.testing import drain
 from batchq.worker import positions
 from batchq.worker.claimer import Claimer
@@ -271,7 +274,7 @@ def pages_met(conn: Conn, statement: Statement, index: str = "batches_live_ready
     """
     text, parameters = statement
     with conn.transaction(force_rollback=True):
-        conn.execute(queries.limits(60, settings=queries.BY_INDEX))
+        conn.execute(session.limits(60, settings=session.BY_INDEX))
         cursor = psycopg.ClientCursor(conn)
         for _ in range(10 if "batchq.has_ready(" in text else 0):
             cursor.execute(text, parameters)
@@ -302,7 +305,7 @@ def person(conn: Conn, admin_dsn: str) -> Iterator[Conn]:
 
 def test_a_claim_does_not_walk_over_what_was_claimed_while_a_snapshot_is_held(conn: Conn, person: Conn) -> None:
     def next_claim(after: Position) -> Statement:
-        return queries.claim("default", 0, [KIND], 20, "worker-1", uuid4(), 60, after)
+        return claim_statements.claim("default", 0, [KIND], 20, "worker-1", uuid4(), 60, after)
 
     first, position, seen = pages_met(conn, next_claim(START)), START, []
     for _ in range(10):
@@ -319,11 +322,11 @@ def test_a_look_does_not_walk_over_what_was_claimed_while_a_snapshot_is_held(
     conn.execute("ANALYZE batchq.batches_live")
     last = max(row.position for row in claim(conn, 5000))
     statements: list[Statement] = []
-    monkeypatch.setattr(queries, "every", lambda _, *statement: statements.append(statement) or [(False,)])
+    monkeypatch.setattr(probes, "every", lambda _, *statement: statements.append(statement) or [(False,)])
     for position in (START, last):
-        queries.has_ready(conn, "default", 0, [KIND], position)
-        statements.append(queries.ready_between("default", 0, [KIND], position, END))
-        statements.append(queries.ready_priorities("default", [KIND], {0: position, 1: position}))
+        probes.has_ready(conn, "default", 0, [KIND], position)
+        statements.append(probes.ready_between("default", 0, [KIND], position, END))
+        statements.append(probes.ready_priorities("default", [KIND], {0: position, 1: position}))
     from_start, from_position = [[pages_met(conn, one) for one in three] for three in (statements[:3], statements[3:])]
     step("from the beginning %s pages, from the position %s", from_start, from_position)
     assert min(from_start) > 30, "the snapshot does not matter here, so this test proves nothing"
@@ -336,7 +339,7 @@ def test_a_rescue_does_not_walk_over_the_leases_of_what_has_ended_while_a_snapsh
     token = uuid4()
     taken = [Taken(row.id, token) for row in claim(conn, 5000, lease_seconds=0, token=token)]
     assert len(complete(conn, *taken)) == 5000
-    now = queries.now(conn)
+    now = session.now(conn)
     met = []
     for after in (float("-inf"), now):
         parameters = {
@@ -347,7 +350,7 @@ def test_a_rescue_does_not_walk_over_the_leases_of_what_has_ended_while_a_snapsh
             "skipped": [],
             "only": None,
         }
-        met.append(pages_met(conn, (queries.RESCUE, parameters), "batches_live_lease"))
+        met.append(pages_met(conn, (leases.RESCUE, parameters), "batches_live_lease"))
     step("from the beginning %s pages, behind the last look %s", *met)
     assert met[0] > 30, "the snapshot does not matter here, so this test proves nothing"
     assert met[1] <= 10
@@ -451,7 +454,7 @@ def given_back(conn: Conn, dsn: str) -> int:
 def given_back_by_its_token(conn: Conn, dsn: str) -> int:
     """Give back what a claim of unknown outcome has claimed."""
     batch_id, token = one_claimed(conn)
-    assert queries.give_back_claim(conn, "default", token) == 1
+    assert claim_statements.give_back_claim(conn, "default", token) == 1
     return batch_id
 
 
@@ -459,7 +462,7 @@ def rescued(conn: Conn, dsn: str) -> int:
     """Let the lease of a batch run out."""
     batch_id, _ = one_claimed(conn)
     expire_lease(conn, batch_id)
-    assert [row[0] for row in queries.rescue(conn, "default", 10)] == [batch_id]
+    assert [row[0] for row in leases.rescue(conn, "default", 10)] == [batch_id]
     return batch_id
 
 

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from batchq import App, Settings
-from batchq.postgres import queries
+from batchq.postgres.statements import maintenance
 from batchq.settings import MAX_KEEP_FINISHED_DAYS
 from batchq.worker.worker import Worker
 from tests.component.rows import KIND, Conn, batch, finished, insert, value, values
@@ -51,7 +51,7 @@ def name(conn: Conn, days_ago: int) -> str:
 def prune(conn: Conn, days: float) -> int:
     """Prune as the keeper does."""
     with conn.transaction():
-        return queries.prune(conn, days)
+        return maintenance.prune(conn, days)
 
 
 def ended(conn: Conn, days_ago: int) -> int:
@@ -70,11 +70,11 @@ def ended(conn: Conn, days_ago: int) -> int:
 
 def test_the_missing_days_are_created_once(conn: Conn) -> None:
     with conn.transaction():
-        assert queries.create_finished_partitions(conn, 3) == 3
+        assert maintenance.create_finished_partitions(conn, 3) == 3
     with conn.transaction():
-        assert queries.create_finished_partitions(conn, 5) == 2
+        assert maintenance.create_finished_partitions(conn, 5) == 2
     with conn.transaction():
-        assert queries.create_finished_partitions(conn, 5) == 0
+        assert maintenance.create_finished_partitions(conn, 5) == 0
     assert values(conn, PARTITIONS) == [*(name(conn, -ahead) for ahead in range(5)), "finished_default"]
 
 
@@ -172,7 +172,7 @@ def test_old_days_are_dropped_a_few_in_each_transaction_the_oldest_first(conn: C
     steps = []
     while not steps or steps[-1]:
         with conn.transaction():
-            steps.append(queries.prune(conn, 30))
+            steps.append(maintenance.prune(conn, 30))
             assert value(conn, LOCKS) < 800, "of 6,400 that a server has room for by default"
         assert values(conn, PARTITIONS)[0] == name(conn, max(30, 65 - sum(steps)))
     assert steps == [10, 10, 10, 5, 0]
@@ -225,8 +225,8 @@ def test_today_stays_even_if_nothing_is_to_be_kept(conn: Conn) -> None:
 # ------------------------------------------------------------------------------------------------------------ locks
 
 MAINTENANCE: list[tuple[str, Callable[[Conn], Any]]] = [
-    ("SELECT FROM batchq.batches_finished", lambda conn: queries.prune(conn, 30)),
-    ("SELECT FROM batchq.batches_finished", lambda conn: queries.create_finished_partitions(conn, 2)),
+    ("SELECT FROM batchq.batches_finished", lambda conn: maintenance.prune(conn, 30)),
+    ("SELECT FROM batchq.batches_finished", lambda conn: maintenance.create_finished_partitions(conn, 2)),
 ]
 
 
@@ -271,7 +271,7 @@ def test_who_comes_to_maintenance_beside_another_waits_and_then_finds_it_done(
 
 
 def test_maintenance_bounds_its_waits_to_100_ms_until_the_end_of_its_transaction(conn: Conn) -> None:
-    for maintain in (lambda: queries.prune(conn, 30), lambda: queries.create_finished_partitions(conn, 1)):
+    for maintain in (lambda: maintenance.prune(conn, 30), lambda: maintenance.create_finished_partitions(conn, 1)):
         with conn.transaction():
             maintain()
             assert value(conn, "SELECT current_setting('lock_timeout')") == "100ms"

@@ -11,8 +11,8 @@ import pytest
 from psycopg import sql
 
 import batchq
-from batchq.postgres import queries
 from batchq.postgres.database import LONGEST_TEXT, HandlerConnections, Link
+from batchq.postgres.statements import claims, probes
 from batchq.retry import Conflicts
 from batchq.testing import running_worker
 from tests.support.alone import run_alone
@@ -122,7 +122,7 @@ def test_a_transaction_is_read_committed_whatever_the_roles_default_and_no_batch
 
 def ready(conn: Any) -> bool:
     """Look as an idle worker does."""
-    return queries.has_ready(conn, "default", 0, ["def"], queries.START)
+    return probes.has_ready(conn, "default", 0, ["def"], claims.START)
 
 
 def read_by_link(dsn: str, look: Callable[[Any], Any]) -> Any:

@@ -13,7 +13,8 @@ from structlog.testing import capture_logs
 import batchq
 from batchq.batch import Batch
 from batchq.postgres.database import Link
-from batchq.postgres.queries import END, OWN_LOCK_SECONDS, START
+from batchq.postgres.statements.claims import END, START
+from batchq.postgres.statements.session import OWN_LOCK_SECONDS
 from batchq.worker import finisher, keeper, lanes
 from batchq.worker.execution import COMPLETED, RELEASED, Outcome
 from batchq.worker.outage import Outage

@@ -11,9 +11,9 @@ from psycopg.rows import dict_row
 
 import batchq
 from batchq.errors import Cancel, OutcomeUnknown
-from batchq.postgres import queries
 from batchq.postgres.database import Link
-from batchq.postgres.queries import Tally
+from batchq.postgres.statements import workers
+from batchq.postgres.statements.workers import Tally
 from batchq.testing import drain, running_worker
 from batchq.worker.throughput import BOUNDS, Throughput
 from tests.component.rows import Conn, insert, run, value, values
@@ -42,7 +42,7 @@ def totals(conn: Conn) -> dict[str, tuple[int, ...]]:
 def count(conn: Conn, worker: str = "worker-1", **given: Any) -> None:
     """Count as a worker does."""
     zero = Tally("default", "work", 0, 0, 0, 0, 0, 0.0, [])
-    assert run(conn, queries.count_throughput(worker, [zero._replace(**given)])) == [("default",)]
+    assert run(conn, workers.count_throughput(worker, [zero._replace(**given)])) == [("default",)]
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_workers_have_rows_of_their_own_which_the_view_adds_up(conn: Conn) -> No
 
 def test_two_workers_write_at_the_same_time_without_waiting(conn: Conn, dsn: str) -> None:
     with psycopg.connect(dsn, prepare_threshold=None) as other:
-        run(other, queries.count_throughput("other", [Tally("default", "work", 1, 0, 0, 0, 0, 0.0, [])]))
+        run(other, workers.count_throughput("other", [Tally("default", "work", 1, 0, 0, 0, 0, 0.0, [])]))
         with conn.transaction():
             conn.execute("SET LOCAL lock_timeout = '1s'")
             count(conn, completed=1)
@@ -90,7 +90,7 @@ def test_percentiles_are_within_a_fifth_of_the_run_times(conn: Conn) -> None:
     run_times = [0.001 * number for number in range(1, 1001)]
     counted.ended("default", "work", "completed", 1000, run_times)
     [((queue, kind), counts)] = counted.counts.items()
-    run(conn, queries.count_throughput("worker-1", [counts.tally(queue, kind)]))
+    run(conn, workers.count_throughput("worker-1", [counts.tally(queue, kind)]))
     [row] = rows(conn)
     assert row["run_seconds_mean"] == pytest.approx(0.5005)
     assert [row[f"run_seconds_p{part}"] for part in (50, 95, 99)] == [
@@ -105,7 +105,7 @@ def test_every_run_time_has_its_place(conn: Conn, seconds: float) -> None:
     tally = counted.counts["q", "k"].tally("q", "k")
     assert sum(tally.run_times) == tally.run_times[-1] == 1
     assert len(tally.run_times) <= len(BOUNDS) + 1
-    run(conn, queries.count_throughput("worker-1", [tally]))
+    run(conn, workers.count_throughput("worker-1", [tally]))
     shown = value(conn, "SELECT run_seconds_p50 FROM batchq.throughput")
     if BOUNDS[0] <= seconds < BOUNDS[-1]:
         assert shown == pytest.approx(seconds, rel=0.2)

@@ -9,8 +9,9 @@ import psycopg
 import pytest
 
 import batchq
-from batchq.postgres import queries
-from batchq.postgres.queries import Finish, Progress, Requeue
+from batchq.postgres.statements import claims, endings, inputs
+from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.endings import Finish, Requeue
 from tests.component.rows import (
     KIND,
     Conn,
@@ -128,9 +129,9 @@ def test_a_cancel_that_meets_a_write_in_flight_waits_and_then_tells_the_truth(
     found: list[str | None] = []
     with psycopg.connect(dsn, prepare_threshold=None) as worker:
         if ends:
-            worker.execute(*queries.finish("default", [Finish(*taken, "completed")]))
+            worker.execute(*endings.finish("default", [Finish(*taken, "completed")]))
         else:
-            run(worker, queries.claim("default", 0, [KIND], 1, "worker-1", taken.token, 60))
+            run(worker, claims.claim("default", 0, [KIND], 1, "worker-1", taken.token, 60))
         person = Thread(target=lambda: found.append(cancel(conn, taken.id)))
         person.start()
         with psycopg.connect(admin_dsn, autocommit=True) as admin:
@@ -182,7 +183,7 @@ def test_a_retry_runs_the_failed_items_alone(conn: Conn, status: str) -> None:
     row = batch(conn, batch_id)
     assert (row["items_done"], row["items_failed"], row["cursor"], row["result"]) == (2, 2, "here", None)
     [claimed] = claim(conn, token=(token := uuid4()))
-    assert queries.failed_page(conn, "default", batch_id, token, claimed.attempt, 10) == [(1, "1"), (2, "2")]
+    assert inputs.failed_page(conn, "default", batch_id, token, claimed.attempt, 10) == [(1, "1"), (2, "2")]
 
 
 @pytest.mark.parametrize("status", ["failed", "completed", "cancelled"])
@@ -281,7 +282,7 @@ def test_retrying_items_works_the_failed_items_alone(conn: Conn, status: str) ->
     batch_id = half_done(conn, status, max_failed_items=2)
     assert value(conn, "SELECT batchq.retry_items(%s)", [batch_id]) == "pending"
     [claimed] = claim(conn, token=(token := uuid4()))
-    assert queries.failed_page(conn, "default", batch_id, token, claimed.attempt, 10) == [(1, "1"), (2, "2")]
+    assert inputs.failed_page(conn, "default", batch_id, token, claimed.attempt, 10) == [(1, "1"), (2, "2")]
 
 
 def test_retrying_items_leaves_alone_what_has_no_failed_items(conn: Conn) -> None:
@@ -376,7 +377,7 @@ def test_a_moved_batch_takes_its_failed_items_with_it(conn: Conn) -> None:
     retry(conn, batch_id)
     conn.execute("SELECT batchq.move(%s, 'slow')", [batch_id])
     [claimed] = claim(conn, queue="slow", token=(token := uuid4()))
-    assert queries.failed_page(conn, "slow", batch_id, token, claimed.attempt, 10) == [(1, "1"), (2, "2")]
+    assert inputs.failed_page(conn, "slow", batch_id, token, claimed.attempt, 10) == [(1, "1"), (2, "2")]
 
 
 def test_a_move_leaves_the_failed_items_of_other_batches(conn: Conn) -> None:

@@ -12,9 +12,12 @@ import pytest
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from batchq.postgres import queries
 from batchq.postgres.database import Link
-from batchq.postgres.queries import Finish, Progress, Requeue, Tally, WorkerRow
+from batchq.postgres.statements import running as running_statements
+from batchq.postgres.statements import workers
+from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.endings import Finish, Requeue
+from batchq.postgres.statements.workers import Tally, WorkerRow
 from tests.component.rows import (
     KIND,
     Conn,
@@ -175,7 +178,7 @@ def heartbeat(
 ) -> None:
     """Let a worker show itself."""
     row = WorkerRow(worker_id, "host", 1, "1", queues or ["default"], kinds, 8)
-    conn.execute(*queries.heartbeat(row, in_hand=0, stopping=stopping))
+    conn.execute(*workers.heartbeat(row, in_hand=0, stopping=stopping))
 
 
 def test_a_queue_shows_how_many_batches_are_where(conn: Conn) -> None:
@@ -231,7 +234,7 @@ def ended(conn: Conn, count: int, queue: str = "default", kind: str = KIND) -> N
     """Count batches that have ended, as a worker does: a third each completed, failed and cancelled."""
     each, rest = divmod(count, 3)
     tally = Tally(queue, kind, each + rest, each, each, 0, 0, 1.0, [count])
-    assert run(conn, queries.count_throughput("worker-1", [tally])) == [(queue,)]
+    assert run(conn, workers.count_throughput("worker-1", [tally])) == [(queue,)]
 
 
 def test_the_rate_is_of_the_last_minute_as_the_workers_counted(conn: Conn) -> None:
@@ -391,7 +394,9 @@ def test_partitions_of_later_days_have_the_index_of_what_did_not_complete(conn: 
 def turn(conn: Conn, worker_id: str, *queue_names: str) -> tuple[int, int]:
     """Return a worker's number among those that live and serve one of its queues, and how many those are."""
     row = WorkerRow(worker_id, "host", 1, "1", list(queue_names) or ["default"], [KIND], 8)
-    found = queries.beat(queries.one(conn, *queries.heartbeat(row, 0, stopping=False, silent_seconds=60))).turn
+    found = workers.beat(
+        running_statements.one(conn, *workers.heartbeat(row, 0, stopping=False, silent_seconds=60))
+    ).turn
     return found.number, found.workers
 
 
@@ -402,11 +407,11 @@ def test_the_long_dead_are_forgotten(conn: Conn) -> None:
     conn.execute("UPDATE batchq.workers SET heartbeat_at = now() - interval '61 minutes' WHERE id = 'dead'")
     for worker_id in ("one", "two"):
         heartbeat(conn, worker_id, [KIND])
-    queries.forget_silent_workers(conn)
+    workers.forget_silent_workers(conn)
     assert values(conn, "SELECT id FROM batchq.workers ORDER BY id") == ["one", "silent", "two"]
     step("the silent one has no turn")
     assert [turn(conn, "one"), turn(conn, "two")] == [(0, 2), (1, 2)]
-    queries.forget_worker(conn, "one")
+    workers.forget_worker(conn, "one")
     assert turn(conn, "two") == (0, 1)
 
 
@@ -417,19 +422,19 @@ def test_the_dead_that_another_forgets_are_passed_over(conn: Conn, dsn: str) -> 
         other.execute("DELETE FROM batchq.workers")
         heartbeat(conn, "one", [KIND])
         with conn.transaction():
-            queries.forget_silent_workers(conn)
+            workers.forget_silent_workers(conn)
         other.rollback()
     assert values(conn, "SELECT id FROM batchq.workers ORDER BY id") == ["dead", "one"]
 
 
 def test_heartbeats_give_up_rather_than_wait_for_a_lock(conn: Conn, dsn: str) -> None:
-    beat = queries.heartbeat(WorkerRow("one", "host", 1, "1", ["default"], [KIND], 8), 0, stopping=False)
+    beat = workers.heartbeat(WorkerRow("one", "host", 1, "1", ["default"], [KIND], 8), 0, stopping=False)
     with psycopg.connect(dsn, prepare_threshold=None) as other, closing(Link(dsn, 10)) as link:
-        link.run(beat, queries.HEARTBEAT_SETTINGS)
+        link.run(beat, workers.HEARTBEAT_SETTINGS)
         other.execute("LOCK TABLE batchq.workers")
         for does in (
-            lambda: link.run(beat, queries.HEARTBEAT_SETTINGS),
-            lambda: in_transaction(link, queries.forget_silent_workers),
+            lambda: link.run(beat, workers.HEARTBEAT_SETTINGS),
+            lambda: in_transaction(link, workers.forget_silent_workers),
         ):
             began_at = time.monotonic()
             with pytest.raises(psycopg.errors.LockNotAvailable):

@@ -14,9 +14,10 @@ import pytest
 import batchq
 from batchq.batch import Batch, Runtime
 from batchq.errors import DatabaseAway, OutcomeUnknown
-from batchq.postgres import queries
 from batchq.postgres.database import HandlerConnections, Link
-from batchq.postgres.queries import END, START, Turn, WorkerRow
+from batchq.postgres.statements import maintenance
+from batchq.postgres.statements.claims import END, START
+from batchq.postgres.statements.workers import Turn, WorkerRow
 from batchq.settings import Settings
 from batchq.testing import drain
 from batchq.worker import claimer, finisher, keeper
@@ -561,7 +562,7 @@ def test_maintenance_is_left_to_the_worker_that_is_at_it(
     conn.execute("SELECT batchq.create_finished_partitions((now() AT TIME ZONE 'UTC')::date - 60, 1)")
     before = values(conn, partitions)
     with psycopg.connect(admin_dsn) as other:
-        assert queries.take_maintenance(other)
+        assert maintenance.take_maintenance(other)
         parts.keeper.maintain()
         assert values(conn, partitions) == before
         assert "maintenance" not in capsys.readouterr().out

@@ -22,7 +22,7 @@ import batchq
 from batchq.common import log
 from batchq.common.secrets import hide_password
 from batchq.errors import ConfigError, OutcomeUnknown
-from batchq.postgres import database, queries
+from batchq.postgres import database
 from batchq.postgres.database import (
     CONNECT_OPTIONS,
     POOL_OPTIONS,
@@ -40,7 +40,8 @@ from batchq.postgres.database import (
     transaction_async,
 )
 from batchq.postgres.dsn import dsn_problems
-from batchq.postgres.queries import Finish, Requeue
+from batchq.postgres.statements import claims, endings, leases, probes, session
+from batchq.postgres.statements.endings import Finish, Requeue
 from batchq.settings import Settings
 from tests.support import supasim
 from tests.support.alone import run_alone
@@ -98,7 +99,7 @@ def open_gate() -> Iterator[None]:
 def test_the_database_answers_and_is_new_enough(dsn: str) -> None:
     with connect(dsn) as conn:
         check_server(conn)
-        number, text = queries.server_version(conn)
+        number, text = session.server_version(conn)
     step("it is %s", text)
     assert number >= 150_000
 
@@ -180,10 +181,10 @@ def test_no_statement_is_prepared_however_often_it_runs(admin_dsn: str) -> None:
     for _ in range(8):
         with link.transaction() as conn:
             batchq.enqueue(conn, "work")
-            queries.rescue(conn, "default", 1)
-        link.run(queries.claim("default", 0, ["work"], 1, "w", uuid4(), 60))
+            leases.rescue(conn, "default", 1)
+        link.run(claims.claim("default", 0, ["work"], 1, "w", uuid4(), 60))
         with link.reading() as conn:
-            queries.has_ready(conn, "default", 0, ["work"], queries.START)
+            probes.has_ready(conn, "default", 0, ["work"], claims.START)
     with link.reading() as conn:
         assert value(conn, "SELECT count(*) FROM pg_prepared_statements") == 0
     link.close()
@@ -443,15 +444,15 @@ def test_no_text_is_longer_than_every_pooler_takes(sim: SupaSim, messages: list[
     for count in (1, 100, 200, 300, 400, 500, 1000, 2000):
         ids, tokens = list(range(count)), [uuid4() for _ in range(count)]
         given = [(number, token) for number, token in zip(ids, tokens, strict=True)]
-        assert link.run(queries.complete("default", ids, [str(tokens[0])] * count)) == []
-        assert link.run(queries.complete("default", ids, list(map(str, tokens)))) == []
+        assert link.run(endings.complete("default", ids, [str(tokens[0])] * count)) == []
+        assert link.run(endings.complete("default", ids, list(map(str, tokens)))) == []
         assert (
-            link.run(queries.finish("default", [Finish(*one, "failed", "1", '{"error": ""}') for one in given])) == []
+            link.run(endings.finish("default", [Finish(*one, "failed", "1", '{"error": ""}') for one in given])) == []
         )
-        assert link.run(queries.requeue("default", [Requeue(*one, 1.0, False) for one in given])) == []
-        assert len(link.run(queries.extend("default", ids, tokens, 60))) == count
+        assert link.run(endings.requeue("default", [Requeue(*one, 1.0, False) for one in given])) == []
+        assert len(link.run(leases.extend("default", ids, tokens, 60))) == count
         with link.reading() as conn:
-            assert not queries.has_ready(conn, "default", 0, [str(token) for token in tokens], queries.START)
+            assert not probes.has_ready(conn, "default", 0, [str(token) for token in tokens], claims.START)
     link.close()
     assert sim.settled() == []
     longest = max(len(body) for kind, body in messages if kind in b"QP")
@@ -464,7 +465,7 @@ SETTINGS_SEEN = [
     "lock_timeout",
     "idle_in_transaction_session_timeout",
     "client_connection_check_interval",
-    *queries.BY_INDEX,
+    *session.BY_INDEX,
     "synchronous_commit",
 ]
 
@@ -480,11 +481,11 @@ def test_limits_and_settings_of_a_statement_hold_within_it_and_are_gone_after_it
         "ISO, MDY",
         "postgres",
         "1",
-        *("on" for _ in range(len(queries.BY_INDEX) - 4)),
+        *("on" for _ in range(len(session.BY_INDEX) - 4)),
         "on",
     )
-    within = ("10s", "5s", "10s", "2s", "pg_catalog, pg_temp", "ISO, MDY", *list(queries.BY_INDEX.values())[2:])
-    off = queries.BY_INDEX | queries.WITHOUT_WAITING_FOR_THE_DISK
+    within = ("10s", "5s", "10s", "2s", "pg_catalog, pg_temp", "ISO, MDY", *list(session.BY_INDEX.values())[2:])
+    off = session.BY_INDEX | session.WITHOUT_WAITING_FOR_THE_DISK
     for _ in range(3):
         assert running.run(made(seen), off) == [(*within, "off")]
         durably = running.run(made(seen))
@@ -589,10 +590,10 @@ def test_payloads_results_and_errors_are_stored_as_they_are(running: Link) -> No
         worker, token = word[:50] or "w", uuid4()
         with running.transaction() as conn:
             batch_id = batchq.enqueue(conn, f"kind {number}", {"word": word})
-        [row] = running.run(queries.claim("default", 0, [f"kind {number}"], 1, worker, token, 60))
+        [row] = running.run(claims.claim("default", 0, [f"kind {number}"], 1, worker, token, 60))
         assert json.loads(row[4] or "null") in ({"word": word}, None)
         end = Finish(row[0], token, "failed", json.dumps({"word": word}), json.dumps({"error": word}))
-        assert running.run(queries.finish("default", [end])) == [(batch_id,)]
+        assert running.run(endings.finish("default", [end])) == [(batch_id,)]
         stored = "SELECT result ->> 'word', errors -> 0 ->> 'error', claimed_by FROM batchq.batches WHERE id = %s"
         with running.reading() as conn:
             assert conn.execute(stored, [batch_id]).fetchone() == (word, word, worker)
@@ -673,7 +674,7 @@ def test_connections_of_the_pool_that_died_while_idle_fail_no_handler(admin_dsn:
     fill(connections, 3)
     terminate_all(admin)
     for _ in range(6):
-        assert connections.read(queries.server_version)[0] >= 150_000
+        assert connections.read(session.server_version)[0] >= 150_000
     connections.close()
 
 

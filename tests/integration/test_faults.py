@@ -19,8 +19,8 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import batchq
-from batchq.postgres import queries
 from batchq.postgres.database import Link
+from batchq.postgres.statements import claims, endings, leases
 from batchq.testing import running_worker
 from batchq.worker import claimer
 from tests.e2e import apps
@@ -214,7 +214,7 @@ def slow_wal_writer(admin_dsn: str) -> Iterator[None]:
 
 def claim_one(link: Link, token: uuid.UUID) -> int:
     """Claim a batch of kind "lost" as a claimer does; return its id."""
-    [row] = link.run(queries.claim("default", 0, ["lost"], 1, "worker-1", token, 600), claimer.SETTINGS)
+    [row] = link.run(claims.claim("default", 0, ["lost"], 1, "worker-1", token, 600), claimer.SETTINGS)
     return int(row[0])
 
 
@@ -238,11 +238,11 @@ def test_a_claim_that_a_crash_forgets_is_made_again_and_its_token_writes_nothing
                 forgotten += 1
                 assert held[1] == 0
                 step("then it is as if it had never been claimed, and what its worker writes comes to nothing")
-                assert link.run(queries.complete("default", [batch_id], [str(token)])) == []
-                assert link.run(queries.requeue("default", [queries.Requeue(batch_id, token, None, True)])) == []
-                assert queries.leases(link.run(queries.extend("default", [batch_id], [token], 60))).lost
+                assert link.run(endings.complete("default", [batch_id], [str(token)])) == []
+                assert link.run(endings.requeue("default", [endings.Requeue(batch_id, token, None, True)])) == []
+                assert leases.leases(link.run(leases.extend("default", [batch_id], [token], 60))).lost
             else:
-                queries.give_back_claim(conn, "default", held[2])
+                claims.give_back_claim(conn, "default", held[2])
     link.close()
     assert forgotten > 0, "no crash has forgotten a claim, so this test proves nothing"
 
@@ -257,9 +257,9 @@ def test_what_is_finished_is_finished_after_a_crash(
         batchq.enqueue(admin, "lost")
     tokens = [uuid.uuid4() for _ in range(3)]
     ids = [claim_one(link, token) for token in tokens]
-    assert len(link.run(queries.complete("default", ids[:1], [str(tokens[0])], keep))) == 1
-    assert len(link.run(queries.finish("default", [queries.Finish(ids[1], tokens[1], "failed")]))) == 1
-    assert len(link.run(queries.requeue("default", [queries.Requeue(ids[2], tokens[2], 3600, False)]))) == 1
+    assert len(link.run(endings.complete("default", ids[:1], [str(tokens[0])], keep))) == 1
+    assert len(link.run(endings.finish("default", [endings.Finish(ids[1], tokens[1], "failed")]))) == 1
+    assert len(link.run(endings.requeue("default", [endings.Requeue(ids[2], tokens[2], 3600, False)]))) == 1
     crash_server()
     link.close()
     with psycopg.connect(admin_dsn, autocommit=True) as conn:

@@ -12,8 +12,8 @@ import pytest
 import batchq
 from batchq.cli import main
 from batchq.operate.monitor import Monitor
-from batchq.postgres import queries
 from batchq.postgres.database import Link
+from batchq.postgres.statements import views
 from tests.e2e import apps
 from tests.support.alone import run_alone
 from tests.support.processes import Process, Processes
@@ -71,7 +71,7 @@ def open_gate(conn: psycopg.Connection[Any], name: str) -> None:
 
 def queue_row(conn: psycopg.Connection[Any], kind: str) -> dict[str, Any]:
     """Return the row of batchq.queues for a kind, {} without one."""
-    rows = queries.queue_rows(conn, kind=kind)
+    rows = views.queue_rows(conn, kind=kind)
     return rows[0] if rows else {}
 
 
@@ -198,7 +198,7 @@ def test_workers_are_shown_while_they_live(batches: psycopg.Connection[Any], pro
 
 def workers(conn: psycopg.Connection[Any]) -> list[dict[str, Any]]:
     """Return the live workers."""
-    return queries.worker_objects(conn)
+    return views.worker_objects(conn)
 
 
 # Monitor

@@ -14,9 +14,9 @@ import pytest
 from psycopg import sql
 
 import batchq
-from batchq.postgres import queries
 from batchq.postgres.database import CONNECT_OPTIONS, Link
 from batchq.postgres.migrate import all_migrations, migrate
+from batchq.postgres.statements import claims, maintenance, verbs, views
 from batchq.testing import running_worker
 from tests.e2e import apps
 from tests.support import supasim
@@ -226,7 +226,7 @@ def test_two_claimers_through_a_pooler_claim_disjoint_batches(
 
 def claim(conn: psycopg.Connection[Any]) -> set[int]:
     """Claim 10 batches; return their ids."""
-    statement = queries.claim("default", 0, ["quick"], 10, "worker", uuid.uuid4(), 60)
+    statement = claims.claim("default", 0, ["quick"], 10, "worker", uuid.uuid4(), 60)
     return {row[0] for row in conn.execute(*statement)}
 
 
@@ -234,7 +234,7 @@ def claim_all(link: Link) -> list[int]:
     """Claim until nothing is left; return the ids."""
     claimed: list[int] = []
     while True:
-        found = link.run(queries.claim("default", 0, ["quick"], 10, "worker", uuid.uuid4(), 60))
+        found = link.run(claims.claim("default", 0, ["quick"], 10, "worker", uuid.uuid4(), 60))
         if not found:
             return claimed
         claimed += [row[0] for row in found]
@@ -293,10 +293,10 @@ def test_an_empty_search_path_is_enough(admin: psycopg.Connection[Any], server: 
         step("then enqueue, claim, checkpoint, retry, failed items, finish and the verbs all work")
         with running_worker(app, dsn):
             wait_until(lambda: statuses(conn) == {"completed": 1, "failed": 1}, 10, "both to end")
-        assert queries.retry(conn, batch_id, whole=True) == "pending"
-        assert queries.cancel(conn, batch_id, "enough") == "cancelled"
-        assert queries.prune(conn, 30) == 0
-        assert len(queries.status_rows(conn, None, None, None, 10)) == 2
+        assert verbs.retry(conn, batch_id, whole=True) == "pending"
+        assert verbs.cancel(conn, batch_id, "enough") == "cancelled"
+        assert maintenance.prune(conn, 30) == 0
+        assert len(views.status_rows(conn, None, None, None, 10)) == 2
 
 
 if __name__ == "__main__":

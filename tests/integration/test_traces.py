@@ -20,7 +20,7 @@ import batchq
 from batchq import Backoff, enqueue_async, enqueue_many
 from batchq.common import traces
 from batchq.errors import ConfigError
-from batchq.postgres import queries
+from batchq.postgres.statements import claims, inserts, leases
 from batchq.testing import running_worker
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, drain, look, put, register, register_items
@@ -278,9 +278,9 @@ def test_failed_items_and_a_lost_lease_make_it_an_error_too(
 def test_the_context_goes_along_when_a_worker_died_for_the_last_time(conn: psycopg.Connection) -> None:
     conn.execute("INSERT INTO batchq.batches (kind, max_attempts, trace_context) VALUES ('k', 1, %s)", [BY_HAND])
     with conn.transaction():
-        conn.execute(*queries.claim("default", 0, ["k"], 1, "dead", uuid4(), 1.0))
+        conn.execute(*claims.claim("default", 0, ["k"], 1, "dead", uuid4(), 1.0))
         conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() - interval '1 second'")
-    queries.rescue(conn, "default", 10)
+    leases.rescue(conn, "default", 10)
     assert conn.execute("SELECT status, trace_context FROM batchq.batches").fetchall() == [("failed", BY_HAND)]
 
 
@@ -323,7 +323,7 @@ def test_without_a_span_that_is_recorded_nothing_is_written(
 
 
 def test_who_does_not_trace_sends_the_statement_of_a_schema_without_the_column() -> None:
-    statement, _ = queries.insert_batch({}, None)
+    statement, _ = inserts.insert_batch({}, None)
     assert "trace_context" not in statement
 
 

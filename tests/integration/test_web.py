@@ -17,8 +17,10 @@ import pytest
 from psycopg import sql
 
 from batchq.errors import ConfigError
-from batchq.postgres import queries
-from batchq.postgres.queries import Finish, Progress, Tally, WorkerRow
+from batchq.postgres.statements import workers
+from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.endings import Finish
+from batchq.postgres.statements.workers import Tally, WorkerRow
 from batchq.web import reads
 from batchq.web.live import Live
 from batchq.web.settings import WebSettings
@@ -90,7 +92,7 @@ def worker(conn: Conn, worker_id: str = "host-1-abc") -> None:
     """Let a worker show itself."""
     with conn.transaction():
         conn.execute(
-            *queries.heartbeat(WorkerRow(worker_id, "host", 1, "1", ["default"], ["work"], 8), 3, stopping=False)
+            *workers.heartbeat(WorkerRow(worker_id, "host", 1, "1", ["default"], ["work"], 8), 3, stopping=False)
         )
 
 
@@ -318,7 +320,7 @@ def test_hostile_texts_are_shown_as_text(conn: Conn, site: Site) -> None:
     conn.execute("SELECT batchq.pause(queue => %s, reason => %s, actor => %s)", [HOSTILE] * 3)
     with conn.transaction():
         conn.execute(
-            *queries.heartbeat(WorkerRow(HOSTILE, HOSTILE, 1, HOSTILE, [HOSTILE], [HOSTILE], 8), 3, stopping=False)
+            *workers.heartbeat(WorkerRow(HOSTILE, HOSTILE, 1, HOSTILE, [HOSTILE], [HOSTILE], 8), 3, stopping=False)
         )
     for path in ("/", "/batches", f"/batches/{batch_id}", "/workers", "/audit", f"/verbs/cancel?id={batch_id}"):
         answer = site.client.get(path)
@@ -379,7 +381,7 @@ def test_the_overview_shows_queues_rates_failures_and_workers(conn: Conn, site: 
     insert(conn, kind="mail", queue="bulk")
     finished(conn, "failed", error='{"error": "no route to host"}', kind="mail")
     worker(conn)
-    run(conn, queries.count_throughput("worker-1", [Tally("bulk", "mail", 40, 2, 0, 0, 7, 21.0, [42])]))
+    run(conn, workers.count_throughput("worker-1", [Tally("bulk", "mail", 40, 2, 0, 0, 7, 21.0, [42])]))
     page = Reading(site.client.get("/").text)
     assert "40 completed · 2 failed · 7 items · 500 ms a batch" in page.text
     assert "no route to host" in page.text

@@ -116,7 +116,7 @@ def become(files: list[int]) -> None:
 
 def prepare() -> None:
     """Import all that the command line imports, and forget the command line: it looks at its environment."""
-    import batchq.cli  # noqa: F401
+    import batchq.cli
 
     for name in [
         name for name in sys.modules if name.startswith(("batchq.cli", "batchq.demo", "batchq.common.terminal"))

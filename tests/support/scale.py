@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import psutil
 import psycopg
 
-from batchq.postgres import queries
+from batchq.postgres.statements import probes, session
 from tests.support.steps import step
 
 CHUNK = 1_000_000
@@ -144,8 +144,8 @@ def die(conn: psycopg.Connection, dead: int) -> None:
 def survey(conn: psycopg.Connection) -> None:
     """Record where the live table's indexes begin, as workers do while there are many dead rows."""
     with conn.transaction():
-        conn.execute(queries.limits(600, settings=queries.PROBING))
-        queries.move_positions(conn, ["default", "mail", "slow"], [0, 5], 300)
+        conn.execute(session.limits(600, settings=session.PROBING))
+        probes.move_positions(conn, ["default", "mail", "slow"], [0, 5], 300)
 
 
 def in_chunks(insert: Callable[[dict[str, int]], object], count: int, name: str) -> None:

@@ -4,8 +4,9 @@ from typing import Any
 
 import psycopg
 
-from batchq.postgres import queries
-from batchq.postgres.queries import Progress, WorkerRow
+from batchq.postgres.statements import workers
+from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.workers import WorkerRow
 from tests.component.rows import checkpoint, expire_lease, failure, finished, insert, processing
 
 Conn = psycopg.Connection[Any]
@@ -50,7 +51,7 @@ def set_scene(conn: Conn) -> int:
         with conn.transaction():
             row = WorkerRow(f"jobs-{number}-441{number}-5eed{number}", f"jobs-{number}", 4410 + number, "0.1.0",
                             ["default", "bulk"], kinds, 16)  # fmt: skip
-            conn.execute(*queries.heartbeat(row, in_hand, stopping=number == 3))
+            conn.execute(*workers.heartbeat(row, in_hand, stopping=number == 3))
     batch_id = half_way(conn)
     for number in range(24):
         insert(conn, kind="send_receipt", payload={"order_id": number})

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psycopg
 
-from batchq.postgres import queries
-from batchq.postgres.queries import Position, Statement
+from batchq.postgres.statements import claims, endings, session
+from batchq.postgres.statements.claims import Position
+from batchq.postgres.statements.running import Statement
 from batchq.worker import claimer
 from tests.instruments.bench import filling, records
 from tests.instruments.bench.server import Database, Meter
@@ -82,11 +83,11 @@ def pgbench(database: Database, text: str, clients: int, transactions: int) -> f
 
 def script(conn: psycopg.Connection, group: int, is_kept: bool) -> str:
     """Return the script: a claim, whose ids and position are kept in variables, and the completion of those."""
-    claim = queries.claim("default", 0, ["noop"], group, "pgbench", TOKEN, 60.0, AFTER)
-    complete = queries.complete("default", [ANY_ID], [str(TOKEN)], is_kept)
+    claim = claims.claim("default", 0, ["noop"], group, "pgbench", TOKEN, 60.0, AFTER)
+    complete = endings.complete("default", [ANY_ID], [str(TOKEN)], is_kept)
     messages = [
         message(collected(written_out(conn, claim)), claimer.SETTINGS) + "\n\\aset",
-        message(written_out(conn, complete), queries.BY_INDEX) + ";",
+        message(written_out(conn, complete), session.BY_INDEX) + ";",
     ]
     return "\n".join(messages) + "\n"
 
@@ -101,7 +102,7 @@ def written_out(conn: psycopg.Connection, statement: Statement) -> str:
 
 def message(statement: str, settings: Mapping[str, str]) -> str:
     """Return a transaction that is one message, as Link.run sends it."""
-    return " \\;\n".join(["BEGIN", queries.limits(LIMIT_SECONDS, settings=settings), statement, "COMMIT"])
+    return " \\;\n".join(["BEGIN", session.limits(LIMIT_SECONDS, settings=settings), statement, "COMMIT"])
 
 
 GATHERED = """

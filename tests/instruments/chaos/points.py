@@ -13,8 +13,9 @@ from typing import Any
 
 from psycopg.rows import tuple_row
 
-from batchq.postgres import database, queries
+from batchq.postgres import database
 from batchq.postgres.database import HandlerConnections, Link
+from batchq.postgres.statements import session
 
 SERVICES = {"MainThread": "claim", "batchq-finisher": "finish"}
 MOMENTS = ("before", "within", "after")  # the COMMIT: nothing of it sent; sent, and its answer not read; answered
@@ -52,7 +53,7 @@ def install() -> None:
 def run_with_points(run: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """Wrap Link.run: before the COMMIT of a statement that found something, and after it."""
 
-    def wrapped(self: Link, statement: Any, settings: Any = queries.BY_INDEX) -> list[Any]:
+    def wrapped(self: Link, statement: Any, settings: Any = session.BY_INDEX) -> list[Any]:
         service = SERVICES.get(threading.current_thread().name)
         if f"{service}-before" in armed:
             return run_stopping_before(self, statement, settings, f"{service}-before")

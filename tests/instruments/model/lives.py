@@ -16,8 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import batchq
 from batchq.batch import UNCHANGED, Batch, Chunk, Claim, FencedTransaction
 from batchq.errors import Cancel, InvalidInput, LeaseLost, Snooze, StopRequested
-from batchq.postgres import queries
-from batchq.postgres.queries import ClaimedRow, Statement
+from batchq.postgres.statements import claims, maintenance
+from batchq.postgres.statements import leases as lease_statements
+from batchq.postgres.statements.claims import ClaimedRow
+from batchq.postgres.statements.running import Statement
 from batchq.worker import claimer, execution
 from batchq.worker.execution import Outcome
 from batchq.worker.finisher import pieces
@@ -200,7 +202,7 @@ class Lives(RuleBasedStateMachine):
     def claim(self, number: int, queue: str, priority: int, limit: int, kinds: tuple[str, ...], keep: bool) -> None:
         worker, token = self.real.workers[number], uuid.uuid4()
         expected = self.in_order_of_claims(self.model.ready(queue, priority, kinds))[:limit]
-        statement = queries.claim(queue, priority, kinds, limit, worker.name, token, LEASE_SECONDS)
+        statement = claims.claim(queue, priority, kinds, limit, worker.name, token, LEASE_SECONDS)
         rows = list(map(ClaimedRow._make, worker.link.run(statement, claimer.SETTINGS)))
         assert sorted(row.id for row in rows) == sorted(expected)
         claim = Claim(queue, token, worker.runtimes[keep], 0.0)
@@ -219,7 +221,7 @@ class Lives(RuleBasedStateMachine):
         held = self.one_held(which)
         mine = [row for row in self.model.rows.values() if row.is_held(held.token) and row.queue == held.batch.queue]
         with held.worker.link.transaction() as conn:
-            assert queries.give_back_claim(conn, held.batch.queue, held.token) == len(mine)
+            assert claims.give_back_claim(conn, held.batch.queue, held.token) == len(mine)
         for row in mine:
             self.model.requeue(row.id, held.token, None, True, None)
         self.happened("gave a claim back" if mine else "gave back nothing")
@@ -653,8 +655,8 @@ class Lives(RuleBasedStateMachine):
         queue = self.one_held(numbers[0]).batch.queue
         chosen = {held.id: held for held in map(self.one_held, numbers) if held.batch.queue == queue}
         keys = [(held.id, held.token) for held in chosen.values()]
-        statement = queries.extend(queue, [key[0] for key in keys], [key[1] for key in keys], LEASE_SECONDS)
-        leases = queries.leases(self.real.workers[0].link.run(statement))
+        statement = lease_statements.extend(queue, [key[0] for key in keys], [key[1] for key in keys], LEASE_SECONDS)
+        leases = lease_statements.leases(self.real.workers[0].link.run(statement))
         rows = {key: self.model.held(*key) for key in keys}
         assert leases.extended == {key for key, row in rows.items() if row}
         assert leases.lost == {key for key, row in rows.items() if not row}
@@ -707,7 +709,7 @@ class Lives(RuleBasedStateMachine):
         query = "SELECT id FROM batchq.batches_live WHERE id = ANY (%s) ORDER BY lease_expires_at LIMIT %s"
         expected = self.real.values(query, [dead, limit])
         with self.real.workers[0].link.transaction() as conn:
-            rescued = queries.rescue(conn, queue, limit)
+            rescued = lease_statements.rescue(conn, queue, limit)
         attempts = {batch_id: self.model.rows[batch_id].attempt for batch_id in expected}
         statuses = {batch_id: self.model.rescue(batch_id) for batch_id in expected}
         kinds = {batch_id: self.model.rows[batch_id].kind for batch_id in expected}
@@ -832,7 +834,7 @@ class Lives(RuleBasedStateMachine):
             query = "SELECT batchq.create_finished_partitions((now() - %s * interval '1 day')::date, 1)"
             self.real.values(query, [OLD_DAYS + 1])
         with self.real.workers[0].link.transaction() as conn:
-            queries.prune(conn, PRUNE_DAYS)
+            maintenance.prune(conn, PRUNE_DAYS)
         self.happened("pruned" if any(row.is_old for row in self.model.rows.values()) else "had nothing to prune")
         self.model.prune()
 

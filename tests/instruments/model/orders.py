@@ -17,8 +17,11 @@ from uuid import UUID
 
 import psycopg
 
-from batchq.postgres import queries
-from batchq.postgres.queries import Finish, ItemFailure, Progress, Requeue, Statement
+from batchq.postgres.statements import checkpoints, claims, endings, leases
+from batchq.postgres.statements import session as session_statements
+from batchq.postgres.statements.checkpoints import ItemFailure, Progress
+from batchq.postgres.statements.endings import Finish, Requeue
+from batchq.postgres.statements.running import Statement
 from tests.instruments.model.reality import LOOK, as_row, broken_invariants
 
 TOKEN, NEW_TOKEN = UUID(int=1), UUID(int=2)
@@ -54,20 +57,20 @@ def call(text: str, **parameters: Any) -> Statement:
 def operations() -> Iterator[Operation]:
     """Yield every operation; those over two rows with the rows in both orders."""
     live, running, ended = ("pending", "processing"), ("processing", "expired"), ("failed", "old")
-    claim = queries.claim("q", 0, ["k"], 10, "w2", NEW_TOKEN, LEASE_SECONDS)
+    claim = claims.claim("q", 0, ["k"], 10, "w2", NEW_TOKEN, LEASE_SECONDS)
     yield Operation("claim", claim, ["pending"], skips_locked=True)
     rescue = {"queue": "q", "limit": 10, "spread_seconds": 0.0, "after": float("-inf"), "skipped": [], "only": None}
-    yield Operation("rescue", (queries.RESCUE, rescue), ["expired"], skips_locked=True)
+    yield Operation("rescue", (leases.RESCUE, rescue), ["expired"], skips_locked=True)
     completed = ("q", BOTH, [str(TOKEN)] * 2)  # in the order of the ids, as the finisher gives them
-    yield Operation("complete", queries.complete(*completed), running)
-    yield Operation("complete and forget", queries.complete(*completed, keep=False), running)
+    yield Operation("complete", endings.complete(*completed), running)
+    yield Operation("complete and forget", endings.complete(*completed, keep=False), running)
     for name, ids in (("1, 2", BOTH), ("2, 1", REVERSED)):
         tokens = [TOKEN] * 2
         finishes = [Finish(i, TOKEN, "failed", None, '{"error": "no"}') for i in ids]
         requeues = [Requeue(i, TOKEN, 0.0, False, '{"error": "no"}') for i in ids]
-        yield Operation(f"finish {name}", queries.finish("q", finishes), running)
-        yield Operation(f"requeue {name}", queries.requeue("q", requeues), running)
-        yield Operation(f"extend {name}", queries.extend("q", ids, tokens, LEASE_SECONDS), running, skips_locked=True)
+        yield Operation(f"finish {name}", endings.finish("q", finishes), running)
+        yield Operation(f"requeue {name}", endings.requeue("q", requeues), running)
+        yield Operation(f"extend {name}", leases.extend("q", ids, tokens, LEASE_SECONDS), running, skips_locked=True)
         array = list(ids)
         cancel = call("SELECT batchq.bulk_cancel(%(ids)s, '{pending,processing}', 'no')", ids=array)
         yield Operation(f"bulk cancel {name}", cancel, live, skips_locked=True)
@@ -85,8 +88,8 @@ def operations_on(i: int) -> Iterator[Operation]:
     live, running, ended = ("pending", "processing"), ("processing", "expired"), ("failed", "old")
     cures = Progress(2, 0, [ItemFailure(3, "no", True)], [1], 2, done_before=1, failed_before=1)
     moves = Progress(1, 0, keeps_cursor=False, cursor="7", done_before=1, failed_before=1)
-    yield Operation(f"checkpoint {i}", queries.checkpoint("q", i, TOKEN, LEASE_SECONDS, cures), running)
-    yield Operation(f"plain checkpoint {i}", queries.checkpoint("q", i, TOKEN, LEASE_SECONDS, moves), running)
+    yield Operation(f"checkpoint {i}", checkpoints.checkpoint("q", i, TOKEN, LEASE_SECONDS, cures), running)
+    yield Operation(f"plain checkpoint {i}", checkpoints.checkpoint("q", i, TOKEN, LEASE_SECONDS, moves), running)
     yield Operation(f"cancel {i}", call("SELECT batchq.cancel(%(i)s)", i=i), live)
     yield Operation(f"retry {i}", call("SELECT batchq.retry(%(i)s)", i=i), ["pending", *ended])
     yield Operation(f"retry whole {i}", call("SELECT batchq.retry(%(i)s, true)", i=i), ["pending", *ended])
@@ -174,9 +177,9 @@ class Session:
     def run(self, operation: Operation) -> None:
         """Begin a transaction, bounded as everywhere, and run its statement."""
         self.execute("BEGIN")
-        self.execute(queries.limits(30, 30, queries.BY_INDEX))
+        self.execute(session_statements.limits(30, 30, session_statements.BY_INDEX))
         if operation.may_give_way:
-            queries.wait_briefly_for_locks(self.conn, MAINTENANCE_MILLISECONDS)
+            session_statements.wait_briefly_for_locks(self.conn, MAINTENANCE_MILLISECONDS)
         statement, parameters = operation.statement
         self.conn.execute(statement, parameters or None)
 
@@ -293,8 +296,8 @@ class Laboratory:
     def waits(self, session: Session) -> bool:
         """Tell whether a session waits for a lock that somebody holds; else give it a moment to end its step."""
         try:
-            assert session.now is not None
-            session.now.exception(timeout=0.002)
+            assert session_statements.now is not None
+            session_statements.now.exception(timeout=0.002)
         except TimeoutError:
             query = "SELECT wait_event_type IS NOT DISTINCT FROM 'Lock' FROM pg_stat_activity WHERE pid = %s"
             row = self.looker.execute(query, [session.pid]).fetchone()

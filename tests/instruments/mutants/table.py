@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
-QUERIES, MIGRATE = (f"batchq/postgres/{name}.py" for name in ("queries", "migrate"))
+STATEMENTS = {file: file.read_text() for file in sorted((ROOT / "batchq/postgres/statements").glob("*.py"))}
+MIGRATE = "batchq/postgres/migrate.py"
 POSITIONS, KEEPER = (f"batchq/worker/{name}.py" for name in ("positions", "keeper"))
 TABLES, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE, DOORS = (
     f"migrations/{name}.sql"
@@ -65,7 +66,7 @@ class Mutant:
     new: str
     promise: str
     tests: tuple[str, ...]
-    file: str = QUERIES
+    file: str
 
     @property
     def name(self) -> str:
@@ -100,12 +101,23 @@ class Mutant:
 KEYWORDS = re.compile(r"^(CREATE|OR|REPLACE|UNIQUE|FUNCTION|INDEX|TABLE|def|\s)+\b")
 
 
+def with_statement(section: str) -> str:
+    """Return the module of statements that has a section, once. Raises StaleError."""
+    found = [file for file, text in STATEMENTS.items() if section in text]
+    if len(found) != 1:
+        raise StaleError(f"{len(found)} modules of statements have {section!r}, not one")
+    return str(found[0].relative_to(ROOT))
+
+
 def of(
-    section: str, tests: str | tuple[str, ...], changes: list[tuple[str, str, str]], file: str = QUERIES
+    section: str, tests: str | tuple[str, ...], changes: list[tuple[str, str, str]], file: str | None = None
 ) -> list[Mutant]:
-    """Return the mutants of one section: what goes, what comes in its place, and what that breaks."""
+    """Return the mutants of one section: what goes, what comes in its place, and what that breaks.
+
+    Without a *file*: of the module of statements that has the section.
+    """
     files = (tests,) if isinstance(tests, str) else tests
-    return [Mutant(section, old, new, promise, files, file) for old, new, promise in changes]
+    return [Mutant(section, old, new, promise, files, file or with_statement(section)) for old, new, promise in changes]
 
 
 MUTANTS = [
@@ -367,7 +379,7 @@ MUTANTS = [
         ],
     ),
     *of(
-        "SETTINGS = queries.BY_INDEX",
+        "SETTINGS = session.BY_INDEX",
         STUCK,
         [(' | {"lock_timeout": str(LOCK_MILLISECONDS)}', "", "a finish waits briefly for a locked row")],
         "batchq/worker/finisher.py",
@@ -487,11 +499,11 @@ MUTANTS = [
         SESSIONS,
         [
             (
-                "                conn.execute(queries.CLEAN_SESSION)",
+                "                conn.execute(session.CLEAN_SESSION)",
                 "                pass",
                 "a batch finds the session as it was",
             ),
-            ("await conn.execute(queries.CLEAN_SESSION)", "pass", "a batch finds the session as it was"),
+            ("await conn.execute(session.CLEAN_SESSION)", "pass", "a batch finds the session as it was"),
         ],
         DATABASE,
     ),
@@ -546,7 +558,7 @@ MUTANTS = [
     *of(
         "class ReadingCursor(",
         SESSIONS,
-        [("{queries.BEGIN}", "BEGIN", "no serialization failure by the role's default")],
+        [("{session.BEGIN}", "BEGIN", "no serialization failure by the role's default")],
         DATABASE,
     ),
     *of(
@@ -876,9 +888,9 @@ MUTANTS = [
         "def apply(",
         SCHEMA,
         [
-            ("        queries.take_migration_lock(conn)\n", "", "each file is applied once"),
-            ("        queries.wait_briefly_for_locks(conn, 500)\n", "", "a migration holds up nobody"),
-            ("if migration.version in queries.applied_migrations(conn):", "if False:", "each file is applied once"),
+            ("        ledger.take_migration_lock(conn)\n", "", "each file is applied once"),
+            ("        session.wait_briefly_for_locks(conn, 500)\n", "", "a migration holds up nobody"),
+            ("if migration.version in ledger.applied_migrations(conn):", "if False:", "each file is applied once"),
             (
                 "bounded(conn, SECONDS_A_FILE + 1), conn.transaction()",
                 "bounded(conn, SECONDS_A_FILE)",

@@ -15,7 +15,7 @@ from typing import Any, Self
 import psycopg
 
 from batchq import enqueue
-from batchq.postgres import queries
+from batchq.postgres.statements import claims, session, verbs
 
 TICK_SECONDS = 0.25
 ITEMS = 20
@@ -176,7 +176,7 @@ class Load:
     def cancel_due(self, conn: psycopg.Connection[Any], until: float) -> None:
         """Cancel the batches whose time to be cancelled has come."""
         while self.to_cancel and self.to_cancel[0][0] <= until:
-            queries.cancel(conn, heapq.heappop(self.to_cancel)[1], "the soak cancels some")
+            verbs.cancel(conn, heapq.heappop(self.to_cancel)[1], "the soak cancels some")
 
     def take_waits(self, starts: list[tuple[int, float]]) -> list[float]:
         """Return how many seconds the batches that started have waited, in order; each counts once."""
@@ -186,8 +186,8 @@ class Load:
 
 def claim_and_die(conn: psycopg.Connection[Any], batch_id: int) -> None:
     """Claim a batch of this transaction, none that was rescued, as a worker does that dies with its COMMIT."""
-    after = queries.Position(queries.now(conn) - DEAD_LEASE_SECONDS / 2, 0)
-    statement = queries.claim("default", 0, ["abandoned"], 1, "a dead worker", uuid.uuid4(), DEAD_LEASE_SECONDS, after)
+    after = claims.Position(session.now(conn) - DEAD_LEASE_SECONDS / 2, 0)
+    statement = claims.claim("default", 0, ["abandoned"], 1, "a dead worker", uuid.uuid4(), DEAD_LEASE_SECONDS, after)
     [row] = conn.execute(*statement).fetchall()
     assert row[0] == batch_id
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from batchq.postgres import queries
 from batchq.postgres.migrate import directory, migrate
+from batchq.postgres.statements import ledger, maintenance
 from tests.component.rows import insert, value, values
 from tests.support.alone import run_alone
 from tests.support.roles import role_for
@@ -35,10 +35,10 @@ def test_a_stranger_who_holds_every_advisory_lock_stops_no_maintenance(
     with role_for(admin_dsn, "worker") as dsn, psycopg.connect(dsn, autocommit=True) as worker:
         worker.execute("SET lock_timeout = '2 s'")
         with worker.transaction():
-            assert queries.take_maintenance(worker)
-            assert queries.create_finished_partitions(worker, 9) > 0
-            assert queries.prune(worker, 30) == 0
-            assert queries.merge_throughput(worker) == 0
+            assert maintenance.take_maintenance(worker)
+            assert maintenance.create_finished_partitions(worker, 9) > 0
+            assert maintenance.prune(worker, 30) == 0
+            assert maintenance.merge_throughput(worker) == 0
             assert value(worker, "SELECT batchq.move_positions('{default}', '{0}', 60)") is not None
     step("and the owner migrates a schema that is there")
     shutil.copytree(directory(), tmp_path, dirs_exist_ok=True)
@@ -51,13 +51,13 @@ def test_a_stranger_who_holds_every_advisory_lock_stops_no_maintenance(
 
 def test_two_do_not_do_the_same_at_once(conn: Conn, admin_dsn: str) -> None:
     with psycopg.connect(admin_dsn, autocommit=True) as other, conn.transaction():
-        assert queries.take_maintenance(conn)
-        assert not queries.take_maintenance(other)
+        assert maintenance.take_maintenance(conn)
+        assert not maintenance.take_maintenance(other)
         with conn.transaction():
-            queries.take_migration_lock(conn)
+            ledger.take_migration_lock(conn)
             other.execute("SET lock_timeout = '0.2 s'")
             with pytest.raises(psycopg.errors.LockNotAvailable), other.transaction():
-                queries.take_migration_lock(other)
+                ledger.take_migration_lock(other)
 
 
 @pytest.mark.parametrize("duty", ["stranger", "producer", "viewer", "operator"])

@@ -11,8 +11,9 @@ import pytest
 from textual.widgets import Static
 
 from batchq.cli import commands, show_tables, top
-from batchq.postgres import queries
-from batchq.postgres.queries import Progress, WorkerRow
+from batchq.postgres.statements import workers
+from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.workers import WorkerRow
 from tests.component.rows import change, checkpoint, failure, finished, insert, processing
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
@@ -42,7 +43,7 @@ def test_a_producer_breaks_or_colors_what_others_look_at_by_one_row(
     ended_id = finished(conn, "failed", kind=text, queue="other", error=json.dumps({"error": text}))
     conn.execute("SELECT batchq.pause(queue => %s, reason => %s, actor => %s)", [text] * 3)
     with conn.transaction():
-        conn.execute(*queries.heartbeat(WorkerRow(text, text, 1, text, [text], ["k"], 8), 3, stopping=False))
+        conn.execute(*workers.heartbeat(WorkerRow(text, text, 1, text, [text], ["k"], 8), 3, stopping=False))
     for arguments in (
         ("status",), ("top",), ("audit",), ("pause",), ("check",), ("check", "--invariants"), ("doctor",),
         ("show", str(taken.id)), ("logs", str(taken.id)), ("watch", str(ended_id)), ("cancel", str(taken.id)),

@@ -92,7 +92,11 @@ OPERATORS = (
 
 def functions_named() -> list[str]:
     """Return every word before a parenthesis in what batchq is made of."""
-    files = [ROOT / "batchq" / "queries.py", *(ROOT / "batchq").rglob("*.sql"), *(ROOT / "migrations").glob("*.sql")]
+    files = [
+        *(ROOT / "batchq" / "postgres" / "statements").glob("*.py"),
+        *(ROOT / "batchq").rglob("*.sql"),
+        *(ROOT / "migrations").glob("*.sql"),
+    ]
     return sorted({word for file in files for word in re.findall(r"(?<![\w.])([a-z_][a-z0-9_]+)\(", file.read_text())})
 
 

@@ -12,8 +12,9 @@ from psycopg.types.json import Jsonb
 
 from batchq.common import terminal
 from batchq.common.text import visible, visible_json, visible_line
-from batchq.postgres import queries
-from batchq.postgres.queries import Progress, WorkerRow
+from batchq.postgres.statements import workers
+from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.workers import WorkerRow
 from tests.component.rows import change, checkpoint, expire_lease, failure, finished, insert, processing
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
@@ -46,7 +47,7 @@ def poison(conn: Conn, text: str) -> dict[str, int]:
     conn.execute("SELECT batchq.pause(queue => %s, reason => %s, actor => %s)", [text] * 3)
     with conn.transaction():
         row = WorkerRow(text, text, 1, text, [text], [text[:30]], 8)
-        conn.execute(*queries.heartbeat(row, 3, stopping=False))
+        conn.execute(*workers.heartbeat(row, 3, stopping=False))
     conn.execute(
         "INSERT INTO batchq.audit (verb, details, reason, actor, queue) VALUES (%s, %s, %s, %s, %s)",
         [text, Jsonb({text: text, "filter": {text: text}}), text, text, text],
@@ -179,7 +180,7 @@ def test_an_operator_writes_a_reason_that_forges_a_row_of_the_audit(conn: Conn, 
 def test_a_worker_with_a_name_of_two_hundred_kilobytes_floods_the_screen(conn: Conn, command: CommandLine) -> None:
     with conn.transaction():
         conn.execute(
-            *queries.heartbeat(WorkerRow("w" * 200_000, "h", 1, "0", ["default"], ["k"], 8), 3, stopping=False)
+            *workers.heartbeat(WorkerRow("w" * 200_000, "h", 1, "0", ["default"], ["k"], 8), 3, stopping=False)
         )
     for name in ("status", "top"):
         ended = command(name)

@@ -1,0 +1,132 @@
+"""Checkpoints: progress, cursor and failed items, fenced by the claim token."""
+
+from collections.abc import Sequence
+from typing import Any, LiteralString, NamedTuple
+from uuid import UUID
+
+from batchq.postgres.statements.running import Statement
+
+CHECKPOINT: LiteralString = """
+WITH mine AS (
+  UPDATE batchq.batches_live
+  SET items_done = items_done + %(done)s,
+      items_failed = items_failed + %(failed)s,
+      cursor = CASE WHEN %(keeps_cursor)s THEN cursor ELSE %(cursor)s::jsonb END,
+      lease_expires_at = greatest(lease_expires_at,
+        pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second')
+  WHERE queue = %(queue)s
+    AND id = %(id)s
+    AND claim_token = %(token)s
+    AND items_done = %(done_before)s
+    AND items_failed = %(failed_before)s
+  RETURNING queue, id, attempt, CASE WHEN %(first_index)s::integer IS NOT NULL THEN items END AS items
+), recovered AS (
+  DELETE FROM batchq.failed_items f
+  USING mine
+  WHERE f.queue = mine.queue
+    AND f.batch_id = mine.id
+    AND f.item_index = ANY (%(recovered)s::integer[])
+), failure AS (
+  SELECT item_index, error, retryable
+  FROM unnest(%(indexes)s::integer[], %(errors)s::text[], %(retryables)s::boolean[])
+    AS u(item_index, error, retryable)
+), first_failures AS (
+  INSERT INTO batchq.failed_items (queue, batch_id, item_index, item, error, retryable, attempt)
+  SELECT mine.queue, mine.id, failure.item_index, slice.item, failure.error, failure.retryable, mine.attempt
+  FROM mine
+  CROSS JOIN LATERAL pg_catalog.jsonb_array_elements(pg_catalog.jsonb_path_query_array(mine.items, '$[$first to $last]',
+    pg_catalog.jsonb_build_object('first', %(first_index)s::integer, 'last', %(last_index)s::integer)))
+    WITH ORDINALITY AS slice(item, number)
+  JOIN failure ON failure.item_index = %(first_index)s::integer + slice.number - 1
+), further_failures AS (
+  UPDATE batchq.failed_items f
+  SET error = failure.error,
+      retryable = failure.retryable,
+      attempt = mine.attempt,
+      failed_at = pg_catalog.now()
+  FROM mine, failure
+  WHERE %(first_index)s::integer IS NULL
+    AND f.queue = mine.queue
+    AND f.batch_id = mine.id
+    AND f.item_index = failure.item_index
+)
+SELECT id
+FROM mine
+"""
+# The same where no item failed and none that had failed is cured: most checkpoints, and they are planned in a tenth.
+PLAIN_CHECKPOINT: LiteralString = """
+UPDATE batchq.batches_live
+SET items_done = items_done + %(done)s,
+    items_failed = items_failed + %(failed)s,
+    cursor = CASE WHEN %(keeps_cursor)s THEN cursor ELSE %(cursor)s::jsonb END,
+    lease_expires_at = greatest(lease_expires_at,
+      pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second')
+WHERE queue = %(queue)s
+  AND id = %(id)s
+  AND claim_token = %(token)s
+  AND items_done = %(done_before)s
+  AND items_failed = %(failed_before)s
+RETURNING id
+"""
+
+
+class ItemFailure(NamedTuple):
+    """A failed item as it is stored, but for the item itself, which the table has: one line of error."""
+
+    item_index: int
+    error: str
+    retryable: bool
+
+
+class Progress(NamedTuple):
+    """What a checkpoint changes: counters by how much, failures to record, failures that are cured.
+
+    first_index: where the chunk begins, if its items were worked for the first time; None when they had failed before.
+    done_before, failed_before: the counters that it starts from.
+    """
+
+    done: int = 0
+    failed: int = 0
+    failures: Sequence[ItemFailure] = ()
+    recovered: Sequence[int] = ()
+    first_index: int | None = None
+    keeps_cursor: bool = True
+    cursor: str | None = None
+    done_before: int = 0
+    failed_before: int = 0
+
+
+def checkpoint(queue: str, batch_id: int, token: UUID, lease_seconds: float, progress: Progress) -> Statement:
+    """Return the fenced statement that moves counters, cursor, failed items and lease; no row: no longer ours.
+
+    Fenced by the counters as well: a checkpoint whose COMMIT was cut off, written again, would count its items twice.
+    The lease counts from clock_timestamp(), since now() is when the transaction began, which may be long ago. A
+    statement, not a call: it ends transactions of `def` and of `async def` handlers alike.
+    """
+    parameters = {
+        "queue": queue,
+        "id": batch_id,
+        "token": token,
+        "lease_seconds": lease_seconds,
+        "done_before": progress.done_before,
+        "failed_before": progress.failed_before,
+        "done": progress.done,
+        "failed": progress.failed,
+        "keeps_cursor": progress.keeps_cursor,
+        "cursor": progress.cursor,
+    }
+    if not progress.failures and not progress.recovered:
+        return PLAIN_CHECKPOINT, parameters
+    return CHECKPOINT, parameters | failure_parameters(progress)
+
+
+def failure_parameters(progress: Progress) -> dict[str, Any]:
+    """Return the parameters for the items that failed, and for those that are cured."""
+    return {
+        "recovered": list(progress.recovered),
+        "first_index": progress.first_index if progress.failures else None,
+        "last_index": max((failure.item_index for failure in progress.failures), default=None),
+        "indexes": [failure.item_index for failure in progress.failures],
+        "errors": [failure.error for failure in progress.failures],
+        "retryables": [failure.retryable for failure in progress.failures],
+    }

@@ -1,0 +1,88 @@
+"""What a handler reads of its batch: large payloads and cursors, pages of items, failed items to run again."""
+
+from uuid import UUID
+
+from batchq.postgres.statements.running import Conn, every, maybe_one, one
+
+
+def large_input(conn: Conn, queue: str, batch_id: int, token: UUID) -> tuple[str, str | None] | None:
+    """Return payload and cursor of a claimed batch, as JSON text; None if it is no longer ours."""
+    row = maybe_one(
+        conn,
+        """
+        SELECT payload::text, cursor::text
+        FROM batchq.batches_live
+        WHERE queue = %(queue)s
+          AND id = %(id)s
+          AND claim_token = %(token)s
+        """,
+        {"queue": queue, "id": batch_id, "token": token},
+    )
+    return (row[0], row[1]) if row else None
+
+
+def items_page(conn: Conn, queue: str, batch_id: int, token: UUID, first: int, count: int) -> str | None:
+    """Return *count* items from number *first* on, as the text of a JSON array; None if the batch is no longer ours."""
+    row = maybe_one(
+        conn,
+        """
+        SELECT jsonb_path_query_array(items, '$[$first to $last]',
+                                      jsonb_build_object('first', %(first)s::integer, 'last', %(last)s::integer))::text
+        FROM batchq.batches_live
+        WHERE queue = %(queue)s
+          AND id = %(id)s
+          AND claim_token = %(token)s
+        """,
+        {"queue": queue, "id": batch_id, "token": token, "first": first, "last": first + count - 1},
+    )
+    return row[0] if row else None
+
+
+def failed_page(conn: Conn, queue: str, batch_id: int, token: UUID, attempt: int, count: int) -> list[tuple[int, str]]:
+    """Return index and JSON text of up to *count* items that failed in an attempt before *attempt*; none if the batch
+    is no longer ours: cancelled and retried, its attempts count from 0, and what we have just tried would come again.
+    """
+    return every(
+        conn,
+        """
+        SELECT item_index, item::text
+        FROM batchq.failed_items
+        WHERE queue = %(queue)s
+          AND batch_id = %(id)s
+          AND retryable
+          AND attempt < %(attempt)s
+          AND EXISTS (SELECT
+                      FROM batchq.batches_live b
+                      WHERE b.queue = %(queue)s
+                        AND b.id = %(id)s
+                        AND b.claim_token = %(token)s)
+        ORDER BY item_index
+        LIMIT %(count)s
+        """,
+        {"queue": queue, "id": batch_id, "token": token, "attempt": attempt, "count": count},
+    )
+
+
+def retryable_items(conn: Conn, queue: str, batch_id: int) -> tuple[int, str | None]:
+    """Return how many failed items another attempt may cure, and the first failed item's error."""
+    row: tuple[int, str | None] = one(
+        conn,
+        """
+        SELECT count(*) FILTER (WHERE retryable), (array_agg(error ORDER BY item_index))[1]
+        FROM batchq.failed_items
+        WHERE queue = %(queue)s
+          AND batch_id = %(id)s
+        """,
+        {"queue": queue, "id": batch_id},
+    )
+    return row
+
+
+def status_of(conn: Conn, queue: str, batch_id: int) -> str | None:
+    """Return the batch's status now, None if there is no such batch."""
+    row = maybe_one(
+        conn,
+        "SELECT status FROM batchq.batches WHERE queue = %(queue)s AND id = %(id)s",
+        {"queue": queue, "id": batch_id},
+    )
+    return row[0] if row else None

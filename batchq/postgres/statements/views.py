@@ -1,0 +1,239 @@
+"""What people see: status, queues, failures, single batches, changes."""
+
+from collections.abc import Sequence
+from typing import Any, LiteralString
+
+from batchq.postgres.statements.running import Conn, objects
+
+
+def failure_rows(conn: Conn) -> list[dict[str, Any]]:
+    """Return the rows of batchq.failures as JSON objects, the latest first."""
+    return objects(conn, "SELECT to_jsonb(f) FROM batchq.failures f ORDER BY f.latest_at DESC, f.kind, f.error", {})
+
+
+# Of the finer statuses of batchq.status: those of batchq.batches, by which partitions that cannot match are left out.
+STORED_STATUS = {"ready": "pending", "scheduled": "pending", "retrying": "pending", "stalled": "processing"}
+FINAL_STATUSES = ("completed", "failed", "cancelled")
+HIGHEST_ID = 2**63 - 1
+MOST_PROCESSING = 100_000  # of one queue, in which changes are looked for
+
+
+def status_rows(
+    conn: Conn, queue: str | None, kind: str | None, status: str | None, limit: int
+) -> list[dict[str, Any]]:
+    """Return rows of batchq.status, the newest first, as JSON objects (a date may be beyond Python's)."""
+    return objects(
+        conn,
+        """
+        WITH newest AS (
+          SELECT id
+          FROM batchq.newest_live(%(queue)s, %(kind)s, %(status)s, %(highest_id)s, %(limit)s) AS live(id)
+          UNION ALL
+          (SELECT id
+           FROM batchq.status
+           WHERE stored_status = ANY (%(finals)s)
+             AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+             AND (%(kind)s::text IS NULL OR kind = %(kind)s)
+           ORDER BY id DESC
+           LIMIT %(limit)s)
+        )
+        SELECT to_jsonb(s)
+        FROM batchq.status s
+        WHERE s.id = ANY (ARRAY(SELECT id FROM newest ORDER BY id DESC LIMIT %(limit)s))
+        ORDER BY s.id DESC
+        """,
+        {
+            "queue": queue,
+            "kind": kind,
+            "status": status,
+            "finals": [final for final in FINAL_STATUSES if status in (None, final)],
+            "highest_id": HIGHEST_ID,
+            "limit": limit,
+        },
+    )
+
+
+def status_row(conn: Conn, batch_id: int) -> dict[str, Any] | None:
+    """Return a batch's row of batchq.status as a JSON object."""
+    found = objects(conn, "SELECT to_jsonb(s) FROM batchq.status s WHERE s.id = %(id)s", {"id": batch_id})
+    return found[0] if found else None
+
+
+def running_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) -> list[dict[str, Any]]:
+    """Return rows of batchq.status of batches that are being worked, or stalled, as JSON objects."""
+    return objects(
+        conn,
+        """
+        WITH running AS (
+          SELECT b.id
+          FROM batchq.busy_queues() q
+          CROSS JOIN LATERAL (
+            SELECT id
+            FROM batchq.batches_live
+            WHERE queue = q.queue
+              AND status = 'processing'
+              AND lease_expires_at >= q.at
+              AND (%(kind)s::text IS NULL OR kind = %(kind)s)
+            ORDER BY lease_expires_at
+            LIMIT %(limit)s
+          ) b
+          WHERE q.at IS NOT NULL
+            AND (%(queue)s::text IS NULL OR q.queue = %(queue)s)
+          LIMIT %(limit)s
+        )
+        SELECT to_jsonb(s)
+        FROM batchq.status s
+        WHERE s.id = ANY (ARRAY(SELECT id FROM running))
+        """,
+        {"queue": queue, "kind": kind, "limit": limit},
+    )
+
+
+def failed_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) -> list[dict[str, Any]]:
+    """Return rows of batchq.status of the batches that failed last, of the last day, as JSON objects."""
+    return objects(
+        conn,
+        """
+        WITH failed AS (
+          SELECT id
+          FROM batchq.batches_finished
+          WHERE status = 'failed'
+            AND finished_at > now() - interval '1 day'
+            AND (%(queue)s::text IS NULL OR queue = %(queue)s)
+            AND (%(kind)s::text IS NULL OR kind = %(kind)s)
+          ORDER BY finished_at DESC
+          LIMIT %(limit)s
+        )
+        SELECT to_jsonb(s)
+        FROM batchq.status s
+        WHERE s.id = ANY (ARRAY(SELECT id FROM failed))
+        ORDER BY s.finished_at DESC
+        """,
+        {"queue": queue, "kind": kind, "limit": limit},
+    )
+
+
+def queue_rows(conn: Conn, queue: str | None = None, kind: str | None = None) -> list[dict[str, Any]]:
+    """Return the rows of batchq.queues as JSON objects."""
+    return objects(
+        conn,
+        """
+        SELECT to_jsonb(q)
+        FROM batchq.queues q
+        WHERE (%(queue)s::text IS NULL OR q.queue = %(queue)s)
+          AND (%(kind)s::text IS NULL OR q.kind = %(kind)s)
+        ORDER BY q.queue, q.kind
+        """,
+        {"queue": queue, "kind": kind},
+    )
+
+
+def batch_object(conn: Conn, batch_id: int, inputs_as_text: bool = False) -> dict[str, Any] | None:
+    """Return one batch as a JSON object: its row of batchq.status, and payload, cursor, result and errors.
+
+    *inputs_as_text*: payload and cursor as the text of their JSON, for values that Python refuses to read.
+    """
+    found = objects(
+        conn,
+        """
+        SELECT to_jsonb(s) || jsonb_build_object(
+          'payload', CASE WHEN %(as_text)s THEN to_jsonb(b.payload::text) ELSE b.payload END,
+          'cursor', CASE WHEN %(as_text)s THEN to_jsonb(b.cursor::text) ELSE b.cursor END,
+          'result', b.result, 'errors', b.errors,
+          'max_failed_items', b.max_failed_items, 'timeout_seconds', b.timeout_seconds)
+        FROM batchq.batches b
+        JOIN batchq.status s ON s.id = b.id AND s.queue = b.queue
+        WHERE b.id = %(id)s
+          AND s.id = %(id)s
+        """,
+        {"id": batch_id, "as_text": inputs_as_text},
+    )
+    return found[0] if found else None
+
+
+def failed_item_objects(conn: Conn, batch_id: int, limit: int) -> list[dict[str, Any]]:
+    """Return a batch's failed items in order, as JSON objects."""
+    return objects(
+        conn,
+        """
+        SELECT to_jsonb(f) - 'queue' - 'batch_id'
+        FROM batchq.failed_items f
+        WHERE f.batch_id = %(id)s
+        ORDER BY f.item_index
+        LIMIT %(limit)s
+        """,
+        {"id": batch_id, "limit": limit},
+    )
+
+
+CHANGED: LiteralString = """
+WITH changed AS (
+  SELECT id, queue, kind, 1 AS rank FROM batchq.batches_finished WHERE finished_at >= %(since)s::timestamptz
+    AND status = 'failed'
+  UNION ALL
+  SELECT b.id, b.queue, b.kind, CASE WHEN b.lease_expires_at < now() THEN 2 ELSE 3 END
+  FROM batchq.busy_queues() q
+  CROSS JOIN LATERAL (
+    SELECT id, queue, kind, lease_expires_at
+    FROM batchq.batches_live
+    WHERE queue = q.queue
+      AND status = 'processing'
+      AND lease_expires_at >= q.at
+    ORDER BY lease_expires_at
+    LIMIT %(most_processing)s
+  ) b
+  WHERE q.at IS NOT NULL
+  UNION ALL
+  SELECT id, queue, kind, 4 FROM batchq.batches_finished WHERE finished_at >= %(since)s::timestamptz
+  UNION ALL
+  SELECT id, queue, kind, 5 FROM batchq.batches_live WHERE id = ANY (%(ids)s)
+  UNION ALL
+  SELECT id, queue, kind, 6 FROM batchq.batches_live WHERE id = ANY (ARRAY(
+    SELECT new.id
+    FROM batchq.newest_live(%(queue)s, %(kind)s, NULL, %(highest_id)s, %(limit)s) AS new(id)
+    WHERE new.id > %(after_id)s))
+), first_changed AS (
+  SELECT id
+  FROM changed
+  WHERE (%(queue)s::text IS NULL OR queue = %(queue)s)
+    AND (%(kind)s::text IS NULL OR kind = %(kind)s)
+  GROUP BY id
+  ORDER BY min(rank), id
+  LIMIT %(limit)s
+)
+SELECT to_jsonb(s)
+FROM batchq.status s
+WHERE s.id = ANY (ARRAY(SELECT id FROM first_changed))
+ORDER BY s.id
+"""
+
+
+def changed_rows(
+    conn: Conn, since: str, after_id: int, ids: Sequence[int], queue: str | None, kind: str | None, limit: int
+) -> list[dict[str, Any]]:
+    """Return up to *limit* rows of batchq.status: those that failed after *since* or are stalled; those processing,
+    finished after *since*, named by *ids* or new (their id is above *after_id*). Where there are more, the first ones
+    of that order are taken."""
+    return objects(
+        conn,
+        CHANGED,
+        {
+            "since": since,
+            "after_id": after_id,
+            "ids": list(ids),
+            "queue": queue,
+            "kind": kind,
+            "highest_id": HIGHEST_ID,
+            "most_processing": MOST_PROCESSING,
+            "limit": limit,
+        },
+    )
+
+
+def worker_objects(conn: Conn) -> list[dict[str, Any]]:
+    """Return the live workers as JSON objects."""
+    return objects(
+        conn,
+        "SELECT to_jsonb(w) FROM batchq.workers w WHERE heartbeat_at > now() - interval '1 minute' ORDER BY id",
+        {},
+    )

@@ -1,0 +1,153 @@
+"""What a worker writes about itself: its heartbeat, its turns, what it has counted."""
+
+from collections.abc import Sequence
+from typing import Any, LiteralString, NamedTuple
+
+from batchq.postgres.statements.running import Conn, Statement, array_text, every
+from batchq.postgres.statements.session import PLAIN, WITHOUT_WAITING_FOR_THE_DISK, wait_briefly_for_locks
+
+
+class WorkerRow(NamedTuple):
+    """A worker as it shows itself in batchq.workers."""
+
+    id: str
+    hostname: str
+    pid: int
+    version: str
+    queues: list[str]
+    kinds: list[str]
+    concurrency: int
+
+
+HEARTBEAT: LiteralString = """
+WITH beat AS (
+  INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, in_hand, stopping, lost_slots)
+  VALUES (%(id)s, %(hostname)s, %(pid)s, %(version)s, %(queues)s, %(kinds)s, %(concurrency)s, %(in_hand)s, %(stopping)s,
+    %(lost_slots)s)
+  ON CONFLICT (id) DO UPDATE
+  SET in_hand = excluded.in_hand,
+      stopping = excluded.stopping,
+      lost_slots = excluded.lost_slots,
+      heartbeat_at = now()
+  RETURNING drain_asked_at IS NOT NULL AS is_asked_to_drain
+)
+SELECT (SELECT is_asked_to_drain FROM beat),
+  count(*) + (NOT %(stopping)s)::integer,
+  count(*) FILTER (WHERE id < %(id)s),
+  date_part('epoch', clock_timestamp()),
+  pg_stat_get_dead_tuples('batchq.batches_live'::regclass)
+FROM batchq.workers
+WHERE id <> %(id)s
+  AND heartbeat_at > now() - %(silent_seconds)s * interval '1 second'
+  AND queues && %(queues)s::text[]
+  AND NOT stopping
+"""
+# For what the keeper writes besides; a lock is waited for 100 ms at most: leases are kept by the same thread.
+HEARTBEAT_SETTINGS = THROUGHPUT_SETTINGS = PLAIN | WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}
+
+
+class Turn(NamedTuple):
+    """Whose turn it is to poll: a worker's *number*, from 0, among how many *workers*; *now* in seconds since 1970."""
+
+    workers: int
+    number: int
+    now: float
+
+
+class Beat(NamedTuple):
+    """The answer to a heartbeat. *dead_rows*: how many the live table has, as the server's statistics count them."""
+
+    is_asked_to_drain: bool
+    turn: Turn
+    dead_rows: int
+
+
+def heartbeat(
+    worker: WorkerRow, in_hand: int, stopping: bool, lost_slots: int = 0, silent_seconds: float = 15
+) -> Statement:
+    """Return the statement that shows a sign of life. Its row, for `beat`, tells whether the worker is asked to drain,
+    and its turn among those that serve one of its queues and showed life within *silent_seconds*."""
+    its = {"in_hand": in_hand, "stopping": stopping, "lost_slots": lost_slots, "silent_seconds": silent_seconds}
+    return HEARTBEAT, worker._asdict() | its
+
+
+def beat(row: Sequence[Any]) -> Beat:
+    """Return what the row of a `heartbeat` tells."""
+    return Beat(bool(row[0]), Turn(*row[1:4]), row[4])
+
+
+def forget_silent_workers(conn: Conn) -> None:
+    """Remove the workers that were silent for an hour, but for those that another one is removing."""
+    wait_briefly_for_locks(conn)  # leases are kept by the same thread
+    conn.execute(
+        """
+        DELETE FROM batchq.workers
+        WHERE id IN (SELECT id
+                     FROM batchq.workers
+                     WHERE heartbeat_at < now() - interval '1 hour'
+                     FOR UPDATE SKIP LOCKED)
+        """
+    )
+
+
+def forget_worker(conn: Conn, worker_id: str) -> None:
+    """Remove a worker that has ended."""
+    conn.execute("DELETE FROM batchq.workers WHERE id = %(id)s", {"id": worker_id})
+
+
+class Tally(NamedTuple):
+    """What a worker has counted of one queue and kind: ends of batches, *items* worked, the sum of run times in
+    seconds, and *run_times*, how many lasted how long (see batchq.throughput_minutes.run_times)."""
+
+    queue: str
+    kind: str
+    completed: int
+    failed: int
+    cancelled: int
+    retried: int
+    items: int
+    run_seconds: float
+    run_times: Sequence[int]
+
+
+COUNT_THROUGHPUT: LiteralString = """
+INSERT INTO batchq.throughput_minutes AS t (minute, queue, kind, worker, completed, failed, cancelled, retried, items,
+  run_seconds, run_times)
+SELECT date_trunc('minute', now()), queue, kind, %(worker)s, completed, failed, cancelled, retried, items, run_seconds,
+  run_times::integer[]
+FROM unnest(%(queues)s::text[], %(kinds)s::text[], %(completed)s::bigint[], %(failed)s::bigint[],
+            %(cancelled)s::bigint[], %(retried)s::bigint[], %(items)s::bigint[], %(run_seconds)s::float8[],
+            %(run_times)s::text[])
+  AS u(queue, kind, completed, failed, cancelled, retried, items, run_seconds, run_times)
+ON CONFLICT (minute, queue, kind, worker) DO UPDATE
+SET completed = t.completed + excluded.completed,
+    failed = t.failed + excluded.failed,
+    cancelled = t.cancelled + excluded.cancelled,
+    retried = t.retried + excluded.retried,
+    items = t.items + excluded.items,
+    run_seconds = t.run_seconds + excluded.run_seconds,
+    run_times = batchq.add_counts(t.run_times, excluded.run_times)
+RETURNING t.queue
+"""
+
+
+def count_throughput(worker_id: str, tallies: Sequence[Tally]) -> Statement:
+    """Return the statement that adds what a worker has counted to its rows of this minute."""
+    queues, kinds, completed, failed, cancelled, retried, items, run_seconds, run_times = zip(*tallies, strict=True)
+    return COUNT_THROUGHPUT, {
+        "worker": worker_id,
+        "queues": list(queues),
+        "kinds": list(kinds),
+        "completed": list(completed),
+        "failed": list(failed),
+        "cancelled": list(cancelled),
+        "retried": list(retried),
+        "items": list(items),
+        "run_seconds": list(run_seconds),
+        "run_times": [array_text(counts) for counts in run_times],
+    }
+
+
+def pauses(conn: Conn) -> list[tuple[str | None, str | None]]:
+    """Return queue and kind of each pause; None stands for any."""
+    return every(conn, "SELECT queue, kind FROM batchq.pauses WHERE until IS NULL OR until > now()", {})
