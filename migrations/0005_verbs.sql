@@ -1,10 +1,59 @@
--- A verb that waited for a batch which meanwhile moved to another queue, or was finished or retried, did nothing and
--- said so in no way: a cancellation was lost beside a move, a retry from the start beside another retry. Now each verb
--- first locks the batch, wherever it is by then. Calls and what they return are as before.
+-- What a person may do to a batch, from any SQL client, and a record of who did what, and why.
+CREATE TABLE batchq.audit (
+  id       bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  at       timestamptz NOT NULL DEFAULT now(),
+  verb     text        NOT NULL,
+  batches  bigint      NOT NULL DEFAULT 0,
+  batch_id bigint,
+  queue    text,
+  kind     text,
+  details  jsonb       NOT NULL DEFAULT '{}',
+  reason   text,
+  role     text        NOT NULL DEFAULT
+             CASE current_setting('role') WHEN 'none' THEN session_user::text ELSE current_setting('role') END,
+  actor    text
+);
 
+COMMENT ON TABLE batchq.audit IS
+  'A row for each verb that changed something, and one for all chunks of a verb in bulk. Rows go after 90 days.';
+COMMENT ON COLUMN batchq.audit.verb IS 'cancel, retry, snooze, set_priority, move, pause, resume or drain_worker.';
+COMMENT ON COLUMN batchq.audit.batches IS 'How many batches were changed.';
+COMMENT ON COLUMN batchq.audit.batch_id IS 'The batch, unless in bulk.';
+COMMENT ON COLUMN batchq.audit.queue IS 'The queue of the batch, or of the pause.';
+COMMENT ON COLUMN batchq.audit.kind IS 'The kind of the batch, or of the pause.';
+COMMENT ON COLUMN batchq.audit.details IS 'What was asked for: new values; the filter of a verb in bulk.';
+COMMENT ON COLUMN batchq.audit.role IS 'The database role: who has called the verb, by SET ROLE or by logging in.';
+COMMENT ON COLUMN batchq.audit.actor IS 'Who it was, as they said themselves: a name, for roles that several people use.';
+
+CREATE INDEX audit_batch ON batchq.audit (batch_id) WHERE batch_id IS NOT NULL;
+
+CREATE FUNCTION batchq.note_verb(verb text, batches bigint, batch_id bigint, queue text, kind text, details jsonb,
+                                 reason text, actor text)
+RETURNS bigint
+LANGUAGE sql
+BEGIN ATOMIC
+  INSERT INTO batchq.audit (verb, batches, batch_id, queue, kind, details, reason, actor)
+  VALUES (verb, batches, batch_id, queue, kind, details, left(reason, 2000), left(actor, 200))
+  RETURNING id;
+END;
+
+COMMENT ON FUNCTION batchq.note_verb(text, bigint, bigint, text, text, jsonb, text, text) IS
+  'Writes a row of batchq.audit; returns its id.';
+
+CREATE FUNCTION batchq.append_error(errors jsonb, attempt integer, error jsonb)
+RETURNS jsonb
+LANGUAGE sql STABLE
+RETURN CASE WHEN jsonb_array_length(errors) >= 10 THEN errors - 0 ELSE errors END
+       || jsonb_build_array(jsonb_build_object('attempt', attempt, 'at', now()) || error);
+
+COMMENT ON FUNCTION batchq.append_error(jsonb, integer, jsonb) IS
+  'Appends one attempt''s error to batchq.batches.errors, and drops the oldest beyond 10.';
+
+-- Each verb first locks the batch, wherever it is by then: one that waited for a batch which meanwhile moved to another queue,
+-- or was finished or retried, would do nothing.
 CREATE FUNCTION batchq.lock_batch(batch_id bigint)
 RETURNS text
-LANGUAGE plpgsql
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
   its_queue text;
@@ -35,9 +84,9 @@ $$;
 COMMENT ON FUNCTION batchq.lock_batch(bigint) IS
   'Waits until nobody else changes a batch, and keeps it so until the transaction ends. Returns its queue, null if there is no such batch.';
 
-CREATE OR REPLACE FUNCTION batchq.cancel(batch_id bigint, reason text DEFAULT 'by an operator', actor text DEFAULT NULL)
+CREATE FUNCTION batchq.cancel(batch_id bigint, reason text DEFAULT 'by an operator', actor text DEFAULT NULL)
 RETURNS text
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
   its_queue text := batchq.lock_batch(batch_id);
@@ -51,12 +100,12 @@ BEGIN
   )
   INSERT INTO batchq.batches (id, queue, kind, status, payload, items, priority, run_at, unique_key, max_attempts,
     max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_done, items_failed, cursor,
-    result, errors, created_at, finished_at)
+    result, errors, created_at, finished_at, trace_context)
   OVERRIDING SYSTEM VALUE
   SELECT id, queue, kind, 'cancelled', payload, items, priority, run_at, unique_key, max_attempts,
     max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_done, items_failed, cursor,
     result, batchq.append_error(errors, attempt, jsonb_build_object('error', 'cancelled' || coalesce(': ' || left(reason, 2000), ''))),
-    created_at, now()
+    created_at, now(), trace_context
   FROM gone
   RETURNING kind INTO its_kind;
   IF its_kind IS NULL THEN
@@ -67,9 +116,13 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION batchq.retry(batch_id bigint, whole boolean DEFAULT false, reason text DEFAULT NULL, actor text DEFAULT NULL)
+COMMENT ON FUNCTION batchq.cancel(bigint, text, text) IS
+  'Cancels a batch that is pending or processing, at once; a handler that runs it is stopped at its next checkpoint and '
+  'writes nothing more. Returns the batch''s status: cancelled, or the final one it already had; null if there is none.';
+
+CREATE FUNCTION batchq.retry(batch_id bigint, whole boolean DEFAULT false, reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS text
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
   b       batchq.batches;
@@ -113,10 +166,10 @@ BEGIN
     UPDATE batchq.failed_items f SET attempt = 0, retryable = true WHERE f.queue = b.queue AND f.batch_id = b.id;
   END IF;
   INSERT INTO batchq.batches (id, queue, kind, payload, items, priority, unique_key, max_attempts, max_failed_items,
-    timeout_seconds, items_total, items_done, items_failed, cursor, errors, created_at)
+    timeout_seconds, items_total, items_done, items_failed, cursor, errors, created_at, trace_context)
   OVERRIDING SYSTEM VALUE
   VALUES (b.id, b.queue, b.kind, b.payload, b.items, b.priority, b.unique_key, b.max_attempts, b.max_failed_items,
-    b.timeout_seconds, b.items_total, b.items_done, b.items_failed, b.cursor, b.errors, b.created_at);
+    b.timeout_seconds, b.items_total, b.items_done, b.items_failed, b.cursor, b.errors, b.created_at, b.trace_context);
   PERFORM batchq.note_verb('retry', 1, batch_id, b.queue, b.kind, jsonb_build_object('whole', whole), reason, actor);
   RETURN 'pending';
 EXCEPTION WHEN unique_violation THEN
@@ -125,9 +178,14 @@ EXCEPTION WHEN unique_violation THEN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION batchq.retry_items(batch_id bigint, reason text DEFAULT NULL, actor text DEFAULT NULL)
+COMMENT ON FUNCTION batchq.retry(bigint, boolean, text, text) IS
+  'Makes a finished batch pending again, with all its attempts. It goes on from its checkpoint: items that succeeded are '
+  'not run again, items that failed are; with whole => true it starts from nothing. A pending batch runs at once; '
+  'one that is processing is left alone. Returns the batch''s status; null if there is none.';
+
+CREATE FUNCTION batchq.retry_items(batch_id bigint, reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS text
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
   b record;
@@ -141,10 +199,13 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION batchq.snooze(batch_id bigint, delay interval DEFAULT NULL, until timestamptz DEFAULT NULL,
+COMMENT ON FUNCTION batchq.retry_items(bigint, text, text) IS
+  'Does as batchq.retry does for a finished batch some of whose items failed, and nothing for any other.';
+
+CREATE FUNCTION batchq.snooze(batch_id bigint, delay interval DEFAULT NULL, until timestamptz DEFAULT NULL,
                               reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS text
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
   b        record;
@@ -169,9 +230,13 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION batchq.set_priority(batch_id bigint, priority integer, reason text DEFAULT NULL, actor text DEFAULT NULL)
+COMMENT ON FUNCTION batchq.snooze(bigint, interval, timestamptz, text, text) IS
+  'Moves the run_at of a pending batch: to so long from now, or to a time. Any other is left alone. Returns the batch''s '
+  'status; null if there is none.';
+
+CREATE FUNCTION batchq.set_priority(batch_id bigint, priority integer, reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS text
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
   b record;
@@ -192,9 +257,12 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION batchq.move(batch_id bigint, to_queue text, reason text DEFAULT NULL, actor text DEFAULT NULL)
+COMMENT ON FUNCTION batchq.set_priority(bigint, integer, text, text) IS
+  'Changes the priority of a pending batch; lower is first. Any other is left alone. Returns its status; null if there is none.';
+
+CREATE FUNCTION batchq.move(batch_id bigint, to_queue text, reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS text
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
   b record;
@@ -218,3 +286,6 @@ EXCEPTION WHEN unique_violation THEN
     b.id, b.kind, b.unique_key, to_queue USING ERRCODE = 'unique_violation';
 END
 $$;
+
+COMMENT ON FUNCTION batchq.move(bigint, text, text, text) IS
+  'Moves a pending batch to another queue. Any other is left alone. Returns its status; null if there is none.';
