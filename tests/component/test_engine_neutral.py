@@ -44,7 +44,7 @@ BREACHES = {
     "moved": ("UPDATE batchq.batches_live b SET queue = $2 WHERE b.queue = $1",),
     "join": (
         "SELECT f.item FROM batchq.batches b JOIN batchq.failed_items f ON f.batch_id = b.id WHERE b.queue = $1",
-        "SELECT b.id FROM batchq.batches b WHERE NOT EXISTS (SELECT 1 FROM batchq.failed_items f WHERE f.batch_id = b.id)",
+        "SELECT b.id FROM batchq.batches b WHERE EXISTS (SELECT 1 FROM batchq.failed_items f WHERE f.batch_id = b.id)",
     ),
     "recursive": (
         "WITH RECURSIVE q AS (SELECT min(b.queue) AS queue FROM batchq.batches_live b UNION ALL "

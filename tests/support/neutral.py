@@ -1,4 +1,4 @@
-"""Find what a distributed Postgres (Citus) could not run: rules for statements over tables that are distributed by queue.
+"""Find what a distributed Postgres (Citus) could not run: rules for statements over tables distributed by queue.
 
 The rules come from trying batchq on a cluster of Citus 13.2 with PostgreSQL 15. Statements are parsed by Postgres' own
 parser (pglast); which functions are volatile or stable is read from pg_proc of a plain server. An operator counts as
@@ -83,8 +83,8 @@ def statements_of_module(module: ModuleType) -> Iterator[tuple[str, Any]]:
 
 
 def parsed(name: str, text: str) -> Iterator[tuple[str, Any]]:
-    """Yield the statements of a text. A template that is filled in later is no statement yet, and yields nothing; what a
-    statement begins with (WITH ...) is completed."""
+    """Yield the statements of a text. A template that is filled in later is no statement yet and yields nothing; the
+    beginning of a statement (WITH ...) is completed."""
     text = PLACEHOLDER.sub("$1", text.replace("%%", "%"))
     for whole in (text, f"{text} SELECT 1", f"WITH before AS (SELECT 1) {text}"):
         with suppress(ParseError):
@@ -167,8 +167,9 @@ def catalog(conn: psycopg.Connection[Any], made: list[Routine]) -> Catalog:
     """Return what the rules need: volatilities from pg_proc, and the functions that write or call one that does."""
     worst: dict[tuple[str, int], str] = {}
     rows = conn.execute(
-        "SELECT proname, n, provolatile::text FROM pg_catalog.pg_proc p, generate_series((p.pronargs - p.pronargdefaults)::integer, "
-        "p.pronargs::integer) n WHERE p.pronamespace IN ('pg_catalog'::regnamespace, 'batchq'::regnamespace)"
+        "SELECT proname, n, provolatile::text FROM pg_catalog.pg_proc p "
+        "CROSS JOIN generate_series((p.pronargs - p.pronargdefaults)::integer, p.pronargs::integer) n "
+        "WHERE p.pronamespace IN ('pg_catalog'::regnamespace, 'batchq'::regnamespace)"
     )
     for name, count, volatility in rows:
         worst[name, count] = max(volatility, worst.get((name, count), "i"))  # i < s < v
