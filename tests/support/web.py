@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from batchq.web.app import Web, server_of
+from batchq.web.server import Web, server_of
 from batchq.web.settings import WebSettings
 from tests.support.waiting import wait_until
 
