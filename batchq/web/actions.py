@@ -22,8 +22,6 @@ class Actions:
         self._reader = reader
         self._pages = pages
 
-    # ------------------------------------------------------------------------------------------------- one target
-
     def ask(self, request: Request) -> Response:
         """Ask whether to do a verb."""
         verb = self._verb(request)
@@ -32,16 +30,15 @@ class Actions:
     async def do(self, request: Request) -> Response:
         """Do a verb, then show the page of its target."""
         verb = self._verb(request)
-        form = await read_form(request)
+        return await run_in_threadpool(self._do, request, verb, await read_form(request))
+
+    def _do(self, request: Request, verb: str, form: dict[str, str]) -> Response:
         try:
-            await run_in_threadpool(verbs.do, self._reader, verb, form)
+            verbs.do(self._reader, verb, form)
         except verbs.Refused as error:
-            values = _verb_values(verb, form, str(error))
-            return await run_in_threadpool(self._pages.page, request, "verb.html", 409, **values)
+            return self._pages.page(request, "verb.html", 409, **_verb_values(verb, form, str(error)))
         target = {"batch": f"/batches/{form.get('id')}", "worker": "/workers"}.get(verbs.VERBS[verb].target, "/")
         return RedirectResponse(f"{target}?{formats.query(said=verb)}", 303)
-
-    # ------------------------------------------------------------------------------------------ all that match
 
     def ask_bulk(self, request: Request) -> Response:
         """Ask for the filter of the batches to do a verb to."""
@@ -50,21 +47,19 @@ class Actions:
     async def do_bulk(self, request: Request) -> Response:
         """Count what matches or change the next chunk; show the progress, with the form that continues."""
         verb = self._verb(request)
-        form = await read_form(request)
+        return await run_in_threadpool(self._do_bulk, request, verb, await read_form(request))
+
+    def _do_bulk(self, request: Request, verb: str, form: dict[str, str]) -> Response:
         try:
-            job = _opened(request, form) if "job" in form else await run_in_threadpool(
-                bulk.asked, self._reader, verb, form
-            )  # fmt: skip
+            job = _opened(request, form) if "job" in form else bulk.asked(self._reader, verb, form)
         except verbs.Refused as error:
-            return await run_in_threadpool(self._bulk_form, request, verb, form, str(error))
+            return self._bulk_form(request, verb, form, str(error))
         code, problem = 200, None
         try:
-            job = await run_in_threadpool(bulk.go_on, self._reader, job)
-        except bulk.TryAgain as error:
-            code, problem = 503, str(error)
+            job = bulk.go_on(self._reader, job)
         except verbs.Refused as error:
-            code, problem = 409, str(error)
-        return await run_in_threadpool(self._bulk_progress, request, job, code, problem)
+            code, problem = 503 if isinstance(error, bulk.TryAgain) else 409, str(error)
+        return self._bulk_progress(request, job, code, problem)
 
     def _bulk_form(self, request: Request, verb: str, given: dict[str, str], problem: str = "") -> Response:
         if verb not in bulk.TAKES:

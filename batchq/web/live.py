@@ -8,7 +8,6 @@ of one database connection's time.
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -30,10 +29,13 @@ Render = Callable[[], str]
 
 @dataclass
 class LivePart:
-    """A part of a page that somebody watches. Each viewer has a queue of length one, for the newest text."""
+    """A part of a page that somebody watches.
+
+    viewers: a queue of length one for each, which holds the newest text, and the client that it belongs to.
+    """
 
     render: Render
-    viewers: set[asyncio.Queue[str]] = field(default_factory=set)
+    viewers: dict[asyncio.Queue[str], str] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
     text: str | None = None
     reads: int = 0
@@ -56,18 +58,21 @@ class Live:
         self._every_seconds = every_seconds
         self.share = _SHARE
         self.watched: dict[str, LivePart] = {}
-        self._of_client: Counter[str] = Counter()
 
     @property
     def viewers(self) -> int:
         """Viewers of all parts."""
-        return sum(len(part.viewers) for part in self.watched.values())
+        return len(self._clients())
+
+    def _clients(self) -> list[str]:
+        return [client for part in self.watched.values() for client in part.viewers.values()]
 
     def is_full(self, name: str, client: str = "") -> bool:
         """Return whether one more viewer would be too many: of this client, in all, or of one more part."""
+        clients = self._clients()
         return (
-            self._of_client[client] >= _MOST_OF_A_CLIENT
-            or self.viewers >= _MOST_VIEWERS
+            clients.count(client) >= _MOST_OF_A_CLIENT
+            or len(clients) >= _MOST_VIEWERS
             or (name not in self.watched and len(self.watched) >= _MOST_PARTS)
         )
 
@@ -77,7 +82,7 @@ class Live:
         """Yield an event whenever the part has changed, and a comment when 15 s have passed without one. End once the
         viewer is no longer let in, for example after logging out."""
         until = time.monotonic() + _LONGEST_STREAM_SECONDS
-        with self._counted(client), self._viewing(name, render) as texts:
+        with self._viewing(name, render, client) as texts:
             yield "retry: 2000\n\n"
             while time.monotonic() < until:
                 try:
@@ -89,22 +94,11 @@ class Live:
                 yield news
 
     @contextlib.contextmanager
-    def _counted(self, client: str) -> Iterator[None]:
-        """Count one more viewer of a client during the block."""
-        self._of_client[client] += 1
-        try:
-            yield
-        finally:
-            self._of_client[client] -= 1
-            if not self._of_client[client]:
-                del self._of_client[client]
-
-    @contextlib.contextmanager
-    def _viewing(self, name: str, render: Render) -> Iterator[asyncio.Queue[str]]:
+    def _viewing(self, name: str, render: Render, client: str) -> Iterator[asyncio.Queue[str]]:
         """Add a viewer during the block: the first one of a part starts its task, the last one ends it."""
         part = self.watched.setdefault(name, LivePart(render))
         texts: asyncio.Queue[str] = asyncio.Queue(1)
-        part.viewers.add(texts)
+        part.viewers[texts] = client
         if part.text is not None:
             texts.put_nowait(part.text)
         if part.task is None:
@@ -112,7 +106,7 @@ class Live:
         try:
             yield texts
         finally:
-            part.viewers.discard(texts)
+            del part.viewers[texts]
             if not part.viewers:
                 part.task.cancel()
                 self.watched.pop(name, None)

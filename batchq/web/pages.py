@@ -69,8 +69,6 @@ class Pages:
     def _render(self, template: str, **values: Any) -> str:
         return self._templates.get_template(template).render(read_only=self.read_only, **values)
 
-    # -------------------------------------------------------------------------------------------------- live parts
-
     def live_part(self, name: str) -> str:
         """Return the live part of a page: overview, workers, or batch/ID. Raises HTTPException 404."""
         if name == "overview":
@@ -103,8 +101,6 @@ class Pages:
         [batch] = found
         errors = self._reader.read("errors", id=batch_id)
         return {"batch": batch, "errors": errors, "left_seconds": _left_seconds(batch), "actions": _actions(batch)}
-
-    # ------------------------------------------------------------------------------------------------------- pages
 
     def overview(self, request: Request) -> HTMLResponse:
         """Show queues, rates, failures and workers."""

@@ -115,8 +115,6 @@ class Web:
         events = self.live.stream(name, lambda: self._pages.live_part(name), lambda: guard.is_let_in(request), client)
         return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
-    # ---------------------------------------------------------------------------------------------------- problems
-
     def _http_problem(self, request: Request, error: Exception) -> Response:
         code, text = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "")
         return self._pages.problem(request, code, str(text) or "something went wrong")
@@ -128,8 +126,6 @@ class Web:
         text = hide_password(" ".join(str(error).split()))
         log.warning("page not shown: database error", path=request.scope["path"], error=text)
         return self._pages.problem(request, 503, "the database does not answer")
-
-    # ------------------------------------------------------------------------------------------------------ health
 
     def _readyz(self, _: Request) -> Response:
         try:

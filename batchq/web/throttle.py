@@ -1,7 +1,6 @@
 """The login backoff of the web UI: wrong passwords and tokens are counted and throttled; right ones never are."""
 
 import time
-from collections import OrderedDict
 
 from batchq.common.hosts import Seldom, group_of
 from batchq.common.log import get_logger
@@ -24,9 +23,7 @@ class Throttle:
     """
 
     def __init__(self) -> None:
-        self.failures: OrderedDict[str, tuple[int, float]] = (
-            OrderedDict()
-        )  # per client: how many; when the next may come
+        self.failures: dict[str, tuple[int, float]] = {}  # per client: how many, and when it may give the next
         self._paid_until = 0.0  # of all addresses: each failure moves it by a second
         self._reported = Seldom()
 
@@ -48,4 +45,4 @@ class Throttle:
         self.failures.pop(client, None)
         self.failures[client] = (count, now + wait)
         if len(self.failures) > _MOST_ADDRESSES:
-            self.failures.popitem(last=False)
+            del self.failures[next(iter(self.failures))]
