@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import uvicorn
@@ -56,20 +57,7 @@ class Web:
         self.live = Live(every_seconds)
         self._pages = Pages(self.reader, settings.read_only)
         starlette = Starlette(
-            routes=self._routes(),
-            lifespan=self._lifespan,
-            exception_handlers={
-                HTTPException: self._http_problem,
-                ClientDisconnect: _client_left,
-                psycopg.errors.QueryCanceled: self._problem(
-                    504, f"the database did not answer within {read_seconds:g} s"
-                ),
-                psycopg.errors.InsufficientPrivilege: self._problem(
-                    403, "the web UI's database role may not read this; see docs/web.md"
-                ),
-                psycopg.Error: self._database_problem,
-                BatchqError: self._database_problem,
-            },
+            routes=self._routes(), lifespan=self._lifespan, exception_handlers=self._problems(read_seconds)
         )
         self.guard = Guard(starlette, settings)
 
@@ -115,12 +103,21 @@ class Web:
         events = self.live.stream(name, lambda: self._pages.live_part(name), lambda: guard.is_let_in(request), client)
         return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
+    def _problems(self, read_seconds: float) -> dict[Any, Callable[[Request, Exception], Response]]:
+        too_slow = f"the database did not answer within {read_seconds:g} s"
+        forbidden = "the web UI's database role may not read this; see docs/web.md"
+        return {
+            HTTPException: self._http_problem,
+            ClientDisconnect: _client_left,
+            psycopg.errors.QueryCanceled: lambda request, _: self._pages.problem(request, 504, too_slow),
+            psycopg.errors.InsufficientPrivilege: lambda request, _: self._pages.problem(request, 403, forbidden),
+            psycopg.Error: self._database_problem,
+            BatchqError: self._database_problem,
+        }
+
     def _http_problem(self, request: Request, error: Exception) -> Response:
         code, text = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "")
         return self._pages.problem(request, code, str(text) or "something went wrong")
-
-    def _problem(self, code: int, text: str) -> Callable[[Request, Exception], Response]:
-        return lambda request, _: self._pages.problem(request, code, text)
 
     def _database_problem(self, request: Request, error: Exception) -> Response:
         text = hide_password(" ".join(str(error).split()))

@@ -1,4 +1,4 @@
-"""The page in a real browser: it lives, it obeys its policy, hostile texts are text, and people can read and use it."""
+"""The web UI in a real browser: it is live, it obeys its policy, hostile texts are text, and people can use it."""
 
 from collections.abc import Iterator
 
@@ -62,7 +62,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def site(dsn: str) -> Iterator[Site]:
-    """Serve the page."""
+    """Serve the web UI."""
     with served(dsn) as site:
         yield site
 
@@ -120,7 +120,7 @@ def test_a_batch_is_cancelled_and_retried_by_hand(conn: Conn, site: Site, page: 
 
 
 def ask_to_cancel(page: Page, site: Site) -> None:
-    """Go from the list of mails to the page that tells how many would be cancelled."""
+    """Go from the list of mails to the page that shows how many would be cancelled."""
     page.goto(f"{site.url}/batches?kind=mail")
     page.get_by_text("Act on all matching batches").click()
     page.get_by_role("link", name="Cancel").click()

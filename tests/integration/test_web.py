@@ -1,4 +1,4 @@
-"""The page over HTTP, on the real database: who gets in, what is refused, what is shown, what it costs."""
+"""The web UI over HTTP, on the real database: who gets in, what is refused, what is shown, what it costs."""
 
 import re
 import signal
@@ -52,14 +52,14 @@ PATHS = ("/", "/batches", "/batches/1", "/workers", "/audit", "/live/overview", 
 
 @pytest.fixture
 def site(dsn: str) -> Iterator[Site]:
-    """Serve the page without a password."""
+    """Serve the web UI without a password."""
     with served(dsn) as site:
         yield site
 
 
 @pytest.fixture
 def closed_site(dsn: str) -> Iterator[Site]:
-    """Serve the page with a password."""
+    """Serve the web UI with a password."""
     with served(dsn, password=PASSWORD) as site:
         yield site
 
@@ -194,7 +194,7 @@ def test_the_command_serves_until_it_is_told_to_stop(dsn: str) -> None:
             except httpx.ConnectError:
                 return False
 
-        wait_until(is_served, 60, "the page to be served")
+        wait_until(is_served, 60, "the web UI to be served")
         assert page.stop(60) in (0, -signal.SIGTERM)
 
 
@@ -562,7 +562,7 @@ def readers_sql() -> str:
 
 
 def ask_many(site: Site, verb: str, **fields: object) -> httpx.Response:
-    """Send the form that asks for a filter; return the page that tells how many match."""
+    """Send the form that asks for a filter; return the page that shows how many match."""
     return site.post(f"/bulk/{verb}", site.form_token(f"/bulk/{verb}"), **fields)
 
 
@@ -898,7 +898,7 @@ def test_live_parts_of_what_is_not_there_are_not_found(site: Site) -> None:
 def test_a_page_says_when_the_database_is_away(conn: Conn, site: Site, crash_server: Any) -> None:
     assert site.client.get("/readyz").status_code == 200
     crash_server()
-    wait_until(lambda: site.client.get("/readyz").status_code == 200, 60, "the page to find the database again")
+    wait_until(lambda: site.client.get("/readyz").status_code == 200, 60, "the web UI to find the database again")
     assert site.client.get("/").status_code == 200
 
 

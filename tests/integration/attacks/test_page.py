@@ -29,14 +29,14 @@ CLOSED = (303, 401)  # what a stranger is answered
 
 @pytest.fixture
 def site(dsn: str) -> Iterator[Site]:
-    """Serve the page with a password and a token, to a client that has no proxy."""
+    """Serve the web UI with a password and a token, to a client that has no proxy."""
     with served(dsn, password=PASSWORD, token=TOKEN) as site:
         yield site
 
 
 @pytest.fixture
 def proxied(dsn: str) -> Iterator[Site]:
-    """Serve the page behind a proxy on this machine, which is named."""
+    """Serve the web UI behind a proxy on this machine, which is named."""
     with served(dsn, password=PASSWORD, token=TOKEN, proxies="127.0.0.1") as site:
         yield site
 
@@ -379,7 +379,7 @@ TWO_READINGS = {
 
 
 def test_a_request_with_another_one_in_its_body(site: Site) -> None:
-    """As a stranger behind a proxy that finds another end of a request than the page does: what is left over would be
+    """As a stranger behind a proxy that finds another end of a request than the web UI does: what is left over would be
     the beginning of the next person's request."""
     head = f"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1:{site.port}\r\n".encode()
     for kind, rest in TWO_READINGS.items():
