@@ -37,7 +37,7 @@ LIMIT %(limit)s
 -- name: workers
 SELECT id, hostname, pid, version, queues, kinds, concurrency, in_hand,
        CASE
-         WHEN heartbeat_at < now() - interval '1 minute' THEN 'silent'
+         WHEN heartbeat_at < now() - interval '1 minute' THEN 'gone'
          WHEN stopping THEN 'stopping'
          WHEN drain_asked_at IS NOT NULL THEN 'draining'
          ELSE 'working'

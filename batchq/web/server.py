@@ -139,7 +139,7 @@ class Web:
             return PlainTextResponse("the extra is not installed; run pip install 'batchq[metrics]'\n", 501)
         queues = self.reader.read("queues", limit=_MOST_SCRAPED)
         workers = self.reader.read("workers", limit=_MOST_SCRAPED)
-        live = sum(row["state"] != "silent" for row in workers)
+        live = sum(row["state"] != "gone" for row in workers)
         return Response(exposition(lambda: queue_metrics(queues, live)), media_type=CONTENT_TYPE)
 
 
