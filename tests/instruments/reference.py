@@ -120,7 +120,7 @@ def settings() -> Iterator[str]:
     yield "A `.env` with settings of batchq that another user (not root) owns, or that others may write, is refused,"
     yield "unless `BATCHQ_ENV_FILE` names it; empty, that has no file read.\n"
     yield table(("setting", "default", "takes", "what it is"), *rows)
-    yield "Those of the page are in [web](web.md).\n"
+    yield "The settings of the web UI are in [web](web.md).\n"
 
 
 def takes(name: str, field: FieldInfo) -> str:

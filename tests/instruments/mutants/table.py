@@ -1079,42 +1079,42 @@ MUTANTS = [
         PAGE,
         [
             (
-                "self.paid_until = max(self.paid_until, now) + SECONDS_PER_FAILURE_OF_ALL",
+                "self._paid_until = max(self._paid_until, now) + _SECONDS_PER_FAILURE_OF_ALL",
                 "pass",
                 "guesses from many addresses are throttled",
             ),
             ("max(free_at - now, ahead)", "ahead", "guesses from one address are throttled"),
         ],
-        "batchq/web/auth.py",
+        "batchq/web/throttle.py",
     ),
     *of(
         "    def is_known(self",
         PAGE,
         [(" and session in self.known", "", "logging out ends a session")],
-        "batchq/web/auth.py",
+        "batchq/web/sessions.py",
     ),
     *of(
         "def client_of(",
         PAGE,
         [("not is_within(address, proxies) or ", "", "only a trusted proxy names a client")],
-        "batchq/web/auth.py",
+        "batchq/web/guard.py",
     ),
     *of(
-        "    def take_in(self",
+        "    def admit(self",
         HELD,
         [
-            ("and not self.give_way(address)", "and False", "one address does not hold all connections"),
-            ("and not self.give_way():", "and False:", "who waits longest for its client gives way"),
+            ("and not self._drop_one(address)", "and False", "one address does not hold all connections"),
+            ("and not self._drop_one():", "and False:", "who waits longest for its client gives way"),
         ],
         "batchq/web/connections.py",
     ),
     *of(
-        "    def follow(self",
+        "    def _follow(self",
         HELD,
         [
             (
-                "self.timer = self.loop.call_later(WAIT_SECONDS[stage[0]], self.drop)",
-                "self.timer = None",
+                "self._timer = self.loop.call_later(WAIT_SECONDS[stage[0]], self.drop)",
+                "self._timer = None",
                 "no client is waited for without a limit",
             )
         ],
