@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import psycopg
 
 from batchq.errors import ConfigError
-from batchq.postgres.database import connect, read_only_problem, transaction
+from batchq.postgres.connections import connect
 from batchq.postgres.migrate import all_migrations
+from batchq.postgres.server_checks import read_only_problem
 from batchq.postgres.statements import health, ledger, session
+from batchq.postgres.transactions import transaction
 
 SECONDS_EACH = 5.0
 PATIENCE_SECONDS = 300.0

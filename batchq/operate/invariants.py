@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from batchq.postgres.database import transaction
 from batchq.postgres.statements import health, session
+from batchq.postgres.transactions import transaction
 
 MOST_OFFENDERS = 10
 SECONDS_EACH = 5.0

@@ -11,7 +11,8 @@ import psycopg
 
 from batchq.common.secrets import hide_password
 from batchq.errors import ConfigError
-from batchq.postgres.database import bounded, connect
+from batchq.postgres.connections import connect
+from batchq.postgres.deadlines import deadline
 from batchq.postgres.statements import ledger, session
 
 FILE_NAME = re.compile(r"(\d{4})_(\w+)\.sql")
@@ -89,12 +90,12 @@ def apply(conn: psycopg.Connection[Any], migration: Migration) -> str | None:
     """Apply one migration, unless somebody has; return its name if it was applied here. Raises LockNotAvailable."""
     if ledger.has_ledger(conn) and migration.version in ledger.applied_migrations(conn):
         return None  # whoever may read that need not be the owner
-    with bounded(conn, SECONDS_A_FILE + 1), conn.transaction():
-        # Its own limits: those of the role or the database are made for short statements.
-        conn.execute(session.limits(SECONDS_A_FILE, SECONDS_A_FILE, settings=session.PLAIN))
+    with deadline(conn, SECONDS_A_FILE + 1), conn.transaction():
+        # Timeouts of its own: those of the role or the database suit short statements.
+        conn.execute(session.transaction_settings(SECONDS_A_FILE, SECONDS_A_FILE, settings=session.FIXED_FORMATS))
         ledger.lift_transaction_timeout(conn)
         ledger.take_migration_lock(conn)
-        session.wait_briefly_for_locks(conn, 500)
+        session.set_lock_timeout(conn, 500)
         if not ledger.has_ledger(conn):
             run_file(conn, (directory() / LEDGER).read_text(encoding="utf-8"))
         if migration.version in ledger.applied_migrations(conn):

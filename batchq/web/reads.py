@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from batchq.postgres.database import HandlerConnections
+from batchq.postgres.handler_connections import HandlerConnections
 from batchq.postgres.statements import running, session, views
 
 Conn = psycopg.Connection[Any]
@@ -36,7 +36,7 @@ class Reader:
 
     def __init__(self, dsn: str, seconds: float = READ_SECONDS) -> None:
         self.connections = HandlerConnections(
-            dsn, POOL_SIZE, seconds, seconds, queue_seconds=seconds, cleans=False, settings=session.PLAIN
+            dsn, POOL_SIZE, seconds, seconds, queue_seconds=seconds, cleans=False, settings=session.FIXED_FORMATS
         )
 
     def open(self) -> None:

@@ -8,12 +8,12 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from batchq.postgres.database import LONGEST_TEXT
 from batchq.postgres.statements import checkpoints, claims, endings, inputs, leases, session
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.claims import END, START, Position
 from batchq.postgres.statements.endings import Finish, Requeue
 from batchq.postgres.statements.running import Statement
+from batchq.postgres.transactions import LONGEST_TEXT
 from tests.component.rows import (
     KIND,
     Conn,
@@ -168,7 +168,7 @@ def test_a_kind_that_the_worker_does_not_know_stays_pending(conn: Conn) -> None:
 def test_two_claims_at_once_take_different_batches_and_neither_waits(conn: Conn, dsn: str) -> None:
     inserted = [insert(conn) for _ in range(10)]
     with psycopg.connect(dsn, prepare_threshold=None) as other:
-        other.execute(session.limits(5))
+        other.execute(session.transaction_settings(5))
         step("one claims 4 and has not committed, the other claims all it can get")
         first = claim(other, 4, worker="worker-2")
         with conn.transaction():
@@ -336,7 +336,7 @@ def plan_of(conn: Conn, statement: Statement) -> dict[str, Any]:
     text, parameters = statement
     with conn.transaction(force_rollback=True):
         conn.cursor_factory = psycopg.Cursor
-        conn.execute(session.limits(60, settings=session.BY_INDEX))
+        conn.execute(session.transaction_settings(60, settings=session.FORCE_INDEX_AND_HASH_JOIN))
         explain = f"EXPLAIN (ANALYZE, FORMAT JSON) {text}".encode()
         client = psycopg.ClientCursor(conn)
         is_short = len(client.mogrify(explain, parameters)) <= LONGEST_TEXT

@@ -410,7 +410,7 @@ def test_a_rescue_passes_over_what_somebody_writes_just_now(conn: Conn, dsn: str
         expire_lease(conn, batch_id)
     with psycopg.connect(dsn, prepare_threshold=None) as late_worker:
         step("the worker of %s wakes up late, and saves a checkpoint", busy.id)
-        late_worker.execute(session.limits(5))
+        late_worker.execute(session.transaction_settings(5))
         late_worker.execute(*checkpoints.checkpoint("default", *busy, 60, Progress()))
         with conn.transaction():
             conn.execute("SELECT set_config('lock_timeout', '500ms', true)")
@@ -494,7 +494,7 @@ def test_an_extension_names_only_those_that_are_lost(conn: Conn) -> None:
 def test_an_extension_passes_over_a_locked_row_and_does_not_call_it_lost(conn: Conn, dsn: str) -> None:
     locked, free = processing(conn), processing(conn)
     with psycopg.connect(dsn, prepare_threshold=None) as own_finisher:
-        own_finisher.execute(session.limits(5))
+        own_finisher.execute(session.transaction_settings(5))
         own_finisher.execute(*endings.finish("default", [Finish(*locked, "completed")]))
         with conn.transaction():
             conn.execute("SELECT set_config('lock_timeout', '500ms', true)")

@@ -10,7 +10,8 @@ import pytest
 
 import batchq
 from batchq.batch import Runtime
-from batchq.postgres.database import HandlerConnections, Link
+from batchq.postgres.handler_connections import HandlerConnections
+from batchq.postgres.link import Link
 from batchq.postgres.statements import claims as claim_statements
 from batchq.postgres.statements import leases, probes, session
 from batchq.postgres.statements.claims import END, START, ClaimedRow, Position
@@ -274,7 +275,7 @@ def pages_met(conn: Conn, statement: Statement, index: str = "batches_live_ready
     """
     text, parameters = statement
     with conn.transaction(force_rollback=True):
-        conn.execute(session.limits(60, settings=session.BY_INDEX))
+        conn.execute(session.transaction_settings(60, settings=session.FORCE_INDEX_AND_HASH_JOIN))
         cursor = psycopg.ClientCursor(conn)
         for _ in range(10 if "batchq.has_ready(" in text else 0):
             cursor.execute(text, parameters)

@@ -19,7 +19,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import batchq
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import claims, endings, leases
 from batchq.testing import running_worker
 from batchq.worker import claimer

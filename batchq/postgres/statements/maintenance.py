@@ -1,7 +1,7 @@
 """Maintenance that one worker does for all: partitions, retention, merged minutes."""
 
 from batchq.postgres.statements.running import Conn, one
-from batchq.postgres.statements.session import wait_briefly_for_locks
+from batchq.postgres.statements.session import set_lock_timeout
 
 
 def prune_records(conn: Conn) -> int:
@@ -12,7 +12,7 @@ def prune_records(conn: Conn) -> int:
 
 def merge_throughput(conn: Conn) -> int:
     """Make one row of the rows of all workers, for each minute that is over; return how many were made."""
-    wait_briefly_for_locks(conn)  # leases are kept by the same thread
+    set_lock_timeout(conn)  # leases are kept by the same thread
     merged: int = one(conn, "SELECT batchq.merge_throughput()", {})[0]
     return merged
 
@@ -28,7 +28,7 @@ def create_finished_partitions(conn: Conn, days: int) -> int:
 
     Raises LockNotAvailable rather than wait for a lock for more than 100 ms: whoever comes after would wait behind us.
     """
-    wait_briefly_for_locks(conn)
+    set_lock_timeout(conn)
     created: int = one(
         conn,
         "SELECT batchq.create_finished_partitions((now() AT TIME ZONE 'UTC')::date, %(days)s)",
@@ -39,6 +39,6 @@ def create_finished_partitions(conn: Conn, days: int) -> int:
 
 def prune(conn: Conn, older_than_days: float) -> int:
     """Drop the finished partitions older than that; return how many. Raises LockNotAvailable after 100 ms."""
-    wait_briefly_for_locks(conn)
+    set_lock_timeout(conn)
     dropped: int = one(conn, "SELECT batchq.prune(%(days)s::float8 * interval '1 day')", {"days": older_than_days})[0]
     return dropped

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from batchq.postgres.statements.running import Conn, Statement, array_text, every
-from batchq.postgres.statements.session import PLAIN, WITHOUT_WAITING_FOR_THE_DISK, wait_briefly_for_locks
+from batchq.postgres.statements.session import ASYNCHRONOUS_COMMIT, FIXED_FORMATS, set_lock_timeout
 
 
 class WorkerRow(NamedTuple):
@@ -43,7 +43,7 @@ WHERE id <> %(id)s
   AND NOT stopping
 """
 # For what the keeper writes besides; a lock is waited for 100 ms at most: leases are kept by the same thread.
-HEARTBEAT_SETTINGS = THROUGHPUT_SETTINGS = PLAIN | WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}
+HEARTBEAT_SETTINGS = THROUGHPUT_SETTINGS = FIXED_FORMATS | ASYNCHRONOUS_COMMIT | {"lock_timeout": "100"}
 
 
 class Turn(NamedTuple):
@@ -78,7 +78,7 @@ def beat(row: Sequence[Any]) -> Beat:
 
 def forget_silent_workers(conn: Conn) -> None:
     """Remove the workers that were silent for an hour, but for those that another one is removing."""
-    wait_briefly_for_locks(conn)  # leases are kept by the same thread
+    set_lock_timeout(conn)  # leases are kept by the same thread
     conn.execute(
         """
         DELETE FROM batchq.workers

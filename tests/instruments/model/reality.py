@@ -10,7 +10,8 @@ from psycopg import sql
 import batchq
 from batchq.app import Handler
 from batchq.batch import Runtime
-from batchq.postgres.database import HandlerConnections, Link
+from batchq.postgres.handler_connections import HandlerConnections
+from batchq.postgres.link import Link
 from batchq.postgres.statements import health
 from batchq.retry import Backoff
 from batchq.worker.finisher import Finisher
