@@ -20,7 +20,7 @@ PAGE_ROWS = 50
 LOOK_ROWS = 5000  # how many batches one page of a filtered list looks at
 MOST_CHARACTERS = 20_000  # of a payload
 HIGHEST_ID = 2**63 - 1
-SQL = running.statements_of(Path(__file__).with_name("queries.sql"))
+SQL = running.load_statements(Path(__file__).with_name("queries.sql"))
 BASES = {
     "ready": ["pending"],
     "scheduled": ["pending"],

@@ -334,5 +334,5 @@ class Claimer:
         while self.unknown:
             queue, token = self.unknown[0]
             with self.link.transaction() as conn:
-                claims.give_back_claim(conn, queue, token)
+                claims.release_claim(conn, queue, token)
             self.unknown.pop(0)

@@ -243,10 +243,10 @@ def test_a_claim_of_unknown_outcome_is_given_back_by_its_token_unharmed(conn: Co
     token = uuid4()
     claim(conn, 2, token=token)
     claim(conn, 1)
-    assert claims.give_back_claim(conn, "default", token) == 2
+    assert claims.release_claim(conn, "default", token) == 2
     assert [batch(conn, batch_id) for batch_id in inserted[:2]] == before[:2]
     assert batch(conn, inserted[2])["status"] == "processing", "of another claim"
-    assert claims.give_back_claim(conn, "default", token) == 0, "again: nothing is left of it"
+    assert claims.release_claim(conn, "default", token) == 0, "again: nothing is left of it"
 
 
 # ----------------------------------------------------------------------------------------------------- flat cost

@@ -207,7 +207,7 @@ LOOKED_AT: dict[str, Callable[[Conn], Any]] = {
     "newest id": health.newest_id,
     "page": lambda conn: batch_list(None, None, None, None, None)(conn),
     "page, processing": lambda conn: batch_list(None, None, "processing", None, None)(conn),
-    "doctor, stalled": lambda conn: health.ailing(conn, "stalled", {}),
+    "doctor, stalled": lambda conn: health.findings(conn, "stalled", {}),
 }
 
 

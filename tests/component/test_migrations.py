@@ -297,7 +297,7 @@ def check_every_statement(conn: Conn) -> None:
     assert ready_priorities(conn, "default", [KIND], {0: claims.START, 1: claims.START}) == [0]
     assert is_ready_between(conn, "default", 0, [KIND], claims.START, claims.END)
     assert len(claim(conn, 2, token=(token := processing(conn, kind="other").token))) == 2
-    assert claims.give_back_claim(conn, "default", token) == 3
+    assert claims.release_claim(conn, "default", token) == 3
     taken = processing(conn, kind="third", items=[1, 2])
     write_everything(conn, taken)
     failed = finished(conn, "failed", kind="fourth", error='{"error": "no"}')

@@ -455,7 +455,7 @@ def given_back(conn: Conn, dsn: str) -> int:
 def given_back_by_its_token(conn: Conn, dsn: str) -> int:
     """Give back what a claim of unknown outcome has claimed."""
     batch_id, token = one_claimed(conn)
-    assert claim_statements.give_back_claim(conn, "default", token) == 1
+    assert claim_statements.release_claim(conn, "default", token) == 1
     return batch_id
 
 

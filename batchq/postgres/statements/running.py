@@ -1,7 +1,8 @@
-"""How statements are run, and rows read; the one loader of .sql files."""
+"""Run statements and return their rows; load .sql files."""
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, LiteralString
 
@@ -13,12 +14,13 @@ Statement = tuple[LiteralString, dict[str, Any]]
 
 
 def array_text(values: Iterable[object]) -> str:
-    """Return an array of numbers or uuids as Postgres reads it."""
+    """Return numbers or uuids as the text of a Postgres array."""
     return f"{{{','.join(map(str, values))}}}"
 
 
-def statements_of(file: Path) -> dict[str, bytes]:
-    """Return the statements of a .sql file by name: each follows a line ``-- name: NAME``."""
+@cache
+def load_statements(file: Path) -> dict[str, bytes]:
+    """Return the statements of a .sql file by name; each follows a line ``-- name: NAME``."""
     parts = re.split(r"^-- name: (\w+)\n", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {name: text.strip().encode() + b"\n" for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 

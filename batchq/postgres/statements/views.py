@@ -1,4 +1,4 @@
-"""What people see: status, queues, failures, single batches, changes."""
+"""Rows for people: status, queues, failures, single batches, changes."""
 
 from collections.abc import Sequence
 from typing import Any, LiteralString
@@ -11,11 +11,11 @@ def failure_rows(conn: Conn) -> list[dict[str, Any]]:
     return objects(conn, "SELECT to_jsonb(f) FROM batchq.failures f ORDER BY f.latest_at DESC, f.kind, f.error", {})
 
 
-# Of the finer statuses of batchq.status: those of batchq.batches, by which partitions that cannot match are left out.
+# The status of batchq.batches for each finer one of batchq.status; it excludes partitions that cannot match.
 STORED_STATUS = {"ready": "pending", "scheduled": "pending", "retrying": "pending", "stalled": "processing"}
 FINAL_STATUSES = ("completed", "failed", "cancelled")
 HIGHEST_ID = 2**63 - 1
-MOST_PROCESSING = 100_000  # of one queue, in which changes are looked for
+MOST_PROCESSING = 100_000  # batches of one queue that are searched for changes
 
 
 def status_rows(
@@ -60,7 +60,7 @@ def status_row(conn: Conn, batch_id: int) -> dict[str, Any] | None:
 
 
 def running_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) -> list[dict[str, Any]]:
-    """Return rows of batchq.status of batches that are being worked, or stalled, as JSON objects."""
+    """Return rows of batchq.status of processing and stalled batches, as JSON objects."""
     return objects(
         conn,
         """
@@ -90,7 +90,7 @@ def running_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) ->
 
 
 def failed_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) -> list[dict[str, Any]]:
-    """Return rows of batchq.status of the batches that failed last, of the last day, as JSON objects."""
+    """Return rows of batchq.status of batches that failed within the last day, the latest first, as JSON objects."""
     return objects(
         conn,
         """
@@ -131,7 +131,7 @@ def queue_rows(conn: Conn, queue: str | None = None, kind: str | None = None) ->
 def batch_object(conn: Conn, batch_id: int, inputs_as_text: bool = False) -> dict[str, Any] | None:
     """Return one batch as a JSON object: its row of batchq.status, and payload, cursor, result and errors.
 
-    *inputs_as_text*: payload and cursor as the text of their JSON, for values that Python refuses to read.
+    *inputs_as_text*: return payload and cursor as JSON text, for values that Python refuses to read.
     """
     found = objects(
         conn,
@@ -211,9 +211,8 @@ ORDER BY s.id
 def changed_rows(
     conn: Conn, since: str, after_id: int, ids: Sequence[int], queue: str | None, kind: str | None, limit: int
 ) -> list[dict[str, Any]]:
-    """Return up to *limit* rows of batchq.status: those that failed after *since* or are stalled; those processing,
-    finished after *since*, named by *ids* or new (their id is above *after_id*). Where there are more, the first ones
-    of that order are taken."""
+    """Return up to *limit* rows of batchq.status: first those that failed after *since*, then stalled, processing,
+    finished after *since*, named by *ids*, and new ones (with an id above *after_id*)."""
     return objects(
         conn,
         CHANGED,

@@ -40,7 +40,7 @@ FROM batchq.batches b
 ORDER BY b.id
 """
 INVARIANTS = " UNION ALL ".join(
-    f"SELECT '{name}', x::text FROM ({query}) AS x" for name, query in health.invariants().items()
+    f"SELECT '{name}', x::text FROM ({query.decode()}) AS x" for name, query in health.invariants().items()
 )
 CLEAN = "DELETE FROM batchq.batches; DELETE FROM batchq.failed_items; DELETE FROM effects"
 

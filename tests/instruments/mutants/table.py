@@ -52,7 +52,7 @@ TERMINAL, SECRETS, ARGUMENTS, IMPORTS, FUNCTIONS, PRODUCER, SEARCH_PATHS, NOTIFY
 CONNECTING, TRANSACTING, HANDLERS, FAIR_QUEUE = (
     f"batchq/postgres/{name}.py" for name in ("connections", "transactions", "handler_connections", "fair_queue")
 )
-SECTION_END = re.compile(r'^"""$|\n\n\n|^\$\$;', re.MULTILINE)
+SECTION_END = re.compile(r'^"""(?=$|  # )|\n\n\n|^\$\$;', re.MULTILINE)
 
 
 class StaleError(Exception):
@@ -163,7 +163,7 @@ MUTANTS = [
         [("AND id <> ALL (%(skipped)s::bigint[])", "", "rows that are refused keep no other from being claimed")],
     ),
     *of(
-        "def give_back_claim(",
+        "def release_claim(",
         (LOOKS, CLAIM, PARTS),
         [
             ("WHERE queue = %(queue)s", "WHERE true", "a write names its queue"),
@@ -287,13 +287,13 @@ MUTANTS = [
             ("AND items_done = %(done_before)s", "", "a checkpoint written twice counts once"),
             ("AND items_failed = %(failed_before)s", "", "a checkpoint written twice counts once"),
             (
-                "greatest(lease_expires_at,\n      pg_catalog.clock_timestamp()"
+                "greatest(lease_expires_at,\n      pg_catalog.statement_timestamp()"
                 " + %(lease_seconds)s::float8 * interval '1 second')",
-                "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
+                "pg_catalog.statement_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
                 "a checkpoint never shortens a lease",
             ),
             (
-                "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
+                "pg_catalog.statement_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
                 "now() + %(lease_seconds)s::float8 * interval '1 second'",
                 "a lease counts from now, not from the BEGIN",
             ),
@@ -308,7 +308,7 @@ MUTANTS = [
             ("AND items_done = %(done_before)s", "", "a checkpoint written twice counts once"),
             ("AND items_failed = %(failed_before)s", "", "a checkpoint written twice counts once"),
             (
-                "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
+                "pg_catalog.statement_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
                 "now() + %(lease_seconds)s::float8 * interval '1 second'",
                 "a lease counts from now, not from the BEGIN",
             ),
@@ -367,7 +367,7 @@ MUTANTS = [
             ("b.queue = %(queue)s", "true", "a write names its queue"),
             ("AND b.id = u.id", "", "each batch has its own outcome"),
             ("AND b.claim_token = u.token", "", "fence: a late worker changes nothing"),
-            ("b.attempt - u.give_back::integer", "b.attempt", "a graceful stop costs no attempt"),
+            ("b.attempt - u.is_release::integer", "b.attempt", "a graceful stop costs no attempt"),
             ("claim_token = NULL", "claim_token = b.claim_token", "what is given back is nobody's"),
         ],
     ),
@@ -421,10 +421,10 @@ MUTANTS = [
             ("LIMIT %(limit)s", "", "a rescue is bounded"),
             ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "a rescue passes over locked rows"),
             ("  FOR UPDATE SKIP LOCKED\n", "", "a rescue passes over locked rows"),
-            ("CASE WHEN b.attempt < 2 THEN b.run_at", "CASE WHEN true THEN b.run_at", "a killer has other neighbours"),
+            ("CASE WHEN attempt < 2 THEN run_at", "CASE WHEN true THEN run_at", "a killer has other neighbours"),
             (
-                "CASE WHEN b.attempt < 2 THEN b.run_at",
-                "CASE WHEN false THEN b.run_at",
+                "CASE WHEN attempt < 2 THEN run_at",
+                "CASE WHEN false THEN run_at",
                 "a first rescue is ready at once",
             ),
             ("claim_token = NULL", "claim_token = b.claim_token", "what is rescued is nobody's"),
@@ -625,7 +625,7 @@ MUTANTS = [
         VIEWS,
         [
             (
-                "    set_lock_timeout(conn)  # leases are kept by the same thread\n",
+                "    set_lock_timeout(conn)  # the same thread extends leases\n",
                 "",
                 "leases are kept though workers is locked",
             ),
