@@ -5,7 +5,7 @@ from typing import LiteralString
 
 from psycopg.rows import tuple_row
 
-from batchq.postgres.statements.running import Conn, every, load_statements, one
+from batchq.postgres.statements.running import Conn, every, load_statements, value
 from batchq.postgres.statements.views import HIGHEST_ID
 
 OPERATE = Path(__file__).parents[2] / "operate"
@@ -13,15 +13,15 @@ OPERATE = Path(__file__).parents[2] / "operate"
 
 def newest_id(conn: Conn) -> int:
     """Return the highest id of any batch, 0 without batches."""
-    newest: int = one(
+    return value(
         conn,
+        int,
         """
         SELECT greatest((SELECT max(id) FROM batchq.batches_finished),
                         (SELECT max(id) FROM batchq.newest_live(NULL, NULL, NULL, %(highest_id)s, 1) AS live(id)), 0)
         """,
         {"highest_id": HIGHEST_ID},
-    )[0]
-    return newest
+    )
 
 
 def ids_given_twice(conn: Conn, finished_days: float) -> list[tuple[str, int, int]]:

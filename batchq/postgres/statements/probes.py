@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import LiteralString
 
 from batchq.postgres.statements.claims import Position, bounds
-from batchq.postgres.statements.running import Conn, Statement, one
+from batchq.postgres.statements.running import Conn, Statement, one, value
 
 # EXISTS would give the same result. LATERAL with ORDER BY and LIMIT makes each probe use the claim index.
 READY: LiteralString = """
@@ -129,12 +129,12 @@ def move_positions(conn: Conn, queues: Sequence[str], priorities: Sequence[int],
 
 def has_ready(conn: Conn, queue: str, priority: int, kinds: Sequence[str], after: Position) -> bool:
     """Return whether a batch of *kinds* is ready after a position. The cheap read of an idle worker."""
-    found: bool = one(
+    return value(
         conn,
+        bool,
         "SELECT batchq.has_ready(%(queue)s, %(priority)s::smallint, %(kinds)s, %(run_at)s, %(id)s)",
         {"queue": queue, "priority": priority, "kinds": list(kinds), "run_at": after.run_at, "id": after.id},
-    )[0]
-    return found
+    )
 
 
 READY_BETWEEN: LiteralString = """

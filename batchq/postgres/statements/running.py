@@ -1,16 +1,17 @@
 """Run statements and return their rows; load .sql files."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any, LiteralString, TypeVar
 
 import psycopg
 from psycopg.rows import tuple_row
 
 Conn = psycopg.Connection[Any]
 Statement = tuple[LiteralString, dict[str, Any]]
+Value = TypeVar("Value")
 
 
 def array_text(values: Iterable[object]) -> str:
@@ -25,14 +26,21 @@ def load_statements(file: Path) -> dict[str, bytes]:
     return {name: text.strip().encode() + b"\n" for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def every(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> list[Any]:
+def every(conn: Conn, statement: LiteralString, parameters: dict[str, Any] | None = None) -> list[Any]:
     """Return all rows, as tuples, whatever row factory the connection has."""
     return conn.cursor(row_factory=tuple_row).execute(statement, parameters or None).fetchall()
 
 
-def one(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> Any:
+def one(conn: Conn, statement: LiteralString, parameters: dict[str, Any] | None = None) -> Any:
     """Return the one row."""
     return every(conn, statement, parameters)[0]
+
+
+def value(
+    conn: Conn, kind: Callable[[Any], Value], statement: LiteralString, parameters: dict[str, Any] | None = None
+) -> Value:
+    """Return the one value of the one row, as a *kind*."""
+    return kind(every(conn, statement, parameters)[0][0])
 
 
 def maybe_one(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -41,6 +49,6 @@ def maybe_one(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) 
     return rows[0] if rows else None
 
 
-def objects(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+def objects(conn: Conn, statement: LiteralString, parameters: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """Return the JSON object of each row."""
-    return [value for (value,) in every(conn, statement, parameters)]
+    return [found for (found,) in every(conn, statement, parameters)]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import LiteralString
 
-from batchq.postgres.statements.running import Conn, one
+from batchq.postgres.statements.running import Conn, one, value
 
 OWN_LOCK_SECONDS = 5.0  # how long one of batchq's own statements waits for a lock
 # Names resolve in pg_catalog first, whatever others created in a schema of the role's search path: otherwise
@@ -72,13 +72,13 @@ def set_lock_timeout(conn: Conn, milliseconds: int = 100) -> None:
 
 def server_version(conn: Conn) -> tuple[int, str]:
     """Return the server's version as a number (150004) and as text. A pooler may report another one than the server."""
-    row: tuple[int, str] = one(conn, "SELECT current_setting('server_version_num')::integer, version()", {})
+    row: tuple[int, str] = one(conn, "SELECT current_setting('server_version_num')::integer, version()")
     return row
 
 
 def role_and_encoding(conn: Conn) -> tuple[str, str]:
     """Return the role, and the encoding in which the server sends and receives texts."""
-    row = one(conn, "SELECT current_user, current_setting('client_encoding')", {})
+    row = one(conn, "SELECT current_user, current_setting('client_encoding')")
     role, encoding = (text.decode(errors="replace") if isinstance(text, bytes) else text for text in row)
     return role, encoding  # where psycopg takes it for SQL_ASCII, every text is bytes
 
@@ -93,7 +93,6 @@ def read_only_state(conn: Conn) -> tuple[str, str, bool, bool, str]:
         FROM pg_catalog.pg_settings
         WHERE name = 'default_transaction_read_only'
         """,
-        {},
     )
     return row
 
@@ -101,7 +100,7 @@ def read_only_state(conn: Conn) -> tuple[str, str, bool, bool, str]:
 def is_read_only(conn: Conn) -> bool:
     """Return whether the connection cannot write now: to a standby, or by default_transaction_read_only."""
     statement: LiteralString = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on'"
-    return bool(one(conn, statement, {})[0])
+    return value(conn, bool, statement)
 
 
 def check_encodable(conn: Conn, names: Sequence[str]) -> None:
@@ -116,30 +115,28 @@ def listen(conn: Conn) -> None:
 
 def now(conn: Conn) -> float:
     """Return when the transaction began, in seconds since 1970."""
-    return float(one(conn, "SELECT extract(epoch FROM now())", {})[0])
+    return value(conn, float, "SELECT date_part('epoch', now())")
 
 
 def clock(conn: Conn) -> float:
     """Return the database's current time, in seconds since 1970."""
-    return float(one(conn, "SELECT extract(epoch FROM clock_timestamp())", {})[0])
+    return value(conn, float, "SELECT date_part('epoch', clock_timestamp())")
 
 
 def has_worker_duty(conn: Conn) -> bool:
     """Return whether the role has what a worker needs most: to claim and to finish."""
-    found: bool = one(
+    return value(
         conn,
+        bool,
         """
         SELECT has_any_column_privilege('batchq.batches_live', 'UPDATE')
           AND has_table_privilege('batchq.batches_live', 'DELETE')
           AND has_table_privilege('batchq.batches_finished', 'INSERT')
           AND has_table_privilege('batchq.workers', 'INSERT')
         """,
-        {},
-    )[0]
-    return found
+    )
 
 
 def backend_pid(conn: Conn) -> int:
     """Return the process id of the backend; a pooler may choose another one for each transaction."""
-    pid: int = one(conn, BACKEND_PID, {})[0]
-    return pid
+    return value(conn, int, BACKEND_PID)

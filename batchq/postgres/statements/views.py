@@ -8,7 +8,7 @@ from batchq.postgres.statements.running import Conn, objects
 
 def failure_rows(conn: Conn) -> list[dict[str, Any]]:
     """Return the rows of batchq.failures as JSON objects, the latest first."""
-    return objects(conn, "SELECT to_jsonb(f) FROM batchq.failures f ORDER BY f.latest_at DESC, f.kind, f.error", {})
+    return objects(conn, "SELECT to_jsonb(f) FROM batchq.failures f ORDER BY f.latest_at DESC, f.kind, f.error")
 
 
 # The status of batchq.batches for each finer one of batchq.status; it excludes partitions that cannot match.
@@ -234,5 +234,4 @@ def worker_objects(conn: Conn) -> list[dict[str, Any]]:
     return objects(
         conn,
         "SELECT to_jsonb(w) FROM batchq.workers w WHERE heartbeat_at > now() - interval '1 minute' ORDER BY id",
-        {},
     )

@@ -115,7 +115,7 @@ INSERT INTO batchq.throughput_minutes AS t (minute, queue, kind, worker, complet
   run_seconds, run_times)
 SELECT date_trunc('minute', now()), queue, kind, %(worker)s, completed, failed, cancelled, retried, items, run_seconds,
   run_times::integer[]
-FROM unnest(%(queues)s::text[], %(kinds)s::text[], %(completed)s::bigint[], %(failed)s::bigint[],
+FROM unnest(%(queue)s::text[], %(kind)s::text[], %(completed)s::bigint[], %(failed)s::bigint[],
             %(cancelled)s::bigint[], %(retried)s::bigint[], %(items)s::bigint[], %(run_seconds)s::float8[],
             %(run_times)s::text[])
   AS u(queue, kind, completed, failed, cancelled, retried, items, run_seconds, run_times)
@@ -133,19 +133,9 @@ RETURNING t.queue
 
 def count_throughput(worker_id: str, tallies: Sequence[Tally]) -> Statement:
     """Return the statement that adds a worker's counts to its rows of this minute."""
-    queues, kinds, completed, failed, cancelled, retried, items, run_seconds, run_times = zip(*tallies, strict=True)
-    return COUNT_THROUGHPUT, {
-        "worker": worker_id,
-        "queues": list(queues),
-        "kinds": list(kinds),
-        "completed": list(completed),
-        "failed": list(failed),
-        "cancelled": list(cancelled),
-        "retried": list(retried),
-        "items": list(items),
-        "run_seconds": list(run_seconds),
-        "run_times": [array_text(counts) for counts in run_times],
-    }
+    columns = {name: list(values) for name, values in zip(Tally._fields, zip(*tallies, strict=True), strict=True)}
+    run_times = [array_text(tally.run_times) for tally in tallies]
+    return COUNT_THROUGHPUT, columns | {"worker": worker_id, "run_times": run_times}
 
 
 def pauses(conn: Conn) -> list[tuple[str | None, str | None]]:
