@@ -62,7 +62,7 @@ os.register_at_fork(after_in_child=_timer.__init__)  # type: ignore[misc]
 @contextmanager
 def deadline(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], seconds: float) -> Iterator[None]:
     """Break *conn* if the block takes longer than *seconds*; works for asyncio as well."""
-    fd = os.dup(conn.pgconn.socket)  # a number of its own, which psycopg cannot close and the kernel not reuse
+    fd = os.dup(conn.pgconn.socket)  # a descriptor of its own: closed by nobody else, so never reused meanwhile
     _timer.add(fd, seconds)
     try:
         yield
