@@ -5,7 +5,7 @@ from typing import LiteralString
 
 from psycopg.rows import tuple_row
 
-from batchq.postgres.statements.running import Conn, every, load_statements, value
+from batchq.postgres.statements.running import Conn, fetch_all, fetch_value, load_statements
 from batchq.postgres.statements.views import HIGHEST_ID
 
 OPERATE = Path(__file__).parents[2] / "operate"
@@ -13,7 +13,7 @@ OPERATE = Path(__file__).parents[2] / "operate"
 
 def newest_id(conn: Conn) -> int:
     """Return the highest id of any batch, 0 without batches."""
-    return value(
+    return fetch_value(
         conn,
         int,
         """
@@ -33,7 +33,7 @@ def ids_given_twice(conn: Conn, finished_days: float) -> list[tuple[str, int, in
         SELECT relation, last_given, newest
         FROM batchq.ids_given_twice(now() - %(days)s::float8 * interval '1 day')
     """
-    return every(conn, statement, {"days": finished_days})
+    return fetch_all(conn, statement, {"days": finished_days})
 
 
 def invariants() -> dict[str, bytes]:

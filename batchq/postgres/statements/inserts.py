@@ -7,7 +7,7 @@ from typing import Any, LiteralString
 
 from psycopg import sql
 
-from batchq.postgres.statements.running import Conn, Statement, value
+from batchq.postgres.statements.running import Conn, Statement, fetch_value
 
 INSERT_BATCH: LiteralString = """
 INSERT INTO batchq.batches (kind, payload, items, queue, priority, run_at, unique_key,
@@ -33,7 +33,7 @@ def insert_batch(parameters: dict[str, Any], trace_context: str | None) -> State
 def now_plus(conn: Conn, seconds: float) -> str:
     """Return the database's time plus *seconds* as ISO 8601, as in JSON, whatever DateStyle and TimeZone are."""
     statement: LiteralString = "SELECT to_jsonb(now() + %(seconds)s::float8 * interval '1 second') #>> '{}'"
-    return value(conn, str, statement, {"seconds": seconds})
+    return fetch_value(conn, str, statement, {"seconds": seconds})
 
 
 def copy_batches(conn: Conn, columns: Sequence[str], same: Sequence[Any], texts: Iterable[Sequence[str | None]]) -> int:
@@ -57,7 +57,7 @@ def copy_batches(conn: Conn, columns: Sequence[str], same: Sequence[Any], texts:
 
 def has_row_security(conn: Conn) -> bool:
     """Return whether row security applies to the caller, so that COPY does not work."""
-    return value(conn, bool, "SELECT row_security_active('batchq.batches')")
+    return fetch_value(conn, bool, "SELECT row_security_active('batchq.batches')")
 
 
 def insert_batches(

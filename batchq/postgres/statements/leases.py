@@ -5,7 +5,7 @@ from typing import LiteralString, NamedTuple
 from uuid import UUID
 
 from batchq.postgres.statements.endings import KEPT
-from batchq.postgres.statements.running import Conn, Statement, every
+from batchq.postgres.statements.running import Conn, Statement, fetch_all
 
 
 class Leases(NamedTuple):
@@ -146,7 +146,7 @@ def rescue(
         "skipped": list(skipped),
         "only": None if only is None else list(only),
     }
-    return every(conn, RESCUE, parameters)
+    return fetch_all(conn, RESCUE, parameters)
 
 
 EXPIRED: LiteralString = """

@@ -1,6 +1,6 @@
 """The ledger of the migrations."""
 
-from batchq.postgres.statements.running import Conn, every, value
+from batchq.postgres.statements.running import Conn, fetch_all, fetch_value
 
 
 def lift_transaction_timeout(conn: Conn) -> None:
@@ -22,12 +22,12 @@ def take_migration_lock(conn: Conn) -> None:
 def has_ledger(conn: Conn) -> bool:
     """Return whether any migration was ever applied. to_regclass may miss a table that another session just created."""
     found = "SELECT count(*) > 0 FROM pg_tables WHERE (schemaname, tablename) = ('batchq', 'migrations')"
-    return value(conn, bool, found)
+    return fetch_value(conn, bool, found)
 
 
 def applied_migrations(conn: Conn) -> dict[int, tuple[str, bool]]:
     """Return name and breaking of each applied migration, by version."""
-    rows = every(conn, "SELECT version, name, breaking FROM batchq.migrations ORDER BY version")
+    rows = fetch_all(conn, "SELECT version, name, breaking FROM batchq.migrations ORDER BY version")
     return {version: (name, breaking) for version, name, breaking in rows}
 
 

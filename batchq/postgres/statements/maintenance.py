@@ -1,23 +1,23 @@
 """Maintenance that one worker does for all workers: partitions, retention, throughput per minute."""
 
-from batchq.postgres.statements.running import Conn, value
+from batchq.postgres.statements.running import Conn, fetch_value
 from batchq.postgres.statements.session import set_lock_timeout
 
 
 def prune_records(conn: Conn) -> int:
     """Delete old rows of batchq.audit and expired pauses; return how many rows of batchq.audit."""
-    return value(conn, int, "SELECT batchq.prune_records()")
+    return fetch_value(conn, int, "SELECT batchq.prune_records()")
 
 
 def merge_throughput(conn: Conn) -> int:
     """Merge the rows of all workers into one for each past minute; return how many rows that made."""
     set_lock_timeout(conn)  # the same thread extends leases
-    return value(conn, int, "SELECT batchq.merge_throughput()")
+    return fetch_value(conn, int, "SELECT batchq.merge_throughput()")
 
 
 def take_maintenance(conn: Conn) -> bool:
     """Return whether this worker got the maintenance lock, which it then holds until the transaction ends."""
-    return value(conn, bool, "SELECT batchq.try_lock('partitions')")
+    return fetch_value(conn, bool, "SELECT batchq.try_lock('partitions')")
 
 
 def create_finished_partitions(conn: Conn, days: int) -> int:
@@ -26,7 +26,7 @@ def create_finished_partitions(conn: Conn, days: int) -> int:
     Raises LockNotAvailable after waiting 100 ms for a lock, because later sessions would queue behind this one.
     """
     set_lock_timeout(conn)
-    return value(
+    return fetch_value(
         conn,
         int,
         "SELECT batchq.create_finished_partitions((now() AT TIME ZONE 'UTC')::date, %(days)s)",
@@ -37,4 +37,4 @@ def create_finished_partitions(conn: Conn, days: int) -> int:
 def prune(conn: Conn, older_than_days: float) -> int:
     """Drop finished partitions older than *older_than_days*; return how many. Raises LockNotAvailable after 100 ms."""
     set_lock_timeout(conn)
-    return value(conn, int, "SELECT batchq.prune(%(days)s::float8 * interval '1 day')", {"days": older_than_days})
+    return fetch_value(conn, int, "SELECT batchq.prune(%(days)s::float8 * interval '1 day')", {"days": older_than_days})

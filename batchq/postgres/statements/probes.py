@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import LiteralString
 
 from batchq.postgres.statements.claims import Position, bounds
-from batchq.postgres.statements.running import Conn, Statement, one, value
+from batchq.postgres.statements.running import Conn, Statement, fetch_one, fetch_value
 
 # EXISTS would give the same result. LATERAL with ORDER BY and LIMIT makes each probe use the claim index.
 READY: LiteralString = """
@@ -120,7 +120,7 @@ def as_positions(rows: Iterable[tuple[int, float, int]]) -> dict[int, Position]:
 
 def move_positions(conn: Conn, queues: Sequence[str], priorities: Sequence[int], lease_seconds: float) -> None:
     """Record where reads of the indexes of these queues and priorities begin; see batchq.positions."""
-    one(
+    fetch_one(
         conn,
         "SELECT batchq.move_positions(%(queues)s, %(priorities)s::smallint[], %(lease_seconds)s)",
         {"queues": list(queues), "priorities": list(priorities), "lease_seconds": lease_seconds},
@@ -129,7 +129,7 @@ def move_positions(conn: Conn, queues: Sequence[str], priorities: Sequence[int],
 
 def has_ready(conn: Conn, queue: str, priority: int, kinds: Sequence[str], after: Position) -> bool:
     """Return whether a batch of *kinds* is ready after a position. The cheap read of an idle worker."""
-    return value(
+    return fetch_value(
         conn,
         bool,
         "SELECT batchq.has_ready(%(queue)s, %(priority)s::smallint, %(kinds)s, %(run_at)s, %(id)s)",

@@ -26,29 +26,29 @@ def load_statements(file: Path) -> dict[str, bytes]:
     return {name: text.strip().encode() + b"\n" for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def every(conn: Conn, statement: LiteralString, parameters: dict[str, Any] | None = None) -> list[Any]:
+def fetch_all(conn: Conn, statement: LiteralString, parameters: dict[str, Any] | None = None) -> list[Any]:
     """Return all rows, as tuples, whatever row factory the connection has."""
     return conn.cursor(row_factory=tuple_row).execute(statement, parameters or None).fetchall()
 
 
-def one(conn: Conn, statement: LiteralString, parameters: dict[str, Any] | None = None) -> Any:
+def fetch_one(conn: Conn, statement: LiteralString, parameters: dict[str, Any] | None = None) -> Any:
     """Return the one row."""
-    return every(conn, statement, parameters)[0]
+    return fetch_all(conn, statement, parameters)[0]
 
 
-def value(
+def fetch_value(
     conn: Conn, kind: Callable[[Any], Value], statement: LiteralString, parameters: dict[str, Any] | None = None
 ) -> Value:
     """Return the one value of the one row, as a *kind*."""
-    return kind(every(conn, statement, parameters)[0][0])
+    return kind(fetch_all(conn, statement, parameters)[0][0])
 
 
-def maybe_one(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> tuple[Any, ...] | None:
+def fetch_one_or_none(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> tuple[Any, ...] | None:
     """Return the one row, or None."""
-    rows = every(conn, statement, parameters)
+    rows = fetch_all(conn, statement, parameters)
     return rows[0] if rows else None
 
 
-def objects(conn: Conn, statement: LiteralString, parameters: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def fetch_json(conn: Conn, statement: LiteralString, parameters: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """Return the JSON object of each row."""
-    return [found for (found,) in every(conn, statement, parameters)]
+    return [found for (found,) in fetch_all(conn, statement, parameters)]

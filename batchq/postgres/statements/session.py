@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import LiteralString
 
-from batchq.postgres.statements.running import Conn, one, value
+from batchq.postgres.statements.running import Conn, fetch_one, fetch_value
 
 OWN_LOCK_SECONDS = 5.0  # how long one of batchq's own statements waits for a lock
 # Names resolve in pg_catalog first, whatever others created in a schema of the role's search path: otherwise
@@ -67,18 +67,18 @@ SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES
 
 def set_lock_timeout(conn: Conn, milliseconds: int = 100) -> None:
     """Limit each wait for a lock until the transaction ends."""
-    one(conn, "SELECT set_config('lock_timeout', %(wait)s, true)", {"wait": f"{milliseconds}ms"})
+    fetch_one(conn, "SELECT set_config('lock_timeout', %(wait)s, true)", {"wait": f"{milliseconds}ms"})
 
 
 def server_version(conn: Conn) -> tuple[int, str]:
     """Return the server's version as a number (150004) and as text. A pooler may report another one than the server."""
-    row: tuple[int, str] = one(conn, "SELECT current_setting('server_version_num')::integer, version()")
+    row: tuple[int, str] = fetch_one(conn, "SELECT current_setting('server_version_num')::integer, version()")
     return row
 
 
 def role_and_encoding(conn: Conn) -> tuple[str, str]:
     """Return the role, and the encoding in which the server sends and receives texts."""
-    row = one(conn, "SELECT current_user, current_setting('client_encoding')")
+    row = fetch_one(conn, "SELECT current_user, current_setting('client_encoding')")
     role, encoding = (text.decode(errors="replace") if isinstance(text, bytes) else text for text in row)
     return role, encoding  # where psycopg takes it for SQL_ASCII, every text is bytes
 
@@ -86,7 +86,7 @@ def role_and_encoding(conn: Conn) -> tuple[str, str]:
 def read_only_state(conn: Conn) -> tuple[str, str, bool, bool, str]:
     """Return role, database, whether the server is a standby, whether transactions may write by default, and what has
     set that default (pg_settings.source)."""
-    row: tuple[str, str, bool, bool, str] = one(
+    row: tuple[str, str, bool, bool, str] = fetch_one(
         conn,
         """
         SELECT current_user, current_database(), pg_is_in_recovery(), setting = 'off', source
@@ -100,7 +100,7 @@ def read_only_state(conn: Conn) -> tuple[str, str, bool, bool, str]:
 def is_read_only(conn: Conn) -> bool:
     """Return whether the connection cannot write now: to a standby, or by default_transaction_read_only."""
     statement: LiteralString = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on'"
-    return value(conn, bool, statement)
+    return fetch_value(conn, bool, statement)
 
 
 def check_encodable(conn: Conn, names: Sequence[str]) -> None:
@@ -115,17 +115,17 @@ def listen(conn: Conn) -> None:
 
 def now(conn: Conn) -> float:
     """Return when the transaction began, in seconds since 1970."""
-    return value(conn, float, "SELECT date_part('epoch', now())")
+    return fetch_value(conn, float, "SELECT date_part('epoch', now())")
 
 
 def clock(conn: Conn) -> float:
     """Return the database's current time, in seconds since 1970."""
-    return value(conn, float, "SELECT date_part('epoch', clock_timestamp())")
+    return fetch_value(conn, float, "SELECT date_part('epoch', clock_timestamp())")
 
 
 def has_worker_duty(conn: Conn) -> bool:
     """Return whether the role has what a worker needs most: to claim and to finish."""
-    return value(
+    return fetch_value(
         conn,
         bool,
         """
@@ -139,4 +139,4 @@ def has_worker_duty(conn: Conn) -> bool:
 
 def backend_pid(conn: Conn) -> int:
     """Return the process id of the backend; a pooler may choose another one for each transaction."""
-    return value(conn, int, BACKEND_PID)
+    return fetch_value(conn, int, BACKEND_PID)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, LiteralString, NamedTuple
 
-from batchq.postgres.statements.running import Conn, Statement, array_text, every
+from batchq.postgres.statements.running import Conn, Statement, array_text, fetch_all
 from batchq.postgres.statements.session import ASYNCHRONOUS_COMMIT, FIXED_FORMATS, set_lock_timeout
 
 
@@ -140,4 +140,4 @@ def count_throughput(worker_id: str, tallies: Sequence[Tally]) -> Statement:
 
 def pauses(conn: Conn) -> list[tuple[str | None, str | None]]:
     """Return queue and kind of each pause; None stands for any."""
-    return every(conn, "SELECT queue, kind FROM batchq.pauses WHERE until IS NULL OR until > now()", {})
+    return fetch_all(conn, "SELECT queue, kind FROM batchq.pauses WHERE until IS NULL OR until > now()", {})
