@@ -16,7 +16,8 @@ from psycopg.pq import TransactionStatus
 from batchq.common.forks import end_if_forked
 from batchq.common.text import MOST_ERROR_BYTES, error_text, in_letters_of, json_text, one_line
 from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested
-from batchq.postgres.database import AnyConnection, HandlerConnections
+from batchq.postgres.connections import AnyConnection
+from batchq.postgres.handler_connections import HandlerConnections
 from batchq.postgres.statements import checkpoints, claims, endings, inputs
 from batchq.postgres.statements.checkpoints import ItemFailure, Progress
 from batchq.postgres.statements.claims import ClaimedRow

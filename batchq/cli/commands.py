@@ -26,8 +26,11 @@ from batchq.enqueue import enqueue as enqueue_batch
 from batchq.errors import ConfigError, InvalidInput, OutcomeUnknown
 from batchq.operate.monitor import Monitor
 from batchq.postgres import migrate as migrations
-from batchq.postgres.database import Link, check_server, check_writable, connect, transaction
+from batchq.postgres.connections import connect
+from batchq.postgres.link import Link
+from batchq.postgres.server_checks import check_server, check_writable
 from batchq.postgres.statements import ledger, maintenance, session, verbs, views
+from batchq.postgres.transactions import transaction
 from batchq.settings import SECRET_SETTINGS, Settings
 from batchq.worker import memory
 from batchq.worker.signs import Signs
@@ -71,7 +74,7 @@ def log_file_in_use() -> None:
 def database(options: Namespace, seconds: float | None = None) -> Iterator[psycopg.Connection[Any]]:
     """Give a connection in a transaction of at most *seconds*, on a database with our schema. Raises ConfigError."""
     timeout_seconds = settings_of(options).database_timeout_seconds
-    with connected(options) as conn, transaction(conn, seconds or timeout_seconds, settings=session.PLAIN):
+    with connected(options) as conn, transaction(conn, seconds or timeout_seconds, settings=session.FIXED_FORMATS):
         yield conn
 
 
@@ -119,7 +122,7 @@ def check(options: Namespace) -> int:
     findings: list[tuple[bool, str]] = []
     dsn = settings.require_dsn()
     kinds = set(load_app(options.app).handlers) if options.app else None
-    with connect(dsn) as conn, transaction(conn, settings.database_timeout_seconds, settings=session.PLAIN):
+    with connect(dsn) as conn, transaction(conn, settings.database_timeout_seconds, settings=session.FIXED_FORMATS):
         check_server(conn)
         check_writable(conn)
         findings.append((True, f"the server answers: {session.server_version(conn)[1].split(',')[0]}"))
@@ -443,6 +446,6 @@ def pruned(options: Namespace, days: float) -> Iterator[int]:
             migrations.check_schema(conn)
         count = 1
         while count > 0:
-            with transaction(conn, settings.database_timeout_seconds, settings=session.PLAIN):
+            with transaction(conn, settings.database_timeout_seconds, settings=session.FIXED_FORMATS):
                 count = maintenance.prune(conn, days)
             yield count

@@ -7,7 +7,9 @@ from batchq.cli.commands import settings_of
 from batchq.common.terminal import put_json, put_marked
 from batchq.operate import invariants
 from batchq.postgres import migrate
-from batchq.postgres.database import check_server, connect, transaction
+from batchq.postgres.connections import connect
+from batchq.postgres.server_checks import check_server
+from batchq.postgres.transactions import transaction
 
 
 def check(options: Namespace) -> int:

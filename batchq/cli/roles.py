@@ -32,7 +32,7 @@ def roles(options: Namespace) -> int:
 def check(options: Namespace) -> int:
     """Print the roles that have more than any duty needs; return 1 if there are any."""
     with database(options) as conn:
-        found = health.ailing(conn, "grants_beyond_duties", {})
+        found = health.findings(conn, "grants_beyond_duties", {})
     if options.json:
         put_json([{"evidence": evidence, "remedy": remedy} for _, evidence, remedy in found])
     elif found:

@@ -19,8 +19,8 @@ from batchq.common.terminal import column, errors, put, put_json, show, styled
 from batchq.common.text import period_seconds
 from batchq.errors import InvalidInput
 from batchq.operate.bulk import DONE, PAUSE_FACTOR, Bulk
-from batchq.postgres.database import transaction
 from batchq.postgres.statements import session, verbs
+from batchq.postgres.transactions import transaction
 
 EXIT_LEFT_OUT, EXIT_INTERRUPTED = 1, 130
 SAY_EACH_SECONDS = 5.0
@@ -180,7 +180,7 @@ def each_batch(options: Namespace, verb: Verb) -> int:
     with connected(options) as conn:
         for batch_id in options.ids:
             try:
-                with transaction(conn, seconds, settings=session.PLAIN):
+                with transaction(conn, seconds, settings=session.FIXED_FORMATS):
                     results[batch_id] = verb(conn, batch_id) or "there is no such batch"
             except (psycopg.errors.RaiseException, psycopg.errors.UniqueViolation) as error:
                 results[batch_id] = refusal(error)

@@ -23,8 +23,10 @@ from batchq.common.terminal import column, console, put, put_marked
 from batchq.demo.page import page
 from batchq.errors import BatchqError, ConfigError
 from batchq.postgres import embedded
-from batchq.postgres.database import Link, connect, transaction
+from batchq.postgres.connections import connect
+from batchq.postgres.link import Link
 from batchq.postgres.migrate import migrate
+from batchq.postgres.transactions import transaction
 from batchq.settings import Settings
 from batchq.worker.supervisor import command
 

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 
 from batchq.errors import OutcomeUnknown
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import session, verbs
 from batchq.postgres.statements.verbs import Chunk
 
@@ -154,7 +154,7 @@ class Bulk:
         for number in range(MOST_TRIES):
             try:
                 with self.link.transaction() as conn:
-                    session.wait_briefly_for_locks(conn, int(LOCK_SECONDS * 1000))
+                    session.set_lock_timeout(conn, int(LOCK_SECONDS * 1000))
                     return verbs.bulk(
                         conn, self.verb, self.filter, self.change, place, dry_run, most, self.reason, self.actor,
                         self.audit_id,

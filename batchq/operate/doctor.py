@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import psycopg
 
 from batchq.errors import ConfigError
-from batchq.postgres.database import connect, read_only_problem, transaction
+from batchq.postgres.connections import connect
 from batchq.postgres.migrate import all_migrations
+from batchq.postgres.server_checks import read_only_problem
 from batchq.postgres.statements import health, ledger, session
+from batchq.postgres.transactions import transaction
 
 SECONDS_EACH = 5.0
 PATIENCE_SECONDS = 300.0
@@ -49,7 +51,7 @@ def findings(
         yield from schema(conn, seconds)
         yield from clock(conn, seconds)
         yield from pooler(conn, dsn, seconds)
-        for name in health.ailments():
+        for name in health.doctor_checks():
             yield from looked(conn, name, {"patience": patience, "ages": ages}, seconds)
 
 
@@ -57,7 +59,7 @@ def looked(conn: Conn, name: str, parameters: dict[str, float], seconds: float) 
     """Return what one query of doctor.sql finds."""
     try:
         with transaction(conn, seconds, settings=session.READ_ONLY):
-            found = [Finding(name, *row) for row in health.ailing(conn, name, parameters)]
+            found = [Finding(name, *row) for row in health.findings(conn, name, parameters)]
         return found or [Finding(name, "ok", "nothing found")]
     except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
         return [

@@ -1,9 +1,9 @@
--- What batchq doctor looks at. Each query returns findings: severity, evidence, remedy; no row: all is well.
--- %(patience)s: seconds for which anything may hold a snapshot; %(ages)s: transactions after which one is old.
+-- The checks of batchq doctor. Each query returns findings: severity, evidence, remedy. Without rows, all is well.
+-- %(patience)s: seconds for which a snapshot may be held; %(ages)s: transactions after which it is old.
 
 -- name: snapshot_held_by_a_session
 SELECT CASE WHEN xact_start < now() - 12 * %(patience)s * interval '1 second' THEN 'critical' ELSE 'warning' END,
-  format('session %%s (role %%s, application %%s, %%s) holds a snapshot since %%s', pid, usename, application_name, state, xact_start),
+  format('session %%s (role %%s, application %%s, %%s) has held a snapshot since %%s', pid, usename, application_name, state, xact_start),
   format('end its transaction, or SELECT pg_terminate_backend(%%s); dead rows stay until then', pid)
 FROM pg_catalog.pg_stat_activity
 WHERE datname = current_database()
@@ -15,8 +15,8 @@ ORDER BY xact_start
 LIMIT 10
 
 -- name: sessions_not_seen
-SELECT 'note', format('%%s sessions of other roles: what they hold is hidden from %%s', count(*), current_user),
-  format('GRANT pg_read_all_stats TO %%I; to have them looked at', current_user)
+SELECT 'note', format('%%s sessions of other roles are hidden from %%s, as are the snapshots that they hold', count(*), current_user),
+  format('to check them, GRANT pg_read_all_stats TO %%I;', current_user)
 FROM pg_catalog.pg_stat_activity
 WHERE datname = current_database()
   AND query = '<insufficient privilege>'
@@ -24,7 +24,7 @@ HAVING count(*) > 0
 
 -- name: snapshot_held_by_a_prepared_transaction
 SELECT CASE WHEN prepared < now() - 12 * %(patience)s * interval '1 second' THEN 'critical' ELSE 'warning' END,
-  format('prepared transaction %%L of role %%s holds a snapshot since %%s', gid, owner, prepared),
+  format('prepared transaction %%L of role %%s has held a snapshot since %%s', gid, owner, prepared),
   format('COMMIT PREPARED %%L; or ROLLBACK PREPARED %%1$L;', gid)
 FROM pg_catalog.pg_prepared_xacts
 WHERE database = current_database()
@@ -35,9 +35,9 @@ LIMIT 10
 -- name: replication_slot
 SELECT CASE WHEN age(coalesce(xmin, catalog_xmin)) > %(ages)s THEN 'critical' ELSE 'warning' END,
   format('%%s replication slot %%s, %%s since %%s, holds xmin %%s (%%s transactions) and WAL from %%s', slot_type, slot_name,
-         CASE WHEN active THEN 'active' ELSE 'inactive' END, coalesce(to_jsonb(s) ->> 'inactive_since', 'a time not recorded'),
+         CASE WHEN active THEN 'active' ELSE 'inactive' END, coalesce(to_jsonb(s) ->> 'inactive_since', 'an unrecorded time'),
          coalesce(xmin, catalog_xmin), age(coalesce(xmin, catalog_xmin)), restart_lsn),
-  format('let its replica go on, or SELECT pg_drop_replication_slot(%%L)', slot_name)
+  format('resume its replica, or SELECT pg_drop_replication_slot(%%L)', slot_name)
 FROM pg_catalog.pg_replication_slots s
 WHERE (NOT active AND (coalesce(xmin, catalog_xmin) IS NOT NULL OR restart_lsn IS NOT NULL))
    OR age(coalesce(xmin, catalog_xmin)) > %(ages)s
@@ -87,7 +87,7 @@ GROUP BY pubname
 
 -- name: triggers_of_others
 SELECT 'note', format('trigger %%I on %%s calls %%s', t.tgname, t.tgrelid::regclass, t.tgfoid::regprocedure),
-  'make sure that it never fails: its errors stop the writes of workers, and its time is added to each'
+  'make sure that it never fails: its errors stop the writes of workers, and its time adds to each write'
 FROM pg_catalog.pg_trigger t
 JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid AND c.relnamespace = 'batchq'::regnamespace
 JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid AND p.pronamespace <> c.relnamespace
@@ -110,7 +110,7 @@ LIMIT 20
 
 -- name: row_level_security
 SELECT 'critical', format('row-level security hides rows of %%s from %%s', string_agg(c.oid::regclass::text, ', ' ORDER BY c.oid), current_user),
-  'disable it for these tables, or give the role BYPASSRLS; until then batches are neither seen nor run'
+  'disable it for these tables, or give the role BYPASSRLS; until then the role neither sees nor runs their batches'
 FROM pg_catalog.pg_class c
 WHERE c.relnamespace = 'batchq'::regnamespace
   AND c.relkind IN ('r', 'p')
@@ -147,7 +147,7 @@ WHERE c.relnamespace = 'batchq'::regnamespace
 SELECT 'warning',
   format('%%s has %%s dead rows beside %%s live ones; last autovacuum %%s', relid::regclass, n_dead_tup, n_live_tup,
          coalesce(last_autovacuum::text, 'never')),
-  'see what holds a snapshot; else more autovacuum_max_workers, or VACUUM it now'
+  'check what holds a snapshot; if nothing does, raise autovacuum_max_workers, or VACUUM it now'
 FROM pg_catalog.pg_stat_all_tables
 WHERE relid = 'batchq.batches_live'::regclass
   AND n_dead_tup > 50000 + n_live_tup / 5
@@ -156,7 +156,7 @@ WHERE relid = 'batchq.batches_live'::regclass
 SELECT CASE WHEN max(cost_seconds) > 1 THEN 'critical' ELSE 'warning' END,
   format('reading the queue from its beginning takes %%s ms: dead rows fill its indexes%%s',
          ceil(1000 * max(cost_seconds)),
-         (SELECT format('; session %%s holds a snapshot for %%s', pid, date_trunc('second', now() - xact_start))
+         (SELECT format('; session %%s has held a snapshot for %%s', pid, date_trunc('second', now() - xact_start))
           FROM pg_catalog.pg_stat_activity
           WHERE datname = current_database()
             AND pid <> pg_backend_pid()
@@ -164,21 +164,21 @@ SELECT CASE WHEN max(cost_seconds) > 1 THEN 'critical' ELSE 'warning' END,
           ORDER BY xact_start
           LIMIT 1)),
   'end what holds a snapshot (a session, a prepared transaction, a replication slot, a replica); until then workers '
-  'and views begin at batchq.positions, and counts may leave out what was committed late'
+  'and views begin at batchq.positions, and counts may leave out batches that were committed late'
 FROM batchq.positions
 HAVING max(cost_seconds) > 0.005
 
 -- name: rows_in_the_default_partition
-SELECT 'warning', format('finished batches of %%s lie in finished_default', string_agg(DISTINCT d.day::text, ', ')),
+SELECT 'warning', format('finished batches of %%s are in finished_default', string_agg(DISTINCT d.day::text, ', ')),
   'run a worker, or SELECT batchq.create_finished_partitions(current_date, 8) daily; prune removes these rows'
 FROM (SELECT (finished_at AT TIME ZONE 'UTC')::date AS day FROM batchq.finished_default LIMIT 10000) d
 HAVING count(*) > 0
 
 -- name: locks_near_limit
--- What looks over all days locks each one's table and indexes. Three at once ought to fit.
+-- A query over all days locks each day's table and indexes. Three concurrent ones should fit.
 SELECT CASE WHEN held >= room THEN 'critical' ELSE 'warning' END,
-  format('a look over the %%s days of finished batches takes %%s locks, of %%s that the server has room for', days, held, room),
-  'a smaller BATCHQ_KEEP_FINISHED_DAYS and batchq prune, or a higher max_locks_per_transaction'
+  format('a query over the %%s days of finished batches takes %%s locks, of %%s that the server has room for', days, held, room),
+  'lower BATCHQ_KEEP_FINISHED_DAYS and run batchq prune, or raise max_locks_per_transaction'
 FROM (
   SELECT count(DISTINCT i.inhrelid) AS days, count(DISTINCT i.inhrelid) + count(x.indexrelid) AS held,
     current_setting('max_locks_per_transaction')::bigint
@@ -192,14 +192,14 @@ WHERE 3 * held >= room
 -- name: partitions_missing
 SELECT CASE WHEN min(d.day) = (now() AT TIME ZONE 'UTC')::date THEN 'critical' ELSE 'warning' END,
   format('no partition for batches that finish on %%s', string_agg(d.day::text, ', ' ORDER BY d.day)),
-  'as the owner: SELECT batchq.create_finished_partitions(current_date, 8); a worker does it by itself'
+  'as the owner: SELECT batchq.create_finished_partitions(current_date, 8); a worker does it automatically'
 FROM (SELECT (now() AT TIME ZONE 'UTC')::date + n AS day FROM generate_series(0, 2) n) d
 WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.relnamespace = 'batchq'::regnamespace AND c.relispartition
                     AND c.relname = 'finished_' || to_char(d.day, 'YYYYMMDD'))
 HAVING count(*) > 0
 
 -- name: kind_without_a_worker
-SELECT 'warning', format('kind %%s in queue %%s: %%s ready, and no live worker knows it', kind, queue, ready),
+SELECT 'warning', format('kind %%s in queue %%s: %%s ready, and no live worker has a handler for it', kind, queue, ready),
   'start a worker for the queue whose app has a handler of that name; or batchq cancel'
 FROM batchq.queues
 WHERE ready > 0
@@ -209,7 +209,7 @@ LIMIT 10
 
 -- name: stalled
 SELECT 'warning',
-  format('batch %%s of kind %%s: the lease of %%s ran out at %%s', id, kind, claimed_by, lease_expires_at),
+  format('batch %%s of kind %%s: the lease of %%s expired at %%s', id, kind, claimed_by, lease_expires_at),
   format('start a worker for queue %%s: it rescues the batch', b.queue)
 FROM batchq.busy_queues() q
 CROSS JOIN LATERAL (
@@ -228,7 +228,7 @@ LIMIT 10
 
 -- name: poisoned
 SELECT 'warning', format('batch %%s of kind %%s: its worker died %%s times, attempt %%s of %%s', id, kind, died, attempt, max_attempts),
-  format('batchq logs %%s; look for memory limits and crashes of its handler; batchq cancel %%1$s stops it', id)
+  format('batchq logs %%s; check memory limits, and its handler for crashes; batchq cancel %%1$s stops it', id)
 FROM batchq.batches_live
 JOIN unnest(ARRAY(SELECT batchq.newest_live(NULL, NULL, NULL, 9223372036854775807, 10000))) newest(id) USING (id)
 CROSS JOIN LATERAL (SELECT count(*) AS died FROM jsonb_array_elements(errors) e WHERE e ->> 'error' LIKE 'worker died%%') d
@@ -238,7 +238,7 @@ LIMIT 10
 
 -- name: connections_near_limit
 SELECT CASE WHEN used >= 0.95 * most THEN 'critical' ELSE 'warning' END, format('%%s of %%s connections of %%s are in use', used, most, what),
-  'fewer workers or a smaller BATCHQ_POOL_SIZE, a transaction-mode pooler, or a higher limit'
+  'use fewer workers, a smaller BATCHQ_POOL_SIZE, a transaction-mode pooler, or a higher limit'
 FROM (
   SELECT 'the server' AS what, count(*) AS used,
     current_setting('max_connections')::integer - current_setting('superuser_reserved_connections')::integer AS most
@@ -268,7 +268,7 @@ FROM (VALUES
 WHERE NOT has_it
 
 -- name: grants_beyond_duties
--- What a role was granted by name, against what any duty needs (batchq.duties).
+-- Compares the privileges granted to each role with those that any duty needs (batchq.duties).
 WITH held AS (
   SELECT acl.grantee, c.relname::text AS object, acl.privilege_type AS privilege, NULL AS of_column,
     acl.is_grantable
@@ -340,7 +340,7 @@ GROUP BY grantee
 -- name: wraparound
 SELECT CASE WHEN age(datfrozenxid) > 9 * %(ages)s THEN 'critical' ELSE 'warning' END,
   format('the oldest transaction id of the database is %%s transactions old', age(datfrozenxid)),
-  'see what holds a snapshot, then VACUUM FREEZE; at 2 billion the server refuses to write'
+  'end what holds a snapshot, then VACUUM FREEZE; at 2 billion the server refuses to write'
 FROM pg_catalog.pg_database
 WHERE datname = current_database()
   AND age(datfrozenxid) > 5 * %(ages)s
@@ -348,7 +348,7 @@ WHERE datname = current_database()
 -- name: server
 SELECT 'critical', 'the server is older than PostgreSQL 15', 'upgrade it' WHERE current_setting('server_version_num')::integer < 150000
 UNION ALL
-SELECT 'note', 'jit is on: the statements of people may be compiled for a second; those of workers turn it off',
+SELECT 'note', 'jit is on: the server may compile statements of people for a second; those of workers turn it off',
   'ALTER DATABASE ... SET jit = off'
 WHERE current_setting('jit') = 'on'
 

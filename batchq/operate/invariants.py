@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from batchq.postgres.database import transaction
 from batchq.postgres.statements import health, session
+from batchq.postgres.transactions import transaction
 
 MOST_OFFENDERS = 10
 SECONDS_EACH = 5.0
@@ -37,7 +37,7 @@ def violations(conn: psycopg.Connection[Any], most: int = MOST_OFFENDERS) -> lis
     return [
         Violation(name, *row)
         for name, statement in health.invariants().items()
-        for row in health.offenders(conn, statement, most)
+        for row in health.violations(conn, statement, most)
     ]
 
 
@@ -51,7 +51,7 @@ def verdicts(
     for name, statement in health.invariants().items():
         try:
             with transaction(conn, seconds, settings=session.READ_ONLY):
-                found = [Violation(name, *row) for row in health.offenders(conn, statement, most + 1)]
+                found = [Violation(name, *row) for row in health.violations(conn, statement, most + 1)]
             yield Verdict(name, found[:most], len(found) > most)
         except psycopg.errors.QueryCanceled:
             yield Verdict(name, [], unknown=f"not checked: it takes longer than {seconds:g} s")

@@ -1,10 +1,10 @@
--- What is always true of committed rows. Each query returns those for which it is not: an id, as text, and what is
--- wrong with it. One statement, so one snapshot, reads all that it compares: so none is wrong while workers work.
+-- Invariants of committed rows. Each query returns the rows that violate one: an id and the problem. It is a single
+-- statement and so reads one snapshot; that is why it reports nothing wrong while workers run.
 --
--- Most of it is held by constraints and by the fence as well. This tells when one of those was gone, or around.
+-- Constraints and the fence enforce most of them. A violation shows that one of those was missing, or bypassed.
 
 -- name: live_is_pending_or_processing
--- coalesce, as in the next: else the planner trusts the partitioning, and looks at nothing.
+-- coalesce, here and in the next: otherwise the planner trusts the partitioning, and reads nothing.
 SELECT id, 'status is ' || status
 FROM batchq.batches_live
 WHERE coalesce(status, '') NOT IN ('pending', 'processing')
@@ -87,8 +87,8 @@ LEFT JOIN (SELECT queue, batch_id, count(*) AS failed FROM batchq.failed_items G
 WHERE b.items_failed <> coalesce(f.failed, 0)
 
 -- name: failed_item_has_a_batch
--- What failed before the oldest day that is kept may be there for a while: prune takes 10,000 at a time.
-SELECT f.batch_id, format('item %s in queue %s failed, of a batch that does not exist', f.item_index, f.queue)
+-- Items that failed before the oldest kept day may remain for a while: prune deletes 10,000 at a time.
+SELECT f.batch_id, format('failed item %s in queue %s belongs to no batch', f.item_index, f.queue)
 FROM batchq.failed_items f
 WHERE NOT EXISTS (SELECT FROM batchq.batches b WHERE b.id = f.batch_id AND b.queue = f.queue)
   AND (f.failed_at AT TIME ZONE 'UTC')::date >= (
@@ -106,7 +106,7 @@ WHERE f.item_index < 0
    OR f.item_index >= b.items_done + b.items_failed
 
 -- name: failed_item_is_the_batchs
-SELECT b.id, format('item %s is another in items than in failed_items', f.item_index)
+SELECT b.id, format('item %s differs between items and failed_items', f.item_index)
 FROM batchq.batches b
 CROSS JOIN LATERAL jsonb_array_elements(CASE jsonb_typeof(b.items) WHEN 'array' THEN b.items END)
   WITH ORDINALITY AS own(item, number)
@@ -145,7 +145,7 @@ GROUP BY queue, kind, unique_key
 HAVING count(*) > 1
 
 -- name: finished_lies_in_its_day
--- By the name of the partition, as prune goes by it.
+-- By the name of the partition, which prune relies on.
 SELECT f.id, format('finished at %s (UTC), in partition %s', f.finished_at AT TIME ZONE 'UTC', c.relname)
 FROM batchq.batches_finished f
 JOIN pg_catalog.pg_class c ON c.oid = f.tableoid
@@ -183,7 +183,7 @@ WHERE id = ''
    OR heartbeat_at > clock_timestamp() + interval '1 minute'
 
 -- name: pause_names_something
-SELECT paused_at, 'a pause of neither a queue nor a kind'
+SELECT paused_at, 'a pause without queue and kind'
 FROM batchq.pauses
 WHERE num_nonnulls(queue, kind) = 0
 
@@ -199,7 +199,7 @@ FROM batchq.audit
 WHERE batches < 0
 
 -- name: migrations_have_no_gap
-SELECT m.version, format('%s is applied, and version %s is not', m.name, m.version - 1)
+SELECT m.version, format('%s is applied, but version %s is not', m.name, m.version - 1)
 FROM batchq.migrations m
 WHERE m.version > 1
   AND NOT EXISTS (SELECT FROM batchq.migrations before WHERE before.version = m.version - 1)

@@ -4,7 +4,7 @@ from typing import Any
 
 import psycopg
 
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import health, inserts, views
 
 MOST_ROWS = 1000

@@ -1,1 +1,1 @@
-"""The database: connections and deadlines, every statement, migrations, a private server for trying out."""
+"""The database: connections and deadlines, every statement, migrations, a private server to try batchq with."""

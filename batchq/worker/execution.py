@@ -14,8 +14,8 @@ from batchq.common.forks import end_if_forked
 from batchq.common.log import current_batch, get_logger
 from batchq.common.text import MOST_RESULT_BYTES, error_object, json_text, message_object, message_of, one_line
 from batchq.errors import Cancel, DatabaseAway, InvalidInput, LeaseLost, Snooze, StopRequested, TimedOut, of_group
-from batchq.postgres.database import CONFLICTS
 from batchq.postgres.statements import inputs
+from batchq.postgres.transactions import CONFLICTS
 from batchq.retry import Backoff
 from batchq.worker.items import run_items, run_items_async, validate
 

@@ -14,7 +14,7 @@ from batchq.batch import Batch
 from batchq.common.log import get_logger
 from batchq.common.text import message_object, one_line, plain_object
 from batchq.errors import OutcomeUnknown
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import endings, session
 from batchq.postgres.statements.endings import Finish, Requeue
 from batchq.postgres.statements.running import Statement
@@ -33,7 +33,7 @@ FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.25, 5.0
 MOST_RETRIED = 100
 MOST_REFUSED_IN_A_ROW = 10
 MOST_LOGGED = 20
-SETTINGS = session.BY_INDEX | {"lock_timeout": str(LOCK_MILLISECONDS)}
+SETTINGS = session.FORCE_INDEX_AND_HASH_JOIN | {"lock_timeout": str(LOCK_MILLISECONDS)}
 ABOUT_CONTENT = (
     UnicodeError,
     psycopg.DataError,

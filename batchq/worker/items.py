@@ -19,7 +19,8 @@ from batchq.app import ItemHandler
 from batchq.batch import Batch, Chunk
 from batchq.common.text import close_coroutine
 from batchq.errors import Cancel, Interrupted, InvalidInput, Snooze, of_group
-from batchq.postgres.database import CONFLICTS, AnyConnection, is_lost
+from batchq.postgres.connections import AnyConnection, is_lost
+from batchq.postgres.transactions import CONFLICTS
 
 CHUNK_SECONDS = 1.0
 PASSED_ON = (Interrupted, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit)

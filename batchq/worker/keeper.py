@@ -16,7 +16,7 @@ import psycopg
 from batchq.batch import Batch
 from batchq.common.log import current_batch, get_logger
 from batchq.common.text import one_line
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import leases as lease_statements
 from batchq.postgres.statements import maintenance, session, workers
 from batchq.postgres.statements.workers import WorkerRow
@@ -230,7 +230,7 @@ class Keeper:
         does. A row that the database refuses to change does not keep the others from being taken back."""
         spread_seconds = self.lease_seconds / 2
         try:
-            with self.link.transaction(session.BY_INDEX) as conn:
+            with self.link.transaction(session.FORCE_INDEX_AND_HASH_JOIN) as conn:
                 return lease_statements.rescue(conn, queue, RESCUES_A_ROUND, spread_seconds, after, skipped.ids())
         except psycopg.Error as error:
             if not is_about_rows(error):
@@ -238,7 +238,7 @@ class Keeper:
         rescued: list[tuple[int, str, int, str]] = []
 
         def take_back_part(ids: Sequence[int]) -> None:
-            with self.link.transaction(session.BY_INDEX) as conn:
+            with self.link.transaction(session.FORCE_INDEX_AND_HASH_JOIN) as conn:
                 rescued.extend(lease_statements.rescue(conn, queue, len(ids), spread_seconds, after, only=ids))
 
         rows = self.link.probe(lease_statements.expired(queue, RESCUES_A_ROUND, after, skipped.ids()))

@@ -23,8 +23,8 @@ from batchq.app import Handler
 from batchq.batch import Batch
 from batchq.common.log import get_logger
 from batchq.errors import Interrupted
-from batchq.postgres.database import HandlerConnections
-from batchq.postgres.places import Places
+from batchq.postgres.fair_queue import FairQueue
+from batchq.postgres.handler_connections import HandlerConnections
 from batchq.worker.execution import (
     RELEASED,
     Outcome,
@@ -81,10 +81,10 @@ class Lane:
     """The handlers of one style, and the batches in hand for them. *ended* is told of each batch that ends."""
 
     def __init__(
-        self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended, places: Places | None = None
+        self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended, places: FairQueue | None = None
     ) -> None:
         self.handlers = handlers
-        self.places = places or Places(concurrency, 0.0)
+        self.places = places or FairQueue(concurrency, 0.0)
         self.kinds = sorted(handlers)
         self.concurrency = concurrency
         self.ended = ended
@@ -127,13 +127,13 @@ class Lane:
 
     def able(self, wanted: int) -> int:
         """Return *wanted*; where handlers wait for connections, only as many batches as get on soon."""
-        if not self.places.line:
+        if not self.places.waiting:
             return wanted
         return min(wanted, self.unwritten + max(0, self.places.room() - self.not_begun()))
 
     def is_held_up(self) -> bool:
         """Whether to begin nothing: as many handlers wait for connections as get on soon."""
-        return bool(self.places.line) and self.places.room() <= 0
+        return bool(self.places.waiting) and self.places.room() <= 0
 
     def not_begun(self) -> int:
         """Return about how many batches in hand have not begun."""
@@ -243,7 +243,7 @@ class ThreadLane(Lane):
         handlers: Mapping[str, Handler],
         concurrency: int,
         ended: Ended,
-        places: Places | None = None,
+        places: FairQueue | None = None,
         *,
         traced: bool = False,
     ) -> None:
@@ -251,7 +251,7 @@ class ThreadLane(Lane):
         self.run = run_traced if traced else run
         self.waiting: deque[Batch] = deque()
         self.wake = threading.Event()  # for the slot that stands by
-        self.places.on_move = self.go_on
+        self.places.on_advance = self.go_on
         self.standby = threading.Lock()  # held by it
         self.awake = 0  # slots that are not idle, counted under the lock
         self.stuck: set[Batch] = set()  # that were seen to take long, and have not ended
@@ -475,10 +475,10 @@ class LoopLane(Lane):
         *,
         traced: bool = False,
     ) -> None:
-        super().__init__(handlers, concurrency, ended, connections.async_places)
+        super().__init__(handlers, concurrency, ended, connections.async_fair_queue)
         self.run = run_async_traced if traced else run_async
         self.connections = connections
-        self.places.on_move = self.begin_next
+        self.places.on_advance = self.begin_next
         self.held_up: deque[asyncio.Future[None]] = deque()  # of tasks whose batches have not begun
         self.tasks: dict[Batch, asyncio.Task[None]] = {}
         self.ready = threading.Event()

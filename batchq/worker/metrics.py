@@ -11,7 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from batchq.common.exposition import MOST_PAIRS, OTHER, exposition
 from batchq.errors import ConfigError
-from batchq.postgres.database import Link, read_only_problem
+from batchq.postgres.link import Link
+from batchq.postgres.server_checks import read_only_problem
 from batchq.settings import Settings
 from batchq.worker.keeper import HEARTBEAT_SECONDS, Keeper
 from batchq.worker.lanes import Lane

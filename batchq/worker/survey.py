@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import probes, session
 
 SURVEY_SECONDS = 1.0
@@ -32,7 +32,7 @@ class Survey:
         if self.dead_rows < MANY_DEAD_ROWS or began_at < self.due_at:
             return
         try:
-            with self.link.transaction(session.PROBING) as conn:
+            with self.link.transaction(session.FORCE_INDEX) as conn:
                 probes.move_positions(conn, self.queues, priorities, self.lease_seconds)
         finally:
             self.took_seconds = time.monotonic() - began_at

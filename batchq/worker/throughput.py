@@ -9,7 +9,7 @@ import psycopg
 
 from batchq.batch import Batch
 from batchq.errors import OutcomeUnknown
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import workers
 from batchq.postgres.statements.workers import Tally
 

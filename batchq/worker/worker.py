@@ -18,10 +18,14 @@ from batchq.common import traces
 from batchq.common.log import get_logger
 from batchq.common.text import one_line
 from batchq.errors import ConfigError, StopRequested
-from batchq.postgres.database import HandlerConnections, Link, check_server, check_writable, connect, transaction
+from batchq.postgres.connections import connect
+from batchq.postgres.handler_connections import HandlerConnections
+from batchq.postgres.link import Link
 from batchq.postgres.migrate import check_schema
+from batchq.postgres.server_checks import check_server, check_writable
 from batchq.postgres.statements import claims, health, session, workers
 from batchq.postgres.statements.workers import WorkerRow
+from batchq.postgres.transactions import transaction
 from batchq.settings import Settings
 from batchq.worker.bell import Bell
 from batchq.worker.claimer import Claimer
@@ -85,7 +89,7 @@ class Worker:
         require_extras(self.settings)
         traced = self.settings.traces
         if in_threads:
-            slots, places = self.settings.concurrency, self.connections.places
+            slots, places = self.settings.concurrency, self.connections.fair_queue
             lanes.append(ThreadLane(in_threads, slots, self.finisher.put, places, traced=traced))
         if in_loop:
             slots = self.settings.async_concurrency
@@ -337,18 +341,18 @@ def check_database(dsn: str, seconds: float, row: WorkerRow | None = None) -> No
 
     Also ConfigError if its encoding does not have a letter of a name in *row*: no claim and no heartbeat would work.
     """
-    with connect(dsn) as conn, transaction(conn, seconds, settings=session.PLAIN):
+    with connect(dsn) as conn, transaction(conn, seconds, settings=session.FIXED_FORMATS):
         check_server(conn)
         check_writable(conn)
         check_schema(conn)
-        if not session.may_work(conn):
+        if not session.has_worker_duty(conn):
             role = shlex.quote(session.role_and_encoding(conn)[0])
             raise ConfigError(
                 f"permission denied: role {role} may not work batches; "
                 f"as the owner of the schema: batchq roles worker {role} --apply"
             )
         try:
-            session.take_in(conn, [*row.queues, *row.kinds, row.id] if row else [])
+            session.check_encodable(conn, [*row.queues, *row.kinds, row.id] if row else [])
         except claims.UNREADABLE as error:
             raise ConfigError(f"the name of a queue or a kind: {error.diag.message_primary}") from None
         for relation, last_given, newest in health.ids_given_twice(conn, IDS_FINISHED_DAYS):

@@ -13,7 +13,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from batchq.operate.bulk import Bulk, LeftOut
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import endings
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.endings import Finish

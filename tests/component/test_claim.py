@@ -8,12 +8,12 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from batchq.postgres.database import LONGEST_TEXT
 from batchq.postgres.statements import checkpoints, claims, endings, inputs, leases, session
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.claims import END, START, Position
 from batchq.postgres.statements.endings import Finish, Requeue
 from batchq.postgres.statements.running import Statement
+from batchq.postgres.transactions import LONGEST_TEXT
 from tests.component.rows import (
     KIND,
     Conn,
@@ -168,7 +168,7 @@ def test_a_kind_that_the_worker_does_not_know_stays_pending(conn: Conn) -> None:
 def test_two_claims_at_once_take_different_batches_and_neither_waits(conn: Conn, dsn: str) -> None:
     inserted = [insert(conn) for _ in range(10)]
     with psycopg.connect(dsn, prepare_threshold=None) as other:
-        other.execute(session.limits(5))
+        other.execute(session.transaction_settings(5))
         step("one claims 4 and has not committed, the other claims all it can get")
         first = claim(other, 4, worker="worker-2")
         with conn.transaction():
@@ -243,10 +243,10 @@ def test_a_claim_of_unknown_outcome_is_given_back_by_its_token_unharmed(conn: Co
     token = uuid4()
     claim(conn, 2, token=token)
     claim(conn, 1)
-    assert claims.give_back_claim(conn, "default", token) == 2
+    assert claims.release_claim(conn, "default", token) == 2
     assert [batch(conn, batch_id) for batch_id in inserted[:2]] == before[:2]
     assert batch(conn, inserted[2])["status"] == "processing", "of another claim"
-    assert claims.give_back_claim(conn, "default", token) == 0, "again: nothing is left of it"
+    assert claims.release_claim(conn, "default", token) == 0, "again: nothing is left of it"
 
 
 # ----------------------------------------------------------------------------------------------------- flat cost
@@ -336,7 +336,7 @@ def plan_of(conn: Conn, statement: Statement) -> dict[str, Any]:
     text, parameters = statement
     with conn.transaction(force_rollback=True):
         conn.cursor_factory = psycopg.Cursor
-        conn.execute(session.limits(60, settings=session.BY_INDEX))
+        conn.execute(session.transaction_settings(60, settings=session.FORCE_INDEX_AND_HASH_JOIN))
         explain = f"EXPLAIN (ANALYZE, FORMAT JSON) {text}".encode()
         client = psycopg.ClientCursor(conn)
         is_short = len(client.mogrify(explain, parameters)) <= LONGEST_TEXT

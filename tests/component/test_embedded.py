@@ -61,7 +61,7 @@ def test_a_path_too_long_for_a_socket_gets_a_short_one(directory: Path) -> None:
 def test_a_directory_closed_to_the_server_is_named(directory: Path) -> None:
     closed = directory / "closed"
     closed.mkdir(mode=0o000)
-    with pytest.raises(ConfigError, match=f"cannot enter {closed}; choose another place"):
+    with pytest.raises(ConfigError, match=f"cannot enter {closed}; choose another directory"):
         embedded.start(closed)
     closed.chmod(0o755)
 

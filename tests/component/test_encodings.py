@@ -10,8 +10,10 @@ import pytest
 import batchq
 from batchq.cli import main
 from batchq.errors import ConfigError
-from batchq.postgres.database import Link, check_server, connect
+from batchq.postgres.connections import connect
+from batchq.postgres.link import Link
 from batchq.postgres.migrate import migrate
+from batchq.postgres.server_checks import check_server
 from batchq.postgres.statements import session, views
 from tests.support.batches import drain, look
 from tests.support.databases import Databases

@@ -85,7 +85,7 @@ def all_statements(routines: list[Routine]) -> Iterator[tuple[str, Any]]:
     for module in pkgutil.iter_modules(statement_modules.__path__):
         yield from neutral.statements_of_module(importlib.import_module(f"{statement_modules.__name__}.{module.name}"))
     for file in FILES:
-        for name, text in running.statements_of(ROOT / file).items():
+        for name, text in running.load_statements(ROOT / file).items():
             yield from neutral.parsed(f"{Path(file).stem}.{name}", text)
 
 

@@ -8,8 +8,8 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from batchq.postgres.database import LONGEST_TEXT
 from batchq.postgres.statements import endings
+from batchq.postgres.transactions import LONGEST_TEXT
 from batchq.worker import finisher
 from tests.component.rows import Conn, Taken, claim, complete, insert, values
 from tests.support.alone import run_alone

@@ -115,7 +115,7 @@ def buffers(conn: Conn, statement: Statement, settings: dict[str, str]) -> tuple
     its plan. It runs twice, since the first time reads the catalog, too."""
     text, parameters = statement
     with conn.transaction(force_rollback=True):
-        conn.execute(session.limits(60, settings=settings))
+        conn.execute(session.transaction_settings(60, settings=settings))
         with conn.transaction(force_rollback=True):
             rows = len(conn.cursor(row_factory=tuple_row).execute(text, parameters).fetchall())
         cursor = psycopg.ClientCursor(conn)
@@ -167,7 +167,7 @@ def test_no_index_but_those_of_claims_and_leases_can_serve_a_statement_that_name
 
 @pytest.mark.parametrize("name", OF_A_WORKER)
 def test_a_statement_of_a_worker_reads_only_what_it_returns(table: Table, name: str) -> None:
-    settings = session.PROBING if name in PROBES else session.BY_INDEX
+    settings = session.FORCE_INDEX if name in PROBES else session.FORCE_INDEX_AND_HASH_JOIN
     read, rows, plan = buffers(table.conn, OF_A_WORKER[name](table.position), settings)
     rows = max(rows, len(IDS) if name in BY_IDS else 0)
     step("%s buffers, %s rows", read, rows)
@@ -183,14 +183,14 @@ def test_a_probe_ends_at_the_first_batch_of_a_kind_that_was_rare_when_statistics
     conn.execute(fill + "generate_series(1, 20000)", ["other"])
     conn.execute("ANALYZE batchq.batches_live")
     conn.execute(fill + "generate_series(1, 20000)", [KIND])
-    read, rows, plan = buffers(conn, OF_A_WORKER[name](claims.START), session.PROBING)
+    read, rows, plan = buffers(conn, OF_A_WORKER[name](claims.START), session.FORCE_INDEX)
     step("%s buffers, %s rows", read, rows)
     assert rows == 1
     assert read <= BASE_BUFFERS, plan
 
 
 def test_priorities_are_learned_without_reading_the_dead(table: Table) -> None:
-    read, _, plan = buffers(table.conn, probes.unknown_priority("default", [0]), session.PROBING)
+    read, _, plan = buffers(table.conn, probes.unknown_priority("default", [0]), session.FORCE_INDEX)
     assert read <= BASE_BUFFERS, plan
     recorded = probes.as_positions(table.conn.execute(*probes.known_positions("default")).fetchall())
     assert recorded[0] >= table.position, "a new worker begins after the dead"
@@ -207,7 +207,7 @@ LOOKED_AT: dict[str, Callable[[Conn], Any]] = {
     "newest id": health.newest_id,
     "page": lambda conn: batch_list(None, None, None, None, None)(conn),
     "page, processing": lambda conn: batch_list(None, None, "processing", None, None)(conn),
-    "doctor, stalled": lambda conn: health.ailing(conn, "stalled", {}),
+    "doctor, stalled": lambda conn: health.findings(conn, "stalled", {}),
 }
 
 

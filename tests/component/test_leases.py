@@ -35,7 +35,7 @@ from tests.support.alone import run_alone
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 
-DIED = "worker died: worker-1 gave no sign of life until its lease ran out"
+DIED = "worker died: worker-1 did not renew its lease"
 Write = Callable[[Conn, str, Taken], bool]
 
 # ---------------------------------------------------------------------------------------------------------- the fence
@@ -90,7 +90,7 @@ def write_extend(conn: Conn, queue: str, taken: Taken) -> bool:
 
 def give_back(conn: Conn, queue: str, taken: Taken) -> bool:
     """Give back the whole claim."""
-    return claims.give_back_claim(conn, queue, taken.token) == 1
+    return claims.release_claim(conn, queue, taken.token) == 1
 
 
 WRITES = [
@@ -200,6 +200,16 @@ def test_of_many_finishes_those_that_are_ours_are_written_and_named(conn: Conn) 
     forged = Finish(theirs.id, mine.token, "failed")
     assert finish(conn, Finish(*mine, "completed"), forged) == {mine.id}
     assert batch(conn, theirs.id)["status"] == "processing"
+
+
+def test_every_column_is_kept_or_changed_by_a_finish(conn: Conn) -> None:
+    columns = set(
+        values(
+            conn, "SELECT attname FROM pg_attribute WHERE attrelid = 'batchq.batches_finished'::regclass AND attnum > 0"
+        )
+    )
+    changed = {"status", "items_done", "result", "errors", "finished_at", "claim_token", "lease_expires_at"}
+    assert {name.strip() for name in endings.KEPT.split(",")} == columns - changed
 
 
 def test_a_finish_moves_the_whole_row_and_frees_it(conn: Conn) -> None:
@@ -410,7 +420,7 @@ def test_a_rescue_passes_over_what_somebody_writes_just_now(conn: Conn, dsn: str
         expire_lease(conn, batch_id)
     with psycopg.connect(dsn, prepare_threshold=None) as late_worker:
         step("the worker of %s wakes up late, and saves a checkpoint", busy.id)
-        late_worker.execute(session.limits(5))
+        late_worker.execute(session.transaction_settings(5))
         late_worker.execute(*checkpoints.checkpoint("default", *busy, 60, Progress()))
         with conn.transaction():
             conn.execute("SELECT set_config('lock_timeout', '500ms', true)")
@@ -494,7 +504,7 @@ def test_an_extension_names_only_those_that_are_lost(conn: Conn) -> None:
 def test_an_extension_passes_over_a_locked_row_and_does_not_call_it_lost(conn: Conn, dsn: str) -> None:
     locked, free = processing(conn), processing(conn)
     with psycopg.connect(dsn, prepare_threshold=None) as own_finisher:
-        own_finisher.execute(session.limits(5))
+        own_finisher.execute(session.transaction_settings(5))
         own_finisher.execute(*endings.finish("default", [Finish(*locked, "completed")]))
         with conn.transaction():
             conn.execute("SELECT set_config('lock_timeout', '500ms', true)")

@@ -122,9 +122,9 @@ def test_a_claim_of_unknown_outcome_is_given_back_in_its_own_queue_alone(conn: C
     insert(conn)
     token = uuid4()
     claim(conn, token=token)
-    assert claims.give_back_claim(conn, "other", token) == 0
+    assert claims.release_claim(conn, "other", token) == 0
     assert value(conn, "SELECT status FROM batchq.batches") == "processing"
-    assert claims.give_back_claim(conn, "default", token) == 1
+    assert claims.release_claim(conn, "default", token) == 1
 
 
 if __name__ == "__main__":

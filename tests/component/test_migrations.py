@@ -297,7 +297,7 @@ def check_every_statement(conn: Conn) -> None:
     assert ready_priorities(conn, "default", [KIND], {0: claims.START, 1: claims.START}) == [0]
     assert is_ready_between(conn, "default", 0, [KIND], claims.START, claims.END)
     assert len(claim(conn, 2, token=(token := processing(conn, kind="other").token))) == 2
-    assert claims.give_back_claim(conn, "default", token) == 3
+    assert claims.release_claim(conn, "default", token) == 3
     taken = processing(conn, kind="third", items=[1, 2])
     write_everything(conn, taken)
     failed = finished(conn, "failed", kind="fourth", error='{"error": "no"}')
@@ -306,7 +306,7 @@ def check_every_statement(conn: Conn) -> None:
     read_everything(conn, failed)
     with conn.transaction():
         worker = workers.WorkerRow("w", "h", 1, "1", ["default"], [KIND], 1)
-        assert workers.beat(running.one(conn, *workers.heartbeat(worker, 0, stopping=False))).turn[:2] == (1, 0)
+        assert workers.beat(running.fetch_one(conn, *workers.heartbeat(worker, 0, stopping=False))).turn[:2] == (1, 0)
         workers.forget_worker(conn, "w")
         assert maintenance.create_finished_partitions(conn, 20) > 0
         assert maintenance.prune(conn, 1) == 0

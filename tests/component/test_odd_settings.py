@@ -13,7 +13,7 @@ from psycopg import sql
 import batchq
 from batchq.cli import main
 from batchq.operate.monitor import Monitor
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.migrate import migrate
 from batchq.postgres.statements import claims, leases, maintenance, session
 from batchq.postgres.statements.claims import END, START
@@ -71,7 +71,7 @@ def odd_dsn(server: Server, empty_database: str) -> str:
 def plain(odd_dsn: str) -> Iterator[Conn]:
     """Return a connection that sees everything as it is."""
     with psycopg.connect(odd_dsn, autocommit=True, client_encoding="UTF8") as conn:
-        for name, value in (session.PLAIN | {"TimeZone": "UTC"}).items():
+        for name, value in (session.FIXED_FORMATS | {"TimeZone": "UTC"}).items():
             conn.execute("SELECT set_config(%s, %s, false)", [name, value])
         yield conn
 
@@ -258,12 +258,12 @@ def test_ready_rows_beside_one_that_is_refused_are_claimed(odd_dsn: str, odd: Co
 
 def test_the_page_reads_and_acts_under_plain_settings(odd_dsn: str) -> None:
     def seen(conn: Conn) -> dict[str, str]:
-        return {name: conn.execute(f"SHOW {name}".encode()).fetchall()[0][0] for name in session.PLAIN}
+        return {name: conn.execute(f"SHOW {name}".encode()).fetchall()[0][0] for name in session.FIXED_FORMATS}
 
     with closing(Reader(odd_dsn)) as reader:
         reader.open()
         for way in (reader.ask, reader.act):
-            assert way(seen) == session.PLAIN | {"DateStyle": "ISO, DMY"}
+            assert way(seen) == session.FIXED_FORMATS | {"DateStyle": "ISO, DMY"}
 
 
 if __name__ == "__main__":

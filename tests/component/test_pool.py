@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -11,9 +12,9 @@ import pytest
 
 import batchq
 from batchq.errors import DatabaseAway, OutcomeUnknown
-from batchq.postgres import database
-from batchq.postgres.database import HandlerConnections
-from batchq.postgres.places import Places
+from batchq.postgres import handler_connections
+from batchq.postgres.fair_queue import FairQueue
+from batchq.postgres.handler_connections import HandlerConnections
 from batchq.testing import running_worker
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, drain, look, put, values
@@ -187,7 +188,7 @@ def test_borrowers_are_served_in_the_order_in_which_they_came(alone: HandlerConn
         threads = [threading.Thread(target=borrow, args=[number]) for number in range(5)]
         for number, thread in enumerate(threads):
             thread.start()
-            wait_until(lambda number=number: len(alone.places.line) == number + 1, 5, "it to be in line")
+            wait_until(lambda number=number: len(alone.fair_queue.waiting) == number + 1, 5, "it to be in line")
     for thread in threads:
         thread.join(10)
     assert served == [0, 1, 2, 3, 4]
@@ -195,7 +196,7 @@ def test_borrowers_are_served_in_the_order_in_which_they_came(alone: HandlerConn
 
 
 def test_a_wait_ends_where_no_connection_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "BORROW_SECONDS", 0.1)
+    monkeypatch.setattr(handler_connections, "BORROW_SECONDS", 0.1)
     nowhere = HandlerConnections(f"host=127.0.0.1 port={free_port()} dbname=x", 1, 0.5, 10)
     nowhere.pool.open()
     away: list[DatabaseAway] = []
@@ -209,14 +210,14 @@ def test_a_wait_ends_where_no_connection_can_be_made(monkeypatch: pytest.MonkeyP
     for thread in threads:
         thread.start()
     wait_until(lambda: len(away) == 4, 5, "all to give up")
-    assert (nowhere.places.free, len(nowhere.places.line)) == (1, 0)
+    assert (nowhere.fair_queue.free, len(nowhere.fair_queue.waiting)) == (1, 0)
     nowhere.close()
 
 
 def test_a_wait_ends_where_a_connection_is_in_use_for_longer_than_it_may_be(
     dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "BORROW_SECONDS", 0.1)
+    monkeypatch.setattr(handler_connections, "BORROW_SECONDS", 0.1)
     stuck = HandlerConnections(dsn, 1, borrow_seconds=0.2, transaction_seconds=1)
     stuck.open()
     with pytest.raises(OutcomeUnknown), stuck.transaction(), pytest.raises(DatabaseAway), stuck.transaction():
@@ -225,7 +226,7 @@ def test_a_wait_ends_where_a_connection_is_in_use_for_longer_than_it_may_be(
 
 
 def test_a_wait_in_line_may_have_a_limit(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "BORROW_SECONDS", 0.1)
+    monkeypatch.setattr(handler_connections, "BORROW_SECONDS", 0.1)
     page = HandlerConnections(dsn, 1, 5, 10, queue_seconds=0.3)
     page.open()
     with page.transaction(), pytest.raises(DatabaseAway, match=r"no connection for 0\.3 s"), page.transaction():
@@ -236,7 +237,7 @@ def test_a_wait_in_line_may_have_a_limit(dsn: str, monkeypatch: pytest.MonkeyPat
 # --------------------------------------------------------------------------------------------------- the places
 
 
-def in_line(places: Places, served: list[int], number: int) -> Callable[[], object]:
+def in_line(places: FairQueue, served: list[int], number: int) -> Callable[[], object]:
     """Ask for a place; *number* is noted once it is there."""
 
     def go() -> None:
@@ -248,22 +249,22 @@ def in_line(places: Places, served: list[int], number: int) -> Callable[[], obje
 
 
 def test_places_go_to_who_came_first_and_pass_by_who_has_left() -> None:
-    places, served = Places(2, 10), list[int]()
+    places, served = FairQueue(2, 10), list[int]()
     asked = [in_line(places, served, number) for number in range(5)]
     assert served == [0, 1]
     places.leave(asked[2])
-    places.give_back(0.0)
+    places.release(0.0)
     assert served == [0, 1, 3]
     step("who was given a place just as it left passes it on")
     places.leave(asked[3])
     assert served == [0, 1, 3, 4]
     for _ in range(2):
-        places.give_back()
+        places.release()
     assert places.free == 2
 
 
 def test_as_many_may_wait_as_there_are_places_and_more_where_they_are_held_briefly() -> None:
-    places, served = Places(2, 10), list[int]()
+    places, served = FairQueue(2, 10), list[int]()
     assert places.room() == sys.maxsize
     asked = [in_line(places, served, number) for number in range(3)]
     assert places.room() == 1
@@ -271,18 +272,18 @@ def test_as_many_may_wait_as_there_are_places_and_more_where_they_are_held_brief
     assert places.room() == 0
     for number in range(4, 60):
         in_line(places, served, number)
-        places.give_back(database.time.monotonic() - 0.001)
+        places.release(time.monotonic() - 0.001)
     assert places.room() > 100
     step("a place that nobody gives back for long is not held briefly")
-    places.moved_at -= 60
+    places.last_released_at -= 60
     assert places.room() == 0
 
 
 def test_a_place_is_in_use_for_as_long_as_its_connection_may_be() -> None:
-    places = Places(1, 10)
+    places = FairQueue(1, 10)
     with places.using("a"):
         assert places.is_busy()
-        places.borrowed["a"] -= 11
+        places.in_use_since["a"] -= 11
         assert not places.is_busy()
     assert not places.is_busy()
 

@@ -10,7 +10,8 @@ import pytest
 
 import batchq
 from batchq.batch import Runtime
-from batchq.postgres.database import HandlerConnections, Link
+from batchq.postgres.handler_connections import HandlerConnections
+from batchq.postgres.link import Link
 from batchq.postgres.statements import claims as claim_statements
 from batchq.postgres.statements import leases, probes, session
 from batchq.postgres.statements.claims import END, START, ClaimedRow, Position
@@ -274,7 +275,7 @@ def pages_met(conn: Conn, statement: Statement, index: str = "batches_live_ready
     """
     text, parameters = statement
     with conn.transaction(force_rollback=True):
-        conn.execute(session.limits(60, settings=session.BY_INDEX))
+        conn.execute(session.transaction_settings(60, settings=session.FORCE_INDEX_AND_HASH_JOIN))
         cursor = psycopg.ClientCursor(conn)
         for _ in range(10 if "batchq.has_ready(" in text else 0):
             cursor.execute(text, parameters)
@@ -322,7 +323,7 @@ def test_a_look_does_not_walk_over_what_was_claimed_while_a_snapshot_is_held(
     conn.execute("ANALYZE batchq.batches_live")
     last = max(row.position for row in claim(conn, 5000))
     statements: list[Statement] = []
-    monkeypatch.setattr(probes, "every", lambda _, *statement: statements.append(statement) or [(False,)])
+    monkeypatch.setattr(probes, "fetch_value", lambda _conn, _kind, *statement: statements.append(statement))
     for position in (START, last):
         probes.has_ready(conn, "default", 0, [KIND], position)
         statements.append(probes.ready_between("default", 0, [KIND], position, END))
@@ -454,7 +455,7 @@ def given_back(conn: Conn, dsn: str) -> int:
 def given_back_by_its_token(conn: Conn, dsn: str) -> int:
     """Give back what a claim of unknown outcome has claimed."""
     batch_id, token = one_claimed(conn)
-    assert claim_statements.give_back_claim(conn, "default", token) == 1
+    assert claim_statements.release_claim(conn, "default", token) == 1
     return batch_id
 
 

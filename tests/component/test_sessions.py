@@ -11,8 +11,10 @@ import pytest
 from psycopg import sql
 
 import batchq
-from batchq.postgres.database import LONGEST_TEXT, HandlerConnections, Link
+from batchq.postgres.handler_connections import HandlerConnections
+from batchq.postgres.link import Link
 from batchq.postgres.statements import claims, probes
+from batchq.postgres.transactions import LONGEST_TEXT
 from batchq.retry import Conflicts
 from batchq.testing import running_worker
 from tests.support.alone import run_alone

@@ -14,7 +14,7 @@ import pytest
 
 import batchq
 from batchq.errors import ConfigError
-from batchq.postgres.database import HandlerConnections
+from batchq.postgres.handler_connections import HandlerConnections
 from batchq.settings import Settings
 from batchq.worker.lanes import LoopLane, ThreadLane
 from batchq.worker.worker import Worker

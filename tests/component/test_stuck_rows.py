@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 import batchq
 from batchq.batch import Batch
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements.claims import END, START
 from batchq.postgres.statements.session import OWN_LOCK_SECONDS
 from batchq.worker import finisher, keeper, lanes

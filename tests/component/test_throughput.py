@@ -11,7 +11,7 @@ from psycopg.rows import dict_row
 
 import batchq
 from batchq.errors import Cancel, OutcomeUnknown
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import workers
 from batchq.postgres.statements.workers import Tally
 from batchq.testing import drain, running_worker

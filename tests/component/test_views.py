@@ -12,7 +12,7 @@ import pytest
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import running as running_statements
 from batchq.postgres.statements import workers
 from batchq.postgres.statements.checkpoints import Progress

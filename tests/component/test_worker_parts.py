@@ -14,7 +14,8 @@ import pytest
 import batchq
 from batchq.batch import Batch, Runtime
 from batchq.errors import DatabaseAway, OutcomeUnknown
-from batchq.postgres.database import HandlerConnections, Link
+from batchq.postgres.handler_connections import HandlerConnections
+from batchq.postgres.link import Link
 from batchq.postgres.statements import maintenance
 from batchq.postgres.statements.claims import END, START
 from batchq.postgres.statements.workers import Turn, WorkerRow

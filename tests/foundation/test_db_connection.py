@@ -22,26 +22,17 @@ import batchq
 from batchq.common import log
 from batchq.common.secrets import hide_password
 from batchq.errors import ConfigError, OutcomeUnknown
-from batchq.postgres import database
-from batchq.postgres.database import (
-    CONNECT_OPTIONS,
-    POOL_OPTIONS,
-    AsyncConnection,
-    Connection,
-    HandlerConnections,
-    Link,
-    bounded,
-    check_server,
-    connect,
-    gate,
-    is_login_failure,
-    is_read_only,
-    transaction,
-    transaction_async,
-)
+from batchq.postgres import logins, server_checks
+from batchq.postgres.connections import CONNECT_OPTIONS, AsyncConnection, Connection, connect, is_lost
+from batchq.postgres.deadlines import deadline
 from batchq.postgres.dsn import dsn_problems
+from batchq.postgres.handler_connections import POOL_OPTIONS, HandlerConnections
+from batchq.postgres.link import Link
+from batchq.postgres.logins import backoff, is_login_failure
+from batchq.postgres.server_checks import check_server
 from batchq.postgres.statements import claims, endings, leases, probes, session
 from batchq.postgres.statements.endings import Finish, Requeue
+from batchq.postgres.transactions import is_read_only_error, transaction, transaction_async
 from batchq.settings import Settings
 from tests.support import supasim
 from tests.support.alone import run_alone
@@ -90,7 +81,7 @@ def admin(admin_dsn: str) -> Iterator[Conn]:
 def open_gate() -> Iterator[None]:
     """Forget refused log-ins of this test."""
     yield
-    gate.__init__()  # type: ignore[misc]
+    backoff.__init__()  # type: ignore[misc]
 
 
 # ------------------------------------------------------------------------------------------------------ the settings
@@ -105,7 +96,7 @@ def test_the_database_answers_and_is_new_enough(dsn: str) -> None:
 
 
 def test_a_server_that_is_too_old_is_named(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "OLDEST_SERVER", 990_000)
+    monkeypatch.setattr(server_checks, "OLDEST_SERVER", 990_000)
     with connect(dsn) as conn, pytest.raises(ConfigError, match=r"needs PostgreSQL .* or later; the server is Postgre"):
         check_server(conn)
 
@@ -259,17 +250,17 @@ def test_a_transaction_that_raises_is_rolled_back(link: Link) -> None:
 def test_a_wait_that_the_server_does_not_end_is_cut_in_time(dsn: str) -> None:
     with connect(dsn) as conn:
         began_at = time.monotonic()
-        with pytest.raises(psycopg.OperationalError), bounded(conn, 0.3):
+        with pytest.raises(psycopg.OperationalError), deadline(conn, 0.3):
             conn.execute("SELECT pg_sleep(30)")
         assert 0.3 <= time.monotonic() - began_at < allowed(1.5)
-        assert database.is_lost(conn)
+        assert is_lost(conn)
 
 
 def test_an_async_wait_is_cut_in_time(dsn: str) -> None:
     async def wait() -> float:
         async with await AsyncConnection.connect(dsn, **CONNECT_OPTIONS) as conn:
             began_at = time.monotonic()
-            with pytest.raises(psycopg.OperationalError), bounded(conn, 0.3):
+            with pytest.raises(psycopg.OperationalError), deadline(conn, 0.3):
                 await conn.execute("SELECT pg_sleep(30)")
             return time.monotonic() - began_at
 
@@ -280,7 +271,7 @@ def test_of_many_waits_each_is_cut_at_its_own_time(dsn: str) -> None:
     def wait(seconds: float) -> float:
         with connect(dsn) as conn:
             began_at = time.monotonic()
-            with pytest.raises(psycopg.OperationalError), bounded(conn, seconds):
+            with pytest.raises(psycopg.OperationalError), deadline(conn, seconds):
                 conn.execute("SELECT pg_sleep(30)")
             return time.monotonic() - began_at - seconds
 
@@ -291,10 +282,10 @@ def test_of_many_waits_each_is_cut_at_its_own_time(dsn: str) -> None:
 
 def test_what_ends_in_time_is_not_cut_later_nor_who_gets_its_file_descriptor(dsn: str) -> None:
     with connect(dsn) as first, connect(dsn) as second:
-        with bounded(first, 0.2):
+        with deadline(first, 0.2):
             assert value(first, "SELECT 1") == 1
         with connect(dsn) as third:
-            with pytest.raises(psycopg.OperationalError), bounded(second, 0.4):
+            with pytest.raises(psycopg.OperationalError), deadline(second, 0.4):
                 second.execute("SELECT pg_sleep(30)")
             assert value(first, "SELECT 2") == value(third, "SELECT 2") == 2
 
@@ -405,7 +396,8 @@ def made(text: str, **parameters: Any) -> Any:
 def running(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, link: Link) -> Link:
     """Return a link that runs every statement in one message, if that is short enough, or none."""
     if request.param == "too long for one":
-        monkeypatch.setattr(database, "LONGEST_TEXT", 0)
+        for module in ("link", "transactions"):
+            monkeypatch.setattr(f"batchq.postgres.{module}.LONGEST_TEXT", 0)
     return link
 
 
@@ -465,7 +457,7 @@ SETTINGS_SEEN = [
     "lock_timeout",
     "idle_in_transaction_session_timeout",
     "client_connection_check_interval",
-    *session.BY_INDEX,
+    *session.FORCE_INDEX_AND_HASH_JOIN,
     "synchronous_commit",
 ]
 
@@ -481,11 +473,19 @@ def test_limits_and_settings_of_a_statement_hold_within_it_and_are_gone_after_it
         "ISO, MDY",
         "postgres",
         "1",
-        *("on" for _ in range(len(session.BY_INDEX) - 4)),
+        *("on" for _ in range(len(session.FORCE_INDEX_AND_HASH_JOIN) - 4)),
         "on",
     )
-    within = ("10s", "5s", "10s", "2s", "pg_catalog, pg_temp", "ISO, MDY", *list(session.BY_INDEX.values())[2:])
-    off = session.BY_INDEX | session.WITHOUT_WAITING_FOR_THE_DISK
+    within = (
+        "10s",
+        "5s",
+        "10s",
+        "2s",
+        "pg_catalog, pg_temp",
+        "ISO, MDY",
+        *list(session.FORCE_INDEX_AND_HASH_JOIN.values())[2:],
+    )
+    off = session.FORCE_INDEX_AND_HASH_JOIN | session.ASYNCHRONOUS_COMMIT
     for _ in range(3):
         assert running.run(made(seen), off) == [(*within, "off")]
         durably = running.run(made(seen))
@@ -628,7 +628,7 @@ def test_a_link_drops_a_connection_that_only_reads(admin_dsn: str, database: str
     admin.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on".encode())
     with pytest.raises(psycopg.errors.ReadOnlySqlTransaction) as caught, link.transaction() as conn:
         batchq.enqueue(conn, "work")
-    assert is_read_only(caught.value)
+    assert is_read_only_error(caught.value)
     assert link.conn is None
     step("so the next use sees that it may write again")
     admin.execute("SET default_transaction_read_only = off")
@@ -733,9 +733,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Return the clock that the gate goes by."""
+    """Return the clock that the login backoff goes by."""
     clock = Clock()
-    monkeypatch.setattr(database, "time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr(logins, "time", SimpleNamespace(monotonic=clock.monotonic))
     return clock
 
 
@@ -768,7 +768,7 @@ def test_a_wrong_password_is_tried_three_times_a_minute_at_most(strict: SupaSim,
         if "password authentication failed" in str(caught.value):
             tried_at.append(clock.now - began_at)
         else:
-            assert "log-in was refused; not tried again for another" in str(caught.value)
+            assert "login was rejected; the next attempt is in" in str(caught.value)
         clock.now += 0.5
     assert tried_at == [0, 15, 45, 105, 225]
 
@@ -800,7 +800,7 @@ def test_a_database_that_is_away_does_not_shut_the_gate(clock: Clock) -> None:
     for _ in range(3):
         with pytest.raises(psycopg.OperationalError, match=r"refused|failed"):
             Connection.connect(nowhere, **CONNECT_OPTIONS)
-    gate.check()
+    backoff.check()
 
 
 @pytest.mark.parametrize(
@@ -837,7 +837,7 @@ def test_trouble_that_passes_is_not_taken_for_a_refusal(text: str) -> None:
 def test_a_refusal_is_a_mistake_of_the_users_and_an_outage_is_not(strict: SupaSim) -> None:
     with pytest.raises(ConfigError, match=r"cannot connect: .*password authentication failed"):
         connect(strict.dsn(password="wrong"))
-    gate.__init__()  # type: ignore[misc]
+    backoff.__init__()  # type: ignore[misc]
     with pytest.raises(psycopg.OperationalError, match="cannot connect: "):
         connect(f"host=127.0.0.1 port={free_port()} dbname=x")
 
@@ -965,7 +965,7 @@ def test_errors_of_connecting_never_show_a_password(strict: SupaSim) -> None:
         with pytest.raises((ConfigError, psycopg.Error)) as caught:
             connect(dsn)
         assert PASSWORD not in f"{caught.value}{caught.value!r}"
-        gate.__init__()  # type: ignore[misc]
+        backoff.__init__()  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("log_format", ["console", "json"])

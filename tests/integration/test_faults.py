@@ -19,7 +19,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import batchq
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import claims, endings, leases
 from batchq.testing import running_worker
 from batchq.worker import claimer
@@ -242,7 +242,7 @@ def test_a_claim_that_a_crash_forgets_is_made_again_and_its_token_writes_nothing
                 assert link.run(endings.requeue("default", [endings.Requeue(batch_id, token, None, True)])) == []
                 assert leases.leases(link.run(leases.extend("default", [batch_id], [token], 60))).lost
             else:
-                claims.give_back_claim(conn, "default", held[2])
+                claims.release_claim(conn, "default", held[2])
     link.close()
     assert forgotten > 0, "no crash has forgotten a claim, so this test proves nothing"
 

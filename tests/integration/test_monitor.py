@@ -12,7 +12,7 @@ import pytest
 import batchq
 from batchq.cli import main
 from batchq.operate.monitor import Monitor
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from batchq.postgres.statements import views
 from tests.e2e import apps
 from tests.support.alone import run_alone

@@ -14,7 +14,8 @@ import pytest
 from psycopg import sql
 
 import batchq
-from batchq.postgres.database import CONNECT_OPTIONS, Link
+from batchq.postgres.connections import CONNECT_OPTIONS
+from batchq.postgres.link import Link
 from batchq.postgres.migrate import all_migrations, migrate
 from batchq.postgres.statements import claims, maintenance, verbs, views
 from batchq.testing import running_worker

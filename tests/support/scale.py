@@ -144,7 +144,7 @@ def die(conn: psycopg.Connection, dead: int) -> None:
 def survey(conn: psycopg.Connection) -> None:
     """Record where the live table's indexes begin, as workers do while there are many dead rows."""
     with conn.transaction():
-        conn.execute(session.limits(600, settings=session.PROBING))
+        conn.execute(session.transaction_settings(600, settings=session.FORCE_INDEX))
         probes.move_positions(conn, ["default", "mail", "slow"], [0, 5], 300)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 
 import batchq
-from batchq.postgres.database import CONNECT_OPTIONS
+from batchq.postgres.connections import CONNECT_OPTIONS
 from batchq.testing import running_worker
 from tests.support.commands import CommandLine
 from tests.support.waiting import wait_until

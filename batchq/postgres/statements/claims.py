@@ -1,4 +1,4 @@
-"""The claim, and what gives it back."""
+"""The claim, and the release of a claim whose outcome is unknown."""
 
 from collections.abc import Sequence
 from typing import Any, LiteralString, NamedTuple
@@ -10,7 +10,7 @@ from batchq.postgres.statements.running import Conn, Statement
 
 
 class Position(NamedTuple):
-    """A place in the order of claims within a queue and priority: run_at in seconds since 1970, then the id."""
+    """A position in claim order within a queue and priority: run_at in seconds since 1970, then the id."""
 
     run_at: float
     id: int
@@ -21,7 +21,7 @@ END = Position(float("inf"), 0)
 
 
 class ClaimedRow(NamedTuple):
-    """What a claim returns of a batch. Large payloads and cursors are left out (None) and fetched at the start.
+    """What a claim returns of a batch, in this order. Large payloads and cursors are None, and fetched at the start.
 
     run_at: in seconds since 1970, for the position of the next claim.
     """
@@ -42,19 +42,28 @@ class ClaimedRow(NamedTuple):
 
     @property
     def position(self) -> Position:
-        """Its place in the order of claims."""
+        """The batch's position in claim order."""
         return Position(self.run_at, self.id)
 
 
 def bounds(after: Position, until: Position) -> dict[str, Any]:
-    """Return the parameters for a part of the order of claims."""
+    """Return the parameters for a range of positions."""
     return {"after_run_at": after.run_at, "after_id": after.id, "until_run_at": until.run_at, "until_id": until.id}
 
 
-# The scan starts behind the position of the last claim: what lies before it is claimed, and its entries in the index
-# stay, dead, for as long as anybody holds a snapshot. What is compressed in the row counts as large: 1,000 bytes may
-# stand for 90,000, and a claim has up to 2,000 rows.
-CLAIM: LiteralString = """
+# A compressed value counts as large: 1,000 stored bytes can expand to 90,000, and one claim can return 2,000 rows.
+_IS_SMALL: LiteralString = """pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= %(most_bytes)s
+        AND num_nonnulls(pg_column_compression(b.payload), pg_column_compression(b.cursor)) = 0"""
+_COMPUTED: dict[str, LiteralString] = {
+    "payload": f"CASE WHEN {_IS_SMALL} THEN b.payload::text END",
+    "cursor": f"CASE WHEN {_IS_SMALL} THEN b.cursor::text END",
+    "run_at": "date_part('epoch', b.run_at)",
+    "trace_context": "CASE WHEN %(most_bytes)s > 0 THEN b.trace_context END",
+}
+_CLAIMED = ",\n  ".join(_COMPUTED.get(column, f"b.{column}") for column in ClaimedRow._fields)
+# The scan starts after the position of the last claim. Earlier index entries are already claimed; they stay, dead, for
+# as long as any session holds a snapshot.
+CLAIM: LiteralString = f"""
 WITH ready AS (
   SELECT id
   FROM batchq.batches_live
@@ -78,20 +87,12 @@ SET status = 'processing',
     lease_expires_at = now() + %(lease_seconds)s::float8 * interval '1 second'
 WHERE b.queue = %(queue)s
   AND b.id = ANY (ARRAY(SELECT id FROM ready))
-RETURNING b.id, b.kind, b.attempt, b.max_attempts,
-  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= %(most_bytes)s
-        AND num_nonnulls(pg_column_compression(b.payload), pg_column_compression(b.cursor)) = 0
-       THEN b.payload::text END,
-  CASE WHEN pg_column_size(b.payload) + coalesce(pg_column_size(b.cursor), 0) <= %(most_bytes)s
-        AND num_nonnulls(pg_column_compression(b.payload), pg_column_compression(b.cursor)) = 0
-       THEN b.cursor::text END,
-  b.items_total, b.items_done, b.items_failed, b.max_failed_items, b.timeout_seconds, date_part('epoch', b.run_at),
-  CASE WHEN %(most_bytes)s > 0 THEN b.trace_context END
-"""
+RETURNING {_CLAIMED}
+"""  # noqa: S608 (constants)  # pyright: ignore[reportAssignmentType]
 MOST_CLAIMED_BYTES = 1000  # of payload and cursor
-# How the server refuses to send a text: bytes that are none in its encoding, or a letter that UTF-8 does not have.
+# The errors with which the server refuses to send a text: invalid bytes, or a letter that UTF-8 lacks.
 UNREADABLE = (psycopg.errors.CharacterNotInRepertoire, psycopg.errors.UntranslatableCharacter)
-# The same without batches that the database refused to change.
+# The same without batches that the database has refused to change.
 CLAIM_SKIPPING: LiteralString = CLAIM.replace(
     "AND run_at <= now()", "AND run_at <= now()\n    AND id <> ALL (%(skipped)s)"
 )
@@ -109,10 +110,10 @@ def claim(
     until: Position = END,
     skipped: Sequence[int] = (),
 ) -> Statement:
-    """Return the statement that takes up to *limit* ready batches of one queue and priority, the oldest first, behind
-    one position and up to another; it counts the attempt, and returns the columns of `ClaimedRow`.
+    """Return the statement that claims up to *limit* ready batches of one queue and priority, the oldest first, after
+    one position and up to another. It counts the attempt, and returns the fields of `ClaimedRow`.
 
-    Batches that another claim has locked are passed over, never waited for; *skipped* are left out.
+    It skips batches that another claim has locked, without waiting, and those in *skipped*.
     """
     statement, more = (CLAIM_SKIPPING, {"skipped": list(skipped)}) if skipped else (CLAIM, {})
     return statement, more | {
@@ -129,12 +130,12 @@ def claim(
 
 
 def without_inputs(claim: Statement) -> Statement:
-    """Return a `claim` that leaves out every payload and cursor: nothing that a producer has written is sent."""
+    """Return a `claim` without payloads, cursors and trace contexts: texts that the server may refuse to send."""
     return claim[0], claim[1] | {"most_bytes": 0}
 
 
-def give_back_claim(conn: Conn, queue: str, token: UUID) -> int:
-    """Give back whatever was claimed under *token*: after a claim whose COMMIT was cut off. Returns how many."""
+def release_claim(conn: Conn, queue: str, token: UUID) -> int:
+    """Release all that was claimed under *token*, after a claim whose COMMIT was interrupted; return how many."""
     return conn.execute(
         """
         UPDATE batchq.batches_live

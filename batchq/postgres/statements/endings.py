@@ -1,4 +1,4 @@
-"""How batches end: finished, completed, or back to pending, many in one fenced statement."""
+"""How batches finish, complete, or become pending again: many in one fenced statement."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -7,10 +7,15 @@ from uuid import UUID
 
 from batchq.postgres.statements.running import Statement, array_text
 
-# DELETE and INSERT, not an UPDATE of the partition key: that raises 40001 in whoever waits for the row. By the id
-# index: with "AND status = 'processing'" the planner takes the lease index and walks its dead entries. Into the
-# finished partitions by their name, so that the bell, a trigger of batchq.batches, does not ring.
-FINISH: LiteralString = """
+# The columns that a batch keeps when it moves from batches_live to batches_finished. The others change with its status
+# (status, finished_at), may change with it (items_done, result, errors), or belong to a claim (claim_token,
+# lease_expires_at).
+KEPT: LiteralString = """id, queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items,
+  timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_failed, cursor, created_at, trace_context"""
+# DELETE and INSERT, because updating the partition key raises 40001 in every session that waits for the row. No
+# "AND status = 'processing'": with it the planner picks the lease index and walks its dead entries. The INSERT names
+# batches_finished, so that the bell, a trigger on batchq.batches, does not fire.
+FINISH: LiteralString = f"""
 WITH gone AS (
   DELETE FROM batchq.batches_live b
   USING unnest(%(ids)s::bigint[], %(tokens)s::uuid[], %(statuses)s::text[], %(results)s::jsonb[], %(errors)s::jsonb[],
@@ -21,20 +26,18 @@ WITH gone AS (
     AND b.claim_token = u.token
   RETURNING b.*, u.new_status, u.new_result, u.new_error, u.all_done
 )
-INSERT INTO batchq.batches_finished (id, queue, kind, status, payload, items, priority, run_at, unique_key,
-  max_attempts, max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_done,
-  items_failed, cursor, result, errors, created_at, finished_at, trace_context)
+INSERT INTO batchq.batches_finished ({KEPT},
+  status, items_done, result, errors, finished_at)
 OVERRIDING SYSTEM VALUE
-SELECT id, queue, kind, new_status, payload, items, priority, run_at, unique_key, max_attempts,
-  max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_total,
-  CASE WHEN all_done THEN coalesce(items_total, 0) - items_failed ELSE items_done END, items_failed, cursor,
-  new_result, CASE WHEN new_error IS NULL THEN errors ELSE batchq.append_error(errors, attempt, new_error) END,
-  created_at, pg_catalog.clock_timestamp(), trace_context
+SELECT {KEPT},
+  new_status, CASE WHEN all_done THEN coalesce(items_total, 0) - items_failed ELSE items_done END, new_result,
+  CASE WHEN new_error IS NULL THEN errors ELSE batchq.append_error(errors, attempt, new_error) END,
+  pg_catalog.clock_timestamp()
 FROM gone
 RETURNING id
-"""
-# The same for batches that just completed, without anything to tell: most, and a fifth cheaper.
-COMPLETE: LiteralString = """
+"""  # noqa: S608 (constants)
+# The same for batches that completed without a result: most, and a fifth cheaper.
+COMPLETE: LiteralString = f"""
 WITH given AS (
   SELECT pg_catalog.generate_series(first, first + length - 1) AS id, number
   FROM unnest(%(firsts)s::bigint[], %(lengths)s::integer[], %(numbers)s::integer[]) AS run(first, length, number)
@@ -47,18 +50,16 @@ WITH given AS (
     AND b.claim_token = (%(tokens)s::uuid[])[given.number]
   RETURNING b.*
 )
-INSERT INTO batchq.batches_finished (id, queue, kind, status, payload, items, priority, run_at, unique_key,
-  max_attempts, max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_done,
-  items_failed, cursor, errors, created_at, finished_at, trace_context)
+INSERT INTO batchq.batches_finished ({KEPT},
+  status, items_done, errors, finished_at)
 OVERRIDING SYSTEM VALUE
-SELECT id, queue, kind, 'completed', payload, items, priority, run_at, unique_key, max_attempts,
-  max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_done, items_failed, cursor,
-  errors, created_at, pg_catalog.clock_timestamp(), trace_context
+SELECT {KEPT},
+  'completed', items_done, errors, pg_catalog.clock_timestamp()
 FROM gone
 RETURNING id
-"""
-# For who keeps no completed batches. A batch may complete with failed items, within its tolerance: a function deletes
-# those, since this statement does not see what a checkpoint committed while it waited for it.
+"""  # noqa: S608 (constants)
+# Deletes completed batches instead of keeping them. A batch may complete with up to max_failed_items failed items; a
+# function deletes those, since this statement does not see what a checkpoint committed while it waited for it.
 COMPLETE_AND_FORGET: LiteralString = """
 WITH given AS (
   SELECT pg_catalog.generate_series(first, first + length - 1) AS id, number
@@ -80,7 +81,7 @@ WHERE items_failed = 0
 
 
 class Finish(NamedTuple):
-    """A batch that ends. *status*: completed, failed or cancelled; *result* and *error*: JSON text; *all_done*: count
+    """A batch to finish. *status*: completed, failed or cancelled; *result* and *error*: JSON text; *all_done*: count
     every item that did not fail as done."""
 
     id: int
@@ -92,7 +93,7 @@ class Finish(NamedTuple):
 
 
 def finish(queue: str, finishes: Sequence[Finish]) -> Statement:
-    """Return the fenced statement that moves batches to their final status; it returns the ids that were still ours."""
+    """Return the fenced statement that moves batches to their final status. It returns the ids whose claim was held."""
     ids, tokens, statuses, results, errors, all_done = zip(*finishes, strict=True)
     return FINISH, {
         "queue": queue,
@@ -106,24 +107,24 @@ def finish(queue: str, finishes: Sequence[Finish]) -> Statement:
 
 
 def complete(queue: str, ids: Sequence[int], tokens: Sequence[str], keep: bool = True) -> Statement:
-    """Return the fenced statement that completes batches without a result or, unless *keep*, that deletes them.
+    """Return the fenced statement that completes batches without a result or, unless *keep*, deletes them.
 
-    It returns the ids that were still ours. Tokens as text; few are different, so each is sent once. Ids that follow
-    each other go as one run, so that thousands fit one message: give them in their order.
+    It returns the ids whose claim was held. *tokens* are texts; few are different, so each is sent once. Consecutive
+    ids are sent as one run, so that thousands fit into one message: pass *ids* in ascending order.
     """
     numbers = {token: number for number, token in enumerate(dict.fromkeys(tokens), 1)}
-    starts = [place for place, is_start in enumerate(starts_of_runs(ids, tokens)) if is_start]
+    starts = [index for index, is_start in enumerate(starts_of_runs(ids, tokens)) if is_start]
     return COMPLETE if keep else COMPLETE_AND_FORGET, {
         "queue": queue,
-        "firsts": array_text(ids[place] for place in starts),
+        "firsts": array_text(ids[index] for index in starts),
         "lengths": array_text(end - start for start, end in pairwise([*starts, len(ids)])),
-        "numbers": array_text(numbers[tokens[place]] for place in starts),
+        "numbers": array_text(numbers[tokens[index]] for index in starts),
         "tokens": array_text(numbers),
     }
 
 
 def starts_of_runs(ids: Sequence[int], tokens: Sequence[str]) -> Iterator[bool]:
-    """Tell of each batch whether it begins a run: it does not have the id that follows the last one's, or its token."""
+    """Yield for each batch whether it begins a run: its id does not follow the last one's, or its token differs."""
     expected, same = None, None
     for batch_id, token in zip(ids, tokens, strict=True):
         yield batch_id != expected or token != same
@@ -147,33 +148,37 @@ WHERE queue = %(queue)s
 
 
 def locked(queue: str, ids: Sequence[int]) -> Statement:
-    """Return the statement that returns the ids of the batches whose rows another session has locked. It waits for none
-    of them. For a finish that has waited in vain: what it does not name is free, or gone."""
+    """Return the statement that returns the ids of the batches whose rows another session has locked, without waiting.
+
+    For a finish whose wait for a lock timed out: rows that this statement does not return are free, or gone.
+    """
     return LOCKED, {"queue": queue, "ids": list(ids)}
 
 
 class Requeue(NamedTuple):
-    """A batch that becomes pending again, after *delay_seconds* (None keeps its run_at); *give_back* the attempt."""
+    """A batch to make pending again, after *delay_seconds* (None keeps its run_at). *is_release*: the attempt does not
+    count."""
 
     id: int
     token: UUID
     delay_seconds: float | None
-    give_back: bool
+    is_release: bool
     error: str | None = None
 
 
 REQUEUE: LiteralString = """
 UPDATE batchq.batches_live b
 SET status = 'pending',
-    run_at = coalesce(now() + u.delay_seconds * interval '1 second', b.run_at),
-    attempt = greatest(b.attempt - u.give_back::integer, 0),
+    run_at = coalesce(u.run_at, b.run_at),
+    attempt = greatest(b.attempt - u.is_release::integer, 0),
     claimed_by = NULL,
     claim_token = NULL,
     claimed_at = NULL,
     lease_expires_at = NULL,
     errors = CASE WHEN u.error IS NULL THEN b.errors ELSE batchq.append_error(b.errors, b.attempt, u.error) END
-FROM unnest(%(ids)s::bigint[], %(tokens)s::uuid[], %(delays)s::float8[], %(give_backs)s::boolean[],
-            %(errors)s::jsonb[]) AS u(id, token, delay_seconds, give_back, error)
+FROM (SELECT id, token, now() + delay_seconds * interval '1 second' AS run_at, is_release, error
+      FROM unnest(%(ids)s::bigint[], %(tokens)s::uuid[], %(delays)s::float8[], %(releases)s::boolean[],
+                  %(errors)s::jsonb[]) AS given(id, token, delay_seconds, is_release, error)) AS u
 WHERE b.queue = %(queue)s
   AND b.id = ANY (%(ids)s::bigint[])
   AND b.id = u.id
@@ -183,13 +188,13 @@ RETURNING b.id
 
 
 def requeue(queue: str, requeues: Sequence[Requeue]) -> Statement:
-    """Return the fenced statement that makes claimed batches pending again; it returns the ids that were still ours."""
-    ids, tokens, delays, give_backs, errors = zip(*requeues, strict=True)
+    """Return the fenced statement that makes batches pending again. It returns the ids whose claim was held."""
+    ids, tokens, delays, releases, errors = zip(*requeues, strict=True)
     return REQUEUE, {
         "queue": queue,
         "ids": list(ids),
         "tokens": list(tokens),
         "delays": [None if delay is None else float(delay) for delay in delays],  # a list has one type
-        "give_backs": list(give_backs),
+        "releases": list(releases),
         "errors": list(errors),
     }

@@ -1,66 +1,57 @@
-"""Checks of a whole database: invariants, what doctor looks for, ids."""
+"""Checks of a whole database: invariants, batchq doctor, ids."""
 
-import re
-from functools import cache
 from pathlib import Path
 from typing import LiteralString
 
 from psycopg.rows import tuple_row
 
-from batchq.postgres.statements.running import Conn, every, one
+from batchq.postgres.statements.running import Conn, fetch_all, fetch_value, load_statements
 from batchq.postgres.statements.views import HIGHEST_ID
+
+OPERATE = Path(__file__).parents[2] / "operate"
 
 
 def newest_id(conn: Conn) -> int:
-    """Return the highest id of a batch, 0 without any."""
-    newest: int = one(
+    """Return the highest id of any batch, 0 without batches."""
+    return fetch_value(
         conn,
+        int,
         """
         SELECT greatest((SELECT max(id) FROM batchq.batches_finished),
                         (SELECT max(id) FROM batchq.newest_live(NULL, NULL, NULL, %(highest_id)s, 1) AS live(id)), 0)
         """,
         {"highest_id": HIGHEST_ID},
-    )[0]
-    return newest
+    )
 
 
 def ids_given_twice(conn: Conn, finished_days: float) -> list[tuple[str, int, int]]:
     """Return relation, last id given and largest id in use, where new rows would get ids that are in use.
 
-    Looks at what finished in the last *finished_days* days: each older day would be another lock.
+    Reads what finished in the last *finished_days* days: each older day would cost another lock.
     """
     statement: LiteralString = """
         SELECT relation, last_given, newest
         FROM batchq.ids_given_twice(now() - %(days)s::float8 * interval '1 day')
     """
-    return every(conn, statement, {"days": finished_days})
+    return fetch_all(conn, statement, {"days": finished_days})
 
 
-@cache
-def named(file: str) -> dict[str, str]:
-    """Return the queries of a file beside this one, by the name that stands before each as "-- name: ..."."""
-    text = (Path(__file__).parents[2] / "operate" / file).read_text(encoding="utf-8")
-    _, *parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)
-    return dict(zip(parts[::2], parts[1::2], strict=True))
+def invariants() -> dict[str, bytes]:
+    """Return the invariants by name: each a query of the rows that violate it, see `violations`."""
+    return load_statements(OPERATE / "invariants.sql")
 
 
-def invariants() -> dict[str, str]:
-    """Return what is always true, by name: each a query of the rows for which it is not, see `offenders`."""
-    return named("invariants.sql")
+def violations(conn: Conn, invariant: bytes, limit: int) -> list[tuple[str, str]]:
+    """Return id and problem of up to *limit* rows that violate an invariant."""
+    query = b"SELECT id::text, problem FROM (\n%b\n) AS violation(id, problem) LIMIT %d" % (invariant, limit)
+    return conn.cursor(row_factory=tuple_row).execute(query).fetchall()
 
 
-def offenders(conn: Conn, invariant: str, most: int) -> list[tuple[str, str]]:
-    """Return id and what is wrong of up to *most* rows for which an invariant does not hold."""
-    statement = f"SELECT id::text, what FROM (\n{invariant}\n) AS offender(id, what) LIMIT {most:d}"  # noqa: S608 (ours)
-    return conn.cursor(row_factory=tuple_row).execute(statement.encode()).fetchall()
+def doctor_checks() -> dict[str, bytes]:
+    """Return the checks of batchq doctor by name: each a query of findings, see `findings`."""
+    return load_statements(OPERATE / "doctor.sql")
 
 
-def ailments() -> dict[str, str]:
-    """Return what batchq doctor looks at, by name: each a query of findings, see `ailing`."""
-    return named("doctor.sql")
-
-
-def ailing(conn: Conn, name: str, parameters: dict[str, float]) -> list[tuple[str, str, str]]:
-    """Return severity, evidence and remedy of each finding of one query of doctor.sql."""
-    statement = ailments()[name]
-    return conn.cursor(row_factory=tuple_row).execute(statement.encode(), parameters).fetchall()
+def findings(conn: Conn, check: str, parameters: dict[str, float]) -> list[tuple[str, str, str]]:
+    """Return severity, evidence and remedy of each finding of one check of doctor.sql."""
+    return conn.cursor(row_factory=tuple_row).execute(doctor_checks()[check], parameters).fetchall()

@@ -2,12 +2,12 @@
 
 from uuid import UUID
 
-from batchq.postgres.statements.running import Conn, every, maybe_one, one
+from batchq.postgres.statements.running import Conn, fetch_all, fetch_one, fetch_one_or_none
 
 
 def large_input(conn: Conn, queue: str, batch_id: int, token: UUID) -> tuple[str, str | None] | None:
-    """Return payload and cursor of a claimed batch, as JSON text; None if it is no longer ours."""
-    row = maybe_one(
+    """Return payload and cursor of a claimed batch, as JSON text; None if the claim is lost."""
+    row = fetch_one_or_none(
         conn,
         """
         SELECT payload::text, cursor::text
@@ -22,8 +22,8 @@ def large_input(conn: Conn, queue: str, batch_id: int, token: UUID) -> tuple[str
 
 
 def items_page(conn: Conn, queue: str, batch_id: int, token: UUID, first: int, count: int) -> str | None:
-    """Return *count* items from number *first* on, as the text of a JSON array; None if the batch is no longer ours."""
-    row = maybe_one(
+    """Return *count* items from index *first* on, as the text of a JSON array; None if the claim is lost."""
+    row = fetch_one_or_none(
         conn,
         """
         SELECT jsonb_path_query_array(items, '$[$first to $last]',
@@ -39,10 +39,12 @@ def items_page(conn: Conn, queue: str, batch_id: int, token: UUID, first: int, c
 
 
 def failed_page(conn: Conn, queue: str, batch_id: int, token: UUID, attempt: int, count: int) -> list[tuple[int, str]]:
-    """Return index and JSON text of up to *count* items that failed in an attempt before *attempt*; none if the batch
-    is no longer ours: cancelled and retried, its attempts count from 0, and what we have just tried would come again.
+    """Return index and JSON text of up to *count* items that failed in an attempt before *attempt*.
+
+    Returns none if the claim is lost: the attempts of a batch that was cancelled and retried count from 0, so that the
+    items just tried would be returned again.
     """
-    return every(
+    return fetch_all(
         conn,
         """
         SELECT item_index, item::text
@@ -64,8 +66,8 @@ def failed_page(conn: Conn, queue: str, batch_id: int, token: UUID, attempt: int
 
 
 def retryable_items(conn: Conn, queue: str, batch_id: int) -> tuple[int, str | None]:
-    """Return how many failed items another attempt may cure, and the first failed item's error."""
-    row: tuple[int, str | None] = one(
+    """Return how many failed items may recover in another attempt, and the first failed item's error."""
+    row: tuple[int, str | None] = fetch_one(
         conn,
         """
         SELECT count(*) FILTER (WHERE retryable), (array_agg(error ORDER BY item_index))[1]
@@ -79,8 +81,8 @@ def retryable_items(conn: Conn, queue: str, batch_id: int) -> tuple[int, str | N
 
 
 def status_of(conn: Conn, queue: str, batch_id: int) -> str | None:
-    """Return the batch's status now, None if there is no such batch."""
-    row = maybe_one(
+    """Return the batch's status, None if there is no such batch."""
+    row = fetch_one_or_none(
         conn,
         "SELECT status FROM batchq.batches WHERE queue = %(queue)s AND id = %(id)s",
         {"queue": queue, "id": batch_id},

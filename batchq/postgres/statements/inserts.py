@@ -1,4 +1,4 @@
-"""Enqueue: one batch, or many by COPY."""
+"""Insert one batch, or many by COPY."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from typing import Any, LiteralString
 
 from psycopg import sql
 
-from batchq.postgres.statements.running import Conn, Statement, one
+from batchq.postgres.statements.running import Conn, Statement, fetch_value
 
 INSERT_BATCH: LiteralString = """
 INSERT INTO batchq.batches (kind, payload, items, queue, priority, run_at, unique_key,
@@ -19,72 +19,70 @@ ON CONFLICT DO NOTHING
 RETURNING id
 """
 INSERT_UNTRACED_BATCH = INSERT_BATCH.format(more_columns="", more_values="")
-# For who traces: a program that does not goes on beside a schema without the column.
+# With tracing only: programs without it also work with a schema that lacks the column.
 INSERT_TRACED_BATCH = INSERT_BATCH.format(more_columns=", trace_context", more_values=", %(trace_context)s")
 
 
 def insert_batch(parameters: dict[str, Any], trace_context: str | None) -> Statement:
-    """Return the statement that inserts a batch, and returns its id unless its unique_key is taken."""
+    """Return the statement that inserts a batch, and returns its id unless a live batch has its unique_key."""
     if trace_context is None:
         return INSERT_UNTRACED_BATCH, parameters
     return INSERT_TRACED_BATCH, parameters | {"trace_context": trace_context}
 
 
 def now_plus(conn: Conn, seconds: float) -> str:
-    """Return the database's time in *seconds*, as text in ISO 8601 whatever DateStyle and TimeZone are: as in JSON."""
+    """Return the database's time plus *seconds* as ISO 8601, as in JSON, whatever DateStyle and TimeZone are."""
     statement: LiteralString = "SELECT to_jsonb(now() + %(seconds)s::float8 * interval '1 second') #>> '{}'"
-    text: str = one(conn, statement, {"seconds": seconds})[0]
-    return text
+    return fetch_value(conn, str, statement, {"seconds": seconds})
 
 
 def copy_batches(conn: Conn, columns: Sequence[str], same: Sequence[Any], texts: Iterable[Sequence[str | None]]) -> int:
-    """Insert batches by COPY; return how many. *columns*: those of *same*, the values that all have, then those of each
-    of *texts*. Only inside a transaction: a COPY that fails outside one can leave a pooler's backend to an idle client.
+    """Insert batches by COPY; return how many. *columns*: those of *same*, the values that all batches share, then
+    those of each row of *texts*.
 
-    Writes COPY's text format itself, a hundred rows at a time: half the time of psycopg's write_row.
+    Call it inside a transaction: a COPY that fails outside one can leave a pooler's backend to an idle client. It
+    writes COPY's text format itself, a hundred rows at a time, which takes half the time of psycopg's write_row.
     """
     names = sql.SQL(", ").join(sql.Identifier(column) for column in columns)
     statement = sql.SQL("COPY batchq.batches ({}) FROM STDIN").format(names)
-    start = "".join(f"{copy_field(value)}\t" for value in same)
-    lines = (start + "\t".join(map(copy_field, row)) + "\n" for row in texts)
+    start = "".join(f"{_copy_field(value)}\t" for value in same)
+    lines = (start + "\t".join(map(_copy_field, row)) + "\n" for row in texts)
     count = 0
     with conn.cursor() as cursor, cursor.copy(statement) as copy:
-        while piece := list(islice(lines, 100)):
-            copy.write("".join(piece))
-            count += len(piece)
+        while block := list(islice(lines, 100)):
+            copy.write("".join(block))
+            count += len(block)
     return count
 
 
 def has_row_security(conn: Conn) -> bool:
-    """Return whether row security holds for the caller, so that COPY does not work."""
-    return bool(one(conn, "SELECT row_security_active('batchq.batches')", {})[0])
+    """Return whether row security applies to the caller, so that COPY does not work."""
+    return fetch_value(conn, bool, "SELECT row_security_active('batchq.batches')")
 
 
 def insert_batches(
     conn: Conn, columns: Sequence[str], same: Sequence[Any], texts: Iterable[Sequence[str | None]]
 ) -> int:
-    """Do as `copy_batches` does by INSERT, a hundred rows at a time: COPY does not work with row security."""
+    """Like `copy_batches`, but by INSERT, a hundred rows at a time: COPY does not work with row security."""
     names = sql.SQL(", ").join(sql.Identifier(column) for column in columns)
     values = sql.SQL(", ").join([*(sql.Literal(value) for value in same), sql.SQL("u.payload, u.items")])
     statement = sql.SQL(
         "INSERT INTO batchq.batches ({}) SELECT {} FROM unnest(%s::jsonb[], %s::jsonb[]) AS u(payload, items)"
     ).format(names, values)
     rows, count = iter(texts), 0
-    while piece := list(islice(rows, 100)):
-        conn.execute(statement, [[payload for payload, _ in piece], [items for _, items in piece]])
-        count += len(piece)
+    while block := list(islice(rows, 100)):
+        conn.execute(statement, [[payload for payload, _ in block], [items for _, items in block]])
+        count += len(block)
     return count
 
 
-COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+_COPY_SPECIAL = re.compile(r"[\\\t\n\r]")
+_COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
-def copy_field(value: Any) -> str:
+def _copy_field(value: Any) -> str:
     """Return a value as a field of COPY's text format (PostgreSQL's manual, COPY, "Text Format")."""
     if value is None:
         return "\\N"
     text = value if isinstance(value, str) else str(value)
-    return text.translate(COPY_ESCAPES) if COPY_SPECIAL.search(text) else text
-
-
-COPY_SPECIAL = re.compile(r"[\\\t\n\r]")
+    return text.translate(_COPY_ESCAPES) if _COPY_SPECIAL.search(text) else text

@@ -1,14 +1,15 @@
-"""Leases: extended, expired, rescued."""
+"""Leases: extend them, find expired ones, rescue their batches."""
 
 from collections.abc import Iterable, Sequence
 from typing import LiteralString, NamedTuple
 from uuid import UUID
 
-from batchq.postgres.statements.running import Conn, Statement, every
+from batchq.postgres.statements.endings import KEPT
+from batchq.postgres.statements.running import Conn, Statement, fetch_all
 
 
 class Leases(NamedTuple):
-    """What became of leases, as (id, claim token); one that is neither is that of a locked row, see `extend`."""
+    """The leases that were extended or lost, as (id, claim token). The rows of all others were locked, see `extend`."""
 
     extended: set[tuple[int, UUID]]
     lost: set[tuple[int, UUID]]
@@ -49,16 +50,16 @@ WHERE extended.id IS NOT NULL
 
 
 def extend(queue: str, ids: Sequence[int], tokens: Sequence[UUID], lease_seconds: float) -> Statement:
-    """Return the statement that extends leases; `leases` tells from its rows what became of them.
+    """Return the statement that extends leases; pass its rows to `leases`.
 
-    A row that is locked is passed over, and waits for the next round: its lock is the finish or the checkpoint of our
-    own process, and two statements that lock many rows in different orders would deadlock.
+    It skips locked rows until the next round: the lock is that of a finish or checkpoint of this process, and two
+    statements that lock many rows in different orders would deadlock.
     """
     return EXTEND, {"queue": queue, "ids": list(ids), "tokens": list(tokens), "lease_seconds": lease_seconds}
 
 
 def leases(rows: Iterable[tuple[int, UUID, bool]]) -> Leases:
-    """Return which leases were extended, and which batches are no longer ours, from the rows of `extend`."""
+    """Return which leases were extended, and which claims are lost, from the rows of `extend`."""
     found = list(rows)
     return Leases(
         extended={(batch_id, token) for batch_id, token, is_extended in found if is_extended},
@@ -66,9 +67,12 @@ def leases(rows: Iterable[tuple[int, UUID, bool]]) -> Leases:
     )
 
 
-RESCUE: LiteralString = """
+RESCUE: LiteralString = f"""
 WITH expired AS (
-  SELECT id, attempt < max_attempts AS again
+  SELECT id, attempt < max_attempts AS again,
+    CASE WHEN attempt < 2 THEN run_at
+         ELSE now() + interval '1 second' * random() * 2 ^ least(attempt, 8) * %(spread_seconds)s END AS next_run_at,
+    jsonb_build_object('error', format('worker died: %%s did not renew its lease', claimed_by)) AS error
   FROM batchq.batches_live
   WHERE queue = %(queue)s
     AND status = 'processing'
@@ -82,16 +86,16 @@ WITH expired AS (
 ), freed AS (
   UPDATE batchq.batches_live b
   SET status = 'pending',
-      run_at = CASE WHEN b.attempt < 2 THEN b.run_at
-                    ELSE now() + interval '1 second' * random() * 2 ^ least(b.attempt, 8) * %(spread_seconds)s END,
+      run_at = expired.next_run_at,
       claimed_by = NULL,
       claim_token = NULL,
       claimed_at = NULL,
       lease_expires_at = NULL,
-      errors = batchq.append_error(b.errors, b.attempt, jsonb_build_object('error',
-        format('worker died: %%s gave no sign of life until its lease ran out', b.claimed_by)))
+      errors = batchq.append_error(b.errors, b.attempt, expired.error)
+  FROM expired
   WHERE b.queue = %(queue)s
     AND b.id = ANY (ARRAY(SELECT id FROM expired WHERE again))
+    AND b.id = expired.id
   RETURNING b.id, b.kind, b.attempt, b.status
 ), gone AS (
   DELETE FROM batchq.batches_live b
@@ -99,22 +103,19 @@ WITH expired AS (
     AND b.id = ANY (ARRAY(SELECT id FROM expired WHERE NOT again))
   RETURNING b.*
 ), dead AS (
-  INSERT INTO batchq.batches_finished (id, queue, kind, status, payload, items, priority, run_at, unique_key,
-    max_attempts, max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_done,
-    items_failed, cursor, errors, created_at, finished_at, trace_context)
+  INSERT INTO batchq.batches_finished ({KEPT},
+    status, items_done, errors, finished_at)
   OVERRIDING SYSTEM VALUE
-  SELECT id, queue, kind, 'failed', payload, items, priority, run_at, unique_key, max_attempts,
-    max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_done, items_failed, cursor,
-    batchq.append_error(errors, attempt, jsonb_build_object('error',
-      format('worker died: %%s gave no sign of life until its lease ran out; no attempts left', claimed_by))),
-    created_at, now(), trace_context
+  SELECT {KEPT},
+    'failed', items_done, batchq.append_error(errors, attempt, jsonb_build_object('error',
+      format('worker died: %%s did not renew its lease; no attempts left', claimed_by))), now()
   FROM gone
   RETURNING id, kind, attempt, status
 )
 SELECT id, kind, attempt, status FROM freed
 UNION ALL
 SELECT id, kind, attempt, status FROM dead
-"""
+"""  # noqa: S608 (constants)
 
 
 def rescue(
@@ -126,16 +127,16 @@ def rescue(
     skipped: Sequence[int] = (),
     only: Sequence[int] | None = None,
 ) -> list[tuple[int, str, int, str]]:
-    """Take back up to *limit* batches whose lease ran out; return id, kind, attempt and new status of each.
+    """Rescue up to *limit* batches whose lease has expired; return id, kind, attempt and new status of each.
 
-    Of leases that ran out behind *after*, in seconds since 1970: while a snapshot is held, all that were ever given are
-    in the index still.
+    Only leases that expired after *after*, in seconds since 1970, are read: while any session holds a snapshot, the
+    index still has all leases that were ever given.
 
-    The attempt stays counted: a batch that kills its worker ends as failed when its attempts are used up. One that is
-    rescued for the first time is ready at once; one whose worker died again waits for a random part of *spread_seconds*
-    * 2^attempt: so those that were in hand beside a batch that kills its worker are not beside it every time.
+    The attempt stays counted, so that a batch that kills its worker fails once its attempts are used up. A batch
+    rescued from its first attempt is ready immediately. After later attempts it waits for a random part of
+    *spread_seconds* * 2^attempt, so that it does not meet the same poison batch every time.
 
-    *skipped* are left out; *only*: of these alone.
+    *skipped* ids are left out; *only*: rescue only these ids.
     """
     parameters = {
         "queue": queue,
@@ -145,7 +146,7 @@ def rescue(
         "skipped": list(skipped),
         "only": None if only is None else list(only),
     }
-    return every(conn, RESCUE, parameters)
+    return fetch_all(conn, RESCUE, parameters)
 
 
 EXPIRED: LiteralString = """
@@ -162,7 +163,7 @@ LIMIT %(limit)s
 
 
 def expired(queue: str, limit: int, after: float, skipped: Sequence[int]) -> Statement:
-    """Return the statement that returns the ids of the batches that a `rescue` with these arguments would take back."""
+    """Return the statement that returns the ids of the batches that a `rescue` with these arguments would take."""
     return EXPIRED, {"queue": queue, "limit": limit, "after": after, "skipped": list(skipped)}
 
 
@@ -174,7 +175,7 @@ SELECT date_part('epoch', now()), date_part('epoch', start.at),
      AND status = 'processing'
      AND lease_expires_at > start.at
      AND lease_expires_at < now()
-   ORDER BY lease_expires_at  -- by its index: without, a plan may count on meeting one soon, and read them all
+   ORDER BY lease_expires_at  -- forces its index: otherwise a plan may expect an early match, and read them all
    LIMIT 1) IS NOT NULL
 FROM (SELECT greatest(to_timestamp(%(after)s),
                       (SELECT at
@@ -186,6 +187,6 @@ FROM (SELECT greatest(to_timestamp(%(after)s),
 
 
 def lease_probe(queue: str, after: float) -> Statement:
-    """Return the statement that returns whether any lease has expired since *after*: the time now, where the probe
-    began, and the answer; times in seconds since 1970. From minus infinity it begins at the row of batchq.positions."""
+    """Return the statement that probes whether any lease has expired since *after*. It returns the time now, where the
+    probe began, and the answer; times in seconds since 1970. Minus infinity stands for the row of batchq.positions."""
     return LEASE_PROBE, {"queue": queue, "after": after}

@@ -1,17 +1,17 @@
 """The ledger of the migrations."""
 
-from batchq.postgres.statements.running import Conn, every, one
+from batchq.postgres.statements.running import Conn, fetch_all, fetch_value
 
 
 def lift_transaction_timeout(conn: Conn) -> None:
-    """Turn off the limit that PostgreSQL 17 and later may have for whole transactions, until this one's end."""
+    """Turn off transaction_timeout (PostgreSQL 17 and later) until this transaction ends."""
     conn.execute("SELECT set_config(name, '0', true) FROM pg_settings WHERE name = 'transaction_timeout'")
 
 
 def take_migration_lock(conn: Conn) -> None:
-    """Wait until no other migration runs; held until the transaction's end.
+    """Wait until no other migration runs; hold the lock until the transaction ends.
 
-    Any role can hold an advisory lock for as long as it likes, so that one serves only until there is a table.
+    Any role can hold an advisory lock for as long as it likes, so it is used only until the ledger exists.
     """
     if not has_ledger(conn):
         conn.execute("SELECT pg_advisory_xact_lock(hashtextextended('batchq.migrations', 0))")
@@ -20,15 +20,14 @@ def take_migration_lock(conn: Conn) -> None:
 
 
 def has_ledger(conn: Conn) -> bool:
-    """Tell whether any migration was ever applied. to_regclass may not know what others have just made."""
-    return bool(
-        one(conn, "SELECT count(*) FROM pg_tables WHERE (schemaname, tablename) = ('batchq', 'migrations')", {})[0]
-    )
+    """Return whether any migration was ever applied. to_regclass may miss a table that another session just created."""
+    found = "SELECT count(*) > 0 FROM pg_tables WHERE (schemaname, tablename) = ('batchq', 'migrations')"
+    return fetch_value(conn, bool, found)
 
 
 def applied_migrations(conn: Conn) -> dict[int, tuple[str, bool]]:
     """Return name and breaking of each applied migration, by version."""
-    rows = every(conn, "SELECT version, name, breaking FROM batchq.migrations ORDER BY version", {})
+    rows = fetch_all(conn, "SELECT version, name, breaking FROM batchq.migrations ORDER BY version")
     return {version: (name, breaking) for version, name, breaking in rows}
 
 

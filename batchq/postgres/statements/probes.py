@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import LiteralString
 
 from batchq.postgres.statements.claims import Position, bounds
-from batchq.postgres.statements.running import Conn, Statement, one
+from batchq.postgres.statements.running import Conn, Statement, fetch_one, fetch_value
 
-# LATERAL, ORDER BY and LIMIT, where EXISTS would do for the result: so each probe goes by the index of the claim.
+# EXISTS would give the same result. LATERAL with ORDER BY and LIMIT makes each probe use the claim index.
 READY: LiteralString = """
 SELECT known.priority
 FROM unnest(%(priorities)s::smallint[], %(run_ats)s::float8[], %(ids)s::bigint[]) AS known(priority, run_at, id)
@@ -63,12 +63,12 @@ def unknown_priority(queue: str, known: Iterable[int]) -> Statement:
     priorities = sorted(known)
     return UNKNOWN_PRIORITY, {
         "queue": queue,
-        "froms": [-BEYOND_PRIORITIES, *priorities],
-        "tos": [*priorities, BEYOND_PRIORITIES],
+        "froms": [-_BEYOND_PRIORITIES, *priorities],
+        "tos": [*priorities, _BEYOND_PRIORITIES],
     }
 
 
-BEYOND_PRIORITIES = 40_000  # the column is a smallint
+_BEYOND_PRIORITIES = 40_000  # the column is a smallint
 PRIORITIES: LiteralString = """
 WITH RECURSIVE level AS (
   (SELECT priority
@@ -114,13 +114,13 @@ def known_positions(queue: str) -> Statement:
 
 
 def as_positions(rows: Iterable[tuple[int, float, int]]) -> dict[int, Position]:
-    """Return the positions, by priority, before which nothing was pending, from the rows of `known_positions`."""
+    """Return the positions by priority, before which nothing was pending, from the rows of `known_positions`."""
     return {priority: Position(run_at, batch_id) for priority, run_at, batch_id in rows}
 
 
 def move_positions(conn: Conn, queues: Sequence[str], priorities: Sequence[int], lease_seconds: float) -> None:
-    """Record from where reading the indexes of these queues and priorities begins; see batchq.positions."""
-    one(
+    """Record where reads of the indexes of these queues and priorities begin; see batchq.positions."""
+    fetch_one(
         conn,
         "SELECT batchq.move_positions(%(queues)s, %(priorities)s::smallint[], %(lease_seconds)s)",
         {"queues": list(queues), "priorities": list(priorities), "lease_seconds": lease_seconds},
@@ -128,13 +128,13 @@ def move_positions(conn: Conn, queues: Sequence[str], priorities: Sequence[int],
 
 
 def has_ready(conn: Conn, queue: str, priority: int, kinds: Sequence[str], after: Position) -> bool:
-    """Tell whether a batch of *kinds* is ready behind a position. The cheap read of an idle worker."""
-    found: bool = one(
+    """Return whether a batch of *kinds* is ready after a position. The cheap read of an idle worker."""
+    return fetch_value(
         conn,
+        bool,
         "SELECT batchq.has_ready(%(queue)s, %(priority)s::smallint, %(kinds)s, %(run_at)s, %(id)s)",
         {"queue": queue, "priority": priority, "kinds": list(kinds), "run_at": after.run_at, "id": after.id},
-    )[0]
-    return found
+    )
 
 
 READY_BETWEEN: LiteralString = """

@@ -1,44 +1,54 @@
-"""How statements are run, and rows read; the one loader of .sql files."""
+"""Run statements and return their rows; load .sql files."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any, LiteralString, TypeVar
 
 import psycopg
 from psycopg.rows import tuple_row
 
 Conn = psycopg.Connection[Any]
 Statement = tuple[LiteralString, dict[str, Any]]
+Value = TypeVar("Value")
 
 
 def array_text(values: Iterable[object]) -> str:
-    """Return an array of numbers or uuids as Postgres reads it."""
+    """Return numbers or uuids as the text of a Postgres array."""
     return f"{{{','.join(map(str, values))}}}"
 
 
-def statements_of(file: Path) -> dict[str, bytes]:
-    """Return the statements of a .sql file by name: each follows a line ``-- name: NAME``."""
+@cache
+def load_statements(file: Path) -> dict[str, bytes]:
+    """Return the statements of a .sql file by name; each follows a line ``-- name: NAME``."""
     parts = re.split(r"^-- name: (\w+)\n", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {name: text.strip().encode() + b"\n" for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def every(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> list[Any]:
+def fetch_all(conn: Conn, statement: LiteralString, parameters: dict[str, Any] | None = None) -> list[Any]:
     """Return all rows, as tuples, whatever row factory the connection has."""
     return conn.cursor(row_factory=tuple_row).execute(statement, parameters or None).fetchall()
 
 
-def one(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> Any:
+def fetch_one(conn: Conn, statement: LiteralString, parameters: dict[str, Any] | None = None) -> Any:
     """Return the one row."""
-    return every(conn, statement, parameters)[0]
+    return fetch_all(conn, statement, parameters)[0]
 
 
-def maybe_one(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> tuple[Any, ...] | None:
+def fetch_value(
+    conn: Conn, kind: Callable[[Any], Value], statement: LiteralString, parameters: dict[str, Any] | None = None
+) -> Value:
+    """Return the one value of the one row, as a *kind*."""
+    return kind(fetch_all(conn, statement, parameters)[0][0])
+
+
+def fetch_one_or_none(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> tuple[Any, ...] | None:
     """Return the one row, or None."""
-    rows = every(conn, statement, parameters)
+    rows = fetch_all(conn, statement, parameters)
     return rows[0] if rows else None
 
 
-def objects(conn: Conn, statement: LiteralString, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+def fetch_json(conn: Conn, statement: LiteralString, parameters: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """Return the JSON object of each row."""
-    return [value for (value,) in every(conn, statement, parameters)]
+    return [found for (found,) in fetch_all(conn, statement, parameters)]

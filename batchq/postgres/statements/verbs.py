@@ -4,27 +4,27 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from batchq.postgres.statements.running import Conn, every, objects, one
+from batchq.postgres.statements.running import Conn, fetch_all, fetch_json, fetch_one
 
 
 def cancel(conn: Conn, batch_id: int, reason: str | None, actor: str | None = None) -> str | None:
     """Call batchq.cancel; return the batch's status, None if there is no such batch."""
     parameters = {"id": batch_id, "reason": reason, "actor": actor}
-    status: str | None = one(conn, "SELECT batchq.cancel(%(id)s, %(reason)s, %(actor)s)", parameters)[0]
+    status: str | None = fetch_one(conn, "SELECT batchq.cancel(%(id)s, %(reason)s, %(actor)s)", parameters)[0]
     return status
 
 
 def retry(conn: Conn, batch_id: int, whole: bool, reason: str | None = None, actor: str | None = None) -> str | None:
     """Call batchq.retry; return the batch's status, None if there is no such batch."""
     parameters = {"id": batch_id, "whole": whole, "reason": reason, "actor": actor}
-    status: str | None = one(conn, "SELECT batchq.retry(%(id)s, %(whole)s, %(reason)s, %(actor)s)", parameters)[0]
+    status: str | None = fetch_one(conn, "SELECT batchq.retry(%(id)s, %(whole)s, %(reason)s, %(actor)s)", parameters)[0]
     return status
 
 
 def retry_items(conn: Conn, batch_id: int, reason: str | None = None, actor: str | None = None) -> str | None:
     """Call batchq.retry_items; return the batch's status, None if there is no such batch."""
     parameters = {"id": batch_id, "reason": reason, "actor": actor}
-    status: str | None = one(conn, "SELECT batchq.retry_items(%(id)s, %(reason)s, %(actor)s)", parameters)[0]
+    status: str | None = fetch_one(conn, "SELECT batchq.retry_items(%(id)s, %(reason)s, %(actor)s)", parameters)[0]
     return status
 
 
@@ -37,7 +37,7 @@ def snooze(
     actor: str | None = None,
 ) -> str | None:
     """Call batchq.snooze; return the batch's status, None if there is no such batch."""
-    status: str | None = one(
+    status: str | None = fetch_one(
         conn,
         "SELECT batchq.snooze(%(id)s, %(delay)s * interval '1 second', %(until)s::timestamptz, %(reason)s, %(actor)s)",
         {"id": batch_id, "delay": delay_seconds, "until": until, "reason": reason, "actor": actor},
@@ -49,7 +49,7 @@ def set_priority(
     conn: Conn, batch_id: int, priority: int, reason: str | None = None, actor: str | None = None
 ) -> str | None:
     """Call batchq.set_priority; return the batch's status, None if there is no such batch."""
-    status: str | None = one(
+    status: str | None = fetch_one(
         conn,
         "SELECT batchq.set_priority(%(id)s, %(priority)s, %(reason)s, %(actor)s)",
         {"id": batch_id, "priority": priority, "reason": reason, "actor": actor},
@@ -59,7 +59,7 @@ def set_priority(
 
 def move(conn: Conn, batch_id: int, to_queue: str, reason: str | None = None, actor: str | None = None) -> str | None:
     """Call batchq.move; return the batch's status, None if there is no such batch."""
-    status: str | None = one(
+    status: str | None = fetch_one(
         conn,
         "SELECT batchq.move(%(id)s, %(to_queue)s, %(reason)s, %(actor)s)",
         {"id": batch_id, "to_queue": to_queue, "reason": reason, "actor": actor},
@@ -77,7 +77,7 @@ def pause(
     actor: str | None = None,
 ) -> bool:
     """Call batchq.pause, to end in *delay_seconds*, *until* a time, or by batchq.resume; tell whether it is new."""
-    is_new: bool = one(
+    is_new: bool = fetch_one(
         conn,
         """
         SELECT batchq.pause(%(queue)s, %(kind)s,
@@ -92,7 +92,7 @@ def resume(
     conn: Conn, queue: str | None, kind: str | None, reason: str | None = None, actor: str | None = None
 ) -> bool:
     """Call batchq.resume; tell whether there was such a pause."""
-    was_paused: bool = one(
+    was_paused: bool = fetch_one(
         conn,
         "SELECT batchq.resume(%(queue)s, %(kind)s, %(reason)s, %(actor)s)",
         {"queue": queue, "kind": kind, "reason": reason, "actor": actor},
@@ -103,7 +103,7 @@ def resume(
 def drain_worker(conn: Conn, worker_id: str, reason: str | None = None, actor: str | None = None) -> str | None:
     """Call batchq.drain_worker; return draining, None if there is no such worker."""
     parameters = {"id": worker_id, "reason": reason, "actor": actor}
-    status: str | None = one(conn, "SELECT batchq.drain_worker(%(id)s, %(reason)s, %(actor)s)", parameters)[0]
+    status: str | None = fetch_one(conn, "SELECT batchq.drain_worker(%(id)s, %(reason)s, %(actor)s)", parameters)[0]
     return status
 
 
@@ -123,7 +123,7 @@ class Chunk(NamedTuple):
 
 def clock_json(conn: Conn) -> str:
     """Return the database's time as JSON writes it, whatever the session's DateStyle is."""
-    text: str = one(conn, "SELECT to_jsonb(now()) #>> '{}'", {})[0]
+    text: str = fetch_one(conn, "SELECT to_jsonb(now()) #>> '{}'", {})[0]
     return text
 
 
@@ -140,7 +140,7 @@ def bulk(
     audit_id: int | None,
 ) -> Chunk:
     """Call batchq.bulk: do a verb for the next *most* batches that match."""
-    row = one(
+    row = fetch_one(
         conn,
         """
         SELECT matched, changed, next_place::text, audit, keyed
@@ -164,7 +164,7 @@ def bulk(
 
 def pause_rows(conn: Conn) -> list[dict[str, Any]]:
     """Return the pauses that have not ended, as JSON objects."""
-    return objects(
+    return fetch_json(
         conn,
         """
         SELECT to_jsonb(p)
@@ -179,7 +179,7 @@ def pause_rows(conn: Conn) -> list[dict[str, Any]]:
 
 def audit_rows(conn: Conn, limit: int, batch_id: int | None = None) -> list[dict[str, Any]]:
     """Return the latest rows of batchq.audit, of one batch or of all, as JSON objects."""
-    return objects(
+    return fetch_json(
         conn,
         """
         SELECT to_jsonb(a)
@@ -194,10 +194,12 @@ def audit_rows(conn: Conn, limit: int, batch_id: int | None = None) -> list[dict
 
 def duty_statements(conn: Conn, duty: str, role: str) -> list[str]:
     """Return the GRANT statements that give a role what its duty needs, and nothing more."""
-    rows = every(conn, "SELECT batchq.duty_statements(%(duty)s::text, %(role)s::text)", {"duty": duty, "role": role})
+    rows = fetch_all(
+        conn, "SELECT batchq.duty_statements(%(duty)s::text, %(role)s::text)", {"duty": duty, "role": role}
+    )
     return [statement for (statement,) in rows]
 
 
 def grant_duty(conn: Conn, duty: str, role: str) -> None:
     """Give a role what its duty needs. For the owner of the schema."""
-    one(conn, "SELECT batchq.grant_duty(%(duty)s::text, %(role)s::text)", {"duty": duty, "role": role})
+    fetch_one(conn, "SELECT batchq.grant_duty(%(duty)s::text, %(role)s::text)", {"duty": duty, "role": role})

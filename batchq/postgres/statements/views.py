@@ -1,28 +1,28 @@
-"""What people see: status, queues, failures, single batches, changes."""
+"""Rows for people: status, queues, failures, single batches, changes."""
 
 from collections.abc import Sequence
 from typing import Any, LiteralString
 
-from batchq.postgres.statements.running import Conn, objects
+from batchq.postgres.statements.running import Conn, fetch_json
 
 
 def failure_rows(conn: Conn) -> list[dict[str, Any]]:
     """Return the rows of batchq.failures as JSON objects, the latest first."""
-    return objects(conn, "SELECT to_jsonb(f) FROM batchq.failures f ORDER BY f.latest_at DESC, f.kind, f.error", {})
+    return fetch_json(conn, "SELECT to_jsonb(f) FROM batchq.failures f ORDER BY f.latest_at DESC, f.kind, f.error")
 
 
-# Of the finer statuses of batchq.status: those of batchq.batches, by which partitions that cannot match are left out.
+# The status of batchq.batches for each finer one of batchq.status; it excludes partitions that cannot match.
 STORED_STATUS = {"ready": "pending", "scheduled": "pending", "retrying": "pending", "stalled": "processing"}
 FINAL_STATUSES = ("completed", "failed", "cancelled")
 HIGHEST_ID = 2**63 - 1
-MOST_PROCESSING = 100_000  # of one queue, in which changes are looked for
+MOST_PROCESSING = 100_000  # batches of one queue that are searched for changes
 
 
 def status_rows(
     conn: Conn, queue: str | None, kind: str | None, status: str | None, limit: int
 ) -> list[dict[str, Any]]:
     """Return rows of batchq.status, the newest first, as JSON objects (a date may be beyond Python's)."""
-    return objects(
+    return fetch_json(
         conn,
         """
         WITH newest AS (
@@ -55,13 +55,13 @@ def status_rows(
 
 def status_row(conn: Conn, batch_id: int) -> dict[str, Any] | None:
     """Return a batch's row of batchq.status as a JSON object."""
-    found = objects(conn, "SELECT to_jsonb(s) FROM batchq.status s WHERE s.id = %(id)s", {"id": batch_id})
+    found = fetch_json(conn, "SELECT to_jsonb(s) FROM batchq.status s WHERE s.id = %(id)s", {"id": batch_id})
     return found[0] if found else None
 
 
 def running_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) -> list[dict[str, Any]]:
-    """Return rows of batchq.status of batches that are being worked, or stalled, as JSON objects."""
-    return objects(
+    """Return rows of batchq.status of processing and stalled batches, as JSON objects."""
+    return fetch_json(
         conn,
         """
         WITH running AS (
@@ -90,8 +90,8 @@ def running_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) ->
 
 
 def failed_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) -> list[dict[str, Any]]:
-    """Return rows of batchq.status of the batches that failed last, of the last day, as JSON objects."""
-    return objects(
+    """Return rows of batchq.status of batches that failed within the last day, the latest first, as JSON objects."""
+    return fetch_json(
         conn,
         """
         WITH failed AS (
@@ -115,7 +115,7 @@ def failed_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) -> 
 
 def queue_rows(conn: Conn, queue: str | None = None, kind: str | None = None) -> list[dict[str, Any]]:
     """Return the rows of batchq.queues as JSON objects."""
-    return objects(
+    return fetch_json(
         conn,
         """
         SELECT to_jsonb(q)
@@ -131,9 +131,9 @@ def queue_rows(conn: Conn, queue: str | None = None, kind: str | None = None) ->
 def batch_object(conn: Conn, batch_id: int, inputs_as_text: bool = False) -> dict[str, Any] | None:
     """Return one batch as a JSON object: its row of batchq.status, and payload, cursor, result and errors.
 
-    *inputs_as_text*: payload and cursor as the text of their JSON, for values that Python refuses to read.
+    *inputs_as_text*: return payload and cursor as JSON text, for values that Python refuses to read.
     """
-    found = objects(
+    found = fetch_json(
         conn,
         """
         SELECT to_jsonb(s) || jsonb_build_object(
@@ -153,7 +153,7 @@ def batch_object(conn: Conn, batch_id: int, inputs_as_text: bool = False) -> dic
 
 def failed_item_objects(conn: Conn, batch_id: int, limit: int) -> list[dict[str, Any]]:
     """Return a batch's failed items in order, as JSON objects."""
-    return objects(
+    return fetch_json(
         conn,
         """
         SELECT to_jsonb(f) - 'queue' - 'batch_id'
@@ -211,10 +211,9 @@ ORDER BY s.id
 def changed_rows(
     conn: Conn, since: str, after_id: int, ids: Sequence[int], queue: str | None, kind: str | None, limit: int
 ) -> list[dict[str, Any]]:
-    """Return up to *limit* rows of batchq.status: those that failed after *since* or are stalled; those processing,
-    finished after *since*, named by *ids* or new (their id is above *after_id*). Where there are more, the first ones
-    of that order are taken."""
-    return objects(
+    """Return up to *limit* rows of batchq.status: first those that failed after *since*, then stalled, processing,
+    finished after *since*, named by *ids*, and new ones (with an id above *after_id*)."""
+    return fetch_json(
         conn,
         CHANGED,
         {
@@ -232,8 +231,7 @@ def changed_rows(
 
 def worker_objects(conn: Conn) -> list[dict[str, Any]]:
     """Return the live workers as JSON objects."""
-    return objects(
+    return fetch_json(
         conn,
         "SELECT to_jsonb(w) FROM batchq.workers w WHERE heartbeat_at > now() - interval '1 minute' ORDER BY id",
-        {},
     )

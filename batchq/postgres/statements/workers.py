@@ -1,14 +1,14 @@
-"""What a worker writes about itself: its heartbeat, its turns, what it has counted."""
+"""What a worker writes about itself: its heartbeat and its throughput."""
 
 from collections.abc import Sequence
 from typing import Any, LiteralString, NamedTuple
 
-from batchq.postgres.statements.running import Conn, Statement, array_text, every
-from batchq.postgres.statements.session import PLAIN, WITHOUT_WAITING_FOR_THE_DISK, wait_briefly_for_locks
+from batchq.postgres.statements.running import Conn, Statement, array_text, fetch_all
+from batchq.postgres.statements.session import ASYNCHRONOUS_COMMIT, FIXED_FORMATS, set_lock_timeout
 
 
 class WorkerRow(NamedTuple):
-    """A worker as it shows itself in batchq.workers."""
+    """A worker's row in batchq.workers."""
 
     id: str
     hostname: str
@@ -42,12 +42,12 @@ WHERE id <> %(id)s
   AND queues && %(queues)s::text[]
   AND NOT stopping
 """
-# For what the keeper writes besides; a lock is waited for 100 ms at most: leases are kept by the same thread.
-HEARTBEAT_SETTINGS = THROUGHPUT_SETTINGS = PLAIN | WITHOUT_WAITING_FOR_THE_DISK | {"lock_timeout": "100"}
+# Waits up to 100 ms for a lock, because the same thread extends leases.
+HEARTBEAT_SETTINGS = THROUGHPUT_SETTINGS = FIXED_FORMATS | ASYNCHRONOUS_COMMIT | {"lock_timeout": "100"}
 
 
 class Turn(NamedTuple):
-    """Whose turn it is to poll: a worker's *number*, from 0, among how many *workers*; *now* in seconds since 1970."""
+    """A worker's turn to poll: its *number*, from 0, among *workers*; *now* in seconds since 1970."""
 
     workers: int
     number: int
@@ -55,7 +55,7 @@ class Turn(NamedTuple):
 
 
 class Beat(NamedTuple):
-    """The answer to a heartbeat. *dead_rows*: how many the live table has, as the server's statistics count them."""
+    """The answer to a heartbeat. *dead_rows*: those of the live table, according to the server's statistics."""
 
     is_asked_to_drain: bool
     turn: Turn
@@ -65,20 +65,20 @@ class Beat(NamedTuple):
 def heartbeat(
     worker: WorkerRow, in_hand: int, stopping: bool, lost_slots: int = 0, silent_seconds: float = 15
 ) -> Statement:
-    """Return the statement that shows a sign of life. Its row, for `beat`, tells whether the worker is asked to drain,
-    and its turn among those that serve one of its queues and showed life within *silent_seconds*."""
+    """Return the statement that writes a heartbeat. Its row, for `beat`, has whether the worker is asked to drain, and
+    its turn among the workers that serve one of its queues and had a heartbeat within *silent_seconds*."""
     its = {"in_hand": in_hand, "stopping": stopping, "lost_slots": lost_slots, "silent_seconds": silent_seconds}
     return HEARTBEAT, worker._asdict() | its
 
 
 def beat(row: Sequence[Any]) -> Beat:
-    """Return what the row of a `heartbeat` tells."""
+    """Return the answer from the row of a `heartbeat`."""
     return Beat(bool(row[0]), Turn(*row[1:4]), row[4])
 
 
 def forget_silent_workers(conn: Conn) -> None:
-    """Remove the workers that were silent for an hour, but for those that another one is removing."""
-    wait_briefly_for_locks(conn)  # leases are kept by the same thread
+    """Remove workers without a heartbeat for an hour, except those that another worker is removing."""
+    set_lock_timeout(conn)  # the same thread extends leases
     conn.execute(
         """
         DELETE FROM batchq.workers
@@ -91,13 +91,13 @@ def forget_silent_workers(conn: Conn) -> None:
 
 
 def forget_worker(conn: Conn, worker_id: str) -> None:
-    """Remove a worker that has ended."""
+    """Remove a stopped worker."""
     conn.execute("DELETE FROM batchq.workers WHERE id = %(id)s", {"id": worker_id})
 
 
 class Tally(NamedTuple):
-    """What a worker has counted of one queue and kind: ends of batches, *items* worked, the sum of run times in
-    seconds, and *run_times*, how many lasted how long (see batchq.throughput_minutes.run_times)."""
+    """A worker's counts for one queue and kind: outcomes, *items* processed, the sum of run times in seconds, and their
+    histogram *run_times* (see batchq.throughput_minutes.run_times)."""
 
     queue: str
     kind: str
@@ -115,7 +115,7 @@ INSERT INTO batchq.throughput_minutes AS t (minute, queue, kind, worker, complet
   run_seconds, run_times)
 SELECT date_trunc('minute', now()), queue, kind, %(worker)s, completed, failed, cancelled, retried, items, run_seconds,
   run_times::integer[]
-FROM unnest(%(queues)s::text[], %(kinds)s::text[], %(completed)s::bigint[], %(failed)s::bigint[],
+FROM unnest(%(queue)s::text[], %(kind)s::text[], %(completed)s::bigint[], %(failed)s::bigint[],
             %(cancelled)s::bigint[], %(retried)s::bigint[], %(items)s::bigint[], %(run_seconds)s::float8[],
             %(run_times)s::text[])
   AS u(queue, kind, completed, failed, cancelled, retried, items, run_seconds, run_times)
@@ -132,22 +132,12 @@ RETURNING t.queue
 
 
 def count_throughput(worker_id: str, tallies: Sequence[Tally]) -> Statement:
-    """Return the statement that adds what a worker has counted to its rows of this minute."""
-    queues, kinds, completed, failed, cancelled, retried, items, run_seconds, run_times = zip(*tallies, strict=True)
-    return COUNT_THROUGHPUT, {
-        "worker": worker_id,
-        "queues": list(queues),
-        "kinds": list(kinds),
-        "completed": list(completed),
-        "failed": list(failed),
-        "cancelled": list(cancelled),
-        "retried": list(retried),
-        "items": list(items),
-        "run_seconds": list(run_seconds),
-        "run_times": [array_text(counts) for counts in run_times],
-    }
+    """Return the statement that adds a worker's counts to its rows of this minute."""
+    columns = {name: list(values) for name, values in zip(Tally._fields, zip(*tallies, strict=True), strict=True)}
+    run_times = [array_text(tally.run_times) for tally in tallies]
+    return COUNT_THROUGHPUT, columns | {"worker": worker_id, "run_times": run_times}
 
 
 def pauses(conn: Conn) -> list[tuple[str | None, str | None]]:
     """Return queue and kind of each pause; None stands for any."""
-    return every(conn, "SELECT queue, kind FROM batchq.pauses WHERE until IS NULL OR until > now()", {})
+    return fetch_all(conn, "SELECT queue, kind FROM batchq.pauses WHERE until IS NULL OR until > now()", {})

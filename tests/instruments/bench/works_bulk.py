@@ -8,7 +8,7 @@ from typing import Self
 import psycopg
 
 from batchq.operate.bulk import Bulk
-from batchq.postgres.database import Link
+from batchq.postgres.link import Link
 from tests.instruments.bench import filling, records
 from tests.instruments.bench.records import Records
 from tests.instruments.bench.server import Database

@@ -87,7 +87,7 @@ def script(conn: psycopg.Connection, group: int, is_kept: bool) -> str:
     complete = endings.complete("default", [ANY_ID], [str(TOKEN)], is_kept)
     messages = [
         message(collected(written_out(conn, claim)), claimer.SETTINGS) + "\n\\aset",
-        message(written_out(conn, complete), session.BY_INDEX) + ";",
+        message(written_out(conn, complete), session.FORCE_INDEX_AND_HASH_JOIN) + ";",
     ]
     return "\n".join(messages) + "\n"
 
@@ -102,7 +102,7 @@ def written_out(conn: psycopg.Connection, statement: Statement) -> str:
 
 def message(statement: str, settings: Mapping[str, str]) -> str:
     """Return a transaction that is one message, as Link.run sends it."""
-    return " \\;\n".join(["BEGIN", session.limits(LIMIT_SECONDS, settings=settings), statement, "COMMIT"])
+    return " \\;\n".join(["BEGIN", session.transaction_settings(LIMIT_SECONDS, settings=settings), statement, "COMMIT"])
 
 
 GATHERED = """

@@ -13,9 +13,10 @@ from typing import Any
 
 from psycopg.rows import tuple_row
 
-from batchq.postgres import database
-from batchq.postgres.database import HandlerConnections, Link
+from batchq.postgres.handler_connections import HandlerConnections
+from batchq.postgres.link import Link
 from batchq.postgres.statements import session
+from batchq.postgres.transactions import transaction
 
 SERVICES = {"MainThread": "claim", "batchq-finisher": "finish"}
 MOMENTS = ("before", "within", "after")  # the COMMIT: nothing of it sent; sent, and its answer not read; answered
@@ -53,7 +54,7 @@ def install() -> None:
 def run_with_points(run: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """Wrap Link.run: before the COMMIT of a statement that found something, and after it."""
 
-    def wrapped(self: Link, statement: Any, settings: Any = session.BY_INDEX) -> list[Any]:
+    def wrapped(self: Link, statement: Any, settings: Any = session.FORCE_INDEX_AND_HASH_JOIN) -> list[Any]:
         service = SERVICES.get(threading.current_thread().name)
         if f"{service}-before" in armed:
             return run_stopping_before(self, statement, settings, f"{service}-before")
@@ -67,7 +68,7 @@ def run_with_points(run: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
 def run_stopping_before(link: Link, statement: Any, settings: Any, point: str) -> list[Any]:
     """Do as Link.run does where a text is long: the COMMIT is a message of its own."""
-    with link.kept() as conn, database.transaction(conn, link.timeout_seconds, settings=settings):
+    with link.kept() as conn, transaction(conn, link.timeout_seconds, settings=settings):
         rows = conn.cursor(row_factory=tuple_row).execute(*statement).fetchall()
         if rows:
             reach(point)
@@ -91,12 +92,12 @@ def send(conn: Any, text: bytes) -> None:
     conn.pgconn.flush()
 
 
-def with_points(transaction: Callable[..., Any]) -> Callable[..., Any]:
+def with_points(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the transactions of ``def`` handlers."""
 
     @contextmanager
     def wrapped(self: HandlerConnections, *options: Any) -> Iterator[Any]:
-        with transaction(self, *options) as conn:
+        with original(self, *options) as conn:
             yield conn
             reach("commit-before")
             reach_within("commit-within", lambda: send(conn, b"COMMIT"))
@@ -105,12 +106,12 @@ def with_points(transaction: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def with_points_async(transaction: Callable[..., Any]) -> Callable[..., Any]:
+def with_points_async(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the transactions of ``async def`` handlers."""
 
     @asynccontextmanager
     async def wrapped(self: HandlerConnections, *options: Any) -> AsyncIterator[Any]:
-        async with transaction(self, *options) as conn:
+        async with original(self, *options) as conn:
             yield conn
             reach("commit-before")
             reach_within("commit-within", lambda: send(conn, b"COMMIT"))

@@ -216,12 +216,12 @@ class Lives(RuleBasedStateMachine):
         query = "SELECT id FROM batchq.batches WHERE id = ANY (%s) ORDER BY run_at, id"
         return self.real.values(query, [[row.id for row in rows]])
 
-    def give_back_claim(self, which: int) -> None:
+    def release_claim(self, which: int) -> None:
         """The answer to a claim was lost: whatever it claimed goes back."""
         held = self.one_held(which)
         mine = [row for row in self.model.rows.values() if row.is_held(held.token) and row.queue == held.batch.queue]
         with held.worker.link.transaction() as conn:
-            assert claims.give_back_claim(conn, held.batch.queue, held.token) == len(mine)
+            assert claims.release_claim(conn, held.batch.queue, held.token) == len(mine)
         for row in mine:
             self.model.requeue(row.id, held.token, None, True, None)
         self.happened("gave a claim back" if mine else "gave back nothing")
@@ -679,7 +679,7 @@ class Lives(RuleBasedStateMachine):
             case "pause":
                 self.paused(self.one_held(which))
             case "claim is given back":
-                self.give_back_claim(which)
+                self.release_claim(which)
             case _:
                 self.rescue(queue, 1 if what == "rescue one" else 100)
 

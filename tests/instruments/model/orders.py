@@ -177,9 +177,9 @@ class Session:
     def run(self, operation: Operation) -> None:
         """Begin a transaction, bounded as everywhere, and run its statement."""
         self.execute("BEGIN")
-        self.execute(session_statements.limits(30, 30, session_statements.BY_INDEX))
+        self.execute(session_statements.transaction_settings(30, 30, session_statements.FORCE_INDEX_AND_HASH_JOIN))
         if operation.may_give_way:
-            session_statements.wait_briefly_for_locks(self.conn, MAINTENANCE_MILLISECONDS)
+            session_statements.set_lock_timeout(self.conn, MAINTENANCE_MILLISECONDS)
         statement, parameters = operation.statement
         self.conn.execute(statement, parameters or None)
 

@@ -10,7 +10,8 @@ from psycopg import sql
 import batchq
 from batchq.app import Handler
 from batchq.batch import Runtime
-from batchq.postgres.database import HandlerConnections, Link
+from batchq.postgres.handler_connections import HandlerConnections
+from batchq.postgres.link import Link
 from batchq.postgres.statements import health
 from batchq.retry import Backoff
 from batchq.worker.finisher import Finisher
@@ -39,7 +40,7 @@ FROM batchq.batches b
 ORDER BY b.id
 """
 INVARIANTS = " UNION ALL ".join(
-    f"SELECT '{name}', x::text FROM ({query}) AS x" for name, query in health.invariants().items()
+    f"SELECT '{name}', x::text FROM ({query.decode()}) AS x" for name, query in health.invariants().items()
 )
 CLEAN = "DELETE FROM batchq.batches; DELETE FROM batchq.failed_items; DELETE FROM effects"
 

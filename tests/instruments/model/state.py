@@ -8,7 +8,7 @@ from uuid import UUID
 
 FINAL = ("completed", "failed", "cancelled")
 MOST_ERRORS = 10
-DIED = "worker died: {} gave no sign of life until its lease ran out"
+DIED = "worker died: {} did not renew its lease"
 
 
 class Failure(NamedTuple):

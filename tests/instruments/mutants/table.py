@@ -39,8 +39,10 @@ TERMINAL, SECRETS, ARGUMENTS, IMPORTS, FUNCTIONS, PRODUCER, SEARCH_PATHS, NOTIFY
         "page", "page_connections", "env_file",
     )
 )  # fmt: skip
-DATABASE, PLACES = (f"batchq/postgres/{name}.py" for name in ("database", "places"))
-SECTION_END = re.compile(r'^"""$|\n\n\n|^\$\$;', re.MULTILINE)
+CONNECTING, TRANSACTING, HANDLERS, FAIR_QUEUE = (
+    f"batchq/postgres/{name}.py" for name in ("connections", "transactions", "handler_connections", "fair_queue")
+)
+SECTION_END = re.compile(r'^"""(?=$|  # )|\n\n\n|^\$\$;', re.MULTILINE)
 
 
 class StaleError(Exception):
@@ -151,7 +153,7 @@ MUTANTS = [
         [("AND id <> ALL (%(skipped)s::bigint[])", "", "rows that are refused keep no other from being claimed")],
     ),
     *of(
-        "def give_back_claim(",
+        "def release_claim(",
         (LOOKS, CLAIM, PARTS),
         [
             ("WHERE queue = %(queue)s", "WHERE true", "a write names its queue"),
@@ -275,13 +277,13 @@ MUTANTS = [
             ("AND items_done = %(done_before)s", "", "a checkpoint written twice counts once"),
             ("AND items_failed = %(failed_before)s", "", "a checkpoint written twice counts once"),
             (
-                "greatest(lease_expires_at,\n      pg_catalog.clock_timestamp()"
+                "greatest(lease_expires_at,\n      pg_catalog.statement_timestamp()"
                 " + %(lease_seconds)s::float8 * interval '1 second')",
-                "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
+                "pg_catalog.statement_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
                 "a checkpoint never shortens a lease",
             ),
             (
-                "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
+                "pg_catalog.statement_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
                 "now() + %(lease_seconds)s::float8 * interval '1 second'",
                 "a lease counts from now, not from the BEGIN",
             ),
@@ -296,7 +298,7 @@ MUTANTS = [
             ("AND items_done = %(done_before)s", "", "a checkpoint written twice counts once"),
             ("AND items_failed = %(failed_before)s", "", "a checkpoint written twice counts once"),
             (
-                "pg_catalog.clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
+                "pg_catalog.statement_timestamp() + %(lease_seconds)s::float8 * interval '1 second'",
                 "now() + %(lease_seconds)s::float8 * interval '1 second'",
                 "a lease counts from now, not from the BEGIN",
             ),
@@ -355,7 +357,7 @@ MUTANTS = [
             ("b.queue = %(queue)s", "true", "a write names its queue"),
             ("AND b.id = u.id", "", "each batch has its own outcome"),
             ("AND b.claim_token = u.token", "", "fence: a late worker changes nothing"),
-            ("b.attempt - u.give_back::integer", "b.attempt", "a graceful stop costs no attempt"),
+            ("b.attempt - u.is_release::integer", "b.attempt", "a graceful stop costs no attempt"),
             ("claim_token = NULL", "claim_token = b.claim_token", "what is given back is nobody's"),
         ],
     ),
@@ -369,7 +371,7 @@ MUTANTS = [
         ],
     ),
     *of(
-        "SETTINGS = session.BY_INDEX",
+        "SETTINGS = session.FORCE_INDEX_AND_HASH_JOIN",
         STUCK,
         [(' | {"lock_timeout": str(LOCK_MILLISECONDS)}', "", "a finish waits briefly for a locked row")],
         "batchq/worker/finisher.py",
@@ -409,10 +411,10 @@ MUTANTS = [
             ("LIMIT %(limit)s", "", "a rescue is bounded"),
             ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "a rescue passes over locked rows"),
             ("  FOR UPDATE SKIP LOCKED\n", "", "a rescue passes over locked rows"),
-            ("CASE WHEN b.attempt < 2 THEN b.run_at", "CASE WHEN true THEN b.run_at", "a killer has other neighbours"),
+            ("CASE WHEN attempt < 2 THEN run_at", "CASE WHEN true THEN run_at", "a killer has other neighbours"),
             (
-                "CASE WHEN b.attempt < 2 THEN b.run_at",
-                "CASE WHEN false THEN b.run_at",
+                "CASE WHEN attempt < 2 THEN run_at",
+                "CASE WHEN false THEN run_at",
                 "a first rescue is ready at once",
             ),
             ("claim_token = NULL", "claim_token = b.claim_token", "what is rescued is nobody's"),
@@ -437,7 +439,7 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------- bounds, workers, days
     *of(
-        "def limits(",
+        "def transaction_settings(",
         (CONNECTIONS, RETENTION),
         [
             ('        "statement_timeout": str(milliseconds),\n', "", "every statement is bounded"),
@@ -446,12 +448,12 @@ MUTANTS = [
         ],
     ),
     *of(
-        "def limits(",
+        "def transaction_settings(",
         ODD,
         [('        "array_nulls": "on",', "", "a role's settings change no value")],
     ),
     *of(
-        "PLAIN = {",
+        "FIXED_FORMATS = {",
         ODD,
         [
             ('    "DateStyle": "ISO",\n', "", "a role's settings change no value"),
@@ -461,7 +463,7 @@ MUTANTS = [
         ],
     ),
     *of(
-        "PROBING = PLAIN",
+        "FORCE_INDEX = FIXED_FORMATS",
         FLAT,
         [
             ('"enable_seqscan": "off", ', "", "a probe goes by its index whatever the statistics say"),
@@ -485,7 +487,7 @@ MUTANTS = [
         + [("SELECT pg_advisory_unlock_all();", "", "a batch finds the session as it was")],
     ),
     *of(
-        "    def clean(self",
+        "    def _clean(self",
         SESSIONS,
         [
             (
@@ -495,15 +497,15 @@ MUTANTS = [
             ),
             ("await conn.execute(session.CLEAN_SESSION)", "pass", "a batch finds the session as it was"),
         ],
-        DATABASE,
+        HANDLERS,
     ),
     *of(
         "CONNECT_OPTIONS: dict",
         ENCODINGS,
         [('    "client_encoding": "UTF8",\n', "", "texts travel as UTF-8")],
-        DATABASE,
+        CONNECTING,
     ),
-    *of("def not_given(", ENCODINGS, [(' - {"client_encoding"}', "", "texts travel as UTF-8")], DATABASE),
+    *of("def without_overridden(", ENCODINGS, [(' - {"client_encoding"}', "", "texts travel as UTF-8")], CONNECTING),
     *of(
         "def each_batch(",
         LOG_INS,
@@ -531,7 +533,7 @@ MUTANTS = [
                 "no serialization failure by the role's default",
             )
         ],
-        DATABASE,
+        CONNECTING,
     ),
     *of(
         "class AsyncConnection(psycopg",
@@ -543,25 +545,25 @@ MUTANTS = [
                 "no serialization failure by the role's default",
             )
         ],
-        DATABASE,
+        CONNECTING,
     ),
     *of(
         "class ReadingCursor(",
         SESSIONS,
         [("{session.BEGIN}", "BEGIN", "no serialization failure by the role's default")],
-        DATABASE,
+        TRANSACTING,
     ),
     *of(
         "class ReadingCursor(",
         STUCK,
         [("                conn.rollback()", "                pass", "a read that fails leaves a usable connection")],
-        DATABASE,
+        TRANSACTING,
     ),
     *of(
         "class ReadingCursor(",
         CONNECTIONS,
         [("if len(text) > LONGEST_TEXT:", "if False:", "no text is longer than every pooler takes")],
-        DATABASE,
+        TRANSACTING,
     ),
     *of(
         "class Conflicts:",
@@ -570,24 +572,28 @@ MUTANTS = [
         "batchq/retry.py",
     ),
     *of(
-        "class Places:",
+        "class FairQueue:",
         POOL,
         [
-            ("go = self.line.popleft()", "go = self.line.pop()", "a connection goes to who came first"),
-            ("if is_in_line := go in self.line:", "if is_in_line := True:", "who leaves the line takes no place along"),
-            ("max(self.held_seconds, time.monotonic() - self.moved_at)", "0.001", "no more begin than get on"),
+            ("on_turn = self.waiting.popleft()", "on_turn = self.waiting.pop()", "a connection goes to who came first"),
+            (
+                "if is_waiting := on_turn in self.waiting:",
+                "if is_waiting := True:",
+                "who leaves the line takes no place along",
+            ),
+            ("max(self._hold_seconds, time.monotonic() - self.last_released_at)", "0.001", "no more begin than get on"),
         ],
-        PLACES,
+        FAIR_QUEUE,
     ),
     *of(
-        "class Patience:",
+        "class BorrowTimeout:",
         POOL,
         [
-            ("if self.places.is_busy():", "if False:", "a pool in use is no outage"),
-            ("if self.places.is_busy():", "if True:", "a wait ends where no connection can be made"),
-            ("min(self.until, self.last)", "self.until", "the page waits no longer than it may"),
+            ("if self._queue.is_busy():", "if False:", "a pool in use is no outage"),
+            ("if self._queue.is_busy():", "if True:", "a wait ends where no connection can be made"),
+            ("min(self._until, self._last)", "self._until", "the page waits no longer than it may"),
         ],
-        PLACES,
+        FAIR_QUEUE,
     ),
     *of(
         "HEARTBEAT: LiteralString",
@@ -609,7 +615,7 @@ MUTANTS = [
         VIEWS,
         [
             (
-                "    wait_briefly_for_locks(conn)  # leases are kept by the same thread\n",
+                "    set_lock_timeout(conn)  # the same thread extends leases\n",
                 "",
                 "leases are kept though workers is locked",
             ),
@@ -629,12 +635,12 @@ MUTANTS = [
     *of(
         "def create_finished_partitions(",
         RETENTION,
-        [("    wait_briefly_for_locks(conn)\n", "", "maintenance waits 100 ms for a lock at most")],
+        [("    set_lock_timeout(conn)\n", "", "maintenance waits 100 ms for a lock at most")],
     ),
     *of(
         "def prune(",
         RETENTION,
-        [("    wait_briefly_for_locks(conn)\n", "", "maintenance waits 100 ms for a lock at most")],
+        [("    set_lock_timeout(conn)\n", "", "maintenance waits 100 ms for a lock at most")],
     ),
     *of(
         "CREATE FUNCTION batchq.create_finished_partitions",
@@ -868,11 +874,11 @@ MUTANTS = [
         SCHEMA,
         [
             ("        ledger.take_migration_lock(conn)\n", "", "each file is applied once"),
-            ("        session.wait_briefly_for_locks(conn, 500)\n", "", "a migration holds up nobody"),
+            ("        session.set_lock_timeout(conn, 500)\n", "", "a migration holds up nobody"),
             ("if migration.version in ledger.applied_migrations(conn):", "if False:", "each file is applied once"),
             (
-                "bounded(conn, SECONDS_A_FILE + 1), conn.transaction()",
-                "bounded(conn, SECONDS_A_FILE)",
+                "deadline(conn, SECONDS_A_FILE + 1), conn.transaction()",
+                "deadline(conn, SECONDS_A_FILE)",
                 "a file that fails leaves nothing",
             ),
         ],
@@ -1057,7 +1063,7 @@ MUTANTS = [
         TABLES,
     ),
     *of(
-        "PLAIN = {",
+        "FIXED_FORMATS = {",
         SEARCH_PATHS,
         [('"search_path": SEARCH_PATH,', "", "names in statements mean pg_catalog's")],
     ),

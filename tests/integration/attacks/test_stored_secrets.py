@@ -17,7 +17,7 @@ from batchq.common import secrets
 from batchq.common.log import hidden
 from batchq.common.secrets import hide_password
 from batchq.common.text import error_object, message_object, one_line
-from batchq.postgres.database import connect
+from batchq.postgres.connections import connect
 from batchq.settings import Settings
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, drain, failed_items, look, put, register, register_items
