@@ -9,7 +9,7 @@ from psycopg import sql
 
 import batchq
 from batchq.app import Handler
-from batchq.batch import Runtime
+from batchq.batch.claimed import Runtime
 from batchq.postgres.database import HandlerConnections, Link
 from batchq.postgres.statements import health
 from batchq.retry import Backoff
