@@ -105,8 +105,11 @@ class ClaimedBatch:
     def __init__(self, row: ClaimedRow, claim: Claim) -> None:
         self.row: ClaimedRow = row
         self.claim = claim
-        self.id, self.kind, self.attempt, self.max_attempts = row[:4]
-        self.items_total, self.items_done, self.items_failed = row[6:9]  # done and failed: at the last checkpoint
+        # One unpacking of the row is faster than slices of it. Items done and failed are those at the last checkpoint.
+        (
+            self.id, self.kind, self.attempt, self.max_attempts, _, _,
+            self.items_total, self.items_done, self.items_failed, _, _, _, _,
+        ) = row  # fmt: skip
         self.items_counted = self.items_done + self.items_failed  # in batchq.throughput, by any attempt
         self.leased_at = claim.began_at
         self.begun_at: float | None = None  # monotonic time when its handler began

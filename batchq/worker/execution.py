@@ -53,7 +53,9 @@ def run(claimed: ClaimedBatch, handler: Handler) -> Outcome:
     try:
         if claimed.row.payload is None:
             claimed.load()
-        batch = _prepared(claimed, handler)
+        batch = Batch(claimed)
+        if handler.payload_model is not None:
+            batch.payload = validate(handler.payload_model, batch.payload, "payload")
         if isinstance(handler, ItemHandler):
             run_items(claimed, batch, handler)
         else:
@@ -77,7 +79,9 @@ async def run_async(claimed: ClaimedBatch, handler: Handler) -> Outcome:
     try:
         if claimed.row.payload is None:
             await claimed.claim.runtime.connections.in_thread(claimed.load)
-        batch = _prepared(claimed, handler)
+        batch = Batch(claimed)
+        if handler.payload_model is not None:
+            batch.payload = validate(handler.payload_model, batch.payload, "payload")
         if isinstance(handler, ItemHandler):
             await run_items_async(claimed, batch, handler)
         else:
@@ -131,14 +135,6 @@ def _refuse_open_transaction(claimed: ClaimedBatch) -> None:
         raise InvalidInput(
             f"the handler of batch {claimed.id} returned with a transaction still open; open it in a `with` block"
         )
-
-
-def _prepared(claimed: ClaimedBatch, handler: Handler) -> Batch:
-    """Return what the handler sees. Raises InvalidInput if the payload does not fit its model."""
-    batch = Batch(claimed)
-    if handler.payload_model is not None:
-        batch.payload = validate(handler.payload_model, batch.payload, "payload")
-    return batch
 
 
 # ------------------------------------------------------------------------------------------------------- the outcome

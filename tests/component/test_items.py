@@ -1029,7 +1029,7 @@ def test_pages_of_large_items_come_once_each_and_in_order(dsn: str, conn: psycop
     def work(batch: batchq.Batch) -> None:
         chunks = batch.chunks(70)
         for chunk in chunks:
-            sizes.append(len(chunks.page))
+            sizes.append(len(chunks._page))
             seen.extend(chunk.items)
 
     incompressible = random.Random(1)  # an int of 8,000 bits is 2,000 hexadecimal digits
