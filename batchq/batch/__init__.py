@@ -54,7 +54,7 @@ class Batch:
 
     @property
     def items(self) -> list[Any]:
-        """All items, also those already processed; [] without items. Read at once; for long lists use `chunks`."""
+        """All items, also those already processed; [] without items. One read; for long lists use `chunks`."""
         if self._items is UNCHANGED:
             refuse_in_event_loop("batch.items", "`async for chunk in batch.chunks(n)`")
             self._items = from_json(self._claimed.read_items(0, self.items_total or 0), "items")
@@ -79,7 +79,7 @@ class Batch:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether to end soon, at a checkpoint if possible: the worker is stopping, or this claim has ended."""
+        """Whether to end soon, at a checkpoint if possible: the worker is stopping, or the claim has ended."""
         return self._claimed.stop_requested
 
     def raise_if_interrupted(self) -> None:
@@ -117,8 +117,8 @@ class Batch:
 
         Its commit also completes the batch, with *result*: rows and completion commit together or not at all, so the
         rows are there exactly once; the handler should return after it. With a *cursor*, given here or to `checkpoint`
-        within the block, the commit saves the cursor instead of completing the batch, and the handler continues.
-        *complete* overrides that choice. Use ``async with`` in an ``async def`` handler.
+        within the block, rows and cursor commit together or not at all; the batch is not completed, and the handler
+        continues. *complete* overrides that choice. Use ``async with`` in an ``async def`` handler.
 
         Raises LeaseLost instead of committing if the claim is lost; OutcomeUnknown if the connection is lost during
         COMMIT.

@@ -75,14 +75,13 @@ class _OpenTransaction(Protocol):
 
 
 class ClaimedBatch:
-    """One claimed batch. Handlers see it through a `batchq.Batch`.
+    """One claimed batch. Handlers see it through a `batchq.Batch`. Every write for it is fenced by the claim token.
 
-    Who may change it: its handler's thread or task what concerns checkpoints and transactions; the lane *begun_at*,
-    under its lock; the keeper *leased_at*; whoever stops the batch from outside *interrupt*. Every write for it is
-    fenced by the claim token.
+    Who changes it: the lane sets *begun_at* under its lock, the keeper *leased_at*, whoever ends the batch from outside
+    *interrupt*; all else is changed by the handler's own thread or task.
     """
 
-    # More than a dozen, since thousands of batches are in flight and each object costs time at the claim. In slots.
+    # More than a dozen: thousands of batches are in flight, so a batch is one object with slots, not several.
     __slots__ = (
         "_cursor",
         "attempt",
@@ -133,10 +132,8 @@ class ClaimedBatch:
         return self._cursor
 
     def load(self) -> None:
-        """Fetch payload and cursor if the claim left them out for their size. Raises LeaseLost, and InvalidInput if
-        they are not text in the database's encoding, or have letters that UTF-8 does not have."""
-        if self.row.payload is not None:
-            return
+        """Fetch payload and cursor, which the claim left out for their size. Raises LeaseLost, and InvalidInput if they
+        are not text in the database's encoding, or have letters that UTF-8 does not have."""
         try:
             found = self.read(inputs.large_input, self.queue, self.id, self.claim.token)
         except claims.UNREADABLE as error:
