@@ -1,11 +1,11 @@
 """batchq: a job queue that lives in Postgres.
 
-Rows of ``batchq.batches`` are the queue; an `App` says which function works which kind of batch.
+Rows of ``batchq.batches`` are the queue; an `App` maps each kind of batch to the function that handles it.
 """
 
 from batchq.app import App
 from batchq.batch import Batch, Chunk
-from batchq.common import program as _program  # noqa: F401 (first: see there
+from batchq.common import program as _program  # noqa: F401 (for what importing it does)
 from batchq.enqueue import enqueue, enqueue_async, enqueue_many
 from batchq.errors import (
     BatchqError,

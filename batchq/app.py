@@ -1,4 +1,4 @@
-"""The app: which function works which kind of batch."""
+"""The app: which function handles which kind of batch."""
 
 import importlib
 import inspect
@@ -17,12 +17,12 @@ from batchq.errors import ConfigError
 from batchq.retry import Backoff
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-MAX_KIND_BYTES = 200
+_MAX_KIND_BYTES = 200
 
 
 @dataclass(frozen=True)
 class Handler:
-    """A function and how it is to be called. Made by `App.handler` and `App.item_handler`."""
+    """A function and how to call it. Made by `App.handler` and `App.item_handler`."""
 
     kind: str
     function: Callable[..., Any]
@@ -32,13 +32,13 @@ class Handler:
 
     @property
     def is_async(self) -> bool:
-        """Tell whether it runs in the event loop."""
+        """Return whether it runs in the event loop."""
         return inspect.iscoroutinefunction(self.function)
 
 
 @dataclass(frozen=True)
 class ItemHandler(Handler):
-    """A function that is called once an item."""
+    """A function that is called once for each item."""
 
     item_model: type[BaseModel] | None
     concurrency: int
@@ -64,14 +64,14 @@ class App:
     ) -> Callable[[Function], Function]:
         """Register a function of one argument, the batch, as the handler of *kind*; it stays a plain function.
 
-        *payload*: a pydantic model; batch.payload is then an instance, and a batch that does not fit it fails at once.
-        *timeout_seconds*: of an attempt, where the batch has none of its own. *backoff*: the waits between attempts.
-        What the function returns (JSON) is stored as the batch's result. Raises ConfigError.
+        *payload*: a pydantic model; batch.payload is then an instance, and a batch that does not fit it fails without a
+        retry. *timeout_seconds*: of an attempt, unless the batch has its own. *backoff*: the waits between attempts.
+        The return value (JSON) is stored as the batch's result. Raises ConfigError.
         """
-        check_kind(kind)
+        _check_kind(kind)
 
         def register(function: Function) -> Function:
-            check_batch_argument(kind, function)
+            _check_batch_argument(kind, function)
             self.add(Handler(kind, function, timeout_seconds, backoff or Backoff(), payload))
             return function
 
@@ -91,17 +91,17 @@ class App:
     ) -> Callable[[Function], Function]:
         """Register a function that is called once for each item of a batch; its error fails that item only.
 
-        Its first argument is the item; it may take ``batch`` too and, if *transactional*, ``conn``: the connection of
-        the chunk's transaction, in which each item has a savepoint, and which commits with the checkpoint.
-        *concurrency*: how many items of a batch at once. *chunk_size*: at most so many items a checkpoint; one is
-        written after about a second, too. *item*: a pydantic model; an item that does not fit it fails without a retry.
-        Raises ConfigError.
+        Its first argument is the item. It may also take ``batch`` and, if *transactional*, ``conn``: the connection of
+        the chunk's transaction, which has a savepoint for each item and commits with the checkpoint. *concurrency*: how
+        many items of a batch run concurrently. *chunk_size*: the most items per checkpoint; one is also written after
+        about a second. *item*: a pydantic model; an item that does not fit it fails without a retry. The other options
+        are those of `handler`. Raises ConfigError.
         """
-        check_kind(kind)
+        _check_kind(kind)
 
         def register(function: Function) -> Function:
-            names = check_item_arguments(kind, function, transactional)
-            check_numbers(kind, concurrency, chunk_size, transactional)
+            names = _check_item_arguments(kind, function, transactional)
+            _check_numbers(kind, concurrency, chunk_size, transactional)
             common = (kind, function, timeout_seconds, backoff or Backoff(), payload)
             wants = ("batch" in names, "conn" in names)
             self.add(ItemHandler(*common, item, concurrency, transactional, chunk_size, *wants))
@@ -110,52 +110,50 @@ class App:
         return register
 
     def add(self, handler: Handler) -> None:
-        """Register a handler. Raises ConfigError for a kind that is taken, or a time limit that cannot be."""
+        """Register a handler. Raises ConfigError for a kind that has one, and for a timeout that is not over 0."""
         if handler.kind in self.handlers:
-            other = name_of(self.handlers[handler.kind].function)
+            other = _name_of(self.handlers[handler.kind].function)
             raise ConfigError(f"kind {handler.kind!r} has a handler already: {other}")
         if handler.timeout_seconds is not None and not handler.timeout_seconds > 0:
             raise ConfigError(f"timeout_seconds of {handler.kind!r} must be over 0, not {handler.timeout_seconds!r}")
         self.handlers[handler.kind] = handler
 
 
-def check_kind(kind: str) -> None:
-    """Raise ConfigError for a kind that the table would refuse; at once, for ``@app.handler`` without its call."""
-    if not isinstance(kind, str) or not 1 <= len(kind.encode()) <= MAX_KIND_BYTES:
-        raise ConfigError(f"a kind is a text of 1 to {MAX_KIND_BYTES} bytes, not {kind!r}")
+def _check_kind(kind: str) -> None:
+    """Raise ConfigError for a kind that the table would refuse, such as the function in ``@app.handler`` without ()."""
+    if not isinstance(kind, str) or not 1 <= len(kind.encode()) <= _MAX_KIND_BYTES:
+        raise ConfigError(f"a kind is a text of 1 to {_MAX_KIND_BYTES} bytes, not {kind!r}")
 
 
-def check_arguments(kind: str, function: Callable[..., Any], expected: str) -> list[str]:
-    """Return the names of a handler's arguments. Raises ConfigError unless it takes at least one."""
+def _check_arguments(kind: str, function: Callable[..., Any], expected: str) -> list[str]:
+    """Return the names of a handler's arguments. Raises ConfigError unless it is a function that takes at least one."""
     if not callable(function):
-        raise ConfigError(f"the handler of {kind!r} is no function: {function!r}")
+        raise ConfigError(f"the handler of {kind!r} is not a function: {function!r}")
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        raise ConfigError(f"the handler of {kind!r}, {name_of(function)}(), is a generator: nobody would run its body")
+        raise ConfigError(f"the handler of {kind!r}, {_name_of(function)}(), is a generator: nobody would run its body")
     names = list(inspect.signature(function).parameters)
     if not names:
-        raise ConfigError(f"the handler of {kind!r}, {name_of(function)}(), must take an argument, the {expected}")
+        raise ConfigError(f"the handler of {kind!r}, {_name_of(function)}(), must take an argument, the {expected}")
     return names
 
 
-def check_batch_argument(kind: str, function: Callable[..., Any]) -> None:
-    """Raise ConfigError unless a handler can be called with the batch alone."""
-    check_arguments(kind, function, "batch")
+def _check_batch_argument(kind: str, function: Callable[..., Any]) -> None:
+    _check_arguments(kind, function, "batch")
     try:
         inspect.signature(function).bind(None)
     except TypeError as error:
         raise ConfigError(
-            f"the handler of {kind!r}, {name_of(function)}(), is called with the batch alone: {error}"
+            f"the handler of {kind!r}, {_name_of(function)}(), is called with only the batch: {error}"
         ) from None
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    """Return a function's name, for a message."""
+def _name_of(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__qualname__", function))
 
 
-def check_item_arguments(kind: str, function: Callable[..., Any], transactional: bool) -> list[str]:
+def _check_item_arguments(kind: str, function: Callable[..., Any], transactional: bool) -> list[str]:
     """Return which of batch and conn an item handler takes besides the item. Raises ConfigError for others."""
-    extra = check_arguments(kind, function, "item")[1:]
+    extra = _check_arguments(kind, function, "item")[1:]
     allowed = ["batch", "conn"] if transactional else ["batch"]
     if unknown := [name for name in extra if name not in allowed]:
         why = "; conn is for transactional=True" if "conn" in unknown else ""
@@ -165,17 +163,18 @@ def check_item_arguments(kind: str, function: Callable[..., Any], transactional:
     return extra
 
 
-def check_numbers(kind: str, concurrency: int, chunk_size: int, transactional: bool) -> None:
-    """Raise ConfigError for numbers that cannot be."""
+def _check_numbers(kind: str, concurrency: int, chunk_size: int, transactional: bool) -> None:
     if concurrency < 1 or chunk_size < 1:
         raise ConfigError(f"{kind!r}: concurrency and chunk_size start at 1, not {concurrency} and {chunk_size}")
     if transactional and concurrency > 1:
         raise ConfigError(f"{kind!r}: a transactional item handler has one connection, so concurrency must be 1")
 
 
-def import_from_here(name: str) -> ModuleType:
-    """Import the module that somebody has named, from the current directory first; what that imports, and whatever is
-    imported later, comes from there last: no file there replaces what batchq imports."""
+def _import_from_here(name: str) -> ModuleType:
+    """Import a module, from the current directory first.
+
+    Its own imports and all later ones search that directory last, so no file there replaces a module of batchq.
+    """
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
@@ -191,34 +190,32 @@ def import_from_here(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def lies_below_here(module: ModuleType) -> bool:
-    """Return whether a module is of the current directory."""
-    return Path(place_of(module)).is_relative_to(Path.cwd())
+def _is_in_current_directory(module: ModuleType) -> bool:
+    return Path(_file_of(module)).is_relative_to(Path.cwd())
 
 
-def place_of(module: ModuleType) -> str:
-    """Return the file of a module."""
+def _file_of(module: ModuleType) -> str:
     return str(getattr(module, "__file__", None) or "part of Python")
 
 
 def hidden_modules() -> list[tuple[str, str]]:
-    """Return the names of modules in the current directory that others of that name stand in for, and which."""
+    """Return the modules in the current directory that another of that name hides: name, and file of the other."""
     try:
         here = [path for path in Path.cwd().iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
         names = sorted({path.stem for path in here} - {"__main__"})
         loaded = [(name, module) for name in names if (module := sys.modules.get(name))]
-        return [(name, place_of(module)) for name, module in loaded if not lies_below_here(module)]
+        return [(name, _file_of(module)) for name, module in loaded if not _is_in_current_directory(module)]
     except OSError:  # the directory is gone, or may not be listed
         return []
 
 
 def load_app(name: str) -> App:
-    """Import the app named ``module:attribute``, from the current directory too. Raises ConfigError, in one line."""
+    """Import the app named ``module:attribute``; the current directory comes first. Raises ConfigError, in one line."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise ConfigError(f"name the app as MODULE:APP, such as tasks:app, not {name!r}")
     try:
-        module = import_from_here(module_name)
+        module = _import_from_here(module_name)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -226,7 +223,8 @@ def load_app(name: str) -> App:
         raise ConfigError(f"cannot import {module_name!r}: {message}") from error
     if not hasattr(module, attribute):
         apps = [name for name, value in vars(module).items() if isinstance(value, App)]
-        where = "" if lies_below_here(module) else f" (it is {place_of(module)}: give a module of yours another name)"
+        is_own = _is_in_current_directory(module)
+        where = "" if is_own else f" (it is {_file_of(module)}: give a module of yours another name)"
         raise ConfigError(f"{module_name!r} has no {attribute!r}; its apps: {', '.join(apps) or 'none'}{where}")
     app = getattr(module, attribute)
     if not isinstance(app, App):

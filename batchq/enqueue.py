@@ -1,6 +1,6 @@
-"""Enqueue: one statement, or one COPY, in the caller's transaction.
+"""Enqueue batches, with one statement or one COPY, in the caller's transaction.
 
-The batch exists if, and only if, the caller's transaction commits; nothing here commits.
+The batches exist if, and only if, the caller's transaction commits; nothing here commits.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +16,20 @@ from batchq.common.text import json_text
 from batchq.errors import InvalidInput
 from batchq.postgres.statements import inserts
 
-INFINITY = float("inf")
+DEFAULTS: dict[str, Any] = {
+    "items": None,
+    "queue": "default",
+    "priority": 0,
+    "run_at": None,
+    "delay_seconds": 0,
+    "unique_key": None,
+    "max_attempts": 5,
+    "max_failed_items": 0,
+    "timeout_seconds": None,
+}
+_INFINITY = float("inf")
+
+_Texts = Iterator[tuple[str, str | None]]  # payload and items of each batch, as JSON
 
 
 def enqueue(
@@ -36,11 +49,11 @@ def enqueue(
 ) -> int | None:
     """Insert a batch of *kind*; return its id, None if one with the same *unique_key* is pending or processing.
 
-    *payload* (default {}) and *items* are JSON; pydantic models within them are dumped. The other arguments are the
-    columns of batchq.batches; *delay_seconds* counts from the database's now(), *run_at* must have a time zone.
-    Raises InvalidInput for what is no JSON, psycopg.errors.CheckViolation for what the table refuses, by name.
+    *payload* (default {}) and *items* are JSON; pydantic models in them are dumped. The other arguments are columns of
+    batchq.batches; *delay_seconds* counts from the database's now(), *run_at* must have a time zone. Raises
+    InvalidInput for what is not JSON, psycopg.errors.CheckViolation, with the check's name, for what the table refuses.
     """
-    parameters = insert_parameters(
+    parameters = _insert_parameters(
         kind=kind,
         payload=payload,
         items=items,
@@ -62,8 +75,8 @@ def enqueue(
 async def enqueue_async(
     conn: psycopg.AsyncConnection[Any], kind: str, payload: Any = None, **options: Any
 ) -> int | None:
-    """Do as `enqueue` does, with the same options, on an asyncio connection."""
-    parameters = insert_parameters(kind=kind, payload=payload, **(DEFAULTS | known(options)))
+    """Async version of `enqueue`, with the same options."""
+    parameters = _insert_parameters(kind=kind, payload=payload, **(DEFAULTS | _known(options)))
     cursor = conn.cursor(row_factory=tuple_row)
     with traces.sending(kind, parameters["queue"]) as trace_context:
         statement = inserts.insert_batch(parameters, trace_context)
@@ -83,9 +96,8 @@ def enqueue_many(
 ) -> int:
     """Insert many batches of *kind* by COPY, in one transaction (the caller's, if one is open); return how many.
 
-    Either a batch for each of *payloads*; or *items* cut into batches of *items_per_batch*, all with
-    the same *payload*.
-    Both may be generators: nothing is held in memory but the batch being written. *options*: those of `enqueue`, but
+    Either one batch for each of *payloads*, or *items* in batches of *items_per_batch*, all with the same *payload*.
+    Both may be generators: only the batch being written is held in memory. *options*: those of `enqueue`, except
     unique_key. Raises as `enqueue` does; then nothing is inserted.
     """
     if (payloads is None) == (items is None):
@@ -94,82 +106,65 @@ def enqueue_many(
         raise InvalidInput(f"items_per_batch starts at 1, not {items_per_batch!r}")
     if "unique_key" in options:
         raise InvalidInput("enqueue_many has no unique_key; call enqueue for each")
-    texts = payload_rows(payloads) if payloads is not None else item_rows(items or (), items_per_batch, payload)
-    given = check_options(kind=kind, **(DEFAULTS | known(options)))
+    texts = _payload_rows(payloads) if payloads is not None else item_rows(items or (), items_per_batch, payload)
+    given = _check_options(kind=kind, **(DEFAULTS | _known(options)))
     with traces.sending(kind, given["queue"]) as trace_context:
         more = {} if trace_context is None else {"trace_context": trace_context}
         try:
-            return insert_all(conn, inserts.copy_batches, given, more, texts)
+            return _insert_all(conn, inserts.copy_batches, given, more, texts)
         except psycopg.errors.FeatureNotSupported:
-            # With row security COPY is refused before it takes a text. Whatever else raised this may have taken some.
+            # With row security, COPY is refused before it consumes a batch. After any other cause some may be consumed.
             if not inserts.has_row_security(conn):
                 raise
-            return insert_all(conn, inserts.insert_batches, given, more, texts)
+            return _insert_all(conn, inserts.insert_batches, given, more, texts)
 
 
-def insert_all(
+def _insert_all(
     conn: psycopg.Connection[Any],
-    insert: Callable[[psycopg.Connection[Any], list[str], list[Any], "Texts"], int],
+    insert: Callable[[psycopg.Connection[Any], list[str], list[Any], _Texts], int],
     options: dict[str, Any],
     more: dict[str, Any],
-    texts: "Texts",
+    texts: _Texts,
 ) -> int:
-    """Insert all batches, or none; return how many."""
     with conn.transaction():
-        columns, same = columns_and_values(conn, options)
+        columns, same = _columns_and_values(conn, options)
         return insert(conn, [*columns, *more, "payload", "items"], [*same, *more.values()], texts)
 
 
-DEFAULTS: dict[str, Any] = {
-    "items": None,
-    "queue": "default",
-    "priority": 0,
-    "run_at": None,
-    "delay_seconds": 0,
-    "unique_key": None,
-    "max_attempts": 5,
-    "max_failed_items": 0,
-    "timeout_seconds": None,
-}
-
-
-def known(options: dict[str, Any]) -> dict[str, Any]:
-    """Return *options*. Raises TypeError for one that `enqueue` does not have, as Python does."""
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """Return *options*. Raises TypeError, as Python does, for one that `enqueue` does not have."""
     if unknown := options.keys() - DEFAULTS.keys():
         raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(sorted(DEFAULTS))}")
     return options
 
 
-def insert_parameters(*, payload: Any, items: Iterable[Any] | None, **options: Any) -> dict[str, Any]:
-    """Return the parameters of the INSERT. Raises InvalidInput."""
+def _insert_parameters(*, payload: Any, items: Iterable[Any] | None, **options: Any) -> dict[str, Any]:
     return {
-        "payload": payload_text(payload),
-        "items": None if items is None else items_text(items),
-        **check_options(**options),
+        "payload": _payload_text(payload),
+        "items": None if items is None else _items_text(items),
+        **_check_options(**options),
     }
 
 
-def payload_text(payload: Any) -> str:
-    """Return a payload as JSON text; None is {}."""
+def _payload_text(payload: Any) -> str:
     return "{}" if payload is None else json_text(payload, "the payload")
 
 
-def items_text(items: Iterable[Any]) -> str:
-    """Return items as the text of a JSON array. Raises InvalidInput."""
-    check_list("items", items)
+def _items_text(items: Iterable[Any]) -> str:
+    _check_list("items", items)
     return json_text(list(items), "an item")
 
 
-def check_list(name: str, values: object) -> None:
-    """Raise InvalidInput for what is no list or generator; a mapping or a text is none either."""
+def _check_list(name: str, values: object) -> None:
+    """Raise InvalidInput for what is not a list or generator; nor is a mapping or a string."""
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
         raise InvalidInput(f"{name} must be a list or a generator, not {type(values).__name__}")
 
 
-def check_options(**options: Any) -> dict[str, Any]:
-    """Return the options. Raises InvalidInput for those that the database would misread rather than refuse."""
+def _check_options(**options: Any) -> dict[str, Any]:
+    """Return the options. Raises InvalidInput for values that the database would misread instead of refusing them."""
     for name in ("kind", "queue", "unique_key"):
-        check_name(name, options.get(name))
+        _check_name(name, options.get(name))
     run_at = options["run_at"]
     if run_at is not None and (not isinstance(run_at, datetime) or run_at.tzinfo is None):
         raise InvalidInput(f"run_at must be a datetime with a time zone, not {run_at!r}")
@@ -180,13 +175,13 @@ def check_options(**options: Any) -> dict[str, Any]:
         if not isinstance(value, int | None) or isinstance(value, bool):
             raise InvalidInput(f"{name} must be a whole number, not {value!r}")
     delay_seconds = options["delay_seconds"]
-    if not isinstance(delay_seconds, int | float) or not -INFINITY < delay_seconds < INFINITY:
+    if not isinstance(delay_seconds, int | float) or not -_INFINITY < delay_seconds < _INFINITY:
         raise InvalidInput(f"delay_seconds must be a number, not {delay_seconds!r}")
     return options
 
 
-def check_name(name: str, value: object) -> None:
-    """Raise InvalidInput for a name that is no text, or a text that Postgres has no way to store."""
+def _check_name(name: str, value: object) -> None:
+    """Raise InvalidInput for a name that is not a string, or that Postgres cannot store."""
     if value is None and name == "unique_key":
         return
     if not isinstance(value, str):
@@ -197,25 +192,22 @@ def check_name(name: str, value: object) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- by COPY
 
-Texts = Iterator[tuple[str, str | None]]
+
+def _payload_rows(payloads: Iterable[Any]) -> _Texts:
+    _check_list("payloads", payloads)
+    return ((_payload_text(payload), None) for payload in payloads)
 
 
-def payload_rows(payloads: Iterable[Any]) -> Texts:
-    """Yield payload and items (None) of a batch for each payload."""
-    check_list("payloads", payloads)
-    return ((payload_text(payload), None) for payload in payloads)
-
-
-def item_rows(items: Iterable[Any], size: int, payload: Any) -> Texts:
-    """Yield payload and items of each batch of *size* items."""
-    check_list("items", items)
-    text = payload_text(payload)
+def item_rows(items: Iterable[Any], size: int, payload: Any) -> _Texts:
+    """Yield payload and items of each batch, as JSON texts."""
+    _check_list("items", items)
+    text = _payload_text(payload)
     source = iter(items)
-    return ((text, items_text(part)) for part in iter(lambda: list(islice(source, size)), []))
+    return ((text, _items_text(part)) for part in iter(lambda: list(islice(source, size)), []))
 
 
-def columns_and_values(conn: psycopg.Connection[Any], options: dict[str, Any]) -> tuple[list[str], list[Any]]:
-    """Return the columns that differ from the defaults, and their values: the same for each batch."""
+def _columns_and_values(conn: psycopg.Connection[Any], options: dict[str, Any]) -> tuple[list[str], list[Any]]:
+    """Return the columns that differ from their defaults, and their values, which all batches share."""
     given = {name: value for name, value in options.items() if name not in DEFAULTS or value != DEFAULTS[name]}
     if delay_seconds := given.pop("delay_seconds", None):
         given["run_at"] = inserts.now_plus(conn, delay_seconds)

@@ -1,4 +1,4 @@
-"""Every exception of batchq, in one place."""
+"""Every exception of batchq."""
 
 
 class BatchqError(Exception):
@@ -6,7 +6,7 @@ class BatchqError(Exception):
 
 
 class ConfigError(BatchqError):
-    """A setting, a DSN, a schema or an app is wrong; the message says what, and what to do."""
+    """A setting, a DSN, a schema or an app is wrong; the message says what is wrong and what to do."""
 
 
 class InvalidInput(BatchqError, ValueError):
@@ -14,19 +14,19 @@ class InvalidInput(BatchqError, ValueError):
 
 
 class OutcomeUnknown(BatchqError):
-    """The connection was lost while COMMIT was in flight: the transaction may or may not have committed."""
+    """The connection was lost during COMMIT: the transaction may or may not have committed."""
 
 
 class DatabaseAway(BatchqError):
-    """No connection could be had: the batch is given back, its attempt not counted."""
+    """No connection could be made: the batch is released, its attempt not counted."""
 
 
 class ConnectionLost(DatabaseAway):
-    """The connection was gone before anything was done with it."""
+    """The connection was lost before its first use."""
 
 
 class Snooze(BatchqError):
-    """Raise in a handler: put the batch back for *seconds*; the attempt is not counted."""
+    """Raise in a handler: run the batch again after *seconds*; the attempt is not counted."""
 
     def __init__(self, seconds: float) -> None:
         if not 0 <= seconds < float("inf"):
@@ -40,47 +40,47 @@ class Cancel(BatchqError):
 
 
 class Interrupted(BaseException):
-    """Base of what ends a handler from outside.
+    """Base of the exceptions that end a handler from outside.
 
     Derived from BaseException so that a handler's ``except Exception`` does not swallow it.
     """
 
 
 class StopRequested(Interrupted):
-    """The worker is stopping: the batch is given back, its attempt not counted, its checkpoint kept."""
+    """The worker is stopping: the batch is released, its attempt not counted, its checkpoint kept."""
 
 
 class LeaseLost(Interrupted):
-    """The batch is no longer this worker's: rescued, cancelled or finished. Nothing was written."""
+    """The batch is no longer claimed by this worker: it was rescued, cancelled or finished. Nothing was written."""
 
 
 class TimedOut(Interrupted):
     """The batch ran for longer than its timeout_seconds; its attempt has failed."""
 
 
-# What ends a batch, or puts it back, without a failed attempt; the first of these that a group has decides.
-CONTROL = (LeaseLost, TimedOut, InvalidInput, Cancel, Snooze, StopRequested, DatabaseAway)
+# Exceptions with an outcome of their own, other than a failed attempt. Of several in a group, the first here decides.
+_CONTROL = (LeaseLost, TimedOut, InvalidInput, Cancel, Snooze, StopRequested, DatabaseAway)
 
 
 def of_group(error: BaseException) -> BaseException:
-    """Return the control exception that a group stands for, which has nothing else in it; else *error* itself.
+    """Return the control exception that decides, if *error* is a group of only those; otherwise *error* itself.
 
-    asyncio.TaskGroup raises a group even for the one Snooze of one task. Of several LeaseLost and TimedOut decide
-    before what the handler asks for, of that InvalidInput, which must not go unseen, before Cancel, Cancel before
-    Snooze, and of several Snooze the longest.
+    asyncio.TaskGroup raises a group even for a single Snooze of one task. Of several, LeaseLost and TimedOut come
+    before the handler's own requests; of these, InvalidInput comes first, since it must not go unnoticed, then Cancel,
+    then the longest Snooze.
     """
     if not isinstance(error, BaseExceptionGroup):
         return error
-    found = leaves(error)
-    ranked = [(rank, leaf) for leaf in found for rank, kind in enumerate(CONTROL) if isinstance(leaf, kind)]
+    found = _leaves(error)
+    ranked = [(rank, leaf) for leaf in found for rank, kind in enumerate(_CONTROL) if isinstance(leaf, kind)]
     if len(ranked) < len(found):
         return error
     first = min(rank for rank, _ in ranked)
     return max((leaf for rank, leaf in ranked if rank == first), key=lambda leaf: getattr(leaf, "seconds", 0))
 
 
-def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    """Return the exceptions in a group, and in the groups within it, however deep."""
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    # Not recursive: groups may be nested deeper than Python's limit.
     found: list[BaseException] = []
     todo: list[BaseException] = [group]
     while todo:

@@ -1,4 +1,4 @@
-"""When a failed batch runs again."""
+"""When a failed or conflicting batch runs again."""
 
 import random
 import threading
@@ -9,10 +9,10 @@ from batchq.errors import InvalidInput
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """Exponential back-off with full-range jitter.
+    """Exponential backoff with jitter.
 
-    The wait before attempt n+1 is ``first_seconds * 2**(n-1)``, at most ``most_seconds``, times a random
-    factor from 0.5 to 1.5: batches that failed together do not come back together.
+    The wait before attempt n+1 is ``first_seconds * 2**(n-1)``, at most ``most_seconds``, times a random factor from
+    0.5 to 1.5, so that batches that failed together do not run again together.
     """
 
     first_seconds: float = 5.0
@@ -25,35 +25,35 @@ class Backoff:
     def delay_seconds(self, attempt: int) -> float:
         """Return the wait after failed attempt number *attempt* (from 1)."""
         exponent = min(max(attempt, 1) - 1, 60)
-        return min(self.most_seconds, self.first_seconds * 2.0**exponent) * jitter()
+        return min(self.most_seconds, self.first_seconds * 2.0**exponent) * _jitter()
 
 
-def jitter() -> float:
-    """Return a random factor from 0.5 to 1.5."""
+def _jitter() -> float:
     return random.uniform(0.5, 1.5)  # noqa: S311 (spreads load; not a secret)
 
 
 class Conflicts:
-    """How often batches have met conflicts (a deadlock, for one) in this process: what passes by itself is not charged.
+    """How often each batch has had a conflict (for example a deadlock) in this process. Thread-safe.
 
-    The wait grows, and after ten times in a row the next conflict counts as a failed attempt: it does not pass.
+    Conflicts are usually transient, so they do not count as failed attempts. The wait grows, and after ten times in a
+    row the next conflict does count.
     """
 
     MOST = 10
     MOST_BATCHES = 1000
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         self.counts: dict[int, int] = {}
-        self.backoff = Backoff(first_seconds=0.1, most_seconds=60)
+        self._backoff = Backoff(first_seconds=0.1, most_seconds=60)
 
     def delay_seconds(self, batch_id: int) -> float | None:
-        """Note a conflict of a batch; return how long it is to wait, None if it is to be charged."""
-        with self.lock:
+        """Count a conflict of a batch; return how long the batch should wait, None if its attempt has failed."""
+        with self._lock:
             count = self.counts.pop(batch_id, 0) + 1
             if count > self.MOST:
                 return None
             if len(self.counts) >= self.MOST_BATCHES:
                 del self.counts[next(iter(self.counts))]
             self.counts[batch_id] = count
-        return self.backoff.delay_seconds(count)
+        return self._backoff.delay_seconds(count)

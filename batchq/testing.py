@@ -1,4 +1,4 @@
-"""For tests of programs that use batchq: work what is ready, in this process, on a real Postgres."""
+"""For tests of programs that use batchq: run ready batches in this process, on a real Postgres."""
 
 import threading
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from batchq.worker.worker import Worker
 
 
 def drain(app: App, dsn: str, **settings: Any) -> None:
-    """Work every batch of the app's kinds that is ready, and return when none is; retries that wait are left.
+    """Run all ready batches of the app's kinds, and return when none is ready; retries that are not due yet are left.
 
-    Failures of handlers are not raised: look at the rows. *settings*: as in `Settings`. Raises ConfigError.
+    Failures of handlers are not raised: check the rows. *settings*: as in `Settings`. Raises ConfigError.
     """
     Worker(app, Settings.load(dsn=dsn, **settings), drain=True).run()
 
@@ -22,7 +22,7 @@ def drain(app: App, dsn: str, **settings: Any) -> None:
 def running_worker(app: App, dsn: str, **settings: Any) -> Iterator[Worker]:
     """Run a worker in a thread while the block runs, then stop it gracefully. *settings*: as in `Settings`.
 
-    Raises what the worker raised, ConfigError for one.
+    Raises what the worker raised, for example ConfigError.
     """
     worker = Worker(app, Settings.load(dsn=dsn, **settings))
     raised: list[BaseException] = []

@@ -22,7 +22,7 @@ def prepare() -> None:
     if is_module() and not sys.flags.safe_path:  # with -P, what comes first is not the current directory
         with suppress(OSError):  # the current directory is gone
             if sys.path[:1] in ([""], [os.getcwd()]):
-                del sys.path[0]  # `import_from_here` looks there for the app
+                del sys.path[0]  # batchq.app looks there for the app
 
 
 def is_command() -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 
-from batchq.batch import Batch, Claim, Runtime
+from batchq.batch.claimed import Claim, ClaimedBatch, Runtime
 from batchq.common.log import get_logger
 from batchq.errors import OutcomeUnknown
 from batchq.postgres.link import Link
@@ -110,7 +110,7 @@ class Claimer:
             log.info("asked to drain: the worker ends when what it runs has ended", worker=self.worker_id)
         self.draining.set()
         for lane in self.lanes:
-            lane.give_back_waiting(0)
+            lane.release_waiting(0)
         self.nudge()
 
     def nudge(self) -> None:
@@ -140,7 +140,7 @@ class Claimer:
         self.leave_if_read_only()
         self.give_back_unknown()
         for lane in self.lanes:
-            lane.heed_distance(self.link.round_trip_seconds)
+            lane.prefetch.adapt_to(self.link.round_trip_seconds)
         if self.pauses:
             self.heed_pauses()
         self.sources.append(self.sources.pop(0))
@@ -196,7 +196,7 @@ class Claimer:
     def room(self, lane: Lane, claimed: int) -> int:
         """Return how many batches to claim in one statement, when *claimed* were in this round."""
         room = lane.room() if claimed == 0 else lane.wanted() - lane.occupied
-        return min(room, int(MOST_A_CLAIM * lane.stretch))
+        return min(room, int(MOST_A_CLAIM * lane.prefetch.limit_factor))
 
     def look(self, source: Source) -> list[tuple[int, Position]]:
         """Return the priorities that have something ready, the most urgent first, and where to start in each."""
@@ -318,7 +318,7 @@ class Claimer:
             raise
         claimed = sorted(map(ClaimedRow._make, rows), key=IN_ORDER)
         claim.arrived_at = time.monotonic()
-        source.lane.take([Batch(row, claim) for row in claimed])
+        source.lane.take([ClaimedBatch(row, claim) for row in claimed])
         return claimed
 
     def run_claim(self, statement: Statement) -> list[Any]:

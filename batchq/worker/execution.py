@@ -1,4 +1,4 @@
-"""Run one batch: call its handler, and say how it ended."""
+"""Run one batch: call its handler, and determine the outcome."""
 
 import asyncio
 import contextlib
@@ -9,6 +9,7 @@ from typing import Any
 
 from batchq.app import Handler, ItemHandler
 from batchq.batch import Batch
+from batchq.batch.claimed import ClaimedBatch
 from batchq.common import traces
 from batchq.common.forks import end_if_forked
 from batchq.common.log import current_batch, get_logger
@@ -45,113 +46,116 @@ RELEASED = Outcome("pending", give_back=True)
 WRITTEN = Outcome("written", written=True)
 
 
-def run(batch: Batch, handler: Handler) -> Outcome:
-    """Run a ``def`` handler to its end, in this thread. Raises nothing."""
-    current_batch.set(batch)
+def run(claimed: ClaimedBatch, handler: Handler) -> Outcome:
+    """Run a ``def`` handler in this thread. Raises nothing."""
+    current_batch.set(claimed)
     result = None
     try:
-        prepare(batch, handler)
+        if claimed.row.payload is None:
+            claimed.load()
+        batch = Batch(claimed)
+        if handler.payload_model is not None:
+            batch.payload = validate(handler.payload_model, batch.payload, "payload")
         if isinstance(handler, ItemHandler):
-            run_items(batch, handler)
+            run_items(claimed, batch, handler)
         else:
             result = handler.function(batch)
         end_if_forked()
-        refuse_open_transaction(batch)
-        return returned(batch, handler, result)
+        if claimed.open_transaction is not None:
+            _refuse_open_transaction(claimed)
+        return returned(claimed, handler, result)
     except BaseException as error:
         end_if_forked()
-        if batch.entered is not None:
+        if (left := claimed.open_transaction) is not None and left.state == "in block":
             with contextlib.suppress(BaseException):
-                batch.entered.__exit__(type(error), error, error.__traceback__)
-        return safely(raised, batch, handler, error)
+                left.__exit__(type(error), error, error.__traceback__)
+        return safely(raised, claimed, handler, error)
 
 
-async def run_async(batch: Batch, handler: Handler) -> Outcome:
-    """Run an ``async def`` handler to its end, in this task. Raises nothing, not even CancelledError."""
-    current_batch.set(batch)
+async def run_async(claimed: ClaimedBatch, handler: Handler) -> Outcome:
+    """Run an ``async def`` handler in this task. Raises nothing, not even CancelledError."""
+    current_batch.set(claimed)
     result = None
     try:
-        if batch.row.payload is None:
-            await batch.claim.runtime.connections.in_thread(batch.load)
-        prepare(batch, handler)
+        if claimed.row.payload is None:
+            await claimed.claim.runtime.connections.in_thread(claimed.load)
+        batch = Batch(claimed)
+        if handler.payload_model is not None:
+            batch.payload = validate(handler.payload_model, batch.payload, "payload")
         if isinstance(handler, ItemHandler):
-            await run_items_async(batch, handler)
+            await run_items_async(claimed, batch, handler)
         else:
             result = await handler.function(batch)
         end_if_forked()
-        refuse_open_transaction(batch)
-        return await off_the_loop(batch, lambda: returned(batch, handler, result))
+        if claimed.open_transaction is not None:
+            _refuse_open_transaction(claimed)
+        return await _off_the_loop(claimed, lambda: returned(claimed, handler, result))
     except BaseException as error:
         end_if_forked()
-        if batch.entered is not None:
+        if (left := claimed.open_transaction) is not None and left.state == "in block":
             with contextlib.suppress(BaseException):
-                await batch.entered.__aexit__(type(error), error, error.__traceback__)
-        # No local name for the error: its traceback has this frame, and only the collector would find the two.
-        return await off_the_loop(batch, partial(safely, raised, batch, handler, error))
+                await left.__aexit__(type(error), error, error.__traceback__)
+        # No local name for the error: its traceback refers to this frame, and only the collector would free the two.
+        return await _off_the_loop(claimed, partial(safely, raised, claimed, handler, error))
 
 
-def run_traced(batch: Batch, handler: Handler) -> Outcome:
-    """Do as `run` does, in a span."""
-    span = traces.begin(batch.kind, batch.queue, batch.id, batch.attempt, batch.row.trace_context)
-    outcome = run(batch, handler)
-    traces.end(span, what_went_wrong(batch, outcome))
+def run_traced(claimed: ClaimedBatch, handler: Handler) -> Outcome:
+    """`run` in a span."""
+    span = traces.begin(claimed.kind, claimed.queue, claimed.id, claimed.attempt, claimed.row.trace_context)
+    outcome = run(claimed, handler)
+    traces.end(span, _error_for_trace(claimed, outcome))
     return outcome
 
 
-async def run_async_traced(batch: Batch, handler: Handler) -> Outcome:
-    """Do as `run_async` does, in a span."""
-    span = traces.begin(batch.kind, batch.queue, batch.id, batch.attempt, batch.row.trace_context)
-    outcome = await run_async(batch, handler)
-    traces.end(span, what_went_wrong(batch, outcome))
+async def run_async_traced(claimed: ClaimedBatch, handler: Handler) -> Outcome:
+    """`run_async` in a span."""
+    span = traces.begin(claimed.kind, claimed.queue, claimed.id, claimed.attempt, claimed.row.trace_context)
+    outcome = await run_async(claimed, handler)
+    traces.end(span, _error_for_trace(claimed, outcome))
     return outcome
 
 
-def what_went_wrong(batch: Batch, outcome: Outcome) -> str | None:
-    """Return why an attempt has failed or was for nothing, as an object of batchq.batches.errors; None if neither."""
-    if isinstance(batch.interrupt, LeaseLost | TimedOut):
-        return error_object(batch.interrupt)
+def _error_for_trace(claimed: ClaimedBatch, outcome: Outcome) -> str | None:
+    """Return why an attempt failed or its work was lost, as an object of batchq.batches.errors; None if neither."""
+    if isinstance(claimed.interrupt, LeaseLost | TimedOut):
+        return error_object(claimed.interrupt)
     return None if outcome.status == "cancelled" else outcome.error
 
 
-async def off_the_loop(batch: Batch, decide: Callable[[], Outcome]) -> Outcome:
-    """Decide on the outcome, in a thread where that asks the database (failed items, a lost lease)."""
-    if batch.items_failed or batch.interrupt is not None:
-        return await asyncio.shield(batch.claim.runtime.connections.in_thread(decide))
+async def _off_the_loop(claimed: ClaimedBatch, decide: Callable[[], Outcome]) -> Outcome:
+    """Return what *decide* returns, called in a thread where it queries the database (failed items, a lost lease)."""
+    if claimed.items_failed or claimed.interrupt is not None:
+        return await asyncio.shield(claimed.claim.runtime.connections.in_thread(decide))
     return decide()
 
 
-def refuse_open_transaction(batch: Batch) -> None:
-    """Raise InvalidInput if the handler has begun the block of a transaction by hand, and has not ended it."""
-    if batch.entered is not None:
-        raise InvalidInput(f"the handler of batch {batch.id} has left its transaction open; use it by `with`")
+def _refuse_open_transaction(claimed: ClaimedBatch) -> None:
+    """Raise InvalidInput if the handler has entered a transaction by hand and not left it."""
+    if claimed.open_transaction is not None and claimed.open_transaction.state == "in block":
+        raise InvalidInput(
+            f"the handler of batch {claimed.id} returned with a transaction still open; open it in a `with` block"
+        )
 
 
-def prepare(batch: Batch, handler: Handler) -> None:
-    """Make the payload ready. Raises InvalidInput if it does not fit its model, LeaseLost."""
-    batch.load()
-    if handler.payload_model is not None:
-        batch.payload = validate(handler.payload_model, batch.payload, "payload")
+# ------------------------------------------------------------------------------------------------------- the outcome
 
 
-# -------------------------------------------------------------------------------------------------- how it ended
-
-
-def returned(batch: Batch, handler: Handler, result: Any) -> Outcome:
-    """Return the outcome of a handler that came to its end."""
-    if batch.completed:
+def returned(claimed: ClaimedBatch, handler: Handler, result: Any) -> Outcome:
+    """Return the outcome of a handler that returned *result*."""
+    if claimed.left_to_finish == "nothing":
         return WRITTEN
-    if batch.items_failed:
-        return with_failed_items(batch, handler, result)
-    if batch.used_chunks and not batch.all_items_worked:
-        return left_early(batch, handler)
-    all_done = batch.items_total is not None and (batch.ends_with_finish or not batch.used_chunks)
+    if claimed.left_to_finish == "completion" and not claimed.all_items_worked:
+        return _left_early(claimed, handler)
+    if claimed.items_failed:
+        return _with_failed_items(claimed, handler, result)
+    all_done = claimed.items_total is not None and claimed.left_to_finish != "completion"
     if result is None and not all_done:
         return COMPLETED
-    return Outcome("completed", None if result is None else result_text(result), all_done=all_done)
+    return Outcome("completed", None if result is None else _result_text(result), all_done=all_done)
 
 
-def result_text(result: Any) -> str:
-    """Return the result as JSON text. Raises InvalidInput for what is no JSON, or too large."""
+def _result_text(result: Any) -> str:
+    """Return the result as JSON text. Raises InvalidInput for what is not JSON, or too large."""
     text = json_text(result, "what the handler returned")
     size = len(text.encode())
     if size > MOST_RESULT_BYTES:
@@ -159,59 +163,59 @@ def result_text(result: Any) -> str:
     return text
 
 
-def left_early(batch: Batch, handler: Handler) -> Outcome:
-    """Return the outcome of a handler that returned before it had worked every item: another attempt goes on."""
-    if batch.stop_requested:
+def _left_early(claimed: ClaimedBatch, handler: Handler) -> Outcome:
+    """Return the outcome of a handler that returned before all items were processed: another attempt continues."""
+    if claimed.stop_requested:
         return RELEASED
-    worked = batch.items_done + batch.items_failed
-    message = f"the handler returned with {worked} of {batch.items_total} items worked; go on to the end of chunks()"
-    if batch.attempt < batch.max_attempts:
-        return retried(batch, handler, message, message_object(message))
-    return failed(message, message_object(message))
+    tried = claimed.items_done + claimed.items_failed
+    message = f"the handler returned after {tried} of {claimed.items_total} items; iterate to the end of chunks()"
+    return _failed_attempt(claimed, handler, message, message_object(message))
 
 
-def with_failed_items(batch: Batch, handler: Handler, result: Any) -> Outcome:
-    """Return the outcome of a batch some of whose items failed: again for those, or the end, by its tolerance."""
-    if batch.used_chunks and not batch.all_items_worked:
-        return left_early(batch, handler)
-    retryable, first_error = batch.claim.runtime.connections.read(inputs.retryable_items, batch.queue, batch.id)
-    message = f"{batch.items_failed} of {batch.items_total} items failed; the first: {first_error}"
-    if retryable and batch.attempt < batch.max_attempts:
-        return retried(batch, handler, message, message_object(message))
-    if batch.items_failed <= batch.max_failed_items:
-        return Outcome("completed", None if result is None else result_text(result))
-    return failed(message, message_object(message))
+def _with_failed_items(claimed: ClaimedBatch, handler: Handler, result: Any) -> Outcome:
+    """Return the outcome of a batch with failed items: retried for those or, by its tolerance, completed or failed."""
+    retryable, first_error = claimed.claim.runtime.connections.read(inputs.retryable_items, claimed.queue, claimed.id)
+    message = f"{claimed.items_failed} of {claimed.items_total} items failed; the first: {first_error}"
+    if retryable and claimed.attempt < claimed.max_attempts:
+        return _retried(claimed, handler, message, message_object(message))
+    if claimed.items_failed <= claimed.row.max_failed_items:
+        return Outcome("completed", None if result is None else _result_text(result))
+    return _failed(message, message_object(message))
 
 
 def safely(
-    decide: Callable[[Batch, Handler, BaseException], Outcome], batch: Batch, handler: Handler, error: BaseException
+    decide: Callable[[ClaimedBatch, Handler, BaseException], Outcome],
+    claimed: ClaimedBatch,
+    handler: Handler,
+    error: BaseException,
 ) -> Outcome:
-    """Return what *decide* says of *error*; if that fails too, a failed attempt. A slot must outlive its handlers."""
+    """Return the outcome by *decide*; if that raises, too, a failed attempt. A slot must survive its handlers."""
     try:
-        return decide(batch, handler, error)
+        return decide(claimed, handler, error)
     except BaseException as second:
-        log.error("the outcome could not be told", error=one_line(second))
-        text = message_object(f"{one_line(error)} (and telling what follows from it: {one_line(second)})")
-        if batch.attempt < batch.max_attempts:
-            return Outcome("pending", error=text, delay_seconds=Backoff().delay_seconds(batch.attempt))
+        log.error("the outcome could not be determined", error=one_line(second))
+        text = message_object(f"{one_line(error)} (and determining the outcome raised: {one_line(second)})")
+        if claimed.attempt < claimed.max_attempts:
+            return Outcome("pending", error=text, delay_seconds=Backoff().delay_seconds(claimed.attempt))
         return Outcome("failed", error=text)
 
 
-def raised(batch: Batch, handler: Handler, error: BaseException) -> Outcome:
+def raised(claimed: ClaimedBatch, handler: Handler, error: BaseException) -> Outcome:
     """Return the outcome of a handler that raised *error*."""
-    error = of_group(cause_of_cancellation(batch, error))
-    if batch.completed:
+    error = of_group(_cause_of_cancellation(claimed, error))
+    if claimed.completed:
         log.error("handler failed after its batch was completed", error=one_line(error))
         return WRITTEN
-    if isinstance(error, CONFLICTS) and (delay := batch.claim.runtime.conflicts.delay_seconds(batch.id)) is not None:
+    conflicts = claimed.claim.runtime.conflicts
+    if isinstance(error, CONFLICTS) and (delay := conflicts.delay_seconds(claimed.id)) is not None:
         log.warning("batch conflicted", error=one_line(error), retry_in_seconds=round(delay, 1))
         return Outcome("pending", delay_seconds=delay, give_back=True)
     match error:
         case StopRequested() | DatabaseAway():
-            log.info("batch given back", why=one_line(error))
+            log.info("batch released", reason=one_line(error))
             return RELEASED
         case LeaseLost():
-            log.warning("lease lost", error="LeaseLost", status=status_now(batch))
+            log.warning("lease lost", error="LeaseLost", status=_status_now(claimed))
             return WRITTEN
         case TimedOut():
             return WRITTEN  # the keeper has ended the attempt
@@ -223,45 +227,49 @@ def raised(batch: Batch, handler: Handler, error: BaseException) -> Outcome:
             log.info("batch cancelled", reason=reason)
             return Outcome("cancelled", error=message_object(f"cancelled: {reason}"))
         case InvalidInput():
-            return failed(one_line(error), error_object(error))
-    return failed_attempt(batch, handler, error)
+            return _failed(one_line(error), error_object(error))
+    return failed_attempt(claimed, handler, error)
 
 
-def cause_of_cancellation(batch: Batch, error: BaseException) -> BaseException:
+def _cause_of_cancellation(claimed: ClaimedBatch, error: BaseException) -> BaseException:
     """Return why a coroutine was cancelled, or *error* itself."""
-    if isinstance(error, asyncio.CancelledError) and batch.interrupt is not None:
-        return batch.interrupt
+    if isinstance(error, asyncio.CancelledError) and claimed.interrupt is not None:
+        return claimed.interrupt
     return error
 
 
-def status_now(batch: Batch) -> str:
-    """Return what became of a batch that is no longer ours, for the log."""
+def _status_now(claimed: ClaimedBatch) -> str:
+    """Return the status of a batch whose claim is lost, for the log."""
     try:
-        return batch.claim.runtime.connections.read(inputs.status_of, batch.queue, batch.id) or "gone"
+        return claimed.claim.runtime.connections.read(inputs.status_of, claimed.queue, claimed.id) or "gone"
     except Exception as error:
         return f"unknown ({one_line(error)})"
 
 
-def failed_attempt(batch: Batch, handler: Handler, error: BaseException) -> Outcome:
-    """Return the outcome of an attempt that failed: another one, or the end."""
-    if batch.attempt < batch.max_attempts:
-        return retried(batch, handler, one_line(error), error_object(error))
-    return failed(one_line(error), error_object(error))
+def failed_attempt(claimed: ClaimedBatch, handler: Handler, error: BaseException) -> Outcome:
+    """Return the outcome of a failed attempt: retried, or failed if it was the last one."""
+    return _failed_attempt(claimed, handler, one_line(error), error_object(error))
 
 
-def retried(batch: Batch, handler: Handler, message: str, error: str) -> Outcome:
-    """Return the outcome "again, after the back-off"."""
-    delay_seconds = handler.backoff.delay_seconds(batch.attempt)
+def _failed_attempt(claimed: ClaimedBatch, handler: Handler, message: str, error: str) -> Outcome:
+    if claimed.attempt < claimed.max_attempts:
+        return _retried(claimed, handler, message, error)
+    return _failed(message, error)
+
+
+def _retried(claimed: ClaimedBatch, handler: Handler, message: str, error: str) -> Outcome:
+    """Return the outcome "pending again, after the backoff"."""
+    delay_seconds = handler.backoff.delay_seconds(claimed.attempt)
     log.warning("attempt failed", error=message, retry_in_seconds=round(delay_seconds, 1))
     return Outcome("pending", error=error, delay_seconds=delay_seconds)
 
 
-def failed(message: str, error: str) -> Outcome:
-    """Return the outcome "failed for good"."""
+def _failed(message: str, error: str) -> Outcome:
+    """Return the outcome "failed", which is final."""
     log.error("batch failed", error=message)
     return Outcome("failed", error=error)
 
 
-def timed_out(batch: Batch, seconds: float) -> TimedOut:
-    """Return the error of an attempt that ran for too long."""
-    return TimedOut(f"batch {batch.id} ran for more than {seconds:g} s")
+def timed_out(claimed: ClaimedBatch, seconds: float) -> TimedOut:
+    """Return the error of an attempt that ran for more than *seconds*."""
+    return TimedOut(f"batch {claimed.id} ran for more than {seconds:g} s")

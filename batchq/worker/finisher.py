@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import psycopg
 
-from batchq.batch import Batch
+from batchq.batch.claimed import ClaimedBatch
 from batchq.common.log import get_logger
 from batchq.common.text import message_object, one_line, plain_object
 from batchq.errors import OutcomeUnknown
@@ -49,7 +49,7 @@ class Ended(NamedTuple):
     """A batch that has ended, and how."""
 
     lane: Lane
-    batch: Batch
+    batch: ClaimedBatch
     outcome: Outcome
     ended_at: float  # monotonic
     is_last_word: bool = False
@@ -76,13 +76,13 @@ class Finisher:
         self.counts: dict[str, int] = defaultdict(int)
         self.throughput = Throughput()
 
-    def put(self, lane: Lane, batch: Batch, outcome: Outcome) -> None:
+    def put(self, lane: Lane, batch: ClaimedBatch, outcome: Outcome) -> None:
         """Have the outcome of a batch written, soon."""
         self.todo.append(Ended(lane, batch, outcome, time.monotonic()))
         if not self.filled.is_set():
             self.filled.set()
 
-    def unwritten(self) -> list[Batch]:
+    def unwritten(self) -> list[ClaimedBatch]:
         """Return the batches that have ended and wait for that to be written, those that just are among them."""
         waiting = (*self.group, *self.todo.copy(), *self.postponed)
         return [entry.batch for entry in waiting if not entry.outcome.written]

@@ -1,7 +1,7 @@
-"""Item handlers: chunk by chunk, call the function once an item, then commit what is worked.
+"""Item handlers: call the function for each item of a chunk, then commit the processed items; chunk by chunk.
 
 A chunk ends by size, after about a second, or when the batch must end. The items begun are always the first ones of the
-chunk, also when several run at once: so "how many" is all that a checkpoint has to remember.
+chunk, even when several run concurrently, so a checkpoint only has to record how many.
 """
 
 import asyncio
@@ -17,13 +17,15 @@ from pydantic import BaseModel, ValidationError
 
 from batchq.app import ItemHandler
 from batchq.batch import Batch, Chunk
+from batchq.batch.chunks import commit_by_finish
+from batchq.batch.claimed import ClaimedBatch
 from batchq.common.text import close_coroutine
 from batchq.errors import Cancel, Interrupted, InvalidInput, Snooze, of_group
 from batchq.postgres.connections import AnyConnection, is_lost
 from batchq.postgres.transactions import CONFLICTS
 
-CHUNK_SECONDS = 1.0
-PASSED_ON = (Interrupted, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit)
+_CHUNK_SECONDS = 1.0
+_PASSED_ON = (Interrupted, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit)
 
 
 def validate(model: type[BaseModel], value: Any, what: str) -> BaseModel:
@@ -38,109 +40,80 @@ def validate(model: type[BaseModel], value: Any, what: str) -> BaseModel:
 
 
 class ChunkRun:
-    """One chunk being worked by one item handler."""
+    """One chunk being processed by one item handler. *batch*: what the handler sees."""
 
-    def __init__(self, handler: ItemHandler, chunk: Chunk) -> None:
-        self.handler = handler
-        self.chunk = chunk
-        self.batch = chunk.batch
-        self.arguments: dict[str, Any] = {"batch": chunk.batch} if handler.wants_batch else {}
-        # Shared by all that work on it; taking the next of a range's iterator is atomic.
-        self.positions = iter(range(len(chunk)))
-        self.ends_at = time.monotonic() + CHUNK_SECONDS
-        self.ended_by: tuple[int, Snooze | Cancel] | None = None
-        self.broken_by: BaseException | None = None
+    def __init__(self, handler: ItemHandler, chunk: Chunk, claimed: ClaimedBatch, batch: Batch) -> None:
+        self._handler = handler
+        self._chunk = chunk
+        self._claimed = claimed
+        self._arguments: dict[str, Any] = {"batch": batch} if handler.wants_batch else {}
+        # Shared by all threads and tasks of the chunk; taking the next of a range's iterator is atomic.
+        self._positions = iter(range(len(chunk)))
+        self._ends_at = time.monotonic() + _CHUNK_SECONDS
+        self._ended_by: tuple[int, Snooze | Cancel] | None = None  # the first position of an item that raised one
+        self._broken_by: BaseException | None = None  # nothing of the chunk may be committed
 
-    def item(self, position: int) -> Any:
+    def close(self) -> None:
+        """Limit the chunk to the items begun or, if one ended the batch, to those before it.
+
+        Raises what broke the chunk: then nothing of it may be committed.
+        """
+        if self._broken_by is not None:
+            raise self._broken_by
+        begun = next(self._positions, len(self._chunk))
+        self._chunk.end_at(begun if self._ended_by is None else self._ended_by[0])
+
+    def commit_by_finish(self) -> bool:
+        """Leave the checkpoint to the finish of the batch; return whether that is possible."""
+        return self._ended_by is None and commit_by_finish(self._chunk)
+
+    def raise_end(self) -> None:
+        """Raise the Snooze or Cancel that an item raised, now that the items before it are committed."""
+        if self._ended_by is not None:
+            raise self._ended_by[1]
+
+    def _item(self, position: int) -> Any:
         """Return the item to call the handler with. Raises InvalidInput if it does not fit its model."""
-        value = self.chunk.items[position]
-        return value if self.handler.item_model is None else validate(self.handler.item_model, value, "item")
+        value = self._chunk.items[position]
+        return value if self._handler.item_model is None else validate(self._handler.item_model, value, "item")
 
-    def is_over(self) -> bool:
-        """Tell whether to begin no further item."""
-        has_ended = self.ended_by is not None or self.broken_by is not None
-        return has_ended or time.monotonic() >= self.ends_at or self.batch.stop_requested
+    def _is_over(self) -> bool:
+        """Return whether to begin no more items."""
+        has_ended = self._ended_by is not None or self._broken_by is not None
+        return has_ended or time.monotonic() >= self._ends_at or self._claimed.stop_requested
 
-    def failed(self, position: int, error: BaseException, conn: AnyConnection | None) -> None:
-        """Record what an item raised: its own failure, or what concerns the whole chunk.
+    def _record(self, position: int, error: BaseException, conn: AnyConnection | None) -> None:
+        """Record what an item raised: its own failure, or an error that concerns the whole chunk.
 
-        Raised at once, KeyboardInterrupt would end the event loop, and other items would run on unseen.
+        That one is raised later, by `close`. Raised here, KeyboardInterrupt would end the event loop, and other items
+        would keep running unnoticed.
         """
         error = of_group(error)
-        if isinstance(error, PASSED_ON):
-            self.broken_by = self.broken_by or error
+        if isinstance(error, _PASSED_ON):
+            self._broken_by = self._broken_by or error
         elif conn is not None and is_lost(conn):
-            self.broken_by = self.broken_by or self.lost_at(position, error)
+            self._broken_by = self._broken_by or self._lost_at(position, error)
         elif conn is not None and isinstance(error, CONFLICTS):
-            self.broken_by = self.broken_by or error
-        elif isinstance(error, Snooze | Cancel):
-            if self.ended_by is None or position < self.ended_by[0]:
-                self.ended_by = (position, error)
-        else:
-            self.chunk.fail(position, error)
+            self._broken_by = self._broken_by or error
+        elif not isinstance(error, Snooze | Cancel):
+            self._chunk.fail(position, error)
+        elif self._ended_by is None or position < self._ended_by[0]:
+            self._ended_by = (position, error)
 
-    def lost_at(self, position: int, error: BaseException) -> BaseException:
-        """Return what breaks the chunk when its connection is gone: never the item's own error, which would tell of one
-        item and be taken for the whole batch (InvalidInput would end it for good)."""
+    def _lost_at(self, position: int, error: BaseException) -> BaseException:
+        """Return what breaks the chunk when its connection is lost: never the item's own error, which would be taken
+        for the whole batch's (InvalidInput would fail it without a retry)."""
         if isinstance(error, psycopg.Error):
             return error
-        what = f"item {self.chunk.indexes[position]} raised {type(error).__name__}"
+        what = f"item {self._chunk.indexes[position]} raised {type(error).__name__}"
         lost = psycopg.OperationalError(f"the connection was lost within a chunk; {what}")
         lost.__cause__ = error
         return lost
 
-    def close(self) -> None:
-        """Keep in the chunk what is worked: all begun items, or those before one that ended the batch.
-
-        Raises what broke the chunk: then nothing of it is to be committed.
-        """
-        if self.broken_by is not None:
-            raise self.broken_by
-        begun = next(self.positions, len(self.chunk))
-        self.chunk.end_at(begun if self.ended_by is None else self.ended_by[0])
-
-    def can_end_batch(self) -> bool:
-        """Whether the finish of the batch may count this chunk, so that it needs no checkpoint."""
-        return self.ended_by is None and self.chunk.can_end_batch()
-
-    def raise_end(self) -> None:
-        """Raise the Snooze or Cancel that an item raised, now that the items before it are committed."""
-        if self.ended_by is not None:
-            raise self.ended_by[1]
-
-    # ------------------------------------------------------------------------------------------- in threads (def)
-
-    def work(self, conn: psycopg.Connection[Any] | None = None) -> None:
-        """Work items until the chunk is over."""
-        call = self.caller(conn)
-        for position in self.positions:
-            try:
-                if (result := call(position)) is not None:
-                    refuse_coroutine(result)
-            except BaseException as error:
-                self.failed(position, error, conn)
-            if self.is_over():
-                return
-
-    def caller(self, conn: psycopg.Connection[Any] | None) -> Callable[[int], Any]:
-        """Return what calls the handler with the item at a position: for plain items, with nothing in between."""
-        function, items, arguments = self.handler.function, self.chunk.items, self.arguments
-        if conn is not None:
-            return lambda position: self.call_in_savepoint(position, conn)
-        if self.handler.item_model is not None or arguments:
-            return lambda position: function(self.item(position), **arguments)
-        return lambda position: function(items[position])
-
-    def call_in_savepoint(self, position: int, conn: psycopg.Connection[Any]) -> Any:
-        """Call the handler with an item, in a savepoint of the chunk's transaction; return what it returns."""
-        with_conn = {"conn": conn} if self.handler.wants_conn else {}
-        with self.cursor_of_success(), conn.transaction():
-            return self.handler.function(self.item(position), **self.arguments, **with_conn)
-
     @contextmanager
-    def cursor_of_success(self) -> Iterator[None]:
-        """Forget a cursor that the block saves in the chunk's transaction if it fails, as its savepoint does rows."""
-        opened = self.batch.open_transaction
+    def _cursor_of_success(self) -> Iterator[None]:
+        """If the block fails, forget the cursor that it saved in the chunk's transaction: its savepoint undoes rows."""
+        opened = self._claimed.open_transaction
         before = opened.progress if opened is not None else None
         try:
             yield
@@ -149,73 +122,100 @@ class ChunkRun:
                 opened.progress = before
             raise
 
-    def work_concurrently(self) -> None:
-        """Work items in as many threads as the handler's concurrency says."""
-        with ThreadPoolExecutor(self.handler.concurrency, thread_name_prefix="batchq-items") as executor:
-            futures = [
-                executor.submit(contextvars.copy_context().run, self.work) for _ in range(self.handler.concurrency)
-            ]
+    # ------------------------------------------------------------------------------------------- in threads (def)
+
+    def process(self, conn: psycopg.Connection[Any] | None = None) -> None:
+        """Process items until the chunk is over."""
+        call = self._caller(conn)
+        for position in self._positions:
+            try:
+                if (result := call(position)) is not None:
+                    _refuse_coroutine(result)
+            except BaseException as error:
+                self._record(position, error, conn)
+            if self._is_over():
+                return
+
+    def process_concurrently(self) -> None:
+        """Process items in as many threads as the handler's concurrency."""
+        concurrency = self._handler.concurrency
+        with ThreadPoolExecutor(concurrency, thread_name_prefix="batchq-items") as executor:
+            futures = [executor.submit(contextvars.copy_context().run, self.process) for _ in range(concurrency)]
         for future in futures:
             future.result()
 
+    def _caller(self, conn: psycopg.Connection[Any] | None) -> Callable[[int], Any]:
+        """Return a function that calls the handler with the item at a position; for plain items, as directly as it
+        gets."""
+        function, items, arguments = self._handler.function, self._chunk.items, self._arguments
+        if conn is not None:
+            return lambda position: self._call_in_savepoint(position, conn)
+        if self._handler.item_model is not None or arguments:
+            return lambda position: function(self._item(position), **arguments)
+        return lambda position: function(items[position])
+
+    def _call_in_savepoint(self, position: int, conn: psycopg.Connection[Any]) -> Any:
+        with_conn = {"conn": conn} if self._handler.wants_conn else {}
+        with self._cursor_of_success(), conn.transaction():
+            return self._handler.function(self._item(position), **self._arguments, **with_conn)
+
     # ------------------------------------------------------------------------------- in the event loop (async def)
 
-    async def work_async(self, conn: psycopg.AsyncConnection[Any] | None = None) -> None:
-        """Work items until the chunk is over."""
-        if self.handler.wants_conn:
-            self.arguments["conn"] = conn
-        for position in self.positions:
+    async def process_async(self, conn: psycopg.AsyncConnection[Any] | None = None) -> None:
+        """Async version of `process`."""
+        if self._handler.wants_conn:
+            self._arguments["conn"] = conn
+        for position in self._positions:
             try:
                 if conn is None:
-                    await self.handler.function(self.item(position), **self.arguments)
+                    await self._handler.function(self._item(position), **self._arguments)
                 else:
-                    with self.cursor_of_success():
+                    with self._cursor_of_success():
                         async with conn.transaction():
-                            await self.handler.function(self.item(position), **self.arguments)
+                            await self._handler.function(self._item(position), **self._arguments)
             except BaseException as error:
-                self.failed(position, error, conn)
-            if self.is_over():
+                self._record(position, error, conn)
+            if self._is_over():
                 return
 
-    async def work_concurrently_async(self) -> None:
-        """Work as many items at once as the handler's concurrency says."""
-        await asyncio.gather(*(self.work_async() for _ in range(self.handler.concurrency)))
+    async def process_concurrently_async(self) -> None:
+        """Process as many items concurrently as the handler's concurrency."""
+        await asyncio.gather(*(self.process_async() for _ in range(self._handler.concurrency)))
 
 
-def refuse_coroutine(result: Any) -> None:
-    """Raise TypeError if an item handler that is no ``async def`` has returned a coroutine: nothing of it has run."""
+def _refuse_coroutine(result: Any) -> None:
+    """Raise TypeError if a ``def`` item handler has returned a coroutine, of which nothing has run."""
     if close_coroutine(result):
         raise TypeError("the item handler returned a coroutine, which nobody awaited; declare it with `async def`")
 
 
-def run_items(batch: Batch, handler: ItemHandler) -> None:
-    """Work the items that are left. Raises what ends the batch early, after the commit of what was worked."""
+def run_items(claimed: ClaimedBatch, batch: Batch, handler: ItemHandler) -> None:
+    """Process the remaining items. Raises what ends the batch early, after committing the processed items."""
     for chunk in batch.chunks(handler.chunk_size):
-        run = ChunkRun(handler, chunk)
+        run = ChunkRun(handler, chunk, claimed, batch)
         if handler.transactional:
             with chunk.transaction() as conn:
-                run.work(conn)
+                run.process(conn)
                 run.close()
         else:
-            run.work() if handler.concurrency == 1 else run.work_concurrently()
+            run.process() if handler.concurrency == 1 else run.process_concurrently()
             run.close()
-            chunk.end_batch() if run.can_end_batch() else chunk.commit()
+            if not run.commit_by_finish():
+                chunk.commit()
         run.raise_end()
 
 
-async def run_items_async(batch: Batch, handler: ItemHandler) -> None:
-    """Do as `run_items` does, in the event loop."""
+async def run_items_async(claimed: ClaimedBatch, batch: Batch, handler: ItemHandler) -> None:
+    """Async version of `run_items`."""
     async for chunk in batch.chunks(handler.chunk_size):
-        run = ChunkRun(handler, chunk)
+        run = ChunkRun(handler, chunk, claimed, batch)
         if handler.transactional:
             async with chunk.transaction() as conn:
-                await run.work_async(conn)
+                await run.process_async(conn)
                 run.close()
         else:
-            await run.work_concurrently_async()
+            await run.process_concurrently_async()
             run.close()
-            if run.can_end_batch():
-                chunk.end_batch()
-            else:
+            if not run.commit_by_finish():
                 await chunk.commit_async()
         run.raise_end()

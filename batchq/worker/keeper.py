@@ -13,7 +13,7 @@ from functools import partial
 
 import psycopg
 
-from batchq.batch import Batch
+from batchq.batch.claimed import ClaimedBatch
 from batchq.common.log import current_batch, get_logger
 from batchq.common.text import one_line
 from batchq.postgres.link import Link
@@ -60,7 +60,7 @@ class Keeper:
         throughput: Throughput,
         told_seconds: float = 25,
         worn_out: Callable[[], None] = lambda: None,
-        unwritten: Callable[[], list[Batch]] = list,
+        unwritten: Callable[[], list[ClaimedBatch]] = list,
     ) -> None:
         self.link = link
         self.queues = queues
@@ -121,18 +121,18 @@ class Keeper:
         """Extend the leases that are older than a third of their time, of what has ended and waits to be written, too:
         if somebody rescued that, it would be worked again."""
         before = time.monotonic() - self.lease_seconds / 3
-        old: dict[str, list[tuple[Lane | None, Batch]]] = defaultdict(list)
+        old: dict[str, list[tuple[Lane | None, ClaimedBatch]]] = defaultdict(list)
         for batch in self.unwritten():
             if batch.leased_at < before:
                 old[batch.queue].append((None, batch))
         for lane in self.lanes:
-            for batch in lane.in_hand():
+            for batch in lane.list_in_flight():
                 if batch.leased_at < before:
                     old[batch.queue].append((lane, batch))
         for queue, held in old.items():
             self.extend_queue(queue, held)
 
-    def extend_queue(self, queue: str, held: Sequence[tuple[Lane | None, Batch]]) -> None:
+    def extend_queue(self, queue: str, held: Sequence[tuple[Lane | None, ClaimedBatch]]) -> None:
         """Extend leases of one queue. A row that the database refuses to change does not keep the others from being
         extended; it comes again when another third of the time is gone."""
         halving = Halving(partial(self.extend_together, queue))
@@ -142,7 +142,7 @@ class Keeper:
             batch.leased_at = time.monotonic()
         halving.report("lease extension", [batch.id for batch in refused])
 
-    def extend_together(self, queue: str, held: Sequence[tuple[Lane | None, Batch]]) -> None:
+    def extend_together(self, queue: str, held: Sequence[tuple[Lane | None, ClaimedBatch]]) -> None:
         """Extend leases of one queue in one statement; stop what is no longer ours, if it is in a lane's hand."""
         now = time.monotonic()
         batches = [batch for _, batch in held]
@@ -157,29 +157,29 @@ class Keeper:
             elif key in leases.lost and lane is not None:
                 self.lose(lane, batch)
 
-    def lose(self, lane: Lane, batch: Batch) -> None:
+    def lose(self, lane: Lane, batch: ClaimedBatch) -> None:
         """Stop a batch that somebody else has rescued, cancelled or finished, if it is not just ending here."""
         if batch.may_be_ending:
             return
-        batch.lost()
+        batch.lose()
         if lane.end_from_outside(batch, WRITTEN):
             log.warning("lease lost", error="LeaseLost", batch_id=batch.id, kind=batch.kind, attempt=batch.attempt)
 
     def give_back_waiting(self) -> None:
         """Give back what has waited in this process for long: another worker may be idle."""
         for lane in self.lanes:
-            lane.give_back_waiting(WAITING_SECONDS)
+            lane.release_waiting(WAITING_SECONDS)
 
     def end_overdue(self) -> None:
         """End the attempts that run for longer than their limit."""
         now = time.monotonic()
         for lane in self.lanes:
-            for batch in lane.in_hand():
-                limit = batch.timeout_seconds or lane.handlers[batch.kind].timeout_seconds
+            for batch in lane.list_in_flight():
+                limit = batch.row.timeout_seconds or lane.handlers[batch.kind].timeout_seconds
                 if limit is not None and batch.begun_at is not None and now - batch.begun_at > limit:
                     self.end_attempt(lane, batch, limit)
 
-    def end_attempt(self, lane: Lane, batch: Batch, limit: float) -> None:
+    def end_attempt(self, lane: Lane, batch: ClaimedBatch, limit: float) -> None:
         """End an attempt as failed; its handler is told at its next checkpoint, or cancelled."""
         error = timed_out(batch, limit)
         current_batch.set(batch)
@@ -267,7 +267,7 @@ class Keeper:
     def write_throughput(self) -> None:
         """Write what was counted, the progress of what runs included."""
         for lane in self.lanes:
-            for batch in lane.in_hand():
+            for batch in lane.list_in_flight():
                 if batch.items_total is not None and batch.begun_at is not None:
                     self.throughput.progress(batch, batch.items_done + batch.items_failed)
         self.throughput.write(self.link, self.row.id)

@@ -108,7 +108,7 @@ def serve_worker(
 
 def busy(lane: Lane) -> int:
     """Return how many batches a lane runs now."""
-    return sum(batch.begun_at is not None for batch in lane.in_hand())
+    return sum(batch.begun_at is not None for batch in lane.list_in_flight())
 
 
 def database_problem(settings: Settings) -> str:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from batchq.app import App
-from batchq.batch import Runtime
+from batchq.batch.claimed import Runtime
 from batchq.common import traces
 from batchq.common.log import get_logger
 from batchq.common.text import one_line
@@ -32,8 +32,10 @@ from batchq.worker.claimer import Claimer
 from batchq.worker.execution import RELEASED
 from batchq.worker.finisher import Finisher
 from batchq.worker.keeper import Keeper
-from batchq.worker.lanes import Lane, LoopLane, ThreadLane
+from batchq.worker.lanes import Lane
+from batchq.worker.loop_lane import LoopLane
 from batchq.worker.memory import collecting_seldom
+from batchq.worker.thread_lane import ThreadLane
 
 if TYPE_CHECKING:
     from batchq.worker.metrics_server import MetricsServer
@@ -252,7 +254,7 @@ class Worker:
     def give_back_claims(self) -> None:
         """Give back what is claimed and has not begun, also by a claim of which we do not know whether it happened."""
         for lane in self.lanes:
-            lane.give_back_waiting(0)
+            lane.release_waiting(0)
         try:
             self.claimer.give_back_unknown()
         except Exception as error:
@@ -264,16 +266,16 @@ class Worker:
         Counted from when the end was asked for: the claimer may have waited long for the database since.
         """
         until = self.told_at + self.settings.shutdown_seconds
-        while any(lane.hand for lane in self.lanes) and time.monotonic() < until:
+        while any(lane.in_flight for lane in self.lanes) and time.monotonic() < until:
             if self.leaving.wait(0.02):
                 return
 
     def give_back_running(self) -> None:
         """Give back what still runs; its handlers are told at their next checkpoint, if they come to one."""
         for lane in self.lanes:
-            for batch in lane.in_hand():
-                batch.interrupt = StopRequested(f"the worker has stopped: batch {batch.id} was given back")
-                if lane.end_from_outside(batch, RELEASED):
+            for batch in lane.list_in_flight():
+                stopped = StopRequested(f"the worker has stopped: batch {batch.id} was given back")
+                if lane.end_from_outside(batch, RELEASED, stopped):
                     log.info("batch given back while it ran", batch_id=batch.id, kind=batch.kind)
 
     def has_ended(self, name: str, seconds: float) -> bool:

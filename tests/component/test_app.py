@@ -100,8 +100,8 @@ REFUSED: dict[str, tuple[Callable[[batchq.App], object], str]] = {
         "the handler of 'a', nothing(), must take an argument, the batch",
     ),
     "no item": (lambda app: app.item_handler("a")(nothing), "must take an argument, the item"),
-    "two arguments": (lambda app: app.handler("a")(two), "the handler of 'a', two(), is called with the batch alone"),
-    "no function": (lambda app: app.handler("a")("send"), "the handler of 'a' is no function: 'send'"),
+    "two arguments": (lambda app: app.handler("a")(two), "the handler of 'a', two(), is called with only the batch"),
+    "no function": (lambda app: app.handler("a")("send"), "the handler of 'a' is not a function: 'send'"),
     "a decorator without its call": (lambda app: app.handler(one), "a kind is a text of 1 to 200 bytes"),  # type: ignore[arg-type]
     "an unknown argument": (
         lambda app: app.item_handler("a")(two),

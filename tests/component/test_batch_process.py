@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 import batchq
 from batchq import testing
+from batchq.batch.claimed import ClaimedBatch
 from batchq.testing import running_worker
 from batchq.worker.lanes import Lane
 from batchq.worker.positions import Source
@@ -610,7 +611,7 @@ class SlowlyFreedLane(Lane):
         """Return the room that there is then."""
         return 100
 
-    def begin(self, batches: list[batchq.Batch]) -> None:
+    def begin(self, batches: list[ClaimedBatch]) -> None:
         """Run nothing."""
 
 
@@ -624,7 +625,7 @@ def test_a_slot_that_becomes_free_during_a_claim_is_not_for_a_lower_priority(
     worker = Worker(app, batchq.Settings.load(dsn=dsn))
     lane = SlowlyFreedLane(app.handlers, 1, lambda *_: None)
     worker.claimer.claim_from(Source("default", lane))
-    assert [batch.payload for batch in lane.in_hand()] == ["first"]
+    assert [batchq.Batch(claimed).payload for claimed in lane.list_in_flight()] == ["first"]
     worker.claimer.link.close()
 
 

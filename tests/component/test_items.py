@@ -743,7 +743,7 @@ def test_leaving_the_loop_early_is_a_failed_attempt_that_keeps_what_was_committe
     drain(app, dsn)
     row = look(conn, batch_id)
     assert row.status == status
-    assert row.errors[0]["error"] == "the handler returned with 2 of 6 items worked; go on to the end of chunks()"
+    assert row.errors[0]["error"] == "the handler returned after 2 of 6 items; iterate to the end of chunks()"
     assert counters(conn, batch_id) == (done - len(bad), len(bad))
 
 
@@ -1029,7 +1029,7 @@ def test_pages_of_large_items_come_once_each_and_in_order(dsn: str, conn: psycop
     def work(batch: batchq.Batch) -> None:
         chunks = batch.chunks(70)
         for chunk in chunks:
-            sizes.append(len(chunks.page))
+            sizes.append(len(chunks._page))
             seen.extend(chunk.items)
 
     incompressible = random.Random(1)  # an int of 8,000 bits is 2,000 hexadecimal digits

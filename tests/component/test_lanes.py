@@ -9,11 +9,11 @@ from uuid import uuid4
 import pytest
 
 import batchq
-from batchq.batch import Batch, Claim, Runtime
+from batchq.batch.claimed import Claim, ClaimedBatch, Runtime
 from batchq.postgres.statements.claims import ClaimedRow
-from batchq.worker import lanes
 from batchq.worker.execution import RELEASED, Outcome
-from batchq.worker.lanes import MOST_PREFETCHED, Lane, Spurt, ThreadLane
+from batchq.worker.lanes import Lane
+from batchq.worker.thread_lane import SHORT_SECONDS, ThreadLane
 from batchq.worker.worker import switching_quickly
 from tests.support.alone import run_alone
 from tests.support.steps import step
@@ -44,31 +44,31 @@ class Work:
             time.sleep(batch.payload)
         self.did.append((batch.id, threading.current_thread().name, time.monotonic()))
 
-    def ended(self, lane: Lane, batch: Batch, outcome: Outcome) -> None:
+    def ended(self, lane: Lane, batch: ClaimedBatch, outcome: Outcome) -> None:
         """Note the outcome; the finisher would write it."""
         self.outcomes[batch.id] = outcome
         lane.written += 1
 
-    def take(self, *payloads: str) -> list[Batch]:
+    def take(self, *payloads: str) -> list[ClaimedBatch]:
         """Have batches of these payloads claimed at once."""
         claim = Claim("default", uuid4(), Runtime(None, 60, threading.Event()), time.monotonic())  # type: ignore[arg-type]
         rows = [ClaimedRow(next(numbers), "work", 1, 5, one, None, None, 0, 0, 0, None, 0.0) for one in payloads]
-        batches = [Batch(row, claim) for row in rows]
+        batches = [ClaimedBatch(row, claim) for row in rows]
         self.lane.take(batches)
         return batches
 
     def wait(self, seconds: float = 10) -> None:
         """Wait until nothing is in hand."""
-        wait_until(lambda: not self.lane.hand, seconds, "all to end")
+        wait_until(lambda: not self.lane.in_flight, seconds, "all to end")
 
     def warm_up(self) -> None:
         """Let the lane learn that batches are brief."""
         for _ in range(20):
             self.take(*["0"] * 200)
             self.wait()
-            if self.lane.mean_seconds < lanes.BRIEF_SECONDS / 2:
+            if self.lane.mean_seconds < SHORT_SECONDS / 2:
                 break
-        assert self.lane.mean_seconds < lanes.BRIEF_SECONDS
+        assert self.lane.mean_seconds < SHORT_SECONDS
         wait_until(lambda: self.lane.awake == 0, 5, "all slots to be idle")
         self.did.clear()
 
@@ -126,13 +126,13 @@ def test_one_slow_batch_amid_brief_ones_holds_nobody_up(work: Work) -> None:
     took = max(when for _, _, when in work.did) - began_at
     step("the brief ones took %.1f ms", 1000 * took)
     assert took < allowed(0.1)
-    assert work.lane.hand == {slow}
+    assert work.lane.in_flight == {slow}
     step("nor those that come while it runs")
     began_at = time.monotonic()
     work.take(*["0"] * 100)
     wait_until(lambda: len(work.did) == 300, 5, "those that came later to end")
     assert time.monotonic() - began_at < allowed(0.1)
-    assert work.lane.hand == {slow}
+    assert work.lane.in_flight == {slow}
     work.wait()
 
 
@@ -142,7 +142,7 @@ def test_several_slow_batches_amid_brief_ones_hold_nobody_up_while_a_slot_is_idl
     work.take(*(["0"] * 30 + ["1"]) * (SLOTS - 1), *["0"] * 30)
     wait_until(lambda: len(work.did) == 30 * SLOTS, 5, "the brief ones to end")
     assert time.monotonic() - began_at < allowed(0.3)
-    assert len(work.lane.hand) == SLOTS - 1
+    assert len(work.lane.in_flight) == SLOTS - 1
     work.wait()
 
 
@@ -218,12 +218,12 @@ def test_a_slot_lost_to_a_handler_is_replaced_and_all_slots_are_counted(work: Wo
 def test_what_waits_is_given_back_and_what_came_meanwhile_is_kept(work: Work) -> None:
     old = work.take(*[GATE] * SLOTS, *["0"] * 5)
     wait_until(lambda: len(work.lane.waiting) == 5, 5, "the slots to be taken")
-    assert work.lane.give_back_waiting(60) == 0
+    assert work.lane.release_waiting(60) == 0
     assert len(work.lane.waiting) == 5
     for batch in old:
         batch.claim.arrived_at -= 60
     new = work.take("0", "0")
-    assert work.lane.give_back_waiting(30) == 5
+    assert work.lane.release_waiting(30) == 5
     assert [work.outcomes[batch.id] for batch in old[SLOTS:]] == [RELEASED] * 5
     work.gate.set()
     work.wait()
@@ -240,107 +240,11 @@ def test_a_stop_ends_every_slot(work: Work, busy: bool) -> None:
     wait_until(lambda: not slots_alive(), 2, "every slot to end")
 
 
-# ------------------------------------------------------------------------------------------------- how much to claim
-
-
-@pytest.fixture
-def still() -> ThreadLane:
-    """Return a lane whose slots were never started."""
-    return ThreadLane({}, SLOTS, lambda *_: None)
-
-
-def test_the_prefetch_is_what_ends_in_a_fifth_of_a_second(still: ThreadLane, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = at(monkeypatch, still)
-    for batches, wanted in ((0, SLOTS), (10, SLOTS), (1000, 100), (1000, 150), (1_000_000, MOST_PREFETCHED)):
-        still.run_count += batches
-        clock(1.0)
-        assert still.wanted() == wanted
-
-
-@pytest.mark.parametrize(
-    ("round_trip_seconds", "most", "of_slow_ones"),
-    [(0.0, 4000, 100), (0.005, 6000, 107), (0.02, 12000, 130), (0.1, 12000, 250), (0.5, 12000, 400)],
-)
-def test_the_farther_the_database_the_more_is_taken_in_hand_up_to_thrice_as_much(
-    still: ThreadLane, monkeypatch: pytest.MonkeyPatch, round_trip_seconds: float, most: int, of_slow_ones: int
-) -> None:
-    clock = at(monkeypatch, still)
-    still.run_count += 1_000_000
-    clock(1.0)
-    still.heed_distance(round_trip_seconds)
-    assert still.wanted() == most
-    step("of slow batches what ends in a fifth of a second and three round trips, in 0.8 s at most")
-    slow = ThreadLane({}, SLOTS, lambda *_: None)
-    slow.pace = 500.0
-    slow.heed_distance(round_trip_seconds)
-    assert slow.wanted() == of_slow_ones
-
-
-def at(monkeypatch: pytest.MonkeyPatch, lane: ThreadLane) -> Callable[[float], None]:
-    """Return what moves the lane's clock."""
-    now = [lane.paced_at]
-
-    class Clock:
-        """A clock that stands still."""
-
-        @staticmethod
-        def monotonic() -> float:
-            """Return its time."""
-            return now[0]
-
-    def move(seconds: float) -> None:
-        now[0] += seconds
-
-    monkeypatch.setattr(lanes, "time", Clock)
-    return move
-
-
-def test_a_spurt_tells_what_the_lane_can_do_though_claims_come_rarely(
-    still: ThreadLane, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step("8 batches of 1 ms, then nothing for a second: the pace is that of the batches, not that of the claims")
-    clock = at(monkeypatch, still)
-    for _ in range(3):
-        still.spurt.begin(SLOTS, goes_on=False)
-        clock(0.008)
-        still.run_count += SLOTS
-        still.spurt.end()
-        clock(1.0)
-        assert still.wanted() in (199, 200), "the clock has no exact thousandths"
-    step("and what it could do once is forgotten")
-    for _ in range(8):
-        clock(1.0)
-        wanted = still.wanted()
-    assert wanted == SLOTS
-
-
-def test_a_spurt_goes_on_while_there_is_anything_in_hand(monkeypatch: pytest.MonkeyPatch, still: ThreadLane) -> None:
-    clock = at(monkeypatch, still)
-    spurt = Spurt()
-    spurt.begin(10, goes_on=False)
-    clock(0.5)
-    spurt.begin(30, goes_on=True)
-    clock(0.5)
-    spurt.end()
-    assert (spurt.take_pace(), spurt.take_pace()) == (pytest.approx(40), 0.0)
-
-
-def test_claims_are_large_where_batches_are_brief(still: ThreadLane) -> None:
-    still.wanted = lambda: 2000  # type: ignore[method-assign]
-    for unwritten, room in ((0, 2000), (900, 1100), (1000, 1000), (1001, 0), (1999, 0), (2500, 0)):
-        still.claimed = unwritten
-        assert still.room() == room
-    still.wanted = lambda: SLOTS  # type: ignore[method-assign]
-    for unwritten, room in ((0, SLOTS), (SLOTS - 1, 1), (SLOTS, 0)):
-        still.claimed = unwritten
-        assert still.room() == room
-
-
 def test_a_batch_that_ends_while_the_lane_is_looked_at_does_not_stay_stuck(work: Work) -> None:
     lane = ThreadLane(work.app.handlers, SLOTS, work.ended)
     ends: list[threading.Thread] = []
 
-    class Ending(Batch):
+    class Ending(ClaimedBatch):
         """Ends in its own thread at the moment when somebody looks whether it takes long."""
 
         __slots__ = ()
@@ -361,17 +265,17 @@ def test_a_batch_that_ends_while_the_lane_is_looked_at_does_not_stay_stuck(work:
         def end(self) -> None:
             """Do as a slot does at its end."""
             lane.end(self, RELEASED)
-            lane.stuck.discard(self)
+            lane.slow.discard(self)
 
     claim = Claim("default", uuid4(), Runtime(None, 60, threading.Event()), time.monotonic())  # type: ignore[arg-type]
     batch = Ending(ClaimedRow(1, "work", 1, 5, "0", None, None, 0, 0, 0, None, 0.0), claim)
-    lane.hand.add(batch)
+    lane.in_flight.add(batch)
     lane.waiting.append(batch)
     lane.awake = 1
     lane.mean_seconds = 0.0
     lane.is_needed()
     ends[0].join(5)
-    assert (lane.hand, lane.stuck) == (set(), set())
+    assert (lane.in_flight, lane.slow) == (set(), set())
 
 
 if __name__ == "__main__":

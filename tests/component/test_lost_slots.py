@@ -15,7 +15,7 @@ import structlog
 import batchq
 from batchq.settings import Settings
 from batchq.testing import running_worker
-from batchq.worker import lanes, signs
+from batchq.worker import loop_lane, signs
 from batchq.worker.signs import SIGNS_FD, Signs
 from tests.support.alone import run_alone
 from tests.support.batches import await_status, look, put, values, wait_for_status
@@ -140,7 +140,7 @@ def test_a_coroutine_that_ends_when_it_is_cancelled_is_no_loss(
     with running_worker(app, dsn, async_concurrency=2, lease_seconds=1, shutdown_seconds=1) as worker:
         for batch_id in ids:
             await_status(conn, batch_id, "failed")
-        wait_until(lambda: not worker.lanes[0].lost, 5, "nothing to be lost")
+        wait_until(lambda: not worker.lanes[0].given_up, 5, "nothing to be lost")
     assert not worker.is_worn_out
 
 
@@ -178,10 +178,10 @@ def test_a_worker_that_is_told_to_stop_is_not_replaced(dsn: str, conn: psycopg.C
 def test_what_waits_behind_a_blocked_event_loop_goes_back_and_nothing_more_is_claimed(
     dsn: str, conn: psycopg.Connection, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "BLOCKED_SECONDS", 0.3)
+    monkeypatch.setattr(loop_lane, "BLOCKED_SECONDS", 0.3)
     block = put(conn, "blocking", timeout_seconds=60)
     with running_worker(app, dsn, async_concurrency=10, lease_seconds=1, shutdown_seconds=30) as worker:
-        [lane] = [lane for lane in worker.lanes if isinstance(lane, lanes.LoopLane)]
+        [lane] = [lane for lane in worker.lanes if isinstance(lane, loop_lane.LoopLane)]
         wait_for_status(conn, block, "processing")
         waiting = [put(conn, "good_async") for _ in range(5)]
         wait_until(lambda: named(events, "event loop blocked by a handler"), 10, "the blockage to be told")

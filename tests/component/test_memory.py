@@ -62,7 +62,7 @@ def test_large_buffers_of_many_threads_go_back_to_the_system() -> None:
 
 def test_what_the_environment_sets_stays() -> None:
     for name in ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
-        code = "from batchq.memory import return_large_buffers; print(return_large_buffers())"
+        code = "from batchq.worker.memory import return_large_buffers; print(return_large_buffers())"
         value = "glibc.malloc.arena_max=1" if name == "GLIBC_TUNABLES" else "100000"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, env={name: value}, check=True

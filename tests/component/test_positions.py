@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 import batchq
-from batchq.batch import Runtime
+from batchq.batch.claimed import ClaimedBatch, Runtime
 from batchq.postgres.handler_connections import HandlerConnections
 from batchq.postgres.link import Link
 from batchq.postgres.statements import claims as claim_statements
@@ -215,7 +215,7 @@ class StillLane(Lane):
         """Return the size, whatever is in hand."""
         return self.size + self.unwritten
 
-    def begin(self, batches: list[batchq.Batch]) -> None:
+    def begin(self, batches: list[ClaimedBatch]) -> None:
         """Run nothing."""
 
 
@@ -389,7 +389,7 @@ class Claiming:
     def claimed(self) -> list[int]:
         """Do a round; return the ids of all that was claimed so far."""
         self.claimer.round()
-        return sorted(batch.id for batch in self.lane.in_hand())
+        return sorted(batch.id for batch in self.lane.list_in_flight())
 
     def claims(self, batch_id: int, seconds: float = 5.0) -> None:
         """Do rounds until a batch is claimed."""
@@ -521,7 +521,7 @@ LANDINGS = [
 def test_what_lands_behind_the_position_is_found(
     conn: Conn, dsn: str, ahead: Claiming, land: Callable[[Conn, str], int]
 ) -> None:
-    ahead.lane.hand.clear()
+    ahead.lane.in_flight.clear()
     batch_id = land(conn, dsn)
     assert value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [batch_id]) == "pending"
     ahead.claims(batch_id)
@@ -559,7 +559,7 @@ def test_what_is_more_urgent_goes_before_a_backlog_at_the_latest_after_a_moment(
     claiming.claimed()
     for priority in (-1, -2, -1):
         claiming.claims(insert(conn, priority=priority), 2)
-        assert len(claiming.lane.hand) < 15_000
+        assert len(claiming.lane.in_flight) < 15_000
 
 
 def test_a_full_claim_from_the_beginning_leaves_nothing_out(conn: Conn, claiming: Claiming) -> None:

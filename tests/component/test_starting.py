@@ -16,7 +16,8 @@ import batchq
 from batchq.errors import ConfigError
 from batchq.postgres.handler_connections import HandlerConnections
 from batchq.settings import Settings
-from batchq.worker.lanes import LoopLane, ThreadLane
+from batchq.worker.loop_lane import LoopLane
+from batchq.worker.thread_lane import ThreadLane
 from batchq.worker.worker import Worker
 from tests.support.alone import run_alone
 from tests.support.batches import put, values, wait_for_status
@@ -71,7 +72,7 @@ INTERRUPTED_IN: dict[str, tuple[Callable[..., Any], int]] = {
     "metrics": (Worker.serve_metrics, 1),
     "the pool": (HandlerConnections.open, 1),
     "the slots": (ThreadLane.start, 1),
-    "the second slot": (ThreadLane.start_slot, 2),
+    "the second slot": (ThreadLane._start_slot, 2),
     "the loop": (LoopLane.start, 1),
     "the keeper": (Worker.start_service, 1),
     "the finisher": (Worker.start_service, 2),
@@ -130,7 +131,7 @@ def test_a_second_interrupt_while_a_worker_ends_gives_back_what_runs(dsn: str, c
     worker = Worker(app, Settings.load(dsn=dsn, shutdown_seconds=60))
 
     def interrupt_twice() -> None:
-        wait_until(lambda: any(lane.hand for lane in worker.lanes), 20, "the batch to run")
+        wait_until(lambda: any(lane.in_flight for lane in worker.lanes), 20, "the batch to run")
         signal.pthread_kill(main or 0, signal.SIGINT)
         assert worker.stopping.wait(20)
         signal.pthread_kill(main or 0, signal.SIGINT)

@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 import batchq
-from batchq.batch import Batch
+from batchq.batch.claimed import ClaimedBatch
 from batchq.postgres.link import Link
 from batchq.postgres.statements.claims import END, START
 from batchq.postgres.statements.session import OWN_LOCK_SECONDS
@@ -45,7 +45,7 @@ def parts(dsn: str) -> Iterator[Parts]:
 
 
 @contextmanager
-def locked(dsn: str, *batches: Batch, cancel: bool = False) -> Iterator[Conn]:
+def locked(dsn: str, *batches: ClaimedBatch, cancel: bool = False) -> Iterator[Conn]:
     """Have a person change batches and leave the transaction open; it rolls back at the end, unless committed."""
     with psycopg.connect(dsn) as person:
         for batch in batches:
@@ -54,7 +54,7 @@ def locked(dsn: str, *batches: Batch, cancel: bool = False) -> Iterator[Conn]:
         person.rollback()
 
 
-def end_all(parts: Parts, batches: list[Batch], outcome: Outcome = COMPLETED) -> None:
+def end_all(parts: Parts, batches: list[ClaimedBatch], outcome: Outcome = COMPLETED) -> None:
     """Have all batches end."""
     for batch in batches:
         assert parts.lane.end(batch, outcome)
@@ -186,7 +186,7 @@ def test_a_claim_takes_all_but_the_rows_that_the_database_refuses_to_change(
     source = Source("default", parts.lane)
     with capture_logs() as logs:
         assert len(parts.claimer.claim(source, 0, 208, START, END)) == 208 - len(bad)
-    assert {batch.id for batch in parts.lane.in_hand()}.isdisjoint(bad)
+    assert {batch.id for batch in parts.lane.list_in_flight()}.isdisjoint(bad)
     [line] = [line for line in logs if line["event"] == "batches refused"]
     assert set(line["batch_ids"]) == bad
     assert "is under audit" in line["error"]
@@ -284,7 +284,7 @@ def test_the_leases_of_all_but_refused_rows_are_extended(conn: Conn, parts: Part
     parts.keeper.extend()
     short = "SELECT id FROM batchq.batches_live WHERE lease_expires_at < now() + interval '50 seconds'"
     assert set(values(conn, short)) == bad
-    assert len(parts.lane.in_hand()) == 120, "none is lost"
+    assert len(parts.lane.list_in_flight()) == 120, "none is lost"
 
 
 @pytest.mark.usefixtures("refusing")
@@ -427,7 +427,7 @@ def test_a_batch_with_items_is_forgotten_however_it_ends(conn: Conn, parts: Part
     assert value(conn, "SELECT sum(items)::integer FROM batchq.throughput") == items
     del batch
     gc.collect()
-    assert [each for each in gc.get_objects() if type(each) is Batch] == []
+    assert [each for each in gc.get_objects() if type(each) in (ClaimedBatch, batchq.Batch)] == []
 
 
 if __name__ == "__main__":

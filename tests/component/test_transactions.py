@@ -116,7 +116,7 @@ def test_a_transaction_whose_claim_is_lost_leaves_nothing(
     drain(app, dsn)
 
     assert [type(error) for error in told] == [batchq.LeaseLost]
-    assert str(told[0]) == f"batch {batch_id} is no longer this worker's; nothing was written"
+    assert str(told[0]) == f"batch {batch_id} is no longer claimed by this worker; nothing was written"
     assert values(conn, DONE) == []
     row = look(conn, batch_id)
     assert (row.status, row.result) == (status, None)

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 import batchq
-from batchq.batch import Batch, Runtime
+from batchq.batch.claimed import ClaimedBatch, Runtime
 from batchq.errors import DatabaseAway, OutcomeUnknown
 from batchq.postgres.handler_connections import HandlerConnections
 from batchq.postgres.link import Link
@@ -26,8 +26,9 @@ from batchq.worker.claimer import POLLS_A_SECOND, Claimer, Turns
 from batchq.worker.execution import COMPLETED, Outcome
 from batchq.worker.finisher import Finisher
 from batchq.worker.keeper import Keeper
-from batchq.worker.lanes import MOST_STRETCH, ThreadLane
 from batchq.worker.positions import Source
+from batchq.worker.prefetch import MOST_LIMIT_FACTOR
+from batchq.worker.thread_lane import ThreadLane
 from tests.component.rows import Conn, claim, expire_lease, has_expired, insert, value, values
 from tests.instruments.bench.proxy import DelayingProxy
 from tests.support import supasim
@@ -78,10 +79,10 @@ class Parts:
             unwritten=self.finisher.unwritten,
         )  # fmt: skip
 
-    def claim(self, count: int) -> list[Batch]:
+    def claim(self, count: int) -> list[ClaimedBatch]:
         """Claim *count* batches, which wait in the lane."""
         assert len(self.claimer.claim(Source("default", self.lane), 0, count, START, END)) == count
-        return sorted(self.lane.in_hand(), key=lambda batch: batch.id)
+        return sorted(self.lane.list_in_flight(), key=lambda batch: batch.id)
 
     def write(self) -> None:
         """Write every outcome that there is."""
@@ -202,7 +203,7 @@ def test_a_batch_lost_while_it_waits_is_not_begun_and_its_slot_works_on(conn: Co
     parts.claim(1)
     wait_until(lambda: len(worked) == 3, 5, "the slot to work on")
     assert batches[1].id not in worked
-    assert parts.lane.lost == {}
+    assert parts.lane.given_up == {}
     parts.lane.stop()
 
 
@@ -275,10 +276,10 @@ def test_the_keeper_stops_only_the_claim_that_is_lost_not_a_newer_one_of_the_sam
     )
     parts.lane.claimed -= 1
     assert len(parts.claimer.claim(Source("default", parts.lane), 0, 1, START, END)) == 1
-    (new,) = [batch for batch in parts.lane.in_hand() if batch is not old]
+    (new,) = [batch for batch in parts.lane.list_in_flight() if batch is not old]
     old.leased_at = new.leased_at = time.monotonic() - 60
     parts.keeper.extend()
-    assert parts.lane.in_hand() == [new]
+    assert parts.lane.list_in_flight() == [new]
     assert (type(old.interrupt), new.interrupt) == (batchq.LeaseLost, None)
 
 
@@ -296,7 +297,9 @@ def test_the_leases_of_what_waits_to_be_written_are_extended_too(conn: Conn, adm
     parts.keeper.extend()
     extended = "SELECT id FROM batchq.batches_live WHERE lease_expires_at > now() + interval '50 seconds' ORDER BY id"
     assert values(conn, extended) == [running.id, writing.id, waiting.id]
-    assert parts.lane.in_hand() == [running], "what was cancelled meanwhile has ended, and is the finisher's to tell"
+    assert parts.lane.list_in_flight() == [running], (
+        "what was cancelled meanwhile has ended, and is the finisher's to tell"
+    )
     step("extended once, not at every round; and not when it is written")
     conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() + interval '1 second'")
     parts.keeper.extend()
@@ -317,7 +320,7 @@ def test_a_lease_on_a_locked_row_is_extended_at_the_next_round(conn: Conn, admin
         person.rollback()
     parts.keeper.extend()
     assert batch.leased_at > long_ago
-    assert parts.lane.in_hand() == [batch]
+    assert parts.lane.list_in_flight() == [batch]
 
 
 @pytest.mark.parametrize(("age_seconds", "is_extended"), [(19, False), (21, True)])
@@ -459,7 +462,7 @@ def test_what_a_claim_of_unknown_outcome_has_claimed_comes_back_by_its_token(
     parts = Parts(sim.dsn())
     enqueue(conn, 3)
     parts.claimer.round()
-    (first,) = parts.lane.in_hand()
+    (first,) = parts.lane.list_in_flight()
     parts.lane.written += 1
     armed.set()
     with pytest.raises(OutcomeUnknown):
@@ -469,7 +472,7 @@ def test_what_a_claim_of_unknown_outcome_has_claimed_comes_back_by_its_token(
     assert len(cut) == 1
     assert parts.claimer.unknown == []
     assert values(conn, "SELECT attempt FROM batchq.batches ORDER BY id") == [1, 1, 0]
-    _, second = sorted(parts.lane.in_hand(), key=lambda batch: batch.id)
+    _, second = sorted(parts.lane.list_in_flight(), key=lambda batch: batch.id)
     step("the batch that comes next is the same one, under the token of a claim of which the outcome is known")
     found = values(conn, "SELECT claim_token FROM batchq.batches WHERE status = 'processing' ORDER BY id")
     assert found == [first.claim.token, second.claim.token]
@@ -485,7 +488,7 @@ def test_the_claimer_tells_its_lanes_how_far_the_database_is(dsn: str, conn: Con
         step("the quickest message to the database and back was that of a look, or of the claim")
         assert link.round_trip_seconds >= 0.008
         parts.claimer.round()
-        assert parts.lane.stretch >= 1.8
+        assert parts.lane.prefetch.limit_factor >= 1.8
 
 
 def test_a_worker_that_begins_with_an_empty_queue_knows_how_far_its_database_is(dsn: str, conn: Conn) -> None:
@@ -499,17 +502,17 @@ def test_a_worker_that_begins_with_an_empty_queue_knows_how_far_its_database_is(
         step("what the line takes is no look's own cost: else this worker would poll once a second only")
         assert source.look_cost_seconds < 0.025
         assert parts.claimer.idle_seconds() < 0.5
-        assert parts.lane.stretch == 1
+        assert parts.lane.prefetch.limit_factor == 1
         parts.claimer.round()
-        assert parts.lane.stretch == MOST_STRETCH
+        assert parts.lane.prefetch.limit_factor == MOST_LIMIT_FACTOR
 
 
 def test_what_has_waited_is_counted_from_when_it_was_here_not_from_when_it_was_asked_for(dsn: str, conn: Conn) -> None:
     enqueue(conn, 3)
     with DelayingProxy(dsn, 0.2) as proxy, closing(Parts(proxy.dsn)) as parts:
         parts.claim(3)
-        assert parts.lane.give_back_waiting(0.4) == 0
-        assert parts.lane.give_back_waiting(0) == 3
+        assert parts.lane.release_waiting(0.4) == 0
+        assert parts.lane.release_waiting(0) == 3
 
 
 def test_a_dear_look_is_made_less_often_but_not_for_one_that_met_a_busy_machine(parts: Parts) -> None:

@@ -38,7 +38,7 @@ marks = MarksFile(Path(os.environ[DIRECTORY]))
 def mark(batch: batchq.Batch, item: int = WHOLE_BATCH) -> None:
     """Leave a mark; use as much memory as meets a limit of it."""
     bytearray(SCRATCH_BYTES)
-    marks.add(Mark(batch.id, item, batch.attempt, batch.claim.token))
+    marks.add(Mark(batch.id, item, batch.attempt, batch._claimed.claim.token))
 
 
 def effect(batch: batchq.Batch, item: int = WHOLE_BATCH) -> list[int]:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import batchq
-from batchq.batch import UNCHANGED, Batch, Chunk, Claim, FencedTransaction
+from batchq.batch import Batch, Chunk
+from batchq.batch.claimed import UNCHANGED, Claim, ClaimedBatch
+from batchq.batch.transactions import FencedTransaction
 from batchq.errors import Cancel, InvalidInput, LeaseLost, Snooze, StopRequested
 from batchq.postgres.statements import claims, maintenance
 from batchq.postgres.statements import leases as lease_statements
@@ -54,7 +56,7 @@ class Held:
     """
 
     worker: Worker
-    batch: Batch
+    claimed: ClaimedBatch
     keep: bool
     done: int
     failed: int
@@ -69,19 +71,24 @@ class Held:
     last: tuple[Saved, Statement] | None = None
 
     @property
+    def batch(self) -> Batch:
+        """What its handler sees."""
+        return Batch(self.claimed)
+
+    @property
     def id(self) -> int:
         """The batch's id."""
-        return self.batch.id
+        return self.claimed.id
 
     @property
     def token(self) -> uuid.UUID:
         """The token of its claim."""
-        return self.batch.claim.token
+        return self.claimed.claim.token
 
     @property
     def total(self) -> int:
         """How many items it has."""
-        return self.batch.items_total or 0
+        return self.claimed.items_total or 0
 
     @property
     def has_worked_all(self) -> bool:
@@ -208,7 +215,7 @@ class Lives(RuleBasedStateMachine):
         claim = Claim(queue, token, worker.runtimes[keep], 0.0)
         for row in rows:
             self.model.claim(row.id, worker.name, token)
-            self.held.append(Held(worker, Batch(row, claim), keep, row.items_done, row.items_failed, row.kind))
+            self.held.append(Held(worker, ClaimedBatch(row, claim), keep, row.items_done, row.items_failed, row.kind))
         self.happened("claimed" if rows else "claimed nothing")
 
     def in_order_of_claims(self, rows: list[Row]) -> list[int]:
@@ -296,7 +303,7 @@ class Lives(RuleBasedStateMachine):
 
     def lost(self, held: Held, what: str) -> None:
         """Note that a worker came too late. It goes on as if it did not know."""
-        held.batch.interrupt = None
+        held.claimed.interrupt = None
         self.happened(what)
 
     @precondition(lambda self: self.idle())
@@ -352,7 +359,7 @@ class Lives(RuleBasedStateMachine):
             self.lost(held, "committed a chunk, too late")
             return
         self.model.effects.update((held.id, index) for index in chunk.indexes)
-        self.took_over(held, saved, held.batch.checkpoint_statement(held.transaction.progress))
+        self.took_over(held, saved, held.claimed.checkpoint_statement(held.transaction.progress))
         if is_again:
             self.write_again(held)
         self.happened("committed a chunk with failures" if saved.failures else "committed a chunk")
@@ -391,8 +398,8 @@ class Lives(RuleBasedStateMachine):
             self.paused(held)
         saved = Saved(held.done, held.failed, cursors=(cursor,))
         is_mine = self.model.checkpoint(held.id, held.token, saved)
-        statement = held.batch.checkpoint_statement(
-            held.batch.standing()._replace(keeps_cursor=False, cursor=str(cursor))
+        statement = held.claimed.checkpoint_statement(
+            held.claimed.progress()._replace(keeps_cursor=False, cursor=str(cursor))
         )
         try:
             held.batch.checkpoint(cursor)
@@ -470,11 +477,11 @@ class Lives(RuleBasedStateMachine):
         handler = self.real.handlers[held.handler]
         error = self.error_of(how)
         if error is not None:
-            outcome = execution.raised(held.batch, handler, error)
+            outcome = execution.raised(held.claimed, handler, error)
             expected = self.expected_error(held, how)
         else:
             result = 3 if how == "has a result" else None
-            outcome = execution.returned(held.batch, handler, result)
+            outcome = execution.returned(held.claimed, handler, result)
             expected = self.expected_return(held, result)
         self.happened(f"a handler {how}")
         self.put(held, outcome, execution.WRITTEN if held.completed else expected, waits)
@@ -519,7 +526,7 @@ class Lives(RuleBasedStateMachine):
         """Return the outcome of a handler that came to its end."""
         if held.used_chunks and not held.has_worked_all:
             worked = held.done + held.failed
-            text = f"the handler returned with {worked} of {held.total} items worked; go on to the end of chunks()"
+            text = f"the handler returned after {worked} of {held.total} items; iterate to the end of chunks()"
             return self.again_or_failed(held, text)
         text = None if result is None else str(result)
         if held.failed == 0:
@@ -535,7 +542,7 @@ class Lives(RuleBasedStateMachine):
         text = f"{held.failed} of {held.total} items failed; the first: {first}"
         if held.batch.attempt < held.batch.max_attempts and any(f.retryable for f in failures.values()):
             return Outcome("pending", error=text, delay_seconds=self.back_off(held))
-        if held.failed <= held.batch.max_failed_items:
+        if held.failed <= held.claimed.row.max_failed_items:
             return Outcome("completed", result)
         return Outcome("failed", error=text)
 
@@ -550,7 +557,7 @@ class Lives(RuleBasedStateMachine):
         """An item handler works all that is left; its worker may die before that is written."""
         held = self.one_idle(which)
         self.real.failing, self.real.batch_id, held.handler = failing, held.id, kind
-        outcome = execution.run(held.batch, self.real.handlers[kind])
+        outcome = execution.run(held.claimed, self.real.handlers[kind])
         expected = self.expected_run(held, kind == "transactional", failing)
         self.happened(f"ran a {kind} item handler, {'too late' if expected.written else 'and all was committed'}")
         if dies:
@@ -562,7 +569,7 @@ class Lives(RuleBasedStateMachine):
         """Have the model work all items that are left, two a chunk; return the outcome."""
         held.used_chunks = True
         if not held.has_worked_all and self.model.held(held.id, held.token) is None:
-            held.batch.interrupt = None
+            held.claimed.interrupt = None
             return execution.WRITTEN
         while indexes := self.next_chunk(held):
             failed = [index for index in indexes if index in failing]
@@ -572,7 +579,7 @@ class Lives(RuleBasedStateMachine):
                 break
             saved = self.saved_by_run(held, indexes, failed)
             if not self.model.checkpoint(held.id, held.token, saved):
-                held.batch.interrupt = None
+                held.claimed.interrupt = None
                 return execution.WRITTEN
             self.took_over_unseen(held, saved)
             if is_transactional:
@@ -625,10 +632,10 @@ class Lives(RuleBasedStateMachine):
         finisher = worker.finishers[keep]
         lane: Any = SimpleNamespace(written=0)
         for held, outcome, _ in mine:
-            finisher.put(lane, held.batch, outcome)
+            finisher.put(lane, held.claimed, outcome)
         group = list(finisher.todo)
         finisher.todo.clear()
-        expected = {id(held.batch): (held, outcome) for held, _, outcome in mine}
+        expected = {id(held.claimed): (held, outcome) for held, _, outcome in mine}
         for (queue, way), entries in finisher.by_target(group).items():
             for piece in pieces(entries) if way == "complete" else [entries]:
                 lost = {entry.batch.id for entry in finisher.write(queue, piece)}

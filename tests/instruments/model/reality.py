@@ -9,7 +9,7 @@ from psycopg import sql
 
 import batchq
 from batchq.app import Handler
-from batchq.batch import Runtime
+from batchq.batch.claimed import Runtime
 from batchq.postgres.handler_connections import HandlerConnections
 from batchq.postgres.link import Link
 from batchq.postgres.statements import health

@@ -987,8 +987,8 @@ MUTANTS = [
         LIFE,
         [
             (
-                "of_group(cause_of_cancellation(batch, error))",
-                "cause_of_cancellation(batch, error)",
+                "of_group(_cause_of_cancellation(claimed, error))",
+                "_cause_of_cancellation(claimed, error)",
                 "a Snooze is no failure",
             )
         ],
@@ -1020,7 +1020,7 @@ MUTANTS = [
         "batchq/common/program.py",
     ),
     *of(
-        "def import_from_here(",
+        "def _import_from_here(",
         IMPORTS,
         [("sys.path.append(here)", "sys.path.insert(0, here)", "no file in the directory replaces a module")],
         "batchq/app.py",
