@@ -51,7 +51,7 @@ COMMENT ON COLUMN batchq.batches.status IS
 COMMENT ON COLUMN batchq.batches.payload IS 'Input of the handler: any JSON value, at most 4 MiB.';
 COMMENT ON COLUMN batchq.batches.items IS
   'Optional JSON array of items, at most 1,000,000 and 64 MiB. With items come progress, an error per failed item, checkpoints.';
-COMMENT ON COLUMN batchq.batches.priority IS 'Priority; lower values are claimed first.';
+COMMENT ON COLUMN batchq.batches.priority IS 'Claim order: lower values are claimed first.';
 COMMENT ON COLUMN batchq.batches.run_at IS 'Earliest time of a claim. Within a priority, the earliest run_at is claimed first.';
 COMMENT ON COLUMN batchq.batches.unique_key IS
   'Optional key. At most one pending or processing batch per queue, kind and key exists. Insert with ON CONFLICT DO NOTHING.';

@@ -11,8 +11,8 @@ COMMENT ON TABLE batchq.pauses IS
 COMMENT ON COLUMN batchq.pauses.queue IS 'Paused queue; null: any.';
 COMMENT ON COLUMN batchq.pauses.kind IS 'Paused kind; null: any.';
 COMMENT ON COLUMN batchq.pauses.until IS 'Time when the pause ends automatically; null: only batchq.resume ends it.';
-COMMENT ON COLUMN batchq.pauses.role IS 'Database role that called batchq.pause.';
-COMMENT ON COLUMN batchq.pauses.actor IS 'Name of the person, as given by the caller.';
+COMMENT ON COLUMN batchq.pauses.role IS 'Database role of the caller, from SET ROLE or from the login.';
+COMMENT ON COLUMN batchq.pauses.actor IS 'Name that the caller gave, for roles that several people use.';
 
 CREATE FUNCTION batchq.pause(queue text DEFAULT NULL, kind text DEFAULT NULL, until timestamptz DEFAULT NULL,
                              reason text DEFAULT NULL, actor text DEFAULT NULL) RETURNS boolean

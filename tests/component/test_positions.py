@@ -322,7 +322,7 @@ def test_a_look_does_not_walk_over_what_was_claimed_while_a_snapshot_is_held(
     conn.execute("ANALYZE batchq.batches_live")
     last = max(row.position for row in claim(conn, 5000))
     statements: list[Statement] = []
-    monkeypatch.setattr(probes, "every", lambda _, *statement: statements.append(statement) or [(False,)])
+    monkeypatch.setattr(probes, "one", lambda _, *statement: statements.append(statement) or (False,))
     for position in (START, last):
         probes.has_ready(conn, "default", 0, [KIND], position)
         statements.append(probes.ready_between("default", 0, [KIND], position, END))
