@@ -11,7 +11,7 @@ from batchq.errors import ConfigError
 def web(options: Namespace) -> int:
     """Serve the page until SIGTERM or Ctrl-C."""
     try:
-        from batchq.web import app  # its extra need not be installed for the other commands
+        from batchq.web import server  # its extra need not be installed for the other commands
         from batchq.web.settings import WebSettings
     except ModuleNotFoundError as error:
         raise ConfigError(f"batchq web needs the extra: pip install 'batchq[web]' (no module {error.name!r})") from None
@@ -22,7 +22,7 @@ def web(options: Namespace) -> int:
         pass  # a log-in of its own, once; the page's pool has up to four others, however many look
     log.configure(settings.log_format, settings.log_level)  # a visitor's address may be in a line
     errors.print(styled(f"http://{shown_host(web_settings.host)}:{web_settings.port}/"), soft_wrap=True)
-    app.serve(settings, web_settings)
+    server.serve(settings, web_settings)
     return 0
 
 

@@ -13,7 +13,7 @@ from batchq.common.terminal import put
 from batchq.errors import ConfigError
 
 if TYPE_CHECKING:
-    from batchq.web.app import Web
+    from batchq.web.server import Web
 
 EVERY_SECONDS, SHARE = 0.5, 5  # livelier than the page is elsewhere
 PORT = 8080
@@ -43,7 +43,7 @@ class Page:
 def page(dsn: str) -> Iterator[Page]:
     """Serve the page while the block runs."""
     try:
-        from batchq.web.app import Web, server_of  # its extra need not be installed for the demo without a page
+        from batchq.web.server import Web, server_of  # its extra need not be installed for the demo without a page
         from batchq.web.settings import WebSettings
     except ModuleNotFoundError as error:
         raise ConfigError(f"--web needs the extra: pip install 'batchq[web]' (no module {error.name!r})") from None

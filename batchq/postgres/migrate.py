@@ -136,7 +136,7 @@ def check_names(applied: Mapping[int, tuple[str, bool]]) -> None:
         if known.get(version, name) != name:
             raise ConfigError(
                 f"the schema was made by a batchq from before its first release ({version:04}_{name}) and cannot "
-                "be updated: keep what you need of its tables, run DROP SCHEMA batchq CASCADE, then: batchq migrate"
+                "be updated: keep what you need of its tables, run 'drop schema batchq cascade', then: batchq migrate"
             )
 
 

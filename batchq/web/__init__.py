@@ -1,1 +1,1 @@
-"""The page: ``batchq web`` shows queues, workers and batches in a browser, and takes verbs from there."""
+"""The web UI: ``batchq web`` shows queues, workers and batches in a browser, and offers actions on them."""

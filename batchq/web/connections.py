@@ -1,15 +1,15 @@
-"""The connections of the web UI, bounded, so that nobody without a password can keep everybody else out.
+"""The connections of the web UI's clients, limited so that nobody without a password can keep everybody else out.
 
 A connection that waits for its client (for the head of a request, for the body of a form, for room to send an answer)
 has a time limit. There are at most 800 connections, and at most 200 from one address; one more takes the place of the
-one that has waited longest for its client. So whoever sends a request at once is answered, however many others hold
-their connections open.
+one that has waited longest for its client. A client that sends a request immediately is therefore answered, however
+many others hold their connections open.
 """
 
 import asyncio
 import resource
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -17,56 +17,45 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from batchq.common.hosts import Network, Seldom, group_of, is_within
 from batchq.common.log import get_logger
 
-log = get_logger()
-
 MOST_CONNECTIONS = 800
 MOST_OF_AN_ADDRESS = 200
-OTHER_FILES = 100  # what the process has open besides: its connections to the database, log, code
-# How long a connection may wait for its client, by what for. An idle one is closed in good order before that.
+_OTHER_FILES = 100  # what else the process has open: database connections, log, code
+# How long a connection may wait for what its client owes it. uvicorn closes an idle one gracefully before that.
 WAIT_SECONDS = {"head": 20.0, "body": 20.0, "rest": 3.0, "room": 30.0}
+Awaited = Literal["head", "body", "rest", "room"]  # rest: of a body whose request is already answered
+
+log = get_logger()
 
 
 class Connections:
-    """The connections that are open, how many each client has, and those that wait for it, the longest first.
+    """The open connections: how many each client has, and those that wait for their client, the longest first.
 
-    One client is what `group_of` says. *proxies* may have any number: there are many people behind each. Used in the
-    event loop alone.
+    One client is what `group_of` returns. *proxies* may have any number, because each serves many people. Used in the
+    event loop only.
     """
 
     def __init__(self, proxies: tuple[Network, ...]) -> None:
-        self.proxies = proxies
-        self.open: set[PatientProtocol] = set()
+        self.open: set[TimedProtocol] = set()
         self.of_client: Counter[str] = Counter()
-        self.waiting: dict[PatientProtocol, None] = {}
-        self.reported = Seldom()
-        self.most = max(10, min(MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FILES))
+        self.waiting: dict[TimedProtocol, None] = {}
+        self.most = max(10, min(MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHER_FILES))
+        self._proxies = proxies
+        self._reported = Seldom()
 
-    def take_in(self, connection: "PatientProtocol") -> bool:
-        """Take in a new connection, to which another one may give way. Return whether there is room for it."""
+    def admit(self, connection: "TimedProtocol") -> bool:
+        """Add a new connection, dropping another one if necessary. Return False, and log, if there is no room."""
         address = connection.address
-        is_proxy = is_within(address, self.proxies)
-        if self.of_client[address] >= MOST_OF_AN_ADDRESS and not is_proxy and not self.give_way(address):
-            return False
-        if len(self.open) >= self.most and not self.give_way():
-            return False
+        is_proxy = is_within(address, self._proxies)
+        if self.of_client[address] >= MOST_OF_AN_ADDRESS and not is_proxy and not self._drop_one(address):
+            return self._refuse(address)
+        if len(self.open) >= self.most and not self._drop_one():
+            return self._refuse(address)
         self.open.add(connection)
         self.of_client[address] += 1
         return True
 
-    def give_way(self, address: str | None = None) -> bool:
-        """Drop the connection, *address* if given, that has waited longest. Return whether there was one."""
-        found = next((one for one in self.waiting if address in (None, one.address)), None)
-        if found:
-            found.drop()
-        return found is not None
-
-    def report(self, address: str) -> None:
-        """Log once a minute that a connection was refused."""
-        if self.reported():
-            log.warning("connections refused: too many; name a proxy in BATCHQ_WEB_PROXIES", address=address)
-
-    def forget(self, connection: "PatientProtocol") -> None:
-        """Count a connection no longer."""
+    def remove(self, connection: "TimedProtocol") -> None:
+        """Stop counting a connection."""
         self.waiting.pop(connection, None)
         if connection in self.open:
             self.open.discard(connection)
@@ -74,83 +63,93 @@ class Connections:
             if not self.of_client[connection.address]:
                 del self.of_client[connection.address]
 
+    def _drop_one(self, address: str | None = None) -> bool:
+        """Drop the connection, of *address* if given, that has waited longest. Return whether there was one."""
+        found = next((one for one in self.waiting if address in (None, one.address)), None)
+        if found:
+            found.drop()
+        return found is not None
 
-class PatientProtocol(H11Protocol):
-    """Serves one connection, but waits for its client only so long."""
+    def _refuse(self, address: str) -> bool:
+        if self._reported():
+            log.warning("connections refused: too many; name a proxy in BATCHQ_WEB_PROXIES", address=address)
+        return False
+
+
+class TimedProtocol(H11Protocol):
+    """Serves one connection, with a limit on each wait for its client."""
 
     table: Connections
     address = ""
-    stage: tuple[str, Any] = ("", None)
-    timer: asyncio.TimerHandle | None = None
+    _stage: tuple[Awaited | None, Any] = (None, None)
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, if there is room."""
+        """Serve it if there is room."""
         super().connection_made(transport)
         self.address = group_of(self.client[0] if self.client else "")
-        if self.table.take_in(self):
-            self.follow()
+        if self.table.admit(self):
+            self._follow()
         else:
-            self.table.report(self.address)
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
-        self.stop_waiting()
-        self.table.forget(self)
+        """Stop counting it."""
+        self._stop_waiting()
+        self.table.remove(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Read on."""
         super().data_received(data)
-        self.follow()
+        self._follow()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
+        """Await the next request."""
         super().on_response_complete()
-        self.follow()
+        self._follow()
 
     def pause_writing(self) -> None:
-        """Wait until the client has read some of the answer."""
+        """Wait for room."""
         super().pause_writing()
-        self.follow()
+        self._follow()
 
     def resume_writing(self) -> None:
-        """Send on."""
+        """Continue to send."""
         super().resume_writing()
-        self.follow()
+        self._follow()
 
-    def waits_for(self) -> str:
-        """Return what the connection waits for from its client, "" if the client waits for an answer."""
-        if self.flow.write_paused or self.transport.is_closing():  # it closes when all is sent
+    def drop(self) -> None:
+        """Abort the connection."""
+        self._stop_waiting()
+        self.table.remove(self)
+        self.transport.abort()
+
+    def _awaited(self) -> Awaited | None:
+        """Return what the client owes; None while the server owes an answer."""
+        if self.flow.write_paused or self.transport.is_closing():  # a closing transport still sends its buffer
             return "room"
         if self.cycle is None or self.cycle.response_complete:
             return "rest" if self.conn.their_state is h11.SEND_BODY else "head"
-        return "body" if self.cycle.more_body else ""
+        return "body" if self.cycle.more_body else None
 
-    def follow(self) -> None:
-        """Begin or end a time limit, if what the connection waits for has changed. A byte more prolongs none."""
-        stage = (self.waits_for(), self.cycle)
-        if stage == self.stage:
+    def _follow(self) -> None:
+        """Start or stop a time limit if what the client owes has changed. Another byte extends no limit."""
+        stage = (self._awaited(), self.cycle)
+        if stage == self._stage:
             return
-        self.stop_waiting()
-        self.stage = stage
+        self._stop_waiting()
+        self._stage = stage
         if stage[0]:
             self.table.waiting[self] = None
-            self.timer = self.loop.call_later(WAIT_SECONDS[stage[0]], self.drop)
+            self._timer = self.loop.call_later(WAIT_SECONDS[stage[0]], self.drop)
 
-    def stop_waiting(self) -> None:
-        """End the time limit."""
+    def _stop_waiting(self) -> None:
         self.table.waiting.pop(self, None)
-        if self.timer:
-            self.timer.cancel()
-
-    def drop(self) -> None:
-        """Cut the connection."""
-        self.stop_waiting()
-        self.table.forget(self)
-        self.transport.abort()
+        if self._timer:
+            self._timer.cancel()
 
 
-def protocol_of(proxies: tuple[Network, ...]) -> type[PatientProtocol]:
-    """Return the protocol of one server, whose connections know of each other."""
-    return type("BoundedProtocol", (PatientProtocol,), {"table": Connections(proxies)})
+def protocol_of(proxies: tuple[Network, ...]) -> type[TimedProtocol]:
+    """Return the protocol for one server, whose connections share a table."""
+    return type("ServerProtocol", (TimedProtocol,), {"table": Connections(proxies)})

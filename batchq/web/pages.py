@@ -1,4 +1,4 @@
-"""The pages: what each reads, and the template that shows it. A page's live part is a template of its own."""
+"""The pages of the web UI: what each one reads, and the template that shows it. A live part has its own template."""
 
 from typing import Any
 
@@ -8,35 +8,36 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from batchq.web import bulk, charts, reads, shown
-from batchq.web.auth import Guard
+from batchq.web import bulk, charts, formats, reads
+from batchq.web.guard import guard_of
 from batchq.web.reads import HIGHEST_ID, MOST_CHARACTERS, MOST_ROWS, PAGE_ROWS, Reader, Row
 from batchq.web.verbs import VERBS
 
-STATUSES = ("ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
-MOST_FAILURES = 12
-FINAL = ("completed", "failed", "cancelled")
+_STATUSES = ("ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
+_FINAL = ("completed", "failed", "cancelled")
+_MOST_FAILURES = 12
+_MOST_FILTER_CHARACTERS = 300
 
 
-def environment() -> Environment:
-    """Return what renders: everything is escaped, and hidden characters are spelled out."""
+def _environment() -> Environment:
+    """Return an environment that escapes everything and spells out hidden characters."""
     made = Environment(
         loader=PackageLoader("batchq.web"),
         autoescape=True,
-        finalize=shown.visible,
+        finalize=formats.visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     made.filters |= {
-        "duration": shown.duration, "number": shown.number, "percent": shown.percent, "worked": shown.worked,
-        "query": lambda given: shown.query(**given), "as_it_is": as_it_is,
+        "duration": formats.duration, "number": formats.number, "percent": formats.percent,
+        "processed": formats.processed, "query": lambda given: formats.query(**given), "as_it_is": _as_it_is,
     }  # fmt: skip
-    made.globals |= {"count": shown.count, "link": shown.query, "statuses": STATUSES, "verbs": VERBS}
+    made.globals |= {"count": formats.count, "link": formats.query, "statuses": _STATUSES, "verbs": VERBS}
     return made
 
 
-def as_it_is(text: str | None) -> Markup:
-    """Return a text for a field that is sent back: escaped, its hidden characters kept."""
+def _as_it_is(text: str | None) -> Markup:
+    """Return a text for a field that is sent back: escaped, but with its hidden characters."""
     return escape(text or "")
 
 
@@ -44,147 +45,144 @@ class Pages:
     """Makes pages. Its methods block; Starlette calls them in threads."""
 
     def __init__(self, reader: Reader, read_only: bool) -> None:
-        self.reader = reader
         self.read_only = read_only
-        self.templates = environment()
-
-    def render(self, template: str, **values: Any) -> str:
-        """Return a template filled in."""
-        return self.templates.get_template(template).render(read_only=self.read_only, **values)
+        self._reader = reader
+        self._templates = _environment()
 
     def page(self, request: Request, template: str, code: int = 200, **values: Any) -> HTMLResponse:
-        """Answer with a whole page."""
-        guard: Guard = request.scope["guard"]
-        text = self.render(
+        """Return a whole page."""
+        guard = guard_of(request)
+        text = self._render(
             template,
             path=request.url.path,
             has_login=bool(guard.settings.secrets),
             form_token=guard.sessions.form_token(request.scope["session"]),
-            said=VERBS.get(request.query_params.get("said", "")),
+            done=VERBS.get(request.query_params.get("said", "")),
             **values,
         )
         return HTMLResponse(text, code)
 
-    # -------------------------------------------------------------------------------------------------- live parts
+    def problem(self, request: Request, code: int, text: str) -> HTMLResponse:
+        """Return a page that says what went wrong."""
+        return self.page(request, "problem.html", code, title=text[:1].upper() + text[1:])
+
+    def _render(self, template: str, **values: Any) -> str:
+        return self._templates.get_template(template).render(read_only=self.read_only, **values)
 
     def live_part(self, name: str) -> str:
         """Return the live part of a page: overview, workers, or batch/ID. Raises HTTPException 404."""
         if name == "overview":
-            return self.render("overview_live.html", **self.overview_values())
+            return self._render("overview_live.html", **self._overview_values())
         if name == "workers":
-            return self.render("workers_live.html", workers=self.reader.read("workers", limit=MOST_ROWS))
-        return self.render("batch_live.html", **self.batch_values(batch_id_of(name.removeprefix("batch/"))))
+            return self._render("workers_live.html", workers=self._workers())
+        return self._render("batch_live.html", **self._batch_values(_batch_id(name.removeprefix("batch/"))))
 
-    def overview_values(self) -> dict[str, Any]:
-        """Read the overview."""
-        queues = self.reader.read("queues", limit=MOST_ROWS)
-        minutes = self.reader.read("minutes")
+    def _overview_values(self) -> dict[str, Any]:
+        queues = self._reader.read("queues", limit=MOST_ROWS)
+        minutes = self._reader.read("minutes")
         return {
             "queues": queues,
             "bars": charts.bars(minutes),
             "sparks": charts.sparks(minutes),
-            "failures": self.reader.read("failures", limit=MOST_FAILURES),
-            "workers": self.reader.read("workers", limit=MOST_ROWS),
-            "pauses": self.reader.read("pauses"),
-            "totals": totals(queues),
+            "failures": self._reader.read("failures", limit=_MOST_FAILURES),
+            "workers": self._workers(),
+            "pauses": self._reader.read("pauses"),
+            "totals": _totals(queues),
         }
 
-    def batch_values(self, batch_id: int) -> dict[str, Any]:
-        """Read a batch, but its input. Raises HTTPException 404."""
-        found = self.reader.read("batch", id=batch_id)
-        if not found:
-            raise HTTPException(404, f"there is no batch {batch_id}")
-        batch = found[0]
-        errors = self.reader.read("errors", id=batch_id)
-        return {"batch": batch, "errors": errors, "left_seconds": left_seconds(batch), "actions": actions(batch)}
+    def _workers(self) -> list[Row]:
+        return self._reader.read("workers", limit=MOST_ROWS)
 
-    # ------------------------------------------------------------------------------------------------------- pages
+    def _batch_values(self, batch_id: int) -> dict[str, Any]:
+        """Read a batch, except its payload, cursor, result and items. Raises HTTPException 404."""
+        found = self._reader.read("batch", id=batch_id)
+        if not found:
+            raise HTTPException(404, f"no batch {batch_id}")
+        [batch] = found
+        errors = self._reader.read("errors", id=batch_id)
+        return {"batch": batch, "errors": errors, "left_seconds": _left_seconds(batch), "actions": _actions(batch)}
 
     def overview(self, request: Request) -> HTMLResponse:
-        """Queues, rates, failures and workers."""
-        return self.page(request, "overview.html", live="overview", **self.overview_values())
+        """Show queues, rates, failures and workers."""
+        return self.page(request, "overview.html", live="overview", **self._overview_values())
 
     def workers(self, request: Request) -> HTMLResponse:
-        """The workers that live, or were seen within the hour."""
-        return self.page(request, "workers.html", live="workers", workers=self.reader.read("workers", limit=MOST_ROWS))
+        """Show the workers."""
+        return self.page(request, "workers.html", live="workers", workers=self._workers())
 
     def batches(self, request: Request) -> Response:
-        """Batches, the newest first, by filters; or straight to one, by its id."""
+        """List batches by filters, the newest first; or redirect to one, by its id."""
         given = request.query_params
         if (wanted := given.get("id", "").strip()).isdecimal():
             return RedirectResponse(f"/batches/{int(wanted[:19])}", 303)
-        chosen = {name: given.get(name, "").strip()[:300] or None for name in ("queue", "kind", "status", "error")}
-        if chosen["status"] not in STATUSES:
+        names = ("queue", "kind", "status", "error")
+        chosen = {name: given.get(name, "").strip()[:_MOST_FILTER_CHARACTERS] or None for name in names}
+        if chosen["status"] not in _STATUSES:
             chosen["status"] = None
         if any("\0" in (text or "") for text in chosen.values()):
-            raise HTTPException(400, "a filter has a NUL character")
-        question = reads.batch_list(before=given.get("before"), **chosen)
-        rows, next_key, looked_at = self.reader.ask(question)
+            raise HTTPException(400, "a filter contains a NUL character")
+        rows, next_key, searched = self._reader.ask(reads.batch_list(before=given.get("before"), **chosen))
         return self.page(
-            request, "batches.html", batches=rows, next_key=next_key, looked_at=looked_at, chosen=chosen,
+            request, "batches.html", batches=rows, next_key=next_key, searched=searched, chosen=chosen,
             is_filtered=any(chosen.values()), is_first=not given.get("before"),
             in_bulk=bulk.verbs_for(chosen["status"]),
         )  # fmt: skip
 
     def batch(self, request: Request) -> HTMLResponse:
-        """One batch: where it stands, its attempts, its input, its failed items."""
-        batch_id = batch_id_of(request.path_params["id"])
+        """Show one batch: its progress, attempts, payload and failed items."""
+        batch_id = _batch_id(request.path_params["id"])
         after = request.query_params.get("after", "-1")
         after_item = int(after) if after.isdecimal() and len(after) < 10 else -1
-        values = self.batch_values(batch_id)
-        inputs = self.reader.read("inputs", id=batch_id, most=MOST_CHARACTERS)
-        items = self.reader.read("failed_items", id=batch_id, after=after_item, limit=PAGE_ROWS + 1)
+        values = self._batch_values(batch_id)
+        inputs = self._reader.read("inputs", id=batch_id, most=MOST_CHARACTERS)
+        items = self._reader.read("failed_items", id=batch_id, after=after_item, limit=PAGE_ROWS + 1)
         more = items[PAGE_ROWS - 1]["item_index"] if len(items) > PAGE_ROWS else None
         return self.page(
             request, "batch.html", live=f"batch/{batch_id}", inputs=inputs, most_characters=MOST_CHARACTERS,
             items=items[:PAGE_ROWS], after_item=after_item, more_items=more, **values,
         )  # fmt: skip
 
-    def schedules(self, request: Request) -> HTMLResponse:
-        """The place of schedules."""
-        return self.page(request, "schedules.html")
-
     def audit(self, request: Request) -> HTMLResponse:
-        """What people did, and why."""
+        """List the recorded actions, the newest first."""
         before = request.query_params.get("before", "")
         before_id = int(before) if before.isdecimal() and len(before) < 19 else None
-        rows = self.reader.read("audit", before=before_id, limit=PAGE_ROWS + 1)
+        rows = self._reader.read("audit", before=before_id, limit=PAGE_ROWS + 1)
         older = rows[PAGE_ROWS - 1]["id"] if len(rows) > PAGE_ROWS else None
         return self.page(request, "audit.html", entries=rows[:PAGE_ROWS], older=older, is_first=before_id is None)
 
 
-def batch_id_of(text: str) -> int:
-    """Return the id of a batch. Raises HTTPException 404."""
+def _batch_id(text: str) -> int:
+    """Return the id in an address. Raises HTTPException 404."""
     number = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else 0
     if not 0 < number <= HIGHEST_ID:
-        raise HTTPException(404, "there is no such batch")
+        raise HTTPException(404, "no such batch")
     return number
 
 
-def totals(queues: list[Row]) -> dict[str, Any]:
+def _totals(queues: list[Row]) -> dict[str, Any]:
     """Return the sums over all queues and kinds, and the longest wait."""
     names = ("ready", "scheduled", "processing", "stalled", "failed")
-    sums: dict[str, Any] = {name: sum(row[name] for row in queues) for name in names}
     waits = [row["oldest_wait_seconds"] for row in queues if row["oldest_wait_seconds"] is not None]
-    sums["estimated"] = [name for name in names if any(name in row["estimated"] for row in queues)]
-    sums["oldest_wait_seconds"] = max(waits, default=None)
-    sums["finished_per_second"] = sum(row["finished_per_second"] for row in queues)
-    return sums
+    return {name: sum(row[name] for row in queues) for name in (*names, "finished_per_second")} | {
+        "estimated": [name for name in names if any(name in row["estimated"] for row in queues)],
+        "oldest_wait_seconds": max(waits, default=None),
+    }
 
 
-def left_seconds(batch: Row) -> float | None:
-    """Return about how long a batch will go on, by the pace of its first attempt; None where that tells nothing."""
-    worked = shown.worked(batch)
-    is_told = batch["status"] == "processing" and batch["items_total"] and worked and batch["attempt"] == 1
-    if not is_told or not batch["running_seconds"]:
+def _left_seconds(batch: Row) -> float | None:
+    """Estimate how long a batch will still run, from the rate of its first attempt; None in later attempts, whose rate
+    does not include what earlier ones did."""
+    done = formats.processed(batch)
+    is_first_attempt = batch["status"] == "processing" and batch["attempt"] == 1
+    if not (is_first_attempt and batch["items_total"] and done and batch["running_seconds"]):
         return None
-    return float((batch["items_total"] - worked) * batch["running_seconds"] / worked)
+    return float((batch["items_total"] - done) * batch["running_seconds"] / done)
 
 
-def actions(batch: Row) -> list[str]:
-    """Return the verbs that would change a batch as it stands."""
+def _actions(batch: Row) -> list[str]:
+    """Return the verbs that would change a batch in its present status."""
     status = batch["status"]
-    if status in FINAL:
+    if status in _FINAL:
         again = ["retry_items"] if batch["items_failed"] else []
         return [*again, *([] if status == "completed" else ["retry"]), "retry_whole"]
     if status in ("processing", "stalled"):

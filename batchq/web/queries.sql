@@ -1,5 +1,5 @@
--- What the page reads and calls, a statement each, named for batchq/web/reads.py. Texts that a batch brings along are
--- cut here, before they travel: they may be megabytes. Times come as text in UTC, durations in seconds.
+-- The statements of the web UI, by the names that batchq/web/reads.py uses. Long texts of batches are shortened here,
+-- in the database, because they may be megabytes. Times are text in UTC, durations are seconds.
 
 -- name: only_read
 SELECT set_config('transaction_read_only', 'on', true), set_config('jit', 'off', true)
@@ -35,18 +35,22 @@ ORDER BY latest_at DESC
 LIMIT %(limit)s
 
 -- name: workers
-SELECT id, hostname, pid, version, queues, kinds, concurrency, in_hand, stopping,
-       drain_asked_at IS NOT NULL AS is_draining,
-       heartbeat_at < now() - interval '1 minute' AS is_silent,
+SELECT id, hostname, pid, version, queues, kinds, concurrency, in_hand,
+       CASE
+         WHEN heartbeat_at < now() - interval '1 minute' THEN 'gone'
+         WHEN stopping THEN 'stopping'
+         WHEN drain_asked_at IS NOT NULL THEN 'draining'
+         ELSE 'working'
+       END AS state,
        extract(epoch FROM now() - started_at)::float8 AS up_seconds,
-       extract(epoch FROM now() - heartbeat_at)::float8 AS silent_seconds
+       extract(epoch FROM now() - heartbeat_at)::float8 AS heartbeat_seconds
 FROM batchq.workers
-ORDER BY is_silent, id
+ORDER BY heartbeat_at < now() - interval '1 minute', id
 LIMIT %(limit)s
 
 -- name: pauses
 SELECT queue, kind, to_char(until AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS until_utc, reason,
-       coalesce(actor, role) AS who, extract(epoch FROM now() - paused_at)::float8 AS paused_seconds
+       coalesce(actor, role) AS actor, extract(epoch FROM now() - paused_at)::float8 AS paused_seconds
 FROM batchq.pauses
 WHERE until IS NULL OR until > now()
 ORDER BY queue NULLS FIRST, kind NULLS FIRST
@@ -60,7 +64,7 @@ WHERE (%(before)s::bigint IS NULL OR id < %(before)s)
 ORDER BY id DESC
 LIMIT %(limit)s
 
--- name: looked_at_by_id
+-- name: searched_by_id
 WITH finished AS (
   SELECT b.id, b.queue, b.kind, b.status, b.run_at, b.lease_expires_at, b.created_at, b.claimed_at,
          b.finished_at, b.items_total, b.items_done, b.items_failed, b.attempt, b.max_attempts, b.priority,
@@ -69,23 +73,23 @@ WITH finished AS (
   WHERE b.id < %(before_id)s
     AND b.status = ANY (%(final_statuses)s)
   ORDER BY b.id DESC
-  LIMIT %(look)s
+  LIMIT %(most)s
 ), live AS (
   SELECT b.id, b.queue, b.kind, b.status, b.run_at, b.lease_expires_at, b.created_at, b.claimed_at,
          b.finished_at, b.items_total, b.items_done, b.items_failed, b.attempt, b.max_attempts, b.priority,
          b.unique_key, b.errors
   FROM batchq.batches_live b
-  WHERE b.id = ANY (ARRAY(SELECT batchq.newest_live(NULL, NULL, NULL, %(before_id)s, %(look)s)))
+  WHERE b.id = ANY (ARRAY(SELECT batchq.newest_live(NULL, NULL, NULL, %(before_id)s, %(most)s)))
     AND b.status = ANY (%(statuses)s)
-), looked_at AS MATERIALIZED (
+), searched AS MATERIALIZED (
   SELECT b.*, b.id::text AS key, row_number() OVER (ORDER BY b.id DESC) AS number
   FROM (SELECT * FROM finished UNION ALL SELECT * FROM live) b
   ORDER BY b.id DESC
-  LIMIT %(look)s
+  LIMIT %(most)s
 )
 
--- name: looked_at_processing
-WITH looked_at AS MATERIALIZED (
+-- name: searched_processing
+WITH searched AS MATERIALIZED (
   SELECT b.*, b.id::text AS key, row_number() OVER (ORDER BY b.id DESC) AS number
   FROM (SELECT l.id, l.queue, l.kind, l.status, l.run_at, l.lease_expires_at, l.created_at, l.claimed_at,
                l.finished_at, l.items_total, l.items_done, l.items_failed, l.attempt, l.max_attempts, l.priority,
@@ -105,11 +109,11 @@ WITH looked_at AS MATERIALIZED (
         LIMIT 20000) b
   WHERE b.id < %(before_id)s
   ORDER BY b.id DESC
-  LIMIT %(look)s
+  LIMIT %(most)s
 )
 
--- name: looked_at_failed
-WITH looked_at AS MATERIALIZED (
+-- name: searched_failed
+WITH searched AS MATERIALIZED (
   SELECT b.id, extract(epoch FROM b.finished_at)::text || ' ' || b.id AS key, b.queue, b.kind, b.status, b.run_at,
          b.lease_expires_at, b.created_at, b.claimed_at, b.finished_at, b.items_total, b.items_done, b.items_failed,
          b.attempt, b.max_attempts, b.priority, b.unique_key, b.errors,
@@ -118,7 +122,7 @@ WITH looked_at AS MATERIALIZED (
   WHERE b.status = 'failed'
     AND (b.finished_at, b.id) < (to_timestamp(%(before_time)s::float8), %(before_id)s)
   ORDER BY b.finished_at DESC, b.id DESC
-  LIMIT %(look)s
+  LIMIT %(most)s
 )
 
 -- name: matching
@@ -132,7 +136,7 @@ WITH looked_at AS MATERIALIZED (
            ELSE l.status
          END AS shown_status,
          l.errors -> -1 ->> 'error' AS error
-  FROM looked_at l
+  FROM searched l
   WHERE (%(queue)s::text IS NULL OR l.queue = %(queue)s)
     AND (%(kind)s::text IS NULL OR l.kind = %(kind)s)
 ), page AS MATERIALIZED (
@@ -146,12 +150,12 @@ WITH looked_at AS MATERIALIZED (
 SELECT id, key, queue, kind, shown_status AS status, items_total, items_done, items_failed, attempt, max_attempts,
        priority, left(error, 200) AS error,
        CASE WHEN isfinite(created_at) THEN extract(epoch FROM now() - created_at)::float8 END AS age_seconds,
-       (SELECT count(*) FROM looked_at) AS looked_at, (SELECT l.key FROM looked_at l ORDER BY number DESC LIMIT 1) AS last_key
+       (SELECT count(*) FROM searched) AS searched, (SELECT l.key FROM searched l ORDER BY number DESC LIMIT 1) AS last_key
 FROM page
 UNION ALL
 SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, count(*),
-       (SELECT l.key FROM looked_at l ORDER BY number DESC LIMIT 1)
-FROM looked_at
+       (SELECT l.key FROM searched l ORDER BY number DESC LIMIT 1)
+FROM searched
 WHERE NOT EXISTS (SELECT FROM page)
 
 -- name: batch

@@ -1,4 +1,4 @@
-"""What the page reads: each in a short read-only transaction, with a time limit, on a connection of a small pool."""
+"""The database connections of the web UI: a small pool, and short transactions with a time limit."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,95 +17,91 @@ POOL_SIZE = 4
 READ_SECONDS = 5.0
 MOST_ROWS = 500
 PAGE_ROWS = 50
-LOOK_ROWS = 5000  # how many batches one page of a filtered list looks at
+LOOK_ROWS = 5000  # how many batches one page of a filtered list searches
 MOST_CHARACTERS = 20_000  # of a payload
 HIGHEST_ID = 2**63 - 1
 SQL = running.statements_of(Path(__file__).with_name("queries.sql"))
-BASES = {
+_STORED_STATUSES = {
     "ready": ["pending"],
     "scheduled": ["pending"],
     "retrying": ["pending"],
     "completed": ["completed"],
     "cancelled": ["cancelled"],
 }
-EVERY_BASE = ["pending", "processing", "completed", "failed", "cancelled"]
+_EVERY_STATUS = ["pending", "processing", "completed", "failed", "cancelled"]
+_SEARCHES = {"failed": "searched_failed", "processing": "searched_processing", "stalled": "searched_processing"}
 
 
 class Reader:
-    """The page's few connections."""
+    """The pool. Each method runs one transaction, and raises QueryCanceled if it takes too long, or DatabaseAway."""
 
     def __init__(self, dsn: str, seconds: float = READ_SECONDS) -> None:
-        self.connections = HandlerConnections(
+        self._pool = HandlerConnections(
             dsn, POOL_SIZE, seconds, seconds, queue_seconds=seconds, cleans=False, settings=session.PLAIN
         )
 
     def open(self) -> None:
         """Connect. Raises PoolTimeout."""
-        self.connections.open()
+        self._pool.open()
 
     def close(self) -> None:
         """Close the connections."""
-        self.connections.close()
+        self._pool.close()
 
     def read(self, name: str, **parameters: Any) -> list[Row]:
-        """Return the rows of a named statement, run alone in a read-only transaction. Raises QueryCanceled if it takes
-        too long, DatabaseAway."""
-        with self.connections.transaction() as conn:
-            conn.execute(SQL["only_read"])
-            return rows(conn, SQL[name], parameters)
+        """Return the rows of a named statement, from a read-only transaction."""
+        return self.ask(lambda conn: _rows(conn, SQL[name], parameters))  # type: ignore[no-any-return]
 
     def ask(self, question: Callable[[Conn], Any]) -> Any:
-        """Return what *question* returns, asked in a read-only transaction."""
-        with self.connections.transaction() as conn:
+        """Return what *question* returns, from a read-only transaction."""
+        with self._pool.transaction() as conn:
             conn.execute(SQL["only_read"])
             return question(conn)
 
     def act(self, action: Callable[[Conn], Any]) -> Any:
-        """Return what *action* returns, done in a transaction of its own. Commits."""
-        with self.connections.transaction() as conn:
+        """Return what *action* returns. Commits."""
+        with self._pool.transaction() as conn:
             return action(conn)
 
     def call(self, verb: str, **parameters: Any) -> Any:
-        """Call a named verb in a transaction of its own, and return what it returns. Commits."""
-        with self.connections.transaction() as conn:
-            [row] = rows(conn, SQL[verb], parameters)
-            return next(iter(row.values()))
+        """Return what the statement of a verb returns. Commits."""
+        [row] = self.act(lambda conn: _rows(conn, SQL[verb], parameters))
+        return next(iter(row.values()))
 
 
-def rows(conn: Conn, statement: bytes, parameters: Row) -> list[Row]:
-    """Return rows as dicts."""
+def _rows(conn: Conn, statement: bytes, parameters: Row) -> list[Row]:
     return conn.cursor(row_factory=dict_row).execute(statement, parameters or None).fetchall()
 
 
 def batch_list(
     queue: str | None, kind: str | None, status: str | None, error: str | None, before: str | None
 ) -> Callable[[Conn], tuple[list[Row], str | None, int]]:
-    """Return what reads a page of batches: rows, the key of the next page (None: there is none), how many batches were
-    looked at. However rare the matches, a page looks at 5,000 batches at most; then the next one goes on."""
-    before_time, before_id = read_key(before, is_failed=status == "failed")
+    """Return a question for `Reader.ask` that reads one page of batches: its rows, the key of the next page (None: this
+    is the last one), and how many batches it searched, at most 5,000 however rare the matches are."""
+    before_time, before_id = _read_key(before, is_failed=status == "failed")
     is_filtered = any((queue, kind, error, status in ("ready", "scheduled", "retrying", "stalled")))
-    look = LOOK_ROWS if is_filtered else PAGE_ROWS + 1
-    looked_at = {"failed": "looked_at_failed", "processing": "looked_at_processing", "stalled": "looked_at_processing"}
-    statement = SQL[looked_at.get(status or "", "looked_at_by_id")] + SQL["matching"]
+    most = LOOK_ROWS if is_filtered else PAGE_ROWS + 1
+    statement = SQL[_SEARCHES.get(status or "", "searched_by_id")] + SQL["matching"]
+    statuses = _STORED_STATUSES.get(status or "", _EVERY_STATUS)
     parameters = {
-        "queue": queue, "kind": kind, "status": status, "error": error, "look": look, "limit": PAGE_ROWS,
-        "before_time": before_time, "before_id": before_id, "statuses": BASES.get(status or "", EVERY_BASE),
-        "final_statuses": [final for final in views.FINAL_STATUSES if final in BASES.get(status or "", EVERY_BASE)],
+        "queue": queue, "kind": kind, "status": status, "error": error, "most": most, "limit": PAGE_ROWS,
+        "before_time": before_time, "before_id": before_id, "statuses": statuses,
+        "final_statuses": [final for final in views.FINAL_STATUSES if final in statuses],
     }  # fmt: skip
 
     def read(conn: Conn) -> tuple[list[Row], str | None, int]:
-        found = rows(conn, statement, parameters)
-        looked, last_key = found[0]["looked_at"], found[0]["last_key"]
+        found = _rows(conn, statement, parameters)
+        searched, last_key = found[0]["searched"], found[0]["last_key"]
         page = [row for row in found if row["id"] is not None]
         if len(page) > PAGE_ROWS:
-            return page[:PAGE_ROWS], page[PAGE_ROWS - 1]["key"], looked
-        return page, last_key if looked == look else None, looked
+            return page[:PAGE_ROWS], page[PAGE_ROWS - 1]["key"], searched
+        return page, last_key if searched == most else None, searched
 
     return read
 
 
-def read_key(key: str | None, is_failed: bool) -> tuple[float, int]:
-    """Return time and id of a page's key; of the first page where it is none."""
+def _read_key(key: str | None, is_failed: bool) -> tuple[float, int]:
+    """Return the time and id in a page's key; those of the first page if it is not a key."""
     try:
         time_text, _, id_text = (key or "").rpartition(" ")
         before_id = int(id_text)

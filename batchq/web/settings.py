@@ -1,4 +1,4 @@
-"""Settings of the page: flags, or ``BATCHQ_WEB_*`` in the environment or in ``.env``; its secrets never as flags."""
+"""Settings of the web UI: flags, or ``BATCHQ_WEB_*`` in the environment or in ``.env``; its secrets never as flags."""
 
 import ipaddress
 from typing import Annotated, Any, Self
@@ -11,11 +11,11 @@ from batchq.common.hosts import Network, host_names
 from batchq.common.secrets import know_password
 from batchq.errors import ConfigError
 
-SHORTEST_SECRET = 8
+_SHORTEST_SECRET = 8
 
 
 class WebSettings(FileSettings):
-    """Where the page listens, and whom it lets in."""
+    """Where the web UI listens, and who may use it. docs/web.md explains each setting."""
 
     model_config = SettingsConfigDict(env_prefix="BATCHQ_WEB_", extra="ignore", frozen=True, hide_input_in_errors=True)
 
@@ -29,52 +29,47 @@ class WebSettings(FileSettings):
 
     @field_validator("hosts", mode="before")
     @classmethod
-    def split_hosts(cls, value: Any) -> Any:
-        """Take ``"a.example, .b.example"`` as well as a sequence."""
+    def _split_hosts(cls, value: Any) -> Any:
         return host_names(value)
 
     @field_validator("proxies", mode="before")
     @classmethod
-    def split(cls, value: Any) -> Any:
-        """Take ``"10.0.0.0/8, ::1"`` as well as a sequence."""
-        return (
-            tuple(name.strip().lower() for name in value.split(",") if name.strip())
-            if isinstance(value, str)
-            else value
-        )
+    def _split_proxies(cls, value: Any) -> Any:
+        """Accept ``"10.0.0.0/8, ::1"`` as well as a sequence."""
+        names = value.split(",") if isinstance(value, str) else None
+        return value if names is None else tuple(name.strip().lower() for name in names if name.strip())
 
     @property
     def secrets(self) -> list[str]:
-        """The password and the token, those that are set."""
+        """The password and the token, if set."""
         return [text for secret in (self.password, self.token) if (text := secret.get_secret_value())]
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
-        """Return the settings, *overrides* (those that are not None) first. Raises ConfigError."""
+        """Return the settings; *overrides* that are not None take precedence. Raises ConfigError."""
         try:
             settings = cls(**{name: value for name, value in overrides.items() if value is not None})
         except ValidationError as error:
             problems = error.errors(include_url=False, include_input=False)
-            said = "; ".join(f"BATCHQ_WEB_{str(one['loc'][0]).upper()}: {one['msg']}" for one in problems)
-            raise ConfigError(said) from None
-        settings.check()
+            text = "; ".join(f"BATCHQ_WEB_{str(one['loc'][0]).upper()}: {one['msg']}" for one in problems)
+            raise ConfigError(text) from None
+        settings._check()
         for secret in settings.secrets:
             know_password(secret)
         return settings
 
-    def check(self) -> None:
-        """Raise ConfigError if the page would be open to others."""
-        if any(len(secret) < SHORTEST_SECRET for secret in self.secrets):
-            raise ConfigError(f"BATCHQ_WEB_PASSWORD and BATCHQ_WEB_TOKEN have at least {SHORTEST_SECRET} characters")
-        if not self.secrets and not is_loopback(self.host):
+    def _check(self) -> None:
+        """Raise ConfigError if strangers could get in."""
+        if any(len(secret) < _SHORTEST_SECRET for secret in self.secrets):
+            raise ConfigError(f"BATCHQ_WEB_PASSWORD and BATCHQ_WEB_TOKEN need at least {_SHORTEST_SECRET} characters")
+        if not self.secrets and not _is_loopback(self.host):
             raise ConfigError(
-                f"batchq web does not listen on {self.host} for everybody: "
-                "set BATCHQ_WEB_PASSWORD or BATCHQ_WEB_TOKEN, or leave --host out"
+                f"without a password, batchq web does not listen on {self.host}; "
+                "set BATCHQ_WEB_PASSWORD or BATCHQ_WEB_TOKEN, or omit --host"
             )
 
 
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches an address."""
+def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -171,7 +171,7 @@ def test_the_how_tos_work(dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "send_receipt pending": 2,  # one by the statement, one by the request
         "greet_customer pending": 1,
         "refresh_prices pending": 1,
-        "summarise completed": 1,
+        "summarize completed": 1,
     }
 
 
@@ -184,7 +184,7 @@ def use_how_to(module: ModuleType, dsn: str) -> None:
         assert answer.json()["batch"] > 0
         return
     with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn:
-        enqueue(conn, "summarise", items=[{"id": number, "text": "a text"} for number in range(200)], max_attempts=3)
+        enqueue(conn, "summarize", items=[{"id": number, "text": "a text"} for number in range(200)], max_attempts=3)
     drain(module.app, dsn)
 
 

@@ -1,4 +1,4 @@
-"""The page in a real browser: it lives, it obeys its policy, hostile texts are text, and people can read and use it."""
+"""The web UI in a real browser: it is live, it obeys its policy, hostile texts are text, and people can use it."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from tests.support.web import PASSWORD, Site, served
 
 LEAST_CONTRAST = 4.5
 expect.set_options(timeout=WAIT_MILLISECONDS)
-PATHS = ("/", "/batches", "/batches/{id}", "/workers", "/schedules", "/audit", "/verbs/cancel?id={id}", "/verbs/pause",
+PATHS = ("/", "/batches", "/batches/{id}", "/workers", "/audit", "/verbs/cancel?id={id}", "/verbs/pause",
          "/batches?queue=bulk", "/bulk/retry?queue=bulk")  # fmt: skip
 HOSTILE = "<script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">\u202egnp.exe"
 
@@ -62,7 +62,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def site(dsn: str) -> Iterator[Site]:
-    """Serve the page."""
+    """Serve the web UI."""
     with served(dsn) as site:
         yield site
 
@@ -120,9 +120,9 @@ def test_a_batch_is_cancelled_and_retried_by_hand(conn: Conn, site: Site, page: 
 
 
 def ask_to_cancel(page: Page, site: Site) -> None:
-    """Go from the list of mails to the page that tells how many would be cancelled."""
+    """Go from the list of mails to the page that shows how many would be cancelled."""
     page.goto(f"{site.url}/batches?kind=mail")
-    page.get_by_text("Act on all that match").click()
+    page.get_by_text("Act on all matching batches").click()
     page.get_by_role("link", name="Cancel").click()
     page.get_by_label("Why").fill("too many")
     page.get_by_role("button", name="Count them").click()
@@ -201,7 +201,7 @@ def test_one_logs_in_and_out(dsn: str, browser: Browser) -> None:
         page.goto(f"{site.url}/batches")
         page.get_by_label("Password").fill("wrong")
         page.get_by_role("button", name="Log in").click()
-        expect(page.get_by_role("alert")).to_have_text("that is not it")
+        expect(page.get_by_role("alert")).to_have_text("Wrong password.")
         page.get_by_label("Password").fill(PASSWORD)
         page.keyboard.press("Enter")
         expect(page.locator("#piece-queues")).to_be_visible()
@@ -266,15 +266,15 @@ def test_the_keyboard_goes_everywhere_in_order_and_shows_where_it_is(conn: Conn,
     page.evaluate("document.activeElement.blur(); document.body.focus()")
     page.goto(f"{site.url}/batches/{batch_id}")
     names = []
-    for _ in range(11):
+    for _ in range(10):
         page.keyboard.press("Tab")
         names.append(page.evaluate("document.activeElement.textContent.trim() || document.activeElement.id"))
         style = page.evaluate(
             "(s => s.outlineStyle + parseFloat(s.outlineWidth))(getComputedStyle(document.activeElement))"
         )
         assert style.startswith("solid"), (names[-1], style)
-    assert names[:7] == ["Skip to the content", "batchq", "Overview", "Batches", "Workers", "Schedules", "Audit"]
-    assert names[7:] == ["find-id", "Live", "Cancel", "Traceback"]
+    assert names[:6] == ["Skip to content", "batchq", "Overview", "Batches", "Workers", "Audit"]
+    assert names[6:] == ["find-id", "Live", "Cancel", "Traceback"]
     step("the skip link skips")
     page.goto(f"{site.url}/batches/{batch_id}")
     page.keyboard.press("Tab")

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 import batchq
 from batchq.cli import make_parser
 from batchq.settings import Settings
-from tests.support import matrix
+from tests.support import code_map, matrix
 from tests.support.databases import Databases
 from tests.support.markdown import ROOT
 from tests.support.servers import running_server
@@ -120,7 +120,7 @@ def settings() -> Iterator[str]:
     yield "A `.env` with settings of batchq that another user (not root) owns, or that others may write, is refused,"
     yield "unless `BATCHQ_ENV_FILE` names it; empty, that has no file read.\n"
     yield table(("setting", "default", "takes", "what it is"), *rows)
-    yield "Those of the page are in [web](web.md).\n"
+    yield "The settings of the web UI are in [web](web.md).\n"
 
 
 def takes(name: str, field: FieldInfo) -> str:
@@ -204,7 +204,8 @@ def rows(conn: psycopg.Connection[Any], query: str, name: str) -> list[tuple[str
 
 
 def main() -> None:
-    """Write the page, and the matrix of roles in docs/security.md."""
+    """Write the page, the map of the code in docs/design.md, and the matrix of roles in docs/security.md."""
+    code_map.write()
     with running_server() as server:
         databases = Databases(server)
         with databases.migrated() as name, psycopg.connect(server.dsn(name), autocommit=True) as conn:

@@ -69,7 +69,7 @@ async def take_top(conn: Conn, batch_id: int, folder: Path) -> None:
             print(folder / f"top-{name}.svg")
 
 
-# ---------------------------------------------------------------------------------------------------------- the page
+# -------------------------------------------------------------------------------------------------------- the web UI
 
 
 def take(pages: dict[str, str], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The page over HTTP, on the real database: who gets in, what is refused, what is shown, what it costs."""
+"""The web UI over HTTP, on the real database: who gets in, what is refused, what is shown, what it costs."""
 
 import re
 import signal
@@ -22,9 +22,9 @@ from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.endings import Finish
 from batchq.postgres.statements.workers import Tally, WorkerRow
 from batchq.web import reads
+from batchq.web.formats import duration, visible
 from batchq.web.live import Live
 from batchq.web.settings import WebSettings
-from batchq.web.shown import duration, visible
 from tests.component.rows import (
     Conn,
     checkpoint,
@@ -45,21 +45,21 @@ from tests.support.steps import step
 from tests.support.waiting import wait_until
 from tests.support.web import PASSWORD, Site, served
 
-PATHS = ("/", "/batches", "/batches/1", "/workers", "/schedules", "/audit", "/live/overview", "/static/live.js",
-         "/healthz", "/readyz", "/verbs/cancel?id=1", "/bulk/cancel", "/nothing", "/static/../app.py",
+PATHS = ("/", "/batches", "/batches/1", "/workers", "/audit", "/live/overview", "/static/live.js",
+         "/healthz", "/readyz", "/verbs/cancel?id=1", "/bulk/cancel", "/nothing", "/static/../server.py",
          "/login/")  # fmt: skip
 
 
 @pytest.fixture
 def site(dsn: str) -> Iterator[Site]:
-    """Serve the page without a password."""
+    """Serve the web UI without a password."""
     with served(dsn) as site:
         yield site
 
 
 @pytest.fixture
 def closed_site(dsn: str) -> Iterator[Site]:
-    """Serve the page with a password."""
+    """Serve the web UI with a password."""
     with served(dsn, password=PASSWORD) as site:
         yield site
 
@@ -125,10 +125,10 @@ def test_the_password_lets_in_and_logging_out_lets_nobody_in(closed_site: Site) 
     assert closed_site.client.get("/").status_code == 401
 
 
-def test_a_session_that_was_tampered_with_is_none(closed_site: Site) -> None:
+def test_a_session_that_was_tampered_with_is_none(dsn: str, closed_site: Site) -> None:
     closed_site.log_in()
     good = closed_site.client.cookies["batchq_session"]
-    stranger = closed_site.web.app.sessions.new(is_known=False)
+    stranger = closed_site.web.guard.sessions.new()
     body, _, signature = stranger.rpartition(".")
     forged = f"{body[:-1]}1.{signature}"
     for session in (
@@ -141,8 +141,8 @@ def test_a_session_that_was_tampered_with_is_none(closed_site: Site) -> None:
     ):
         with closed_site.new_client(Cookie=f"batchq_session={session}") as client:
             assert client.get("/").status_code == 401, session
-    assert closed_site.web.app.sessions.is_known(good)
-    with served(closed_site.web.reader.connections.dsn, password=PASSWORD) as restarted:
+    assert closed_site.web.guard.sessions.is_known(good)
+    with served(dsn, password=PASSWORD) as restarted:
         step("a key lives as long as its process")
         with restarted.new_client(Cookie=f"batchq_session={good}") as client:
             assert client.get("/").status_code == 401
@@ -194,7 +194,7 @@ def test_the_command_serves_until_it_is_told_to_stop(dsn: str) -> None:
             except httpx.ConnectError:
                 return False
 
-        wait_until(is_served, 60, "the page to be served")
+        wait_until(is_served, 60, "the web UI to be served")
         assert page.stop(60) in (0, -signal.SIGTERM)
 
 
@@ -278,7 +278,7 @@ def test_read_only_refuses_every_verb(conn: Conn, dsn: str) -> None:
     batch_id = insert(conn)
     worker(conn)
     with served(dsn, read_only=True) as site:
-        form_token = site.web.app.sessions.form_token(site.client.get("/").cookies["batchq_session"])
+        form_token = site.web.guard.sessions.form_token(site.client.get("/").cookies["batchq_session"])
         for verb in ("cancel", "retry", "pause", "drain_worker", "move"):
             assert site.client.get(f"/verbs/{verb}?id={batch_id}").status_code == 403
             assert site.post(f"/verbs/{verb}", form_token, id=batch_id, queue="default").status_code == 403
@@ -373,7 +373,7 @@ def test_hidden_characters_are_spelled_out() -> None:
 def test_durations_are_short() -> None:
     given = (None, 0.0204, 9.5, 61, 3600, 93_784, -2.5, float("inf"))
     assert [duration(seconds) for seconds in given] == [
-        "–", "20 ms", "9.5 s", "1 min 1 s", "1 h", "1 d 2 h", "-2.5 s", "for ever"
+        "–", "20 ms", "9.5 s", "1 min 1 s", "1 h", "1 d 2 h", "-2.5 s", "forever"
     ]  # fmt: skip
 
 
@@ -383,7 +383,7 @@ def test_the_overview_shows_queues_rates_failures_and_workers(conn: Conn, site: 
     worker(conn)
     run(conn, workers.count_throughput("worker-1", [Tally("bulk", "mail", 40, 2, 0, 0, 7, 21.0, [42])]))
     page = Reading(site.client.get("/").text)
-    assert "40 completed · 2 failed · 7 items · 500 ms a batch" in page.text
+    assert "40 completed · 2 failed · 7 items · 500 ms per batch" in page.text
     assert "no route to host" in page.text
     assert {"bulk", "mail", "host"} <= set(page.text.split())
     assert page.tags.count("polyline") == 1
@@ -562,7 +562,7 @@ def readers_sql() -> str:
 
 
 def ask_many(site: Site, verb: str, **fields: object) -> httpx.Response:
-    """Send the form that asks for a filter; return the page that tells how many match."""
+    """Send the form that asks for a filter; return the page that shows how many match."""
     return site.post(f"/bulk/{verb}", site.form_token(f"/bulk/{verb}"), **fields)
 
 
@@ -731,7 +731,7 @@ def test_what_many_cannot_be_done_to_is_said(conn: Conn, site: Site) -> None:
     insert(conn)
     problems: dict[tuple[str, str], dict[str, object]] = {
         ("cancel", "which ones?"): {},
-        ("cancel", "takes no batches that are failed"): {"kind": "work", "status": "failed"},
+        ("cancel", "does not apply to batches that are failed"): {"kind": "work", "status": "failed"},
         ("set_priority", "whole number"): {"kind": "work", "priority": 99_999},
         ("snooze", "whole number"): {"kind": "work", "minutes": "soon"},
         ("move", "128 bytes"): {"kind": "work", "to_queue": ""},
@@ -779,7 +779,7 @@ def test_read_only_refuses_verbs_for_many(conn: Conn, dsn: str) -> None:
     with served(dsn) as open_site, served(dsn, read_only=True) as site:
         assert "/bulk/" in open_site.client.get("/batches?kind=mail").text
         assert "/bulk/" not in site.client.get("/batches?kind=mail").text
-        form_token = site.web.app.sessions.form_token(site.client.cookies["batchq_session"])
+        form_token = site.web.guard.sessions.form_token(site.client.cookies["batchq_session"])
         assert site.client.get("/bulk/cancel?kind=mail").status_code == 403
         assert site.post("/bulk/cancel", form_token, kind="mail").status_code == 403
         assert site.post("/bulk/cancel", form_token, job="{}", seal="x").status_code == 403
@@ -898,7 +898,7 @@ def test_live_parts_of_what_is_not_there_are_not_found(site: Site) -> None:
 def test_a_page_says_when_the_database_is_away(conn: Conn, site: Site, crash_server: Any) -> None:
     assert site.client.get("/readyz").status_code == 200
     crash_server()
-    wait_until(lambda: site.client.get("/readyz").status_code == 200, 60, "the page to find the database again")
+    wait_until(lambda: site.client.get("/readyz").status_code == 200, 60, "the web UI to find the database again")
     assert site.client.get("/").status_code == 200
 
 

@@ -1,4 +1,4 @@
-"""A page of a test's own: the application served by uvicorn in a thread, and a client that has logged in."""
+"""A web UI of a test's own: the application served by uvicorn in a thread, and a client that has logged in."""
 
 import re
 import socket
@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from batchq.web.app import Web, server_of
+from batchq.web.server import Web, server_of
 from batchq.web.settings import WebSettings
 from tests.support.waiting import wait_until
 
@@ -20,7 +20,7 @@ READ_SECONDS = 30.0
 
 
 class Site:
-    """A page that is served, and a browser-like client of it."""
+    """A web UI that is served, and a browser-like client of it."""
 
     def __init__(self, web: Web, port: int, server: uvicorn.Server) -> None:
         self.web = web
@@ -62,7 +62,7 @@ class Site:
 
 
 def answers(url: str) -> bool:
-    """Tell whether a URL answers with 200."""
+    """Return whether a URL answers with 200."""
     try:
         return httpx.get(url, trust_env=False).status_code == 200
     except httpx.TransportError:
@@ -71,7 +71,7 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def served(dsn: str, read_seconds: float = 20.0, every_seconds: float = 0.1, **settings: Any) -> Iterator[Site]:
-    """Serve the page while the block runs."""
+    """Serve the web UI while the block runs."""
     web = Web(dsn, WebSettings.load(**settings), read_seconds, every_seconds)
     web.live.share = 1  # a busy machine makes reads slow, and what is waited for comes all the same
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -81,8 +81,8 @@ def served(dsn: str, read_seconds: float = 20.0, every_seconds: float = 0.1, **s
         thread.start()
         site = Site(web, listening.getsockname()[1], server)
         try:
-            wait_until(lambda: server.started or not thread.is_alive(), START_SECONDS, "the page to be served")
-            assert server.started, "the page could not be served"
+            wait_until(lambda: server.started or not thread.is_alive(), START_SECONDS, "the web UI to be served")
+            assert server.started, "the web UI could not be served"
             yield site
         finally:
             site.client.close()

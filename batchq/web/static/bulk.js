@@ -1,17 +1,17 @@
-// Sends the form of a verb for many again and again, a chunk a time, until it is done or somebody stops it. Without this
-// script the same form has a button for each chunk. How far it is, is in the form alone: closing the page stops it.
+// Sends the form of an action on all matching batches, once per chunk, until all are done or somebody stops it. Without
+// this script, the form has a button that does one chunk. Only the form holds the progress: closing the page stops it.
 "use strict";
 
 const stopButton = document.getElementById("bulk-stop");
 const news = document.getElementById("live-news");
-const MOST_TRIES = 5;
-const TELL_MILLISECONDS = 5000;
-let toldAt = Date.now();
+const MOST_ATTEMPTS = 5;
+const NEWS_MILLISECONDS = 5000;
+let announcedAt = Date.now();
 let stopped = false;
 let wake = () => {};
 
 const piece = (id) => document.getElementById(id);
-const goesOn = () => "goesOn" in piece("bulk-form").dataset;
+const continues = () => "goesOn" in piece("bulk-form").dataset;
 
 function rest(milliseconds) {
   return new Promise((resolve) => {
@@ -20,20 +20,20 @@ function rest(milliseconds) {
   });
 }
 
-function complain(text) {
+function showProblem(text) {
   piece("bulk-problem").textContent = text;
   piece("bulk-problem").hidden = !text;
 }
 
-function tell(text) {
-  if (Date.now() - toldAt < TELL_MILLISECONDS && goesOn() && !stopped) return;
-  toldAt = Date.now();
+function announce(text) {
+  if (Date.now() - announcedAt < NEWS_MILLISECONDS && continues() && !stopped) return;
+  announcedAt = Date.now();
   news.textContent = text;
 }
 
 function show(answer) {
   const next = (id) => answer.getElementById(id);
-  if (!next("bulk-form")) throw new Error(next("main")?.textContent.trim() || "the page could not go on");
+  if (!next("bulk-form")) throw new Error(next("main")?.textContent.trim() || "The server sent an unexpected page.");
   piece("bulk-text").replaceChildren(...next("bulk-text").childNodes);
   if (next("bulk-bar")) {
     piece("bulk-bar").max = next("bulk-bar").max;
@@ -41,20 +41,20 @@ function show(answer) {
   }
   next("bulk-form").hidden = true;
   piece("bulk-form").replaceWith(next("bulk-form"));
-  complain(next("bulk-problem").textContent);
-  tell(piece("bulk-text").textContent);
+  showProblem(next("bulk-problem").textContent);
+  announce(piece("bulk-text").textContent);
 }
 
-async function chunk() {
+async function sendChunk() {
   const form = piece("bulk-form");
   for (let number = 0; ; number += 1) {
     const sent = await fetch(form.action, { method: "POST", body: new URLSearchParams(new FormData(form)) }).catch(() => null);
-    const isPassing = !sent || sent.status >= 500;
-    if (isPassing && number + 1 < MOST_TRIES && !stopped) {
+    const isTemporary = !sent || sent.status >= 500;
+    if (isTemporary && number + 1 < MOST_ATTEMPTS && !stopped) {
       await rest(2 ** number * 500);
       continue;
     }
-    if (!sent) throw new Error("the page's server does not answer");
+    if (!sent) throw new Error("The server does not answer.");
     show(new DOMParser().parseFromString(await sent.text(), "text/html"));
     return sent.ok;
   }
@@ -64,24 +64,24 @@ async function run() {
   piece("bulk-form").hidden = true;
   stopButton.hidden = false;
   try {
-    let isWell = true;
-    while (isWell && goesOn() && !stopped) {
+    let isSent = true;
+    while (isSent && continues() && !stopped) {
       await rest(Number(piece("bulk-form").dataset.restMilliseconds));
-      if (!stopped) isWell = await chunk();
+      if (!stopped) isSent = await sendChunk();
     }
   } catch (error) {
-    complain(error.message);
+    showProblem(error.message);
   }
-  end();
+  finish();
 }
 
-function end() {
+function finish() {
   const hadFocus = document.activeElement === stopButton;
   stopButton.hidden = true;
   piece("bulk-form").hidden = false;
-  if (stopped && goesOn()) {
+  if (stopped && continues()) {
     piece("bulk-text").prepend("Stopped. ");
-    tell(piece("bulk-text").textContent);
+    announce(piece("bulk-text").textContent);
   }
   if (hadFocus) piece("bulk-text").focus();
 }
@@ -90,4 +90,4 @@ stopButton.addEventListener("click", () => {
   stopped = true;
   wake();
 });
-if (goesOn() && piece("bulk-problem").hidden) run();
+if (continues() && piece("bulk-problem").hidden) run();

@@ -1,29 +1,31 @@
-// Keeps the live parts of a page as the server last sent them. A piece that has not changed is left alone, so that
-// focus, selection and opened details stay; where one is replaced, focus returns to the element of the same id.
+// Keeps the live parts of a page as the server last sent them. An unchanged piece is not replaced, so that focus,
+// selection and opened details stay. Where a piece is replaced, focus returns to the element with the same id.
 "use strict";
 
+const NEWS_MILLISECONDS = 10000;
 const live = document.querySelector("[data-live]");
 const button = document.getElementById("live-switch");
 const label = document.getElementById("live-label");
 const dot = document.getElementById("live-dot");
 const news = document.getElementById("live-news");
 let source = null;
-let toldAt = 0;
+let announcedAt = 0;
 
-function say(text, state) {
+function showState(text, state) {
   label.textContent = text;
   dot.dataset.state = state;
 }
 
-function tell(piece) {
+// For screen readers, which would otherwise be interrupted by every update.
+function announce(piece) {
   const text = piece.dataset.news;
-  if (text && text !== news.textContent && Date.now() - toldAt > 10000) {
-    toldAt = Date.now();
+  if (text && text !== news.textContent && Date.now() - announcedAt > NEWS_MILLISECONDS) {
+    announcedAt = Date.now();
     news.textContent = text;
   }
 }
 
-function put(now, next) {
+function replace(now, next) {
   if (now.outerHTML === next.outerHTML) return;
   const opened = [...now.querySelectorAll("details[open]")].map((details) => details.id);
   const scrolled = [...now.querySelectorAll(".scroll[id], pre[id]")].map((box) => [box.id, box.scrollLeft, box.scrollTop]);
@@ -37,7 +39,7 @@ function put(now, next) {
     document.getElementById(id)?.scrollTo(left, top);
   }
   if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
-  tell(next);
+  announce(next);
 }
 
 function show(text) {
@@ -45,27 +47,27 @@ function show(text) {
   template.innerHTML = text;
   for (const next of template.content.querySelectorAll("[data-piece]")) {
     const now = document.getElementById(next.id);
-    if (now) put(now, next);
+    if (now) replace(now, next);
   }
 }
 
 function start() {
-  say("Connecting", "");
+  showState("Connecting", "");
   source = new EventSource(live.dataset.live);
-  source.onopen = () => say("Live", "on");
+  source.onopen = () => showState("Live", "on");
   source.onmessage = (event) => show(event.data);
-  source.onerror = () => say("Connection lost", "off");
+  source.onerror = () => showState("Connection lost", "off");
 }
 
-function stop(text) {
-  source?.close();
+function pause() {
+  source.close();
   source = null;
-  say(text, "");
+  showState("Paused", "");
 }
 
 button.hidden = false;
 button.addEventListener("click", () => {
-  if (source) stop("Paused");
+  if (source) pause();
   else start();
   button.setAttribute("aria-pressed", String(Boolean(source)));
 });

@@ -171,9 +171,9 @@ def all_tables(runs: list[Run], with_goals: bool = True) -> str:
 
 INTRODUCTION = """# Benchmarks
 
-Made by `bin/bench --write-docs`, not by hand. Every run is verified: the handlers record each start, and every batch
-must have run exactly once and be completed in one attempt. Figures are medians of the runs. `bin/bench --list` shows
-the works and their sizes; `bin/bench --page FILE` makes this page from results that are there.
+`bin/bench --write-docs` generates this page. Every run is verified: handlers record each start, and every batch must
+have run exactly once and be completed in one attempt. Figures are medians of the runs. `bin/bench --list` prints the
+benchmarks and their sizes; `bin/bench --page FILE` generates this page from existing results.
 """
 
 

@@ -27,10 +27,11 @@ FROM generate_series(%s::bigint, %s::bigint) n
 
 @work
 def bulk(bench: Bench) -> Iterator[Run]:
-    """One worker works a steady stream; then so many failed batches of another kind are retried in bulk beside it.
+    """One worker runs a steady stream of batches; then many failed batches of another kind are retried in bulk.
 
-    The rate of the worker before and during the bulk, how long the longest chunk held its locks, and how many a second
-    were retried. No worker knows the retried kind, so that the worker's rate is of the same work before and during.
+    The figures are the worker's rate before and during the bulk, how long the longest chunk held its locks, and how
+    many batches were retried per second. No worker has a handler for the retried kind, so that the worker runs the
+    same batches before and during the bulk.
     """
     for _ in bench.times("bulk"):
         for is_fast in (False, True):

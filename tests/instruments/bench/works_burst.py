@@ -28,14 +28,14 @@ GONE_CALLS = 2
 
 @work
 def burst(bench: Bench) -> Iterator[Run]:
-    """A burst of 5,000 batches per second for 60 s, then 800 per second for 120 s, all of it while a snapshot is held.
+    """A burst of 5,000 batches per second for 60 s, then 800 per second for 120 s, all while a snapshot is held.
 
-    One worker and one database: first without a snapshot (control), then with one that is taken before the burst.
-    Autovacuum looks every 5 s. The burst's figures: batches enqueued and started per second, overall and in the slowest
-    5 s; how many waited at its end; and how long it then took until fewer waited than two calls enqueue (*backlog
-    gone*). The calm is measured from then on, or from the end of the burst if that never came: batches started per
-    second, overall and in the slowest 5 s; the number of 5 s spans below 95 % of 800; the median backlog; and the time
-    from when the enqueue returned (committed) to the start.
+    One worker uses one database: first without a snapshot (control), then with one that is taken before the burst.
+    Autovacuum runs every 5 s. The figures of the burst: batches enqueued and started per second, overall and in the
+    slowest 5 s; how many waited at its end; and how long it then took until fewer waited than two calls enqueue
+    (*backlog gone*). The calm phase is measured from then on, or from the end of the burst if that never came:
+    batches started per second, overall and in the slowest 5 s; the number of 5 s spans below 95 % of 800; the median
+    backlog; and the time from when the enqueue returned (committed) to the start.
     """
     with bench.server.setting("autovacuum_naptime", NAPTIME):
         for _ in bench.times("burst"):

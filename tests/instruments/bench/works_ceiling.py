@@ -35,11 +35,11 @@ AT_FIRST = {"after_run_at": "'-Infinity'", "after_id": "0"}
 
 @work
 def ceiling(bench: Bench) -> Iterator[Run]:
-    """What the server does at most: batchq's own transactions, claim then complete, by pgbench with 1 and 2 clients.
+    """The most that the server can do: batchq's own transactions, claim then complete, by pgbench with 1 and 2 clients.
 
-    In groups of 100 and of 1,000 batches; each transaction is one message, with its limits and settings, as a worker
-    sends it, and each claim starts behind the last one. The claim's rows stay in the server: nobody parses them, and
-    there are no workers. Each client works its share of the groups; all batches must be completed.
+    Batches come in groups of 100 and of 1,000. Each transaction is one message, with its limits and settings, as a
+    worker sends it, and each claim starts after the last one. The claimed rows stay in the server: nobody parses
+    them, and there are no workers. Each client processes its share of the groups. All batches must be completed.
     """
     count = bench.sizes.number("ceiling.batches")
     for _ in bench.times("ceiling"):

@@ -17,11 +17,11 @@ NOT_KEPT: dict[str, object] = {"keep_completed": "no"}
 
 @work
 def drain(bench: Bench) -> Iterator[Run]:
-    """W2, W3: no-op batches of about 100 bytes, enqueued before, drained by one and by two worker processes.
+    """W2, W3: one and two worker processes drain no-op batches of about 100 bytes that were enqueued before.
 
-    The rates are over the time from the first start of a handler to the last, and to the moment when nothing is pending
-    or processing in the database. The processes have imported everything and begin together. Where the setting exists,
-    also with BATCHQ_KEEP_COMPLETED=no: completed batches are deleted.
+    The rates cover the time from the first start of a handler to the last, and to the moment when no batch is pending
+    or processing in the database. The processes have imported everything and start together. If the setting exists,
+    they also run with BATCHQ_KEEP_COMPLETED=no: completed batches are deleted.
     """
     count = bench.sizes.number("drain.batches")
     for _ in bench.times("drain"):
@@ -45,10 +45,10 @@ def one_drain(bench: Bench, count: int, processes: int, is_kept: bool = True) ->
 
 @work
 def backlog(bench: Bench) -> Iterator[Run]:
-    """W5: one process drains 100,000 batches, for ten seconds at most, from backlogs of different sizes.
+    """W5: one process drains 100,000 batches, for at most ten seconds, from backlogs of different sizes.
 
-    The smallest ends within a second, and the start weighs more in it: it is repeated and told, but the goal compares
-    with the backlog of 100,000, of which as many are drained as of the larger ones.
+    The smallest backlog is drained within a second, so its start weighs more. It is repeated and reported, but the
+    goal compares with the backlog of 100,000, from which as many batches are drained as from the larger ones.
     """
     sizes, seconds = bench.sizes.numbers("backlog.sizes"), bench.sizes.seconds("backlog.seconds")
     most = bench.sizes.number("backlog.batches")
@@ -76,10 +76,10 @@ SPARE_BYTES = 15 * 10**9  # for WAL, and for others
 
 @work
 def history(bench: Bench) -> Iterator[Run]:
-    """One process drains beside finished batches of the last 30 days: none, and millions, in daily partitions.
+    """One process drains beside the finished batches of the last 30 days: none, or millions, in daily partitions.
 
-    Repeats go on in the same database, so that the history is filled once; each adds what it drained to it. Where the
-    disk has no room for what was asked for, the history is as large as it may be.
+    Repeated runs use the same database, so that the history is filled only once. Each run adds the batches that it
+    drained. If the disk has no room for the history that was asked for, it is as large as possible.
     """
     count = bench.sizes.number("history.batches")
     for wanted in bench.sizes.numbers("history.rows"):
@@ -114,9 +114,9 @@ def fill_history(database: Database, rows: int) -> None:
 
 @work
 def memory(bench: Bench) -> Iterator[Run]:
-    """W7: the resident memory of one worker process, looked at each second while it drains a million batches.
+    """W7: the resident memory of one worker process, sampled each second while it drains a million batches.
 
-    *growth*: the mean of the last quarter less that of the second one.
+    *growth*: the mean of the last quarter minus that of the second quarter.
     """
     count = bench.sizes.number("memory.batches")
     seen: list[tuple[float, float]] = []

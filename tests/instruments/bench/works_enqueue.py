@@ -19,10 +19,10 @@ Way = Callable[[psycopg.Connection, int], None]
 
 @work
 def enqueue(bench: Bench) -> Iterator[Run]:
-    """W1: how many batches of about 100 bytes one client enqueues in a second, on durable commits.
+    """W1: how many batches of about 100 bytes one client enqueues per second, with durable commits.
 
-    In bulk by enqueue_many, 1,000 a call; by enqueue, a transaction each; and by SQL: an INSERT of 1,000 rows, and one
-    INSERT .. SELECT of all. Verified: each number is there once.
+    In bulk by enqueue_many, 1,000 per call; by enqueue, one transaction each; and by SQL: an INSERT of 1,000 rows,
+    and one INSERT .. SELECT of all rows. Verified: each number is there once.
     """
     many, few = bench.sizes.number("enqueue.batches"), bench.sizes.number("enqueue.single")
     for _ in bench.times("enqueue"):

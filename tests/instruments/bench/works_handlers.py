@@ -17,11 +17,11 @@ LONG_SECONDS, SHORT_SECONDS, SHORT_A_LONG = 2.0, 0.01, 200
 
 @work
 def handlers(bench: Bench) -> Iterator[Run]:
-    """`def` handlers that sleep for 10 and for 100 ms, in 8 slots, one and two processes; and a mix with long ones.
+    """`def` handlers that sleep for 10 and 100 ms, in 8 slots, with one and two processes; and a mix with long ones.
 
-    *share of ideal*: the time that all slots would need, were they always busy, through the time from the first start
-    to the last end. *mix*: two processes, one batch of 2 s for each 200 of 10 ms. Its *longest wait* is how long a
-    claimed batch lay in one process's hand, not begun, while the other one had a free slot.
+    *share of ideal*: the time that all slots would need if they were always busy, divided by the time from the first
+    start to the last end. *mix*: two processes, with one batch of 2 s for each 200 of 10 ms. Its *longest wait* is
+    how long one process held a claimed batch that had not begun, while the other process had a free slot.
     """
     for _ in bench.times("handlers"):
         for milliseconds in (10, 100):
@@ -130,11 +130,11 @@ def longest_overlap(first: float, last: float, spans: list[tuple[float, float]])
 
 @work
 def items(bench: Bench) -> Iterator[Run]:
-    """A million items by a no-op item handler, one process: in batches of 1,000, of 100, and with errors.
+    """One process runs a million items with a no-op item handler: in batches of 1,000, of 100, and with errors.
 
-    With errors, one item in a hundred fails and is recorded; the batch has one attempt. The rate is over the time from
-    the first claim to the last finish, by the database's clock. Verified: each item was called once, the counters and
-    the failed items are as they must be.
+    With errors, one item in a hundred fails and is recorded; the batch has one attempt. The rate covers the time from
+    the first claim to the last finish, by the database's clock. Verified: each item was called once, and the counters
+    and the failed items are correct.
     """
     count = bench.sizes.number("items.items")
     for _ in bench.times("items"):

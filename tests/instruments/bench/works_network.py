@@ -25,9 +25,9 @@ POOL: dict[str, object] = {
 
 @work
 def network(bench: Bench) -> Iterator[Run]:
-    """One process drains through a line that delays each byte by half of a round trip, both ways; its width is free.
+    """One process drains over a connection that delays each byte by half a round trip both ways, at full bandwidth.
 
-    Round trips of 0 (through the line all the same), 1, 5 and 20 ms; what SELECT 1 really takes is told.
+    Round trips of 0 (also through the proxy), 1, 5 and 20 ms; the measured time of a SELECT 1 is reported.
     """
     count = bench.sizes.number("network.batches")
     for _ in bench.times("network"):
@@ -53,7 +53,7 @@ def ping_ms(dsn: str) -> float:
 
 @work
 def pooler(bench: Bench) -> Iterator[Run]:
-    """One process drains straight, and through PgBouncer in transaction mode on the same machine."""
+    """One process drains directly, and through PgBouncer in transaction mode on the same machine."""
     count = bench.sizes.number("pooler.batches")
     for _ in bench.times("pooler"):
         for is_pooled in (False, True):

@@ -17,10 +17,11 @@ START_SECONDS = 120.0
 
 @work
 def pickup(bench: Bench) -> Iterator[Run]:
-    """W4: the time from when an enqueue has returned (committed) to the start of its handler, workers being idle.
+    """W4: the time from when an enqueue has returned (committed) to the start of its handler, with idle workers.
 
-    200 batches, one each 50 ms, with 1, 10 and 100 worker processes; before that, what Postgres spends on their idling.
-    The 50 ms vary by 10, so that inserts and polls do not keep in step. Also with the bell (BATCHQ_LISTEN_DSN).
+    200 batches, one every 50 ms, with 1, 10 and 100 worker processes; before that, what Postgres spends while they
+    are idle. The 50 ms vary by 10, so that inserts and polls are not synchronized. Also with the bell (a NOTIFY on
+    insert; BATCHQ_LISTEN_DSN).
     """
     for _ in bench.times("pickup"):
         for count in bench.sizes.numbers("pickup.workers"):
@@ -104,9 +105,9 @@ def percentile(values: list[float], place: float) -> float:
 
 @work
 def idle(bench: Bench) -> Iterator[Run]:
-    """100 worker processes idle for ten minutes: what Postgres spends, WAL by the minute, connections.
+    """100 worker processes are idle for ten minutes: what Postgres spends, WAL per minute, connections.
 
-    Verified: no worker has died or warned of anything.
+    Verified: no worker has died or logged a warning.
     """
     count = bench.sizes.number("idle.workers")
     with bench.database() as database, records.directory() as directory:

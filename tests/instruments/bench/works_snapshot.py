@@ -24,12 +24,13 @@ TOP_UP_SECONDS = 0.02
 
 @work
 def snapshot(bench: Bench) -> Iterator[Run]:
-    """W6: one process in a closed loop (a producer keeps 4,000 batches waiting) while a snapshot is held elsewhere.
+    """W6: the rate of one process in a closed loop (a producer keeps 4,000 batches waiting) while a snapshot is held.
 
-    Free for 15 s; then a REPEATABLE READ transaction stays open for 60 s, or nothing (control). Rates of the
-    last ten seconds free, the first ten held, the last ten held. The producer is a thread of the benchmark's.
-    With snapshot.at_once=1 both run at the same time, in two databases of the server: what else the machine does then
-    weighs on both alike, and a snapshot holds up the vacuum of its own database alone.
+    For 15 s there is no snapshot. Then another session keeps a REPEATABLE READ transaction open for 60 s, or nothing
+    happens (control). The figures are the rates of the last ten seconds without it, and of the first and the last ten
+    seconds with it. The producer is a thread of the benchmark. With snapshot.at_once=1 both run concurrently, in two
+    databases of the server. Other load on the machine then affects both alike, and a snapshot delays the vacuum of
+    only its own database.
     """
     for _ in bench.times("snapshot"):
         if bench.sizes.number("snapshot.at_once"):

@@ -25,12 +25,13 @@ BACKLOG_EVERY_SECONDS = 0.5
 
 @work
 def steady(bench: Bench) -> Iterator[Run]:
-    """A snapshot held for 10 min at 80 % of the load that can be carried: rate, backlog and pick-up.
+    """A snapshot is held for 10 min at 80 % of the sustainable load: rate, backlog and pickup time.
 
-    Two databases of one server at the same time, each with one worker; a snapshot is held in one of them. First both
-    are kept full for 20 s, which tells what they carry beside each other. Then each gets 80 % of the mean of that, in
-    a call each 50 ms. Told are the last 60 s held: batches started a second; enqueued and not started, at the median;
-    and the time from when the enqueue has returned (committed) to the start.
+    Two databases of one server are used concurrently, each with one worker. A snapshot is held in one of them. First
+    both are kept full for 20 s, to measure what they sustain beside each other. Then each gets 80 % of the mean of
+    that, with one enqueue call every 50 ms. The figures are those of the last 60 s with the snapshot: batches started
+    per second; batches enqueued and not started, at the median; and the time from when the enqueue returned
+    (committed) to the start.
     """
     for _ in bench.times("steady"):
         meeting = Meeting()

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from batchq.errors import ConfigError
-from batchq.web.auth import MOST_SESSIONS, Attempts, Sessions, client_of
+from batchq.web.guard import client_of
+from batchq.web.sessions import MOST_SESSIONS, Sessions
 from batchq.web.settings import WebSettings
+from batchq.web.throttle import Throttle
 from tests.component.rows import Conn, insert
 from tests.support.alone import run_alone
 from tests.support.steps import step
@@ -27,14 +29,14 @@ CLOSED = (303, 401)  # what a stranger is answered
 
 @pytest.fixture
 def site(dsn: str) -> Iterator[Site]:
-    """Serve the page with a password and a token, to a client that has no proxy."""
+    """Serve the web UI with a password and a token, to a client that has no proxy."""
     with served(dsn, password=PASSWORD, token=TOKEN) as site:
         yield site
 
 
 @pytest.fixture
 def proxied(dsn: str) -> Iterator[Site]:
-    """Serve the page behind a proxy on this machine, which is named."""
+    """Serve the web UI behind a proxy on this machine, which is named."""
     with served(dsn, password=PASSWORD, token=TOKEN, proxies="127.0.0.1") as site:
         yield site
 
@@ -49,7 +51,7 @@ def guess(site: Site, form_token: str, forged: str = "", password: str = "wrong"
 def token_lets_in(site: Site, token: str = TOKEN, **headers: str) -> bool:
     """Return whether a program with a token is let in."""
     with site.new_client(Authorization=f"Bearer {token}", **headers) as program:
-        return program.get("/schedules").status_code == 200
+        return program.get("/audit").status_code == 200
 
 
 def forged_addresses(count: int) -> Iterator[str]:
@@ -126,22 +128,22 @@ def test_a_prometheus_behind_the_proxy_of_a_guesser_does_not_reset_the_throttle(
 
 def test_neighbours_in_one_ipv6_network_are_one_guesser() -> None:
     """As a stranger with an IPv6 network of his own, 2^64 addresses."""
-    attempts = Attempts()
-    waits = [attempts.failed(f"2001:db8::{number:x}") for number in range(20)]
+    throttle = Throttle()
+    waits = [throttle.failed(f"2001:db8::{number:x}") for number in range(20)]
     assert [wait > 0 for wait in waits] == [False] * 3 + [True] * 17
-    assert attempts.failed("2001:db8:1::1") == 0, "another network"
+    assert throttle.failed("2001:db8:1::1") == 0, "another network"
     mapped = [
-        attempts.failed(address) for address in ("::ffff:192.0.2.1", "192.0.2.1", "::ffff:192.0.2.1", "192.0.2.1")
+        throttle.failed(address) for address in ("::ffff:192.0.2.1", "192.0.2.1", "::ffff:192.0.2.1", "192.0.2.1")
     ]
     assert [wait > 0 for wait in mapped] == [False] * 3 + [True]
 
 
 def test_guesses_from_many_addresses_take_bounded_memory() -> None:
     """As a stranger with a hundred thousand addresses."""
-    attempts = Attempts()
+    throttle = Throttle()
     for address in forged_addresses(100_000):
-        attempts.failed(address)
-    assert len(attempts.failures) < 100, "only what was compared is written down"
+        throttle.failed(address)
+    assert len(throttle.failures) < 100, "only what was compared is written down"
 
 
 def test_a_forged_address_before_the_proxys_own_is_not_believed() -> None:
@@ -183,10 +185,10 @@ def test_the_cookie_of_a_session_that_logged_out(site: Site) -> None:
     site.log_in()
     cookie = site.client.cookies["batchq_session"]
     with site.new_client(Cookie=f"batchq_session={cookie}") as thief:
-        assert thief.get("/schedules").status_code == 200
-        token = site.form_token("/schedules")
+        assert thief.get("/audit").status_code == 200
+        token = site.form_token("/audit")
         site.post("/logout", token)
-        assert thief.get("/schedules").status_code in CLOSED
+        assert thief.get("/audit").status_code in CLOSED
         answer = thief.post(
             "/verbs/pause", data={"form_token": token, "queue": "default"}, headers={"Origin": site.url}
         )
@@ -198,9 +200,9 @@ def test_the_cookie_of_a_session_that_logged_in_anew(site: Site) -> None:
     site.log_in()
     cookie = site.client.cookies["batchq_session"]
     site.log_in()
-    assert site.client.get("/schedules").status_code == 200
+    assert site.client.get("/audit").status_code == 200
     with site.new_client(Cookie=f"batchq_session={cookie}") as thief:
-        assert thief.get("/schedules").status_code in CLOSED
+        assert thief.get("/audit").status_code in CLOSED
 
 
 def test_a_stream_that_was_open_when_its_session_logged_out(conn: Conn, site: Site) -> None:
@@ -219,7 +221,7 @@ def test_a_stream_that_was_open_when_its_session_logged_out(conn: Conn, site: Si
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     wait_until(lambda: site.web.live.viewers == 1, 30, "the stream to be open")
-    site.post("/logout", site.form_token("/schedules"))
+    site.post("/logout", site.form_token("/audit"))
     insert(conn, kind="came-after-the-logout")
     assert ended.wait(90), "the stream goes on"
     reader.join(30)
@@ -232,16 +234,16 @@ def test_a_cookie_fixed_by_an_attacker_gains_nothing_when_the_victim_logs_in(sit
     assert site.log_in().status_code == 303
     assert site.client.cookies["batchq_session"] != planted
     with site.new_client(Cookie=f"batchq_session={planted}") as attacker:
-        assert attacker.get("/schedules").status_code in CLOSED
+        assert attacker.get("/audit").status_code in CLOSED
 
 
 def test_sessions_take_bounded_memory() -> None:
     """As somebody who has the password and logs in without end; and strangers, of whom nothing is kept."""
     sessions = Sessions()
-    first = sessions.new(is_known=True)
+    first = sessions.log_in()
     for _ in range(MOST_SESSIONS):
-        newest = sessions.new(is_known=True)
-        sessions.new(is_known=False)
+        newest = sessions.log_in()
+        sessions.new()
     assert len(sessions.known) == MOST_SESSIONS
     assert (sessions.is_known(first), sessions.is_known(newest)) == (False, True)
 
@@ -260,7 +262,7 @@ def test_a_host_header_that_is_read_in_two_ways(site: Site) -> None:
     """As a page whose name leads here (DNS rebinding), or a stranger who writes a path into the Host header: where a
     library makes the address from it, "127.0.0.1/login?" turns every path into the one that needs no password."""
     for host in FOREIGN_HOSTS:
-        answer = exchange(site.port, request("/schedules", host))
+        answer = exchange(site.port, request("/audit", host))
         assert status_of(answer) in (400, 421), (host, answer[:200])
 
 
@@ -268,7 +270,7 @@ def test_our_own_host_is_known_in_any_case_and_with_any_port(dsn: str) -> None:
     """As nobody: the fence lets its own people through."""
     with served(dsn, hosts="Jobs.Example") as site:
         for host in ("jobs.example", "JOBS.EXAMPLE:8443", "LocalHost", "127.0.0.1:1", "[::1]", "[2001:DB8::1]:80"):
-            assert status_of(exchange(site.port, request("/schedules", host))) == 200, host
+            assert status_of(exchange(site.port, request("/audit", host))) == 200, host
 
 
 def test_a_host_name_in_another_header(proxied: Site) -> None:
@@ -286,13 +288,13 @@ def test_a_path_or_method_in_another_header(site: Site) -> None:
     """As a stranger who knows what other frameworks believe."""
     for name in ("X_Original_URL", "X_Rewrite_URL", "X_HTTP_Method_Override", "X_Forwarded_Prefix"):
         value = "/login" if "URL" in name else "POST"
-        assert status_of(exchange(site.port, request("/schedules", **{name: value}))) in CLOSED, name
+        assert status_of(exchange(site.port, request("/audit", **{name: value}))) in CLOSED, name
 
 
 OPEN_LOOKING = (
-    "//login", "/login/..", "/login/../schedules", "/static/style.css/../../schedules", "/login%2f..%2fschedules",
-    "/login;/schedules", "/%6cogin/../schedules", "/schedules%3f/login", "/schedules?/login", "/./schedules",
-    "http://127.0.0.1/login/../schedules", "//schedules", "/schedules%00/login", "/SCHEDULES", "*",
+    "//login", "/login/..", "/login/../audit", "/static/style.css/../../audit", "/login%2f..%2faudit",
+    "/login;/audit", "/%6cogin/../audit", "/audit%3f/login", "/audit?/login", "/./audit",
+    "http://127.0.0.1/login/../audit", "//audit", "/audit%00/login", "/AUDIT", "*",
 )  # fmt: skip
 
 
@@ -312,7 +314,7 @@ FOREIGN_ORIGINS = (
 def test_a_form_with_a_forged_origin(site: Site) -> None:
     """As a page of another site, in the browser of somebody who has logged in."""
     site.log_in()
-    data = {"form_token": site.form_token("/schedules"), "queue": "default"}
+    data = {"form_token": site.form_token("/audit"), "queue": "default"}
     for origin in FOREIGN_ORIGINS:
         answer = site.client.post("/verbs/pause", data=data, headers={"Origin": origin})
         assert answer.status_code == 403, origin
@@ -344,9 +346,9 @@ def test_many_and_long_cookies(site: Site) -> None:
     """As a sister domain that has planted hundreds of cookies."""
     cookies = "; ".join(f"c{number}=x" for number in range(1000))
     assert status_of(exchange(site.port, request("/login", Cookie=cookies))) == 200
-    assert status_of(exchange(site.port, request("/schedules", Cookie=f"batchq_session={'9' * 10_000}"))) in CLOSED
+    assert status_of(exchange(site.port, request("/audit", Cookie=f"batchq_session={'9' * 10_000}"))) in CLOSED
     hostile = "batchq_session=a.9999999999999999999999999.1.x; batchq_session=..; batchq_session"
-    assert status_of(exchange(site.port, request("/schedules", Cookie=hostile))) in CLOSED
+    assert status_of(exchange(site.port, request("/audit", Cookie=hostile))) in CLOSED
 
 
 def test_a_huge_head(site: Site) -> None:
@@ -377,7 +379,7 @@ TWO_READINGS = {
 
 
 def test_a_request_with_another_one_in_its_body(site: Site) -> None:
-    """As a stranger behind a proxy that finds another end of a request than the page does: what is left over would be
+    """As a stranger behind a proxy that finds another end of a request than the web UI does: what is left over would be
     the beginning of the next person's request."""
     head = f"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1:{site.port}\r\n".encode()
     for kind, rest in TWO_READINGS.items():
@@ -400,7 +402,7 @@ def test_a_form_of_endless_fields(site: Site) -> None:
 
 def test_a_form_without_an_end(site: Site) -> None:
     """As a stranger who sends chunks for as long as they are taken."""
-    for path in ("/login", "/verbs/pause", "/schedules"):
+    for path in ("/login", "/verbs/pause", "/audit"):
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{site.port}\r\nOrigin: {site.url}\r\n"
         with connect(site.port) as connection:
             connection.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n")

@@ -24,7 +24,7 @@ HALF_A_HEAD = b"GET /login HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 
 @pytest.fixture
 def site(dsn: str) -> Iterator[Site]:
-    """Serve the page with a password."""
+    """Serve the web UI with a password."""
     with served(dsn, password=PASSWORD) as site:
         yield site
 
@@ -81,7 +81,7 @@ def trickling(connections: list[socket.socket]) -> Iterator[None]:
 
 
 def answered_within(port: int, source: str = "127.0.0.1") -> float:
-    """Return how long the page takes to answer a new connection with 200."""
+    """Return how long the web UI takes to answer a new connection with 200."""
     began_at = time.monotonic()
     assert status_of(exchange(port, request("/login"), source)) == 200
     return time.monotonic() - began_at

@@ -98,7 +98,7 @@ def test_forged_addresses_through_the_documented_proxy(dsn: str, tmp_path: Path)
         step("%s", codes)
         assert codes[:3] == [401] * 3
         assert 429 in codes[3:]
-        assert site.web.app.attempts.failures.keys() == {"127.0.0.2"}
+        assert site.web.guard.throttle.failures.keys() == {"127.0.0.2"}
         assert log_in_through(port, site, "127.0.0.3", "wrong") == 401, "a neighbour has his own three"
         assert log_in_through(port, site, "127.0.0.3", PASSWORD) == 303
         assert status_of(exchange(port, request("/login", "evil.example"))) == 421

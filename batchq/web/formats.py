@@ -1,15 +1,15 @@
-"""How values look on the page: numbers, durations, and texts in which nothing hides."""
+"""How the web UI shows values: numbers, durations, and texts in which nothing hides."""
 
 from typing import Any
 from urllib.parse import urlencode
 
 from batchq.common import text as texts
 
-UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def visible(value: Any) -> Any:
-    """Return a text with its hidden characters spelled out, such as ⟨U+202E⟩; any other value, and markup, as it is."""
+    """Return a text with its hidden characters spelled out, such as ⟨U+202E⟩; markup and other values unchanged."""
     if type(value) is not str:
         return "" if value is None else value
     return texts.visible(value)
@@ -26,10 +26,10 @@ def duration(seconds: float | None) -> str:
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds > 1e11:
-        return "for ever"
+        return "forever"
     left = round(seconds)
     parts: list[tuple[int, str]] = []
-    for size, unit in UNITS:
+    for size, unit in _UNITS:
         if left >= size or parts:
             parts.append((left // size, unit))
             left %= size
@@ -37,7 +37,7 @@ def duration(seconds: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a number with thin spaces between its thousands, or – for none."""
+    """Return a number with thin spaces between its thousands, or – for None."""
     if value is None:
         return "–"
     text = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
@@ -45,23 +45,23 @@ def number(value: float | None) -> str:
 
 
 def count(row: dict[str, Any], name: str) -> str:
-    """Return a count of batchq.queues, marked where it is an estimate: ~ about, ≥ at least so many."""
+    """Return a count of batchq.queues; an estimate is marked with ~ (about) or ≥ (at least)."""
     text = number(row[name])
     if name not in row["estimated"]:
         return text
     return f"≥\N{NARROW NO-BREAK SPACE}{text}" if name == "failed" else f"~{text}"
 
 
-def worked(row: dict[str, Any]) -> int:
-    """Return how many items of a batch are worked, failed ones included."""
-    return int(row["items_done"] + row["items_failed"])
+def processed(batch: dict[str, Any]) -> int:
+    """Return how many items of a batch are processed, failed ones included."""
+    return int(batch["items_done"] + batch["items_failed"])
 
 
-def percent(row: dict[str, Any]) -> int | None:
-    """Return a batch's progress; None while it cannot be told."""
-    return 100 * worked(row) // row["items_total"] if row["items_total"] else None
+def percent(batch: dict[str, Any]) -> int | None:
+    """Return a batch's progress; None if it has no items."""
+    return 100 * processed(batch) // batch["items_total"] if batch["items_total"] else None
 
 
 def query(**given: Any) -> str:
-    """Return the part of an address behind the ?, without what is empty."""
+    """Return the query string of an address, without empty values."""
     return urlencode({name: value for name, value in given.items() if value not in (None, "")})
