@@ -91,8 +91,8 @@ class Worker:
         require_extras(self.settings)
         traced = self.settings.traces
         if in_threads:
-            slots, places = self.settings.concurrency, self.connections.fair_queue
-            lanes.append(ThreadLane(in_threads, slots, self.finisher.put, places, traced=traced))
+            slots, fair_queue = self.settings.concurrency, self.connections.fair_queue
+            lanes.append(ThreadLane(in_threads, slots, self.finisher.put, fair_queue, traced=traced))
         if in_loop:
             slots = self.settings.async_concurrency
             lanes.append(LoopLane(in_loop, slots, self.finisher.put, self.connections, traced=traced))

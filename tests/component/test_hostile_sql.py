@@ -124,8 +124,13 @@ def test_what_a_batch_is_cannot_be_changed_while_it_is_processed(
         with pytest.raises(psycopg.errors.CheckViolation) as caught:
             conn.execute(f"UPDATE batchq.batches SET {KEPT[change]} WHERE id = {batch_id}".encode())
         assert caught.value.diag.constraint_name == "batches_processing_is_kept"
-        assert caught.value.diag.message_primary == f"batch {batch_id} is being processed: it cannot be made another"
-        assert caught.value.diag.message_hint == f"SELECT batchq.cancel({batch_id}) first, or wait."
+        assert (
+            caught.value.diag.message_primary
+            == f"batch {batch_id} is being processed: its id, queue, kind and items cannot be changed"
+        )
+        assert (
+            caught.value.diag.message_hint == f"SELECT batchq.cancel({batch_id}) first, or wait until it has finished."
+        )
         gate.set()
         assert await_status(conn, batch_id, "completed").items_done == 3
     step("while it is pending it can be")

@@ -93,7 +93,10 @@ def test_a_pause_said_again_changes_its_end(conn: Conn) -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({}, "takes a queue, a kind, or both"), ({"queue": "mail", "until": "2001-01-01"}, "is past")],
+    [
+        ({}, "takes a queue, a kind, or both"),
+        ({"queue": "mail", "until": "2001-01-01"}, "until must be in the future, not 2001"),
+    ],
     ids=["nothing", "past"],
 )
 def test_a_pause_that_makes_no_sense_is_refused(conn: Conn, given: dict[str, str], message: str) -> None:

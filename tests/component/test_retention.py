@@ -38,7 +38,7 @@ def no_partitions(conn: Conn) -> None:
             conn.execute(f"DROP TABLE batchq.{partition}".encode())
 
 
-def create(conn: Conn, days_ago: int, days: int = 1) -> int:
+def create(conn: Conn, days_ago: int, days: int | None = 1) -> int:
     """Create partitions of *days* days from *days_ago* on; return how many."""
     return value(conn, f"SELECT batchq.create_finished_partitions({TODAY} - %s, %s)", [days_ago, days])
 
@@ -102,6 +102,13 @@ def test_a_day_is_one_of_utc_whatever_the_time_zone_of_the_session(conn: Conn, z
             conn, "SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE oid = 'batchq.finished_20310506'::regclass"
         )
     assert bounds == "FOR VALUES FROM ('2031-05-06 00:00:00+00') TO ('2031-05-07 00:00:00+00')"
+
+
+@pytest.mark.parametrize("days", [-1, 0, 401, 2_000_000_000, None])
+def test_one_call_makes_partitions_for_1_to_400_days(conn: Conn, days: int | None) -> None:
+    with pytest.raises(psycopg.errors.RaiseException, match="days must be between 1 and 400, not"):
+        create(conn, 0, days)
+    assert values(conn, PARTITIONS) == ["finished_default"]
 
 
 def test_a_day_whose_batches_lie_in_the_default_partition_is_left_there(conn: Conn) -> None:
@@ -211,7 +218,7 @@ def test_as_many_days_as_may_be_kept_leave_room_for_three_looks_over_all_of_them
 
 
 def test_a_negative_age_is_refused(conn: Conn) -> None:
-    with pytest.raises(psycopg.errors.RaiseException, match=r"batchq.prune takes an interval from 0 up, not -"):
+    with pytest.raises(psycopg.errors.RaiseException, match=r"batchq.prune: older_than must be zero or more, not -"):
         conn.execute("SELECT batchq.prune(interval '-1 day')")
 
 

@@ -42,7 +42,7 @@ TERMINAL, SECRETS, ARGUMENTS, IMPORTS, FUNCTIONS, PRODUCER, SEARCH_PATHS, NOTIFY
 CONNECTING, TRANSACTING, HANDLERS, FAIR_QUEUE = (
     f"batchq/postgres/{name}.py" for name in ("connections", "transactions", "handler_connections", "fair_queue")
 )
-SECTION_END = re.compile(r'^"""(?=$|  # )|\n\n\n|^\$\$;', re.MULTILINE)
+SECTION_END = re.compile(r'^"""(?=$|  # )|\n\n\n|^(END )?\$\$;', re.MULTILINE)
 
 
 class StaleError(Exception):
@@ -233,13 +233,13 @@ MUTANTS = [
         (FLAT, VIEWS),
         [
             (
-                "AND b.lease_expires_at >= q.at\n      ORDER BY b.lease_expires_at\n      LIMIT share.of_busy",
-                "ORDER BY b.lease_expires_at\n      LIMIT share.of_busy",
+                "AND b.lease_expires_at >= q.at\n      ORDER BY b.lease_expires_at LIMIT share.of_busy",
+                "ORDER BY b.lease_expires_at LIMIT share.of_busy",
                 "counts begin after the dead leases",
             ),
             (
-                "AND b.lease_expires_at >= q.at\n            ORDER BY b.lease_expires_at\n            LIMIT most",
-                "ORDER BY b.lease_expires_at\n            LIMIT most",
+                "AND b.lease_expires_at >= q.at\n          ORDER BY b.lease_expires_at LIMIT most",
+                "ORDER BY b.lease_expires_at LIMIT most",
                 "counts begin after the dead leases",
             ),
             (
@@ -646,6 +646,7 @@ MUTANTS = [
         "CREATE FUNCTION batchq.create_finished_partitions",
         (RETENTION, SCHEMA),
         [
+            ("IF days BETWEEN 1 AND 400 IS NOT TRUE THEN", "IF false THEN", "a call makes a bounded number of days"),
             (
                 "  PERFORM batchq.take_lock('partitions');\n",
                 "",
@@ -860,7 +861,7 @@ MUTANTS = [
         [
             ("ELSIF jsonb_typeof(NEW.items) <> 'array' THEN", "ELSIF false THEN", "bad input is refused by name"),
             (
-                "WHERE b.queue = NEW.queue\n      AND b.id = NEW.id",
+                "WHERE b.queue = NEW.queue AND b.id = NEW.id",
                 "WHERE b.queue = NEW.queue",
                 "an INSERT changes its own rows",
             ),

@@ -163,7 +163,7 @@ def test_an_argument_of_a_verb_is_never_a_statement(conn: Conn, admin_dsn: str) 
     assert values(conn, "SELECT queue FROM batchq.batches") == [evil]
     with pytest.raises(psycopg.errors.UndefinedObject):
         conn.execute("SELECT batchq.grant_duty('viewer', %s)", [evil])
-    with pytest.raises(psycopg.errors.RaiseException, match="batchq knows no duty"):
+    with pytest.raises(psycopg.errors.RaiseException, match="batchq has no duty"):
         conn.execute("SELECT batchq.grant_duty(%s, 'postgres')", [evil])
     assert values(conn, "SELECT verb FROM batchq.audit ORDER BY id") == ["move", "pause"]
 
