@@ -10,7 +10,7 @@ INSERT INTO batchq.locks (name) VALUES ('partitions'), ('positions'), ('throughp
 
 CREATE FUNCTION batchq.take_lock(lock text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$ BEGIN
-  PERFORM FROM batchq.locks WHERE name = lock FOR UPDATE;
+  PERFORM 1 FROM batchq.locks WHERE name = lock FOR UPDATE;
   IF NOT FOUND THEN
     RAISE EXCEPTION 'batchq.locks has no row %', quote_literal(lock)
       USING HINT = format('INSERT INTO batchq.locks (name) VALUES (%L);', lock);
@@ -20,10 +20,10 @@ COMMENT ON FUNCTION batchq.take_lock IS 'Locks a row of batchq.locks until the e
 
 CREATE FUNCTION batchq.try_lock(lock text) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$ BEGIN
-  PERFORM FROM batchq.locks WHERE name = lock FOR UPDATE SKIP LOCKED;
+  PERFORM 1 FROM batchq.locks WHERE name = lock FOR UPDATE SKIP LOCKED;
   IF FOUND THEN
     RETURN true;
-  ELSIF NOT EXISTS (SELECT FROM batchq.locks WHERE name = lock) THEN
+  ELSIF NOT EXISTS (SELECT 1 FROM batchq.locks WHERE name = lock) THEN
     RAISE EXCEPTION 'batchq.locks has no row %', quote_literal(lock)
       USING HINT = format('INSERT INTO batchq.locks (name) VALUES (%L);', lock);
   END IF;
@@ -71,7 +71,7 @@ SELECT batchq.create_finished_partitions((now() AT TIME ZONE 'UTC')::date, 8);
 CREATE FUNCTION batchq.prune(older_than interval) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE most constant integer := 10; first_kept_day date := (now() AT TIME ZONE 'UTC') - older_than; partition record;
-  dropped integer := 0;
+  dropped integer := 0; cutoff timestamptz := first_kept_day::timestamp AT TIME ZONE 'UTC'; one text;
 BEGIN
   IF older_than < interval '0' THEN
     RAISE EXCEPTION 'batchq.prune: older_than must be zero or more, not %', older_than;
@@ -90,20 +90,25 @@ BEGIN
   END LOOP;
   -- These read all days that are left, so only once few old ones are.
   IF dropped < most THEN
-    DELETE FROM batchq.finished_default f
-    WHERE f.ctid = ANY (ARRAY(SELECT d.ctid FROM batchq.finished_default d
-                              WHERE d.finished_at < first_kept_day::timestamp AT TIME ZONE 'UTC' LIMIT 10000));
-    DELETE FROM batchq.failed_items f
-    WHERE f.ctid = ANY (ARRAY(SELECT o.ctid FROM batchq.failed_items o
-                              WHERE o.failed_at < first_kept_day::timestamp AT TIME ZONE 'UTC'
-                                AND NOT EXISTS (SELECT FROM batchq.batches b WHERE b.id = o.batch_id) LIMIT 10000));
+    FOR one IN SELECT DISTINCT d.queue FROM batchq.finished_default d WHERE d.finished_at < cutoff LOOP
+      DELETE FROM batchq.finished_default f
+      WHERE f.queue = one AND f.ctid = ANY (ARRAY(SELECT d.ctid FROM batchq.finished_default d
+                                                  WHERE d.queue = one AND d.finished_at < cutoff LIMIT 10000));
+    END LOOP;
+    FOR one IN SELECT DISTINCT i.queue FROM batchq.failed_items i WHERE i.failed_at < cutoff LOOP
+      DELETE FROM batchq.failed_items f
+      WHERE f.queue = one AND f.ctid = ANY (ARRAY(
+        SELECT i.ctid FROM batchq.failed_items i
+        WHERE i.queue = one AND i.failed_at < cutoff
+          AND NOT EXISTS (SELECT 1 FROM batchq.batches b WHERE b.queue = one AND b.id = i.batch_id) LIMIT 10000));
+    END LOOP;
   END IF;
   RETURN dropped;
 END $$;
 COMMENT ON FUNCTION batchq.prune IS
   'Drops up to 10 finished partitions, the oldest first, that lie wholly before now() - older_than (whole days, UTC); returns '
-  'how many. Call it until it returns 0, each call in a transaction of its own. A call that drops fewer than 10 also deletes up '
-  'to 10,000 rows as old from batchq.finished_default, and up to 10,000 from batchq.failed_items whose batch is gone.';
+  'how many. Call it until it returns 0, each call in a transaction of its own. A call that drops fewer than 10 also deletes, '
+  'per queue, up to 10,000 rows as old from batchq.finished_default, and up to 10,000 from batchq.failed_items whose batch is gone.';
 
 -- Postgres refuses UPDATE and DELETE on a table without a replica identity as soon as a publication covers it: one CREATE
 -- PUBLICATION ... FOR ALL TABLES (logical replication, change capture) stopped every claim. With wal_level below logical, a
@@ -119,13 +124,13 @@ BEGIN
         FROM pg_index i JOIN pg_class ic ON ic.oid = i.indexrelid
         WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indimmediate
           AND i.indpred IS NULL AND i.indexprs IS NULL
-          AND NOT EXISTS (SELECT FROM generate_series(0, i.indnkeyatts - 1) k
+          AND NOT EXISTS (SELECT 1 FROM generate_series(0, i.indnkeyatts - 1) k
                           JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[k] WHERE NOT a.attnotnull)
         ORDER BY i.indnkeyatts, ic.relname
         LIMIT 1) AS unique_index
     FROM pg_class c
     WHERE c.relnamespace = 'batchq'::regnamespace AND c.relkind = 'r' AND c.relreplident <> 'f'
-      AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid
+      AND NOT EXISTS (SELECT 1 FROM pg_index i WHERE i.indrelid = c.oid
                       AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident END)
   LOOP
     EXECUTE format('ALTER TABLE %s REPLICA IDENTITY ', bare.relation)

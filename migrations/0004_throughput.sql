@@ -54,25 +54,29 @@ COMMENT ON FUNCTION batchq.run_time_percentiles IS
 
 CREATE FUNCTION batchq.merge_throughput() RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE merged integer;
+DECLARE merged integer := 0; made integer; one text; too_old timestamptz := now() - interval '7 days';
+  is_over timestamptz := date_trunc('minute', now()) - interval '1 minute';
 BEGIN
   IF NOT batchq.try_lock('throughput') THEN RETURN 0; END IF;
-  DELETE FROM batchq.throughput_minutes t WHERE t.minute < now() - interval '7 days';
-  WITH parts AS (
-    DELETE FROM batchq.throughput_minutes t
-    WHERE t.worker <> '' AND t.minute < date_trunc('minute', now()) - interval '1 minute'
-    RETURNING t.*
-  )
-  INSERT INTO batchq.throughput_minutes AS t (minute, queue, kind, worker, completed, failed, cancelled, retried, items,
-    run_seconds, run_times)
-  SELECT minute, queue, kind, '', sum(completed), sum(failed), sum(cancelled), sum(retried), sum(items),
-    sum(run_seconds), batchq.sum_counts(run_times)
-  FROM parts GROUP BY minute, queue, kind
-  ON CONFLICT (minute, queue, kind, worker) DO UPDATE
-  SET completed = t.completed + excluded.completed, failed = t.failed + excluded.failed,
-      cancelled = t.cancelled + excluded.cancelled, retried = t.retried + excluded.retried, items = t.items + excluded.items,
-      run_seconds = t.run_seconds + excluded.run_seconds, run_times = batchq.add_counts(t.run_times, excluded.run_times);
-  GET DIAGNOSTICS merged = ROW_COUNT;
+  FOR one IN SELECT DISTINCT t.queue FROM batchq.throughput_minutes t WHERE t.minute < too_old LOOP
+    DELETE FROM batchq.throughput_minutes t WHERE t.queue = one AND t.minute < too_old;
+  END LOOP;
+  FOR one IN SELECT DISTINCT t.queue FROM batchq.throughput_minutes t WHERE t.worker <> '' AND t.minute < is_over LOOP
+    WITH parts AS (
+      DELETE FROM batchq.throughput_minutes t WHERE t.queue = one AND t.worker <> '' AND t.minute < is_over RETURNING t.*
+    )
+    INSERT INTO batchq.throughput_minutes AS t (minute, queue, kind, worker, completed, failed, cancelled, retried, items,
+      run_seconds, run_times)
+    SELECT minute, queue, kind, '', sum(completed), sum(failed), sum(cancelled), sum(retried), sum(items),
+      sum(run_seconds), batchq.sum_counts(run_times)
+    FROM parts GROUP BY minute, queue, kind
+    ON CONFLICT (minute, queue, kind, worker) DO UPDATE
+    SET completed = t.completed + excluded.completed, failed = t.failed + excluded.failed,
+        cancelled = t.cancelled + excluded.cancelled, retried = t.retried + excluded.retried, items = t.items + excluded.items,
+        run_seconds = t.run_seconds + excluded.run_seconds, run_times = batchq.add_counts(t.run_times, excluded.run_times);
+    GET DIAGNOSTICS made = ROW_COUNT;
+    merged := merged + made;
+  END LOOP;
   RETURN merged;
 END $$;
 COMMENT ON FUNCTION batchq.merge_throughput IS

@@ -40,10 +40,11 @@ COMMENT ON FUNCTION batchq.note_verb(text, bigint, bigint, text, text, jsonb, te
 
 CREATE FUNCTION batchq.append_error(errors jsonb, attempt integer, error jsonb)
 RETURNS jsonb LANGUAGE sql STABLE
-RETURN CASE WHEN jsonb_array_length(errors) >= 10 THEN errors - 0 ELSE errors END
-       || jsonb_build_array(jsonb_build_object('attempt', attempt, 'at', now()) || error);
+RETURN CASE WHEN error IS NULL THEN errors
+            ELSE CASE WHEN jsonb_array_length(errors) >= 10 THEN errors - 0 ELSE errors END
+                 || jsonb_build_array(jsonb_build_object('attempt', attempt, 'at', now()) || error) END;
 COMMENT ON FUNCTION batchq.append_error(jsonb, integer, jsonb) IS
-  'Appends the error of one attempt to a value of batchq.batches.errors, and drops the oldest beyond 10.';
+  'Appends the error of one attempt to a value of batchq.batches.errors, and drops the oldest beyond 10. Null: no error.';
 
 -- ------------------------------------------------------------------------------------------------------------- the engine
 

@@ -56,13 +56,13 @@ BEGIN
   few AS MATERIALIZED (
     -- If there are at most "most", all are counted. If there are more, each level gets a share of "most".
     SELECT most >= (SELECT count(*) FROM (
-        SELECT FROM all_waiting w CROSS JOIN LATERAL (
-          SELECT FROM batchq.batches_live b
+        SELECT 1 FROM all_waiting w CROSS JOIN LATERAL (
+          SELECT 1 FROM batchq.batches_live b
           WHERE b.queue = w.queue AND b.status = 'pending' AND b.priority = w.priority AND (b.run_at, b.id) >= (w.at, w.id)
           ORDER BY b.run_at, b.id LIMIT most + 1) b LIMIT most + 1) some_waiting)
       AND most >= (SELECT count(*) FROM (
-        SELECT FROM all_busy q CROSS JOIN LATERAL (
-          SELECT FROM batchq.batches_live b
+        SELECT 1 FROM all_busy q CROSS JOIN LATERAL (
+          SELECT 1 FROM batchq.batches_live b
           WHERE b.queue = q.queue AND b.status = 'processing' AND b.lease_expires_at >= q.at
           ORDER BY b.lease_expires_at LIMIT most + 1) b LIMIT most + 1) some_busy) AS counts_all
   ),
@@ -106,12 +106,12 @@ BEGIN
       SELECT b.queue, b.kind, coalesce(b.lease_expires_at, b.run_at) AS at,
         CASE WHEN b.status = 'processing' THEN 'processing' WHEN b.run_at <= now() THEN 'ready' ELSE 'scheduled' END AS state
       FROM batchq.batches_live b TABLESAMPLE SYSTEM (in_sample) REPEATABLE (1)
-      WHERE EXISTS (SELECT FROM cut)) rows
+      WHERE EXISTS (SELECT 1 FROM cut)) rows
     JOIN cut USING (queue, state) GROUP BY queue, kind, state
   )
   SELECT queue, kind, state, greatest(c.count, s.count), coalesce(c.late, 0), least(c.oldest_at, s.oldest_at),
     -- A batch committed late, before a position, is not counted until the position is checked.
-    cut.queue IS NOT NULL OR EXISTS (SELECT FROM batchq.positions p WHERE p.queue = c.queue),
+    cut.queue IS NOT NULL OR EXISTS (SELECT 1 FROM batchq.positions p WHERE p.queue = c.queue),
     cut.known_until IS NOT NULL AND (c.oldest_at IS NULL OR c.oldest_at > cut.known_until)
   FROM counted c FULL JOIN sampled s USING (queue, kind, state) LEFT JOIN cut USING (queue, state);
 END $$;
@@ -124,24 +124,24 @@ CREATE FUNCTION batchq.count_failed(most integer DEFAULT 10000)
 RETURNS TABLE (queue text, kind text, count bigint, is_estimate boolean)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_column
+DECLARE queues text[] := '{}'; kinds text[] := '{}'; last_queue text := ''; last_kind text := ''; share bigint;
 BEGIN
+  -- From one pair to the next by the index; not recursive, since a distributed Postgres takes that only within a queue.
+  WHILE cardinality(queues) < 500 LOOP
+    SELECT b.queue, b.kind INTO last_queue, last_kind FROM batchq.batches_finished b
+    WHERE b.status = 'failed' AND (b.queue, b.kind) > (last_queue, last_kind)
+    ORDER BY b.queue, b.kind LIMIT 1;
+    EXIT WHEN NOT FOUND;
+    queues := queues || last_queue;
+    kinds := kinds || last_kind;
+  END LOOP;
+  share := greatest(100, most / greatest(cardinality(queues), 1));
   RETURN QUERY
-  WITH RECURSIVE known_pair AS (
-    (SELECT b.queue, b.kind FROM batchq.batches_finished b WHERE b.status = 'failed' ORDER BY b.queue, b.kind LIMIT 1)
-    UNION ALL
-    SELECT next.queue, next.kind
-    FROM known_pair p CROSS JOIN LATERAL (
-      SELECT b.queue, b.kind FROM batchq.batches_finished b
-      WHERE b.status = 'failed' AND (b.queue, b.kind) > (p.queue, p.kind)
-      ORDER BY b.queue, b.kind LIMIT 1) next
-  ),
-  pair AS MATERIALIZED (SELECT * FROM known_pair LIMIT 500),
-  share AS MATERIALIZED (SELECT greatest(100, most / greatest(count(*), 1)) AS share FROM pair)
-  SELECT p.queue, p.kind, least(n.count, share.share), n.count > share.share
-  FROM pair p CROSS JOIN share CROSS JOIN LATERAL (
+  SELECT p.queue, p.kind, least(n.count, share), n.count > share
+  FROM unnest(queues, kinds) AS p(queue, kind) CROSS JOIN LATERAL (
     SELECT count(*) AS count
-    FROM (SELECT FROM batchq.batches_finished b WHERE b.status = 'failed' AND b.queue = p.queue AND b.kind = p.kind
-          LIMIT share.share + 1) first_ones) n;
+    FROM (SELECT 1 FROM batchq.batches_finished b WHERE b.status = 'failed' AND b.queue = p.queue AND b.kind = p.kind
+          LIMIT share + 1) first_ones) n;
 END $$;
 COMMENT ON FUNCTION batchq.count_failed IS 'Counts failed batches by queue and kind, "most" in all. is_estimate: there are more.';
 
@@ -154,7 +154,7 @@ BEGIN
   FOREACH since IN ARRAY ARRAY[now() - interval '1 hour', now() - interval '1 day', now() - interval '7 days', '-infinity'] LOOP
     CONTINUE WHEN since > '-infinity' AND most > (
       SELECT count(*)
-      FROM (SELECT FROM batchq.batches_finished b WHERE b.status = 'failed' AND b.finished_at >= since LIMIT most) newest);
+      FROM (SELECT 1 FROM batchq.batches_finished b WHERE b.status = 'failed' AND b.finished_at >= since LIMIT most) newest);
     RETURN QUERY
     SELECT b.id, b.queue, b.kind, b.finished_at, coalesce(b.errors -> -1 ->> 'error', '')
     FROM batchq.batches_finished b WHERE b.status = 'failed' AND b.finished_at >= since
@@ -224,7 +224,7 @@ CREATE FUNCTION batchq.newest_live(in_queue text DEFAULT NULL, in_kind text DEFA
   before_id bigint DEFAULT 9223372036854775807, most integer DEFAULT 100) RETURNS SETOF bigint
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$ BEGIN
-  IF NOT EXISTS (SELECT FROM batchq.positions) THEN
+  IF NOT EXISTS (SELECT 1 FROM batchq.positions) THEN
     RETURN QUERY
     SELECT b.id FROM batchq.batches_live b
     WHERE b.id < before_id AND (in_queue IS NULL OR b.queue = in_queue) AND (in_kind IS NULL OR b.kind = in_kind)

@@ -29,7 +29,7 @@ COMMENT ON COLUMN batchq.duties.object IS 'Name of a table, view or function in 
 
 CREATE FUNCTION batchq.duty_statements(duty text, role text) RETURNS SETOF text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$ BEGIN
-  IF NOT EXISTS (SELECT FROM batchq.duties d WHERE d.duty = duty_statements.duty) THEN
+  IF NOT EXISTS (SELECT 1 FROM batchq.duties d WHERE d.duty = duty_statements.duty) THEN
     RAISE EXCEPTION 'batchq has no duty %', quote_nullable(duty)
       USING HINT = 'The duties are producer, worker, viewer and operator.';
   END IF;

@@ -56,7 +56,7 @@ LIMIT 10
 -- filter that does not fit it. A partition is covered by a publication of any table above it.
 WITH covered AS (
   SELECT p.pubname, c.oid::regclass AS relation, r.is_part,
-    c.relreplident = 'f' OR EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid
+    c.relreplident = 'f' OR EXISTS (SELECT 1 FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid
       AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident END) AS is_identified
   FROM pg_catalog.pg_publication p
   JOIN pg_catalog.pg_class c ON c.relnamespace = 'batchq'::regnamespace AND c.relkind = 'r'
@@ -68,7 +68,7 @@ WITH covered AS (
   ) r
   WHERE (p.pubupdate OR p.pubdelete)
     AND (p.puballtables OR r.named > 0
-         OR EXISTS (SELECT FROM pg_catalog.pg_publication_namespace n WHERE n.pnpubid = p.oid AND n.pnnspid = c.relnamespace))
+         OR EXISTS (SELECT 1 FROM pg_catalog.pg_publication_namespace n WHERE n.pnpubid = p.oid AND n.pnnspid = c.relnamespace))
 )
 SELECT 'critical',
   format('publication %%I covers %%s tables without a replica identity, such as %%s: Postgres refuses to change their rows',
@@ -116,13 +116,13 @@ WHERE c.relnamespace = 'batchq'::regnamespace
   AND c.relkind IN ('r', 'p')
   AND row_security_active(c.oid)
   AND NOT EXISTS (  -- a policy that shows this role every row
-    SELECT
+    SELECT 1
     FROM pg_catalog.pg_policy p
     WHERE p.polrelid = c.oid
       AND p.polpermissive
       AND p.polcmd IN ('*', 'r')
       AND pg_get_expr(p.polqual, p.polrelid) = 'true'
-      AND EXISTS (SELECT FROM unnest(p.polroles) r WHERE r = 0 OR pg_has_role(r, 'USAGE')))
+      AND EXISTS (SELECT 1 FROM unnest(p.polroles) r WHERE r = 0 OR pg_has_role(r, 'USAGE')))
 HAVING count(*) > 0
 
 -- name: ids_given_twice
@@ -194,7 +194,7 @@ SELECT CASE WHEN min(d.day) = (now() AT TIME ZONE 'UTC')::date THEN 'critical' E
   format('no partition for batches that finish on %%s', string_agg(d.day::text, ', ' ORDER BY d.day)),
   'as the owner: SELECT batchq.create_finished_partitions(current_date, 8); a worker does it automatically'
 FROM (SELECT (now() AT TIME ZONE 'UTC')::date + n AS day FROM generate_series(0, 2) n) d
-WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.relnamespace = 'batchq'::regnamespace AND c.relispartition
+WHERE NOT EXISTS (SELECT 1 FROM pg_catalog.pg_class c WHERE c.relnamespace = 'batchq'::regnamespace AND c.relispartition
                     AND c.relname = 'finished_' || to_char(d.day, 'YYYYMMDD'))
 HAVING count(*) > 0
 
@@ -320,7 +320,7 @@ WITH held AS (
   WHERE h.grantee = 0
      OR h.is_grantable
      OR NOT EXISTS (
-       SELECT
+       SELECT 1
        FROM needed n
        WHERE n.privilege = h.privilege
          AND (n.object = h.object OR 'batchq.' || n.object = h.object OR 'batchq.' || n.object = split_part(h.object, '(', 1))

@@ -90,7 +90,7 @@ WHERE b.items_failed <> coalesce(f.failed, 0)
 -- Items that failed before the oldest kept day may remain for a while: prune deletes 10,000 at a time.
 SELECT f.batch_id, format('failed item %s in queue %s belongs to no batch', f.item_index, f.queue)
 FROM batchq.failed_items f
-WHERE NOT EXISTS (SELECT FROM batchq.batches b WHERE b.id = f.batch_id AND b.queue = f.queue)
+WHERE NOT EXISTS (SELECT 1 FROM batchq.batches b WHERE b.id = f.batch_id AND b.queue = f.queue)
   AND (f.failed_at AT TIME ZONE 'UTC')::date >= (
     SELECT coalesce(min(to_date(right(c.relname, 8), 'YYYYMMDD')), '-infinity')
     FROM pg_catalog.pg_inherits i
@@ -202,4 +202,4 @@ WHERE batches < 0
 SELECT m.version, format('%s is applied, but version %s is not', m.name, m.version - 1)
 FROM batchq.migrations m
 WHERE m.version > 1
-  AND NOT EXISTS (SELECT FROM batchq.migrations before WHERE before.version = m.version - 1)
+  AND NOT EXISTS (SELECT 1 FROM batchq.migrations before WHERE before.version = m.version - 1)

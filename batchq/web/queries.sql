@@ -11,7 +11,7 @@ SELECT max(version) FROM batchq.migrations
 SELECT q.queue, q.kind, q.ready, q.scheduled, q.processing, q.stalled, q.failed,
        extract(epoch FROM q.oldest_wait)::float8 AS oldest_wait_seconds,
        q.finished_per_second::float8, q.workers, q.estimated,
-       EXISTS (SELECT FROM batchq.pauses p
+       EXISTS (SELECT 1 FROM batchq.pauses p
                WHERE (p.queue IS NULL OR p.queue = q.queue)
                  AND (p.kind IS NULL OR p.kind = q.kind)
                  AND (p.until IS NULL OR p.until > now())) AS is_paused
@@ -156,7 +156,7 @@ UNION ALL
 SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, count(*),
        (SELECT l.key FROM searched l ORDER BY number DESC LIMIT 1)
 FROM searched
-WHERE NOT EXISTS (SELECT FROM page)
+WHERE NOT EXISTS (SELECT 1 FROM page)
 
 -- name: batch
 SELECT s.id, s.queue, s.kind, s.status, s.items_total, s.items_done, s.items_failed, s.attempt, s.max_attempts,

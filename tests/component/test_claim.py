@@ -211,6 +211,20 @@ def test_a_claim_returns_what_the_handler_needs(conn: Conn) -> None:
     assert row.position == Position(run_at, batch_id)
 
 
+def test_the_form_for_a_distributed_postgres_claims_and_returns_the_same(
+    conn: Conn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for statement in (claims.CLAIM, claims.DISTRIBUTED_CLAIM):
+        monkeypatch.setattr(claims, "CLAIM", statement)
+        for number in range(3):
+            insert(conn, payload={"x": "y" * 700 * number}, items=[1], max_failed_items=number, run_at="2020-01-01")
+        rows = sorted(claim(conn, 2))
+        assert len(claim(conn)) == 1
+        found.append([row._replace(id=0) for row in rows])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("payload", "cursor"), [({"x": "y" * 2000}, None), ({}, {"x": "y" * 2000}), ({"x": "y" * 600}, {"x": "y" * 600})]
 )

@@ -19,7 +19,14 @@ from tests.support.processes import ROOT
 from tests.support.steps import step
 
 FILES = ("batchq/web/queries.sql", "batchq/operate/doctor.sql", "batchq/operate/invariants.sql")
-EXCEPTIONS: dict[str, dict[str, str]] = {}  # by statement: the rule, and why it is broken
+# By statement: the rule that it breaks, and why.
+COSTS_OF_THE_CLAIM = "the other form, DISTRIBUTED_CLAIM, takes 6 to 12 % longer on a plain Postgres"
+EXCEPTIONS: dict[str, dict[str, str]] = {
+    "claims.CLAIM": {"returning": COSTS_OF_THE_CLAIM},
+    "claims.CLAIM_SKIPPING": {"returning": COSTS_OF_THE_CLAIM},
+    "endings.COMPLETE_AND_FORGET": {"nested write": "a second statement would cost each finish a round trip"},
+    "invariants.not_live_and_finished": {"join": "it looks for an id that is in use in two queues"},
+}
 
 BREACHES = {
     "returning": (
@@ -86,7 +93,7 @@ def all_statements(routines: list[Routine]) -> Iterator[tuple[str, Any]]:
         yield from neutral.statements_of_module(importlib.import_module(f"{statement_modules.__name__}.{module.name}"))
     for file in FILES:
         for name, text in running.load_statements(ROOT / file).items():
-            yield from neutral.parsed(f"{Path(file).stem}.{name}", text)
+            yield from neutral.parsed(f"{Path(file).stem}.{name}", text.decode())
 
 
 def test_every_statement_keeps_the_rules_or_is_an_exception_with_its_reason(

@@ -395,7 +395,7 @@ def turn(conn: Conn, worker_id: str, *queue_names: str) -> tuple[int, int]:
     """Return a worker's number among those that live and serve one of its queues, and how many those are."""
     row = WorkerRow(worker_id, "host", 1, "1", list(queue_names) or ["default"], [KIND], 8)
     found = workers.beat(
-        running_statements.one(conn, *workers.heartbeat(row, 0, stopping=False, silent_seconds=60))
+        running_statements.fetch_one(conn, *workers.heartbeat(row, 0, stopping=False, silent_seconds=60))
     ).turn
     return found.number, found.workers
 

@@ -33,7 +33,7 @@ RULES = {
     "join": "distributed tables are joined on the queue",
     "recursive": "a recursive query names the queue",
     "no columns": "each SELECT has a column",
-    "whole row": "to_jsonb takes no row of a view or table",
+    "whole row": "to_jsonb takes no row of a view",
 }
 PLACEHOLDER = re.compile(r"%\((\w+)\)s|%s")
 OWN_ROW_TYPE = re.compile(r" batchq\.\w+;")  # in a declaration: libpg_query knows no schema but its own
@@ -221,7 +221,7 @@ class Checker(Visitor):  # type: ignore[misc]
             self.found.add("join")
         if is_within_a_read(ancestors) and any(not names_queue(table, named, tables) for table in distributed):
             self.found.add("join")
-        names = {name_of(table) for table in tables if is_distributed(table) or is_view(table)}
+        names = {name_of(table) for table in tables if is_view(table)}
         if node.targetList and whole_rows(node.targetList) & names:
             self.found.add("whole row")
 

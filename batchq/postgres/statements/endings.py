@@ -175,7 +175,7 @@ SET status = 'pending',
     claim_token = NULL,
     claimed_at = NULL,
     lease_expires_at = NULL,
-    errors = CASE WHEN u.error IS NULL THEN b.errors ELSE batchq.append_error(b.errors, b.attempt, u.error) END
+    errors = batchq.append_error(b.errors, b.attempt, u.error)
 FROM (SELECT id, token, now() + delay_seconds * interval '1 second' AS run_at, is_release, error
       FROM unnest(%(ids)s::bigint[], %(tokens)s::uuid[], %(delays)s::float8[], %(releases)s::boolean[],
                   %(errors)s::jsonb[]) AS given(id, token, delay_seconds, is_release, error)) AS u

@@ -53,7 +53,7 @@ def failed_page(conn: Conn, queue: str, batch_id: int, token: UUID, attempt: int
           AND batch_id = %(id)s
           AND retryable
           AND attempt < %(attempt)s
-          AND EXISTS (SELECT
+          AND EXISTS (SELECT 1
                       FROM batchq.batches_live b
                       WHERE b.queue = %(queue)s
                         AND b.id = %(id)s

@@ -1,4 +1,7 @@
-"""Rows for people: status, queues, failures, single batches, changes."""
+"""Rows for people: status, queues, failures, single batches, changes.
+
+A row of a view becomes JSON through a subquery with OFFSET 0: otherwise a distributed Postgres names the keys f1, f2.
+"""
 
 from collections.abc import Sequence
 from typing import Any, LiteralString
@@ -8,7 +11,10 @@ from batchq.postgres.statements.running import Conn, fetch_json
 
 def failure_rows(conn: Conn) -> list[dict[str, Any]]:
     """Return the rows of batchq.failures as JSON objects, the latest first."""
-    return fetch_json(conn, "SELECT to_jsonb(f) FROM batchq.failures f ORDER BY f.latest_at DESC, f.kind, f.error")
+    return fetch_json(
+        conn,
+        "SELECT to_jsonb(f) FROM (SELECT * FROM batchq.failures OFFSET 0) f ORDER BY f.latest_at DESC, f.kind, f.error",
+    )
 
 
 # The status of batchq.batches for each finer one of batchq.status; it excludes partitions that cannot match.
@@ -38,8 +44,10 @@ def status_rows(
            LIMIT %(limit)s)
         )
         SELECT to_jsonb(s)
-        FROM batchq.status s
-        WHERE s.id = ANY (ARRAY(SELECT id FROM newest ORDER BY id DESC LIMIT %(limit)s))
+        FROM (SELECT *
+              FROM batchq.status
+              WHERE id = ANY (ARRAY(SELECT id FROM newest ORDER BY id DESC LIMIT %(limit)s))
+              OFFSET 0) s
         ORDER BY s.id DESC
         """,
         {
@@ -55,7 +63,9 @@ def status_rows(
 
 def status_row(conn: Conn, batch_id: int) -> dict[str, Any] | None:
     """Return a batch's row of batchq.status as a JSON object."""
-    found = fetch_json(conn, "SELECT to_jsonb(s) FROM batchq.status s WHERE s.id = %(id)s", {"id": batch_id})
+    found = fetch_json(
+        conn, "SELECT to_jsonb(s) FROM (SELECT * FROM batchq.status WHERE id = %(id)s OFFSET 0) s", {"id": batch_id}
+    )
     return found[0] if found else None
 
 
@@ -82,8 +92,7 @@ def running_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) ->
           LIMIT %(limit)s
         )
         SELECT to_jsonb(s)
-        FROM batchq.status s
-        WHERE s.id = ANY (ARRAY(SELECT id FROM running))
+        FROM (SELECT * FROM batchq.status WHERE id = ANY (ARRAY(SELECT id FROM running)) OFFSET 0) s
         """,
         {"queue": queue, "kind": kind, "limit": limit},
     )
@@ -105,8 +114,7 @@ def failed_rows(conn: Conn, queue: str | None, kind: str | None, limit: int) -> 
           LIMIT %(limit)s
         )
         SELECT to_jsonb(s)
-        FROM batchq.status s
-        WHERE s.id = ANY (ARRAY(SELECT id FROM failed))
+        FROM (SELECT * FROM batchq.status WHERE id = ANY (ARRAY(SELECT id FROM failed)) OFFSET 0) s
         ORDER BY s.finished_at DESC
         """,
         {"queue": queue, "kind": kind, "limit": limit},
@@ -119,7 +127,7 @@ def queue_rows(conn: Conn, queue: str | None = None, kind: str | None = None) ->
         conn,
         """
         SELECT to_jsonb(q)
-        FROM batchq.queues q
+        FROM (SELECT * FROM batchq.queues OFFSET 0) q
         WHERE (%(queue)s::text IS NULL OR q.queue = %(queue)s)
           AND (%(kind)s::text IS NULL OR q.kind = %(kind)s)
         ORDER BY q.queue, q.kind
@@ -142,9 +150,8 @@ def batch_object(conn: Conn, batch_id: int, inputs_as_text: bool = False) -> dic
           'result', b.result, 'errors', b.errors,
           'max_failed_items', b.max_failed_items, 'timeout_seconds', b.timeout_seconds)
         FROM batchq.batches b
-        JOIN batchq.status s ON s.id = b.id AND s.queue = b.queue
+        JOIN (SELECT * FROM batchq.status WHERE id = %(id)s OFFSET 0) s ON s.id = b.id AND s.queue = b.queue
         WHERE b.id = %(id)s
-          AND s.id = %(id)s
         """,
         {"id": batch_id, "as_text": inputs_as_text},
     )
@@ -202,8 +209,7 @@ WITH changed AS (
   LIMIT %(limit)s
 )
 SELECT to_jsonb(s)
-FROM batchq.status s
-WHERE s.id = ANY (ARRAY(SELECT id FROM first_changed))
+FROM (SELECT * FROM batchq.status WHERE id = ANY (ARRAY(SELECT id FROM first_changed)) OFFSET 0) s
 ORDER BY s.id
 """
 
