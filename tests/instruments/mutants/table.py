@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 STATEMENTS = {file: file.read_text() for file in sorted((ROOT / "batchq/postgres/statements").glob("*.py"))}
 MIGRATE = "batchq/postgres/migrate.py"
-POSITIONS, KEEPER = (f"batchq/worker/{name}.py" for name in ("positions", "keeper"))
+POSITIONS, KEEPER, RESCUE = (f"batchq/worker/{name}.py" for name in ("positions", "keeper", "rescue"))
 TABLES, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE, DOORS = (
     f"migrations/{name}.sql"
     for name in (
@@ -953,7 +953,7 @@ MUTANTS = [
         POSITION,
         [
             (
-                "number = last if self.swept % 2 else self.swept // 2 % len(self.marks)",
+                "number = last if self._sweeps % 2 else self._sweeps // 2 % len(self.marks)",
                 "number = last",
                 "every part is swept",
             )
@@ -961,12 +961,12 @@ MUTANTS = [
         POSITIONS,
     ),
     *of(
-        "    def extend(self",
+        "    def renew_leases(self",
         (PARTS, LIFE),
         [
             (
-                "time.monotonic() - self.lease_seconds / 3",
-                "time.monotonic() - self.lease_seconds",
+                "time.monotonic() - self._lease_seconds / 3",
+                "time.monotonic() - self._lease_seconds",
                 "leases are extended at a third of their time",
             )
         ],
@@ -982,7 +982,7 @@ MUTANTS = [
                 "a lease that was locked is found later",
             )
         ],
-        KEEPER,
+        RESCUE,
     ),
     # ---------------------------------------------------------------------------------------------------- the process
     *of(
@@ -1019,7 +1019,7 @@ MUTANTS = [
     *of(
         "def line(",
         TERMINAL,
-        [("visible_line(shortened(plain(value)))", "shortened(plain(value))", "no row steers the terminal")],
+        [("visible_line(_shortened(_plain(value)))", "_shortened(_plain(value))", "no row steers the terminal")],
         "batchq/common/terminal.py",
     ),
     *of(
@@ -1083,7 +1083,7 @@ MUTANTS = [
         [('"search_path": SEARCH_PATH,', "", "names in statements mean pg_catalog's")],
     ),
     *of(
-        "    def run(self",
+        "    def _listen(self",
         NOTIFY,
         [
             (
