@@ -18,7 +18,7 @@ from batchq.postgres.statements import maintenance
 from batchq.postgres.statements.claims import END, START
 from batchq.postgres.statements.workers import Turn
 from batchq.settings import Settings
-from batchq.testing import drain
+from batchq.testing import drain, running_worker
 from batchq.worker import finisher, rescue
 from batchq.worker import turns as turns_module
 from batchq.worker.claimer import Claimer
@@ -574,6 +574,35 @@ def test_maintenance_is_left_to_the_worker_that_is_at_it(
         other.rollback()
     parts.housekeeper.maintain()
     assert values(conn, partitions) == [before[0] - 1], "that of 60 days ago is dropped"
+
+
+def test_housekeeping_that_is_blocked_for_longer_than_a_lease_costs_no_lease(
+    conn: Conn, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked, released = threading.Event(), threading.Event()
+
+    def hold_transaction(held: Conn) -> bool:
+        blocked.set()
+        while not released.is_set():
+            held.execute("SELECT pg_sleep(0.1)")
+        return False
+
+    monkeypatch.setattr(maintenance, "take_maintenance", hold_transaction)
+    enqueue(conn, 1, payload={"waits": True})
+    with running_worker(app, dsn, lease_seconds=2) as worker:
+        assert began.wait(20)
+        assert blocked.wait(20)
+        step("while maintenance holds the housekeeper's connection, the lease is renewed and the heartbeat is sent")
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            assert value(conn, "SELECT lease_expires_at > now() FROM batchq.batches_live")
+            time.sleep(0.05)
+        assert value(conn, "SELECT heartbeat_at > now() - interval '4 seconds' FROM batchq.workers")
+        assert time.monotonic() - worker.keeper.beat_at < 4
+        released.set()
+        gate.set()
+        wait_until(lambda: statuses(conn) == ["completed"], 20, "the batch to be completed")
+    assert value(conn, "SELECT attempt FROM batchq.batches") == 1
 
 
 if __name__ == "__main__":
