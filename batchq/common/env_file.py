@@ -50,10 +50,7 @@ def _path_in_use() -> Path:
 
 
 def read() -> dict[str, str]:
-    """Return the batchq settings of the file; none if there is no file, or it is unreadable.
-
-    Raises ConfigError if it has some and others may have written it.
-    """
+    """Return the file's batchq settings, if it is readable. Raises ConfigError if others may have written them."""
     path = _path_in_use()
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
@@ -110,10 +107,7 @@ def _trusted_users() -> set[int]:
 
 
 def _is_trusted_group(group_id: int) -> bool:
-    """Return whether a group is root's, or has only this user.
-
-    Several systems give each user such a group, and let it write the user's new files.
-    """
+    """Return whether a group is root's, or one of only this user, as several systems give to each user."""
     try:
         group, user = grp.getgrgid(group_id), pwd.getpwuid(os.geteuid())
     except KeyError:
@@ -123,5 +117,4 @@ def _is_trusted_group(group_id: int) -> bool:
 
 
 def _shown(path: Path) -> str:
-    """Return a path for a message, with control characters escaped."""
-    return repr(str(path.absolute()))
+    return repr(str(path.absolute()))  # control characters escaped

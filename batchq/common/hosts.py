@@ -18,10 +18,9 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def is_own_host(header: str, names: Collection[str]) -> bool:
-    """Return whether a Host header names this server: an address, localhost, the machine's name, or one of *names*.
+    """Return whether a Host header is an address, localhost, the machine's name, or in *names* (".a.b": all below a.b).
 
-    ".example.com" stands for all names below example.com. A page of another site whose name was made to resolve to
-    this server (DNS rebinding) sends its own name.
+    A page of another site whose name was made to resolve to this server (DNS rebinding) sends its own name.
     """
     found = _HOST.fullmatch(header)
     if not found:

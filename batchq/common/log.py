@@ -6,6 +6,7 @@ import traceback
 from collections.abc import MutableMapping
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import partialmethod
 from typing import Any, Protocol, TextIO
 
 import structlog
@@ -66,10 +67,7 @@ def _hidden(value: Any) -> Any:
 
 
 def spell_out(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:  # noqa: ARG001
-    """Make everything in a line safe for a terminal: no text controls the terminal or starts a line of its own.
-
-    The further lines of an event or a traceback are indented.
-    """
+    """Make a line safe for a terminal: no text controls it or starts a line (those of a traceback are indented)."""
     return {visible_line(str(name)): _shown_as(name, value) for name, value in event.items()}
 
 
@@ -101,7 +99,7 @@ def configure(log_format: str, log_level: str) -> None:
     )
     handler = _handler_for(sys.stderr)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=last_processors(log_format))
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=_last_processors(log_format))
     )
     logging.basicConfig(handlers=[handler], level=log_level.upper(), force=True)
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # batchq logs these retries itself
@@ -136,7 +134,7 @@ def _handler_for(stream: TextIO | None) -> logging.Handler:
         return logging.StreamHandler(stream)
 
 
-def last_processors(log_format: str) -> list[Any]:
+def _last_processors(log_format: str) -> list[Any]:
     remove_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     first = [remove_meta, structlog.processors.format_exc_info, _hide_secrets]
     if log_format == "json":
@@ -158,17 +156,10 @@ class _SafeLogger:
     def __init__(self) -> None:
         self._logger: Any = structlog.get_logger("batchq")
 
-    def info(self, event: str, **fields: Any) -> None:
-        """Report what happened."""
+    def _write(self, level: str, event: str, **fields: Any) -> None:
         with suppress(Exception):
-            self._logger.info(event, **fields)
+            getattr(self._logger, level)(event, **fields)
 
-    def warning(self, event: str, **fields: Any) -> None:
-        """Report what somebody should know."""
-        with suppress(Exception):
-            self._logger.warning(event, **fields)
-
-    def error(self, event: str, **fields: Any) -> None:
-        """Report what somebody should act on."""
-        with suppress(Exception):
-            self._logger.error(event, **fields)
+    info = partialmethod(_write, "info")  # what happened
+    warning = partialmethod(_write, "warning")  # what somebody should know
+    error = partialmethod(_write, "error")  # what somebody should act on

@@ -34,7 +34,7 @@ class Outlet:
         os.register_at_fork(after_in_child=self._begin)
 
     def _begin(self) -> None:
-        """Begin with nothing that waits, also in a child process: the parent writes its own lines."""
+        # Also in a child process: the parent writes the lines that waited.
         self._moved = threading.Condition()
         self._waiting: deque[bytes] = deque()
         self.waiting_bytes = 0
@@ -111,18 +111,14 @@ class Outlet:
 
 
 def _writer_that_never_waits(fd: int) -> Callable[[bytes], int]:
-    """Return a function that writes to a file without waiting and returns how many bytes: 0 where that is impossible.
-
-    A pipe or a terminal is opened again, for a file description of its own: O_NONBLOCK would change a shared one for
-    everybody.
-    """
+    """Return a function that writes without waiting and returns how many bytes: 0 where that is impossible."""
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return lambda line: os.write(fd, line)
     if stat.S_ISSOCK(mode):
         sock = socket.socket(fileno=os.dup(fd))
         return lambda line: sock.send(line, socket.MSG_DONTWAIT)
-    try:
+    try:  # O_NONBLOCK on the file description that others share would change it for them, too
         own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:  # not Linux, or the pipe belongs to another user
         return lambda _: 0

@@ -38,10 +38,7 @@ def _is_module() -> bool:
 
 
 def hide_secret_arguments() -> None:
-    """Overwrite secret values in this process's own list of arguments with asterisks, where the system allows (Linux).
-
-    Python's copy of them, `sys.argv`, does not change.
-    """
+    """Overwrite secrets in this process's own list of arguments, not in `sys.argv`; only Linux allows it."""
     with suppress(OSError, ValueError):
         start, end = _arguments_in_memory()
         memory = os.open("/proc/self/mem", os.O_RDWR)

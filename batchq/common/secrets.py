@@ -47,10 +47,7 @@ _ESCAPES = r"\\{1,16}"
 
 
 def spellings(char: str) -> str:
-    """Return a pattern for a character of a password.
-
-    It matches the character, also after backslashes (repr, JSON, a DSN of name=value), percent-encoded, or as a code.
-    """
+    """Return a pattern for a character: also after backslashes (repr, JSON, DSN), percent-encoded, or as a code."""
     encoded = "".join(f"%{byte:02x}" for byte in char.encode(errors="surrogateescape"))
     ways = [re.escape(char), rf"{_ESCAPES}{re.escape(char)}", encoded, encoded.upper()]
     if char == " ":

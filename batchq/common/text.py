@@ -50,11 +50,7 @@ def visible_json(text: str) -> str:
 
 
 def _spelled_out(found: re.Match[str]) -> str:
-    """Return a hidden character in a readable form.
-
-    It stays as it is where it only changes how its neighbors look: the style of a symbol, the parts of an emoji, the
-    forms of Arabic and Indic letters.
-    """
+    # Some only change how their neighbors look: the style of a symbol, parts of an emoji, Arabic and Indic letters.
     before, after = found.string[: found.start()][-1:], found.string[found.end() :][:1]
     if found[0] in "\ufe0e\ufe0f" and _is_symbol(before):
         return found[0]
@@ -93,10 +89,7 @@ def _model_value(value: Any) -> Any:
 
 
 def close_coroutine(value: Any) -> bool:
-    """Return whether *value* is a coroutine, and close it.
-
-    Nobody will await it; the garbage collector would print Python's warning about that at any later time.
-    """
+    """Return whether *value* is a coroutine; close it, or Python would warn later that nobody awaited it."""
     if not inspect.iscoroutine(value):
         return False
     value.close()
@@ -122,10 +115,7 @@ def cut(text: str, most_bytes: int, left_out: int = 0) -> str:
 
 
 def error_text(text: str, most_bytes: int) -> str:
-    """Return the text of an error as it is stored: passwords hidden, cleaned, cut.
-
-    Passwords come first: half of one, where the text is cut, would not be recognized.
-    """
+    """Return the text of an error for storage: passwords hidden (first: a cut one is not recognized), cleaned, cut."""
     left_out = max(0, len(text) - _MOST_SEARCHED)
     if left_out:
         text = text[: _MOST_SEARCHED // 2] + text[-_MOST_SEARCHED // 2 :]

@@ -160,10 +160,7 @@ def _record_error(span: "Span", fields: dict[str, str]) -> None:
 
 
 def flush() -> None:
-    """Export the ended spans that the SDK still holds, since the process is about to exit.
-
-    In a thread, for 2 s at most: an exporter whose server does not answer tries for a minute.
-    """
+    """Export the spans that the SDK still holds, for 2 s at most: unanswered, an exporter retries for a minute."""
     thread = threading.Thread(target=_flush_provider, name="batchq-last-spans", daemon=True)
     thread.start()
     thread.join(_FLUSH_SECONDS)

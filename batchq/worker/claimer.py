@@ -195,7 +195,6 @@ class Claimer:
         return len(rows)
 
     def _room(self, lane: Lane, claimed: int) -> int:
-        """Return how many batches to claim in one statement, after *claimed* in this round."""
         room = lane.room() if claimed == 0 else lane.wanted() - lane.occupied
         return min(room, int(_MOST_A_CLAIM * lane.stretch))
 
@@ -235,7 +234,6 @@ class Claimer:
         source.discovered(time.monotonic() - began_at)
 
     def _take_positions(self, source: Source) -> None:
-        """Begin where, as workers have recorded, dead entries end."""
         if not self._from_start:
             source.begin_at(probes.as_positions(self.link.probe(probes.known_positions(source.queue))))
 
@@ -287,10 +285,7 @@ class Claimer:
         return claimed
 
     def _run_claim(self, statement: Statement) -> list[Any]:
-        """Return the claimed rows. If the server cannot send a payload as UTF-8, claim without payloads.
-
-        Each payload is then fetched by itself, and only that batch fails.
-        """
+        """Claim without payloads if the server cannot send one as UTF-8: only the batch that fetches it then fails."""
         try:
             return self.link.run(statement, SETTINGS)
         except claims.UNREADABLE:

@@ -282,13 +282,11 @@ class Finisher:
     # ----------------------------------------------------------------------------------------------------- counting
 
     def _count(self, entries: Iterable[Ended]) -> None:
-        """Count what is settled, for the lanes and for the worker's last log line."""
         for entry in entries:
             entry.lane.written += 1
             self.counts[entry.outcome.status] += 1
 
     def _tally(self, entries: Sequence[Ended]) -> None:
-        """Count what is written, for batchq.throughput."""
         for entry in entries:
             if entry.batch.items_total is not None:
                 self.throughput.progress(entry.batch, _items_processed(entry))

@@ -149,8 +149,7 @@ class Keeper(DutyLoop):
 
 
 def _interrupt(lane: Lane, batch: Batch) -> None:
-    """Stop a batch that is not this worker's any more: it was rescued, cancelled or finished elsewhere."""
-    batch.lost()
+    batch.lost()  # it was rescued, cancelled or finished elsewhere
     if lane.end_from_outside(batch, WRITTEN):
         _log.warning("lease lost", error="LeaseLost", batch_id=batch.id, kind=batch.kind, attempt=batch.attempt)
 

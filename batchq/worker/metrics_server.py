@@ -74,12 +74,10 @@ class _LimitedServer(ThreadingTCPServer):
             raise
 
     def _take_room(self) -> bool:
-        """Return whether there is room for one more connection; wait a second for it."""
         if self._room.acquire(blocking=False):
             return True
-        for waiting in self.waiting.copy():
-            _hang_up(waiting)
-            break
+        if oldest := next(iter(self.waiting.copy()), None):
+            _hang_up(oldest)
         return self._room.acquire(timeout=_GIVE_WAY_SECONDS)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -110,8 +108,6 @@ def _hang_up(request: Any) -> None:
 
 
 class _MetricsHandler(BaseHTTPRequestHandler):
-    """Answers one request whose head is at most 16 KB and names this server as its host."""
-
     server: "_AnsweringServer"  # pyright: ignore[reportIncompatibleVariableOverride]
     timeout = CONNECTION_SECONDS
     server_version = "batchq"
@@ -146,10 +142,7 @@ class _MetricsHandler(BaseHTTPRequestHandler):
 
 
 def _head_of(incoming: BinaryIO) -> bytes:
-    """Return what a client sends up to the first empty line.
-
-    Return nothing if that does not come within 16 KB: the rest might name another host.
-    """
+    """Return the text up to the first empty line; nothing if it takes over 16 KB: the rest might name another host."""
     head = b""
     while line := incoming.readline(_MOST_HEAD_BYTES - len(head)):
         head += line
@@ -159,8 +152,6 @@ def _head_of(incoming: BinaryIO) -> bytes:
 
 
 class _AnsweringServer(_LimitedServer):
-    """Answers by path, to requests that name one of *hosts*."""
-
     def __init__(
         self, address: tuple[str, int], answers: Mapping[str, Callable[[], _Answer]], hosts: Collection[str]
     ) -> None:

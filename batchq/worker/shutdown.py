@@ -11,8 +11,8 @@ from batchq.worker.claimer import Claimer
 from batchq.worker.context import Context
 from batchq.worker.execution import RELEASED
 from batchq.worker.finisher import Finisher
+from batchq.worker.lifecycle import Services
 from batchq.worker.refused import MOST_LOGGED
-from batchq.worker.services import Services
 
 _WRITING_SECONDS = 2.0
 

@@ -140,7 +140,6 @@ class Supervisor:
             child.silent_seconds = 0.0
 
     def _exited(self, child: _Child, code: int) -> None:
-        """Decide what follows."""
         child.process = None
         os.close(child.pings_fd)
         lived = time.monotonic() - child.started_at

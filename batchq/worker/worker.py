@@ -19,9 +19,8 @@ from batchq.worker.finisher import Finisher
 from batchq.worker.housekeeper import Housekeeper
 from batchq.worker.keeper import Keeper
 from batchq.worker.lanes import Ended, Lane, LoopLane, ThreadLane
-from batchq.worker.lifecycle import StopReason
+from batchq.worker.lifecycle import Services, StopReason
 from batchq.worker.memory import collecting_seldom
-from batchq.worker.services import Services
 from batchq.worker.shutdown import Shutdown
 
 if TYPE_CHECKING:
@@ -117,7 +116,6 @@ class Worker:
             raise
 
     def _shut_down(self) -> bool:
-        """Return whether every outcome was written."""
         self.lifecycle.stop()
         if self._bell:
             self._bell.close()
@@ -155,7 +153,6 @@ class Worker:
 
 
 def _lanes(app: App, context: Context, ended: Ended) -> list[Lane]:
-    """Return a lane for each style of handler that the app has."""
     settings, connections = context.settings, context.connections
     in_threads = {kind: handler for kind, handler in app.handlers.items() if not handler.is_async}
     in_loop = {kind: handler for kind, handler in app.handlers.items() if handler.is_async}

@@ -17,7 +17,7 @@ from batchq.errors import ConfigError
 from batchq.postgres.database import HandlerConnections
 from batchq.settings import Settings
 from batchq.worker.lanes import LoopLane, ThreadLane
-from batchq.worker.services import Services
+from batchq.worker.lifecycle import Services
 from batchq.worker.worker import Worker
 from tests.support.alone import run_alone
 from tests.support.batches import put, values, wait_for_status

@@ -28,8 +28,8 @@ from batchq.worker.finisher import Finisher
 from batchq.worker.housekeeper import Housekeeper
 from batchq.worker.keeper import Keeper
 from batchq.worker.lanes import MOST_STRETCH, ThreadLane
+from batchq.worker.lifecycle import Services
 from batchq.worker.positions import Source
-from batchq.worker.services import Services
 from batchq.worker.shutdown import Shutdown
 from batchq.worker.turns import POLLS_A_SECOND, Turns
 from tests.component.rows import Conn, claim, expire_lease, has_expired, insert, value, values

@@ -1023,7 +1023,7 @@ MUTANTS = [
         "batchq/common/terminal.py",
     ),
     *of(
-        "def last_processors(",
+        "def _last_processors(",
         TERMINAL,
         [("[*first, spell_out, ", "[*first, ", "no row steers who reads the log")],
         "batchq/common/log.py",
