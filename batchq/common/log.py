@@ -40,7 +40,7 @@ def _add_batch(logger: Any, method: str, event: MutableMapping[str, Any]) -> Mut
 
 def _hide_secrets(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:  # noqa: ARG001
     for name, value in event.items():
-        event[name] = _hidden(value)
+        event[name] = hidden(value)
     return event
 
 
@@ -51,14 +51,14 @@ def _shortened(text: str) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
-def _hidden(value: Any) -> Any:
+def hidden(value: Any) -> Any:
     """Return a value without the passwords in it, also within lists, mappings and exceptions."""
     if isinstance(value, str):
         return hide_password(_shortened(value))
     if isinstance(value, dict):
-        return {name: _hidden(part) for name, part in value.items()}
+        return {name: hidden(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_hidden(part) for part in value]
+        return [hidden(part) for part in value]
     if value is None or isinstance(value, int | float):
         return value
     text = repr(value)  # as the renderer would print it

@@ -37,8 +37,7 @@ _Held = Sequence[tuple[Lane | None, Batch]]  # without a lane: its handler has f
 class Keeper(DutyLoop):
     """Runs the duties on which leases and timeouts depend. *unwritten*: batches that wait for their outcome's write.
 
-    One statement may take a sixth of a lease at most: a lease that has a third of its time behind it is still renewed
-    in time after two of them.
+    When a renewal is due, two thirds of the lease are left, and a statement may take a sixth (or 1 s, if that is more).
     """
 
     def __init__(self, context: Context, unwritten: Callable[[], list[Batch]]) -> None:

@@ -14,7 +14,7 @@ from batchq.settings import Settings
 from batchq.worker.bell import Bell
 from batchq.worker.checks import check_database, require_extras
 from batchq.worker.claimer import Claimer
-from batchq.worker.context import Context, new_context
+from batchq.worker.context import Context
 from batchq.worker.finisher import Finisher
 from batchq.worker.housekeeper import Housekeeper
 from batchq.worker.keeper import Keeper
@@ -39,7 +39,7 @@ class Worker:
             raise ConfigError("the app has no handlers; decorate functions with @app.handler(kind)")
         require_extras(settings)
         self.settings = settings
-        self.context = context = new_context(settings)
+        self.context = context = Context(settings)
         self.id = context.worker_id
         self.lifecycle = context.lifecycle
         self.finisher = Finisher(context.new_link(), self.lifecycle.wake.set, settings.keep_completed)

@@ -18,7 +18,7 @@ from batchq.settings import Settings
 from batchq.testing import drain
 from batchq.worker import positions
 from batchq.worker.claimer import Claimer
-from batchq.worker.context import new_context
+from batchq.worker.context import Context
 from batchq.worker.lanes import Lane
 from batchq.worker.positions import (
     BUSY_PAUSE_SECONDS,
@@ -379,7 +379,7 @@ class Claiming:
 
     def __init__(self, dsn: str, lane: StillLane) -> None:
         self.lane = lane
-        self.context = new_context(Settings.load(dsn=dsn, pool_size=1, lease_seconds=60))
+        self.context = Context(Settings.load(dsn=dsn, pool_size=1, lease_seconds=60))
         self.context.worker_id, self.context.lanes = "worker-1", [lane]
         self.link = self.context.new_link(10)
         self.claimer = Claimer(self.context, self.link)

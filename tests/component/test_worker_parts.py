@@ -22,7 +22,7 @@ from batchq.testing import drain, running_worker
 from batchq.worker import finisher, rescue
 from batchq.worker import turns as turns_module
 from batchq.worker.claimer import Claimer
-from batchq.worker.context import new_context
+from batchq.worker.context import Context
 from batchq.worker.execution import COMPLETED, Outcome
 from batchq.worker.finisher import Finisher
 from batchq.worker.housekeeper import Housekeeper
@@ -72,7 +72,7 @@ class Parts:
         settings = Settings.load(
             dsn=dsn, pool_size=2, database_timeout_seconds=5, transaction_timeout_seconds=10, lease_seconds=60
         )
-        self.context = new_context(settings)
+        self.context = Context(settings)
         self.context.worker_id = "worker-1"
         self.context.connections.open()
         self.finisher = Finisher(self.context.new_link(10), lambda: None)
