@@ -31,17 +31,14 @@ class Settings(FileSettings):
         validate_default=False,
     )
 
-    dsn: SecretStr = Field(
-        SecretStr(""), description="The database, either directly or through a transaction-mode pooler."
-    )
+    dsn: SecretStr = Field(SecretStr(""), description="The database, directly or through a transaction-mode pooler.")
     migration_dsn: SecretStr = Field(
         SecretStr(""),
         description="Used only by `batchq migrate`, where another role owns the schema. Default: `BATCHQ_DSN`.",
     )
     listen_dsn: SecretStr = Field(
         SecretStr(""),
-        description="A direct connection (no pooler) that receives new-batch notifications immediately; "
-        "see `batchq.bell`.",
+        description="A direct connection (no pooler) for immediate notifications of new batches; see `batchq.bell`.",
     )
     queues: Annotated[tuple[str, ...], NoDecode] = Field(
         ("default",), description="The queues that a worker serves, in turn; separated by commas."
@@ -75,8 +72,7 @@ class Settings(FileSettings):
         10,
         ge=1,
         le=MAX_CONCURRENCY,
-        description="Maximum number of connections for handlers' transactions: for threads, and again for the event "
-        "loop.",
+        description="Most connections for handlers' transactions: for threads, and as many for the event loop.",
     )
     keep_finished_days: int = Field(
         30,
@@ -94,9 +90,7 @@ class Settings(FileSettings):
         le=65_000,
         description="Port for Prometheus metrics and health checks; 0: none. `batchq workers` counts up from it.",
     )
-    metrics_host: str = Field(
-        "127.0.0.1", description="Address on which the metrics are served; `0.0.0.0` in a container."
-    )
+    metrics_host: str = Field("127.0.0.1", description="Address that serves the metrics; `0.0.0.0` in a container.")
     metrics_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Host names under which the metrics may be requested, separated by commas; any other name is "
@@ -108,9 +102,7 @@ class Settings(FileSettings):
         description="`yes`: an OpenTelemetry span around each run, linked to the enqueue's; see docs/monitoring.md.",
     )
     log_format: Literal["console", "json"] = Field("console", description="`console` for people, `json` for machines.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="The lowest level that is logged."
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
 
     def model_post_init(self, _: Any, /) -> None:
         """Hide the passwords of these settings in all that is logged or stored from now on."""
