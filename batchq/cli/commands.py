@@ -33,9 +33,10 @@ from batchq.postgres.statements import ledger, maintenance, session, verbs, view
 from batchq.postgres.transactions import transaction
 from batchq.settings import SECRET_SETTINGS, Settings
 from batchq.worker import memory
-from batchq.worker.signs import Signs
+from batchq.worker.checks import check_database, require_extras
+from batchq.worker.liveness import LivenessPings
 from batchq.worker.supervisor import EXIT_REPLACE, Supervisor, command
-from batchq.worker.worker import Worker, check_database, require_extras
+from batchq.worker.worker import Worker
 
 A_DAY_SECONDS = 86_400
 
@@ -169,15 +170,15 @@ def worker(options: Namespace) -> int:
     memory.return_large_buffers()
     log.configure(settings.log_format, settings.log_level)
     log_file_in_use()
-    signs, signals, started_in = Signs(os.environ), StopSignals(), Path.cwd()
-    signs.start()
+    pings, signals, started_in = LivenessPings(os.environ), StopSignals(), Path.cwd()
+    pings.start()
     require_extras(settings)  # before the app's directory is on the path
     process = Worker(load(options), settings, drain=options.drain)
     signals.follow(process.stop, process.stop_now, settings.shutdown_seconds)
     code = 0 if process.run() else 1
     if process.wants_replacement:
         code = EXIT_REPLACE
-        if not signs.is_supervised:
+        if not pings.is_supervised:
             start_again(options, settings, started_in)
     return code
 

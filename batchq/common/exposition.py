@@ -7,20 +7,17 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-MOST_PAIRS = 200  # of queue and kind that have labels of their own; what comes after is "other"
+MOST_PAIRS = 200  # of queue and kind with labels of their own; the others are "other"
 OTHER = ("other", "other")
 
 
 def exposition(collect: Callable[[], Iterable[Metric]]) -> bytes:
     """Return metrics in Prometheus' text format."""
 
-    class Once(Collector):
-        """Yields them once."""
-
+    class _Once(Collector):
         def collect(self) -> Iterable[Metric]:
-            """Yield them."""
             return collect()
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Once())
+    registry.register(_Once())
     return generate_latest(registry)

@@ -1,8 +1,8 @@
-"""A handler that forks has two processes come back; only the first one goes on.
+"""If a handler forks, two processes return from it; only the first one continues.
 
-The child has the parent's connections, and a copy of the batches in its hand: it would write into the one and work the
-other once more. What it does before it comes back is the handler's own business: subprocess and multiprocessing, whose
-children never come back, are not touched by this.
+The child has the parent's connections, and a copy of its batches: it would write to those connections, and run the
+batches once more. What the child does before it returns is up to the handler: subprocess and multiprocessing, whose
+children never return, are not affected.
 """
 
 import os
@@ -10,23 +10,22 @@ import threading
 
 from batchq.common.log import current_batch, get_logger
 
-EXIT_FORK = 70  # EX_SOFTWARE
+_EXIT_FORK = 70  # EX_SOFTWARE
 
-is_fork_of_handler = threading.Event()
-log = get_logger()
+_is_fork_of_handler = threading.Event()
+_log = get_logger()
 
 
-def note_fork() -> None:
-    """In a child: note whether it was a handler that forked."""
+def _note_fork() -> None:
     if current_batch.get() is not None:
-        is_fork_of_handler.set()
+        _is_fork_of_handler.set()
 
 
-os.register_at_fork(after_in_child=note_fork)
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def end_if_forked() -> None:
-    """End the process if it is the child of a handler that forked."""
-    if is_fork_of_handler.is_set():
-        log.error("a handler has forked, and its child came back; it ends here", pid=os.getpid())
-        os._exit(EXIT_FORK)
+    """Exit if this process is the child of a handler that forked."""
+    if _is_fork_of_handler.is_set():
+        _log.error("forked child of a handler ended", pid=os.getpid())
+        os._exit(_EXIT_FORK)

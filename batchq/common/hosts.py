@@ -1,4 +1,4 @@
-"""Which names a server of ours answers to, and who is at the other end of a connection."""
+"""Which host names a server of batchq answers to, and which client is at the other end of a connection."""
 
 import ipaddress
 import re
@@ -8,53 +8,51 @@ from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Any
 
-# No "/", "?", "#" or "@": in an address made from such a Host header, a part of the header would be read as the path.
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
-NAME = re.compile(r"\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
-WITH_PORT = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::\d+)?|([0-9.]+):\d+")
-SELDOM_SECONDS = 60.0
-IPV6_GROUP_BITS = 64  # one client has at least so many addresses to itself
+# No "/", "?", "#" or "@": in a URL made from such a Host header, a part of the header would be read as the path.
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+_NAME = re.compile(r"\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+_WITH_PORT = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::\d+)?|([0-9.]+):\d+")
+_SELDOM_SECONDS = 60.0
+_IPV6_GROUP_BITS = 64  # one client has at least a whole /64 to itself
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def is_own_host(header: str, names: Collection[str]) -> bool:
-    """Return whether a Host header names this server: by an address, as localhost, by the machine's name, or by one of
-    its *names* (.example.com: all below example.com).
+    """Return whether a Host header is an address, localhost, the machine's name, or in *names* (".a.b": all below a.b).
 
-    A page of another site whose name was made to lead to this server (DNS rebinding) sends its own name.
+    A page of another site whose name was made to resolve to this server (DNS rebinding) sends its own name.
     """
-    found = HOST.fullmatch(header)
+    found = _HOST.fullmatch(header)
     if not found:
         return False
     name = found[1].strip("[]").lower()
     if name == "localhost" or is_address(name):
         return True
-    return any(is_meant(name.removesuffix("."), by) for by in (own_name(), *names))
+    return any(_matches(name.removesuffix("."), entry) for entry in (own_name(), *names))
 
 
-def is_meant(name: str, by: str) -> bool:
-    """Return whether a name is meant by an entry of a setting: the name itself, or with a dot before it, all below."""
-    return name.endswith(by) if by.startswith(".") else name == by
+def _matches(name: str, entry: str) -> bool:
+    return name.endswith(entry) if entry.startswith(".") else name == entry
 
 
 @cache
 def own_name() -> str:
-    """Return the machine's name, which no page of another site has."""
+    """Return the machine's name, which a page of another site does not have."""
     return socket.gethostname().lower()
 
 
 def host_names(value: Any) -> Any:
-    """Return the names of a setting: ``"a.example, .b.example"``, or a sequence. Raises ValueError for what is none."""
+    """Return the names in a setting: ``"a.example, .b.example"``, or a sequence. Raises ValueError."""
     given = value.split(",") if isinstance(value, str) else value
     names = tuple(name.strip().lower().rstrip(".") for name in given if name.strip())
     for name in names:
-        if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is not a host name: leave out the scheme, the port, any path and *")
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not a host name; leave out the scheme, the port, any path and *")
     return names
 
 
 def is_address(name: str) -> bool:
-    """Return whether a host is an address, which no DNS can make to mean something else."""
+    """Return whether a host is an IP address, which DNS cannot redirect."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -63,7 +61,7 @@ def is_address(name: str) -> bool:
 
 
 def is_within(address: str, networks: Iterable[Network]) -> bool:
-    """Return whether an address is in one of the networks; False for what is not an address."""
+    """Return whether an address is in one of the networks; False for a text that is not an address."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -73,23 +71,23 @@ def is_within(address: str, networks: Iterable[Network]) -> bool:
 
 
 def without_port(address: str) -> str:
-    """Return the address in ``1.2.3.4:5678`` or ``[::1]:5678``, as some proxies write it."""
-    found = WITH_PORT.fullmatch(address.strip())
+    """Return the address of ``1.2.3.4:5678`` or ``[::1]:5678``, as some proxies write it."""
+    found = _WITH_PORT.fullmatch(address.strip())
     return next(filter(None, found.groups()), "") if found else address.strip()
 
 
 class Seldom:
-    """True when it is called, once a minute at most: for what anybody can have logged."""
+    """Returns True at most once a minute: for log lines that any stranger can cause."""
 
     def __init__(self) -> None:
-        self.at = float("-inf")
+        self._last_at = float("-inf")
 
     def __call__(self) -> bool:
-        """Return whether a minute has gone since it was last true."""
+        """Return whether a minute has passed since it was last true."""
         now = time.monotonic()
-        if now - self.at <= SELDOM_SECONDS:
+        if now - self._last_at <= _SELDOM_SECONDS:
             return False
-        self.at = now
+        self._last_at = now
         return True
 
 
@@ -103,4 +101,4 @@ def group_of(address: str) -> str:
         return address
     if parsed.ipv4_mapped:
         return str(parsed.ipv4_mapped)
-    return str(ipaddress.ip_network((int(parsed), IPV6_GROUP_BITS), strict=False))
+    return str(ipaddress.ip_network((int(parsed), _IPV6_GROUP_BITS), strict=False))

@@ -1,7 +1,7 @@
-"""Lines on their way out of the process: who writes one never waits for ever for whoever reads them.
+"""Lines on their way out of the process: a writer never waits forever for a reader.
 
-A pipe whose reader stands still, or a terminal that is stopped by Ctrl-S, takes no more after 64 KB. A service thread
-that waited there would extend no lease, and hear no signal.
+A pipe whose reader has stopped, or a terminal that is stopped by Ctrl-S, accepts no more after 64 KB. A service thread
+that waited there would renew no lease and handle no signal.
 """
 
 import os
@@ -15,117 +15,110 @@ from collections.abc import Callable
 from contextlib import suppress
 
 MOST_BYTES = 4_000_000
-STUCK_SECONDS = 1.0
+_STUCK_SECONDS = 1.0
 
 
 class Outlet:
     """Writes lines to the file *fd*, in order.
 
-    `put` writes a line itself while the reader keeps up. What the reader is too slow for waits, up to 4 MB of it, for a
-    thread that does nothing else; then `put` waits for room, but if nothing has moved for a second the line is dropped.
-    *tell_dropped* is called with the number of dropped lines when all that waited is written.
+    `put` writes a line itself while the reader keeps up. Otherwise up to 4 MB wait for a thread that does nothing else.
+    If there is no room, `put` waits; but if nothing was written for a second, the line is dropped. When all that waited
+    is written, *on_dropped* is called with the number of dropped lines.
     """
 
-    def __init__(self, fd: int, tell_dropped: Callable[[int], None]) -> None:
-        self.fd = fd
-        self.tell_dropped = tell_dropped
-        self.write_now = writer_that_never_waits(fd)
-        self.begin()
-        os.register_at_fork(after_in_child=self.begin)
+    def __init__(self, fd: int, on_dropped: Callable[[int], None]) -> None:
+        self._fd = fd
+        self._on_dropped = on_dropped
+        self._write_now = _writer_that_never_waits(fd)
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)
 
-    def begin(self) -> None:
-        """Begin with nothing that waits; in a child process too, since the parent writes what it has."""
-        self.moved = threading.Condition()
-        self.waiting: deque[bytes] = deque()
+    def _begin(self) -> None:
+        # Also in a child process: the parent writes the lines that waited.
+        self._moved = threading.Condition()
+        self._waiting: deque[bytes] = deque()
         self.waiting_bytes = 0
-        self.moved_at = time.monotonic()
-        self.dropped = 0
-        self.is_telling = False
-        self.has_thread = False
+        self._moved_at = time.monotonic()
+        self._dropped = 0
+        self._is_reporting = False
+        self._has_thread = False
 
     def put(self, line: bytes) -> None:
-        """Write a line; or have it written, or drop it. Raises nothing."""
-        with self.moved:
-            if not self.waiting:
-                line = line[self.written_now(line) :]
-                self.moved_at = time.monotonic()
+        """Write a line now or soon, or drop it. Raises nothing."""
+        with self._moved:
+            if not self._waiting:
+                line = line[self._written_now(line) :]
+                self._moved_at = time.monotonic()
             elif not self.has_room(len(line)):
-                self.dropped += 1
+                self._dropped += 1
                 return
             if line:
-                self.waiting.append(line)
+                self._waiting.append(line)
                 self.waiting_bytes += len(line)
-                self.have_thread()
+                self._have_thread()
 
-    def written_now(self, line: bytes) -> int:
-        """Return how many bytes of a line could be written without a wait; all of it where nobody can read it."""
+    def _written_now(self, line: bytes) -> int:
+        """Return how many bytes were written without waiting; all, if nobody can read them."""
         try:
-            return self.write_now(line)
+            return self._write_now(line)
         except BlockingIOError:
             return 0
         except (OSError, ValueError):
             return len(line)
 
     def has_room(self, size: int) -> bool:
-        """Return whether a line may wait; wait for that while the reader reads."""
-        seconds = self.moved_at + STUCK_SECONDS - time.monotonic()
-        return self.moved.wait_for(lambda: self.waiting_bytes + size <= MOST_BYTES, max(0.0, seconds))
+        """Return whether there is room for a line; wait for room while the reader reads."""
+        seconds = self._moved_at + _STUCK_SECONDS - time.monotonic()
+        return self._moved.wait_for(lambda: self.waiting_bytes + size <= MOST_BYTES, max(0.0, seconds))
 
-    def have_thread(self) -> None:
-        """Start the thread, if this is the first line that has to wait; else wake it."""
-        if self.has_thread:
-            self.moved.notify_all()
+    def _have_thread(self) -> None:
+        if self._has_thread:
+            self._moved.notify_all()
         else:
-            self.has_thread = True
-            threading.Thread(target=self.run, name="batchq-log", daemon=True).start()
+            self._has_thread = True
+            threading.Thread(target=self._run, name="batchq-log", daemon=True).start()
 
-    def run(self) -> None:
-        """Write what waits, for as long as the process lives."""
+    def _run(self) -> None:
         while True:
-            with self.moved:
-                self.moved.wait_for(lambda: self.waiting)
-                line = self.waiting[0]
+            with self._moved:
+                self._moved.wait_for(lambda: self._waiting)
+                line = self._waiting[0]
             with suppress(OSError):
-                self.write_out(line)
-            with self.moved:
-                self.waiting_bytes -= len(self.waiting.popleft())
-                self.moved_at = time.monotonic()
-                dropped = 0 if self.waiting else self.dropped
-                self.dropped -= dropped
-                self.is_telling = dropped > 0
-                self.moved.notify_all()
+                self._write_out(line)
+            with self._moved:
+                self.waiting_bytes -= len(self._waiting.popleft())
+                self._moved_at = time.monotonic()
+                dropped = 0 if self._waiting else self._dropped
+                self._dropped -= dropped
+                self._is_reporting = dropped > 0
+                self._moved.notify_all()
             if dropped:
-                self.tell_dropped(dropped)
-                self.is_telling = False
+                self._on_dropped(dropped)
+                self._is_reporting = False
 
-    def write_out(self, line: bytes) -> None:
-        """Write a line, however long it takes."""
+    def _write_out(self, line: bytes) -> None:
         while line:
             try:
-                line = line[os.write(self.fd, line) :]
-            except BlockingIOError:  # whoever shares the file has set it to O_NONBLOCK
-                select.select([], [self.fd], [], STUCK_SECONDS)
+                line = line[os.write(self._fd, line) :]
+            except BlockingIOError:  # another process that shares the file has set it to O_NONBLOCK
+                select.select([], [self._fd], [], _STUCK_SECONDS)
 
     def flush(self) -> None:
-        """Wait until everything is written, or nothing has moved for a second."""
-        with self.moved:
-            while (self.waiting or self.is_telling) and time.monotonic() - self.moved_at < STUCK_SECONDS:
-                self.moved.wait(0.05)
+        """Wait until everything is written, or nothing was written for a second."""
+        with self._moved:
+            while (self._waiting or self._is_reporting) and time.monotonic() - self._moved_at < _STUCK_SECONDS:
+                self._moved.wait(0.05)
 
 
-def writer_that_never_waits(fd: int) -> Callable[[bytes], int]:
-    """Return what writes to a file without a wait, and returns how many bytes; nothing at all where there is no way.
-
-    A pipe or a terminal is opened once more, for a description that is ours: O_NONBLOCK on the one that others share
-    would be theirs too.
-    """
+def _writer_that_never_waits(fd: int) -> Callable[[bytes], int]:
+    """Return a function that writes without waiting and returns how many bytes: 0 where that is impossible."""
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return lambda line: os.write(fd, line)
     if stat.S_ISSOCK(mode):
         sock = socket.socket(fileno=os.dup(fd))
         return lambda line: sock.send(line, socket.MSG_DONTWAIT)
-    try:
+    try:  # O_NONBLOCK on the file description that others share would change it for them, too
         own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:  # not Linux, or the pipe belongs to another user
         return lambda _: 0

@@ -1,7 +1,7 @@
-"""The only way to the terminal. No text gets there that moves the cursor, hides, forges a line, or is markup.
+"""Everything that is printed goes through here: no text moves the cursor, hides, forges a line, or is markup.
 
-Kinds, errors, names of workers, reasons, file names: all of these may have been chosen by somebody hostile. What has to
-be one line is one line here, with its hidden characters spelled out, and colors are given as styles, never as markup.
+Kinds, errors, names of workers, reasons, file names: any of these may come from an attacker. Here each is one line,
+with its hidden characters spelled out, and colors are styles, never markup.
 """
 
 import json
@@ -16,35 +16,33 @@ from rich.text import Text
 from batchq.common.secrets import hide_password
 from batchq.common.text import visible, visible_json, visible_line
 
-PIPE_WIDTH = 300  # so that a row is a line there, unless COLUMNS says otherwise
-MOST_SHOWN = 20_000
+_PIPE_WIDTH = 300  # so that a row is one line there, unless COLUMNS is set
+_MOST_SHOWN = 20_000
 
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(highlight=False, markup=False, emoji=False, stderr=True)
 if not console.is_terminal and not os.environ.get("COLUMNS"):
-    console.width = PIPE_WIDTH
+    console.width = _PIPE_WIDTH
 
 
 def line(value: Any) -> str:
     """Return a value as one line: numbers with commas, at most 20,000 characters, hidden ones spelled out."""
-    return visible_line(shortened(plain(value)))
+    return visible_line(_shortened(_plain(value)))
 
 
 def block(value: Any) -> str:
-    """Return a text of several lines, each of them indented: none can be taken for a line of batchq's own."""
-    return "\n".join(f"    {each}" for each in visible(shortened(plain(value))).rstrip().split("\n"))
+    """Return a text with each line indented, so that none looks like one of batchq's own."""
+    return "\n".join(f"    {each}" for each in visible(_shortened(_plain(value))).rstrip().split("\n"))
 
 
-def plain(value: Any) -> str:
-    """Return a value as text."""
+def _plain(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def shortened(text: str) -> str:
-    """Return the beginning of a text, and how long it is, where it is very long."""
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} ... ({len(text):,} characters)"
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ... ({len(text):,} characters)"
 
 
 def styled(value: Any, style: str = "", justify: JustifyMethod | None = None) -> Text:
@@ -53,7 +51,7 @@ def styled(value: Any, style: str = "", justify: JustifyMethod | None = None) ->
 
 
 def column(template: str) -> TextColumn:
-    """Return a column of a progress bar; what is filled in is no markup."""
+    """Return a column of a progress bar; its values are not markup."""
     return TextColumn(template, markup=False)
 
 
@@ -73,7 +71,7 @@ def put_json(value: Any, indent: int | None = 2) -> None:
 
 
 def show(*shown: RenderableType) -> None:
-    """Print tables and texts that were made of what `line` and `styled` return."""
+    """Print tables and texts made of the results of `line` and `styled`."""
     console.print(*shown)
 
 
@@ -83,5 +81,5 @@ def complain(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """Return the words of an error, which may have several lines, on one."""
+    """Return an error, which may have several lines, on one."""
     return " ".join(hide_password(text).split())

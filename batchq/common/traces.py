@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: a span around each enqueue and each run; the run's links to that of the enqueue.
+"""OpenTelemetry traces: a span around each enqueue and each run. The run's span links to that of the enqueue.
 
 The context travels in batchq.batches.trace_context, as the traceparent of W3C Trace Context. Names and attributes
 follow OpenTelemetry's conventions for messaging. Runs need BATCHQ_TRACES and the extra "otel".
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Running = tuple[Span, Token[Context]]
 
-FLUSH_SECONDS = 2.0
+_FLUSH_SECONDS = 2.0
 log = get_logger()
 
 
@@ -36,7 +36,7 @@ def require() -> None:
 
 
 def attributes(operation: str, kind: str, queue: str, **more: Any) -> dict[str, Any]:
-    """Return the attributes of a span."""
+    """Return span attributes."""
     return {
         "messaging.system": "batchq",
         "messaging.operation.name": operation,
@@ -52,20 +52,20 @@ def attributes(operation: str, kind: str, queue: str, **more: Any) -> dict[str, 
 
 @contextmanager
 def sending(kind: str, queue: str) -> Iterator[str | None]:
-    """Have a span around an enqueue, if one is being recorded already, and yield its context for the batch, else None.
+    """Put a span around an enqueue, if one is being recorded already, and yield its context for the batch, else None.
 
-    Raises what the block raises, and nothing of OpenTelemetry's: who is told of an error after the INSERT would enqueue
-    again. Who records a span has imported OpenTelemetry; nobody else pays for more than this look.
+    Raises what the block raises, but no error of OpenTelemetry: after an error a caller would enqueue again, and the
+    INSERT may have succeeded. A program that records spans has imported OpenTelemetry; others pay only for this check.
     """
     if "opentelemetry.trace" not in sys.modules:
         yield None
         return
     running = trace_context = None
     try:
-        if running := begin_sending(kind, queue):
-            trace_context = context_of_current_span()
+        if running := _begin_sending(kind, queue):
+            trace_context = _context_of_current_span()
     except Exception as error:
-        log.warning("no span", error=one_line(error), kind=kind)
+        log.warning("span not started", error=one_line(error), kind=kind)
     try:
         yield trace_context
     except BaseException as error:
@@ -74,8 +74,8 @@ def sending(kind: str, queue: str) -> Iterator[str | None]:
     end(running, None)
 
 
-def begin_sending(kind: str, queue: str) -> "Running | None":
-    """Begin the span of an enqueue, within the one that is being recorded; None if none is."""
+def _begin_sending(kind: str, queue: str) -> "Running | None":
+    """Start the span of an enqueue, within the one that is being recorded; return None if none is."""
     from opentelemetry import context, trace
 
     if not trace.get_current_span().is_recording():
@@ -86,8 +86,7 @@ def begin_sending(kind: str, queue: str) -> "Running | None":
     return span, context.attach(trace.set_span_in_context(span))
 
 
-def context_of_current_span() -> str | None:
-    """Return the traceparent of the current span."""
+def _context_of_current_span() -> str | None:
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     carrier: dict[str, str] = {}
@@ -99,8 +98,10 @@ def context_of_current_span() -> str | None:
 
 
 def begin(kind: str, queue: str, batch_id: int, attempt: int, trace_context: str | None) -> "Running | None":
-    """Begin the span of a run, in the context of this thread or task; a trace of its own, since a batch may wait long,
-    and run more than once. Raises nothing: the batch runs also if OpenTelemetry fails.
+    """Start the span of a run, in the context of this thread or task.
+
+    It has a trace of its own, because a batch may wait for long and run more than once. Raises nothing: if
+    OpenTelemetry fails, the batch runs all the same.
     """
     from opentelemetry import context, trace
 
@@ -110,16 +111,16 @@ def begin(kind: str, queue: str, batch_id: int, attempt: int, trace_context: str
             context=context.Context(),
             kind=trace.SpanKind.CONSUMER,
             attributes=attributes("process", kind, queue, batch_id=batch_id, attempt=attempt),
-            links=links(trace_context),
+            links=_links(trace_context),
         )
         return span, context.attach(trace.set_span_in_context(span, context.Context()))
     except Exception as error:
-        log.warning("no span", error=one_line(error), batch_id=batch_id, kind=kind)
+        log.warning("span not started", error=one_line(error), batch_id=batch_id, kind=kind)
         return None
 
 
-def links(trace_context: str | None) -> "list[Link]":
-    """Return a link to the span that enqueued the batch; none for a context that is missing, or is none."""
+def _links(trace_context: str | None) -> "list[Link]":
+    """Return a link to the span that enqueued the batch; nothing for a context that is missing or invalid."""
     from opentelemetry.context import Context
     from opentelemetry.trace import Link, get_current_span
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -141,36 +142,31 @@ def end(running: "Running | None", error: str | None) -> None:
     try:
         context.detach(token)
         if error is not None:
-            fail(span, json.loads(error))
+            _record_error(span, json.loads(error))
         span.end()
     except Exception as problem:
-        log.warning("a span was not ended", error=one_line(problem))
+        log.warning("span not ended", error=one_line(problem))
 
 
-def fail(span: "Span", told: dict[str, str]) -> None:
-    """Say of a span that the attempt has failed, and by which exception, if by one."""
+def _record_error(span: "Span", fields: dict[str, str]) -> None:
     from opentelemetry.trace import StatusCode
 
-    span.set_status(StatusCode.ERROR, told["error"])
-    if "traceback" in told:
-        name, _, message = told["error"].partition(": ")
+    span.set_status(StatusCode.ERROR, fields["error"])
+    if "traceback" in fields:
+        name, _, message = fields["error"].partition(": ")
         span.set_attribute("error.type", name)
-        event = {"exception.type": name, "exception.message": message, "exception.stacktrace": told["traceback"]}
+        event = {"exception.type": name, "exception.message": message, "exception.stacktrace": fields["traceback"]}
         span.add_event("exception", event)
 
 
 def flush() -> None:
-    """Have the spans that have ended exported, where the SDK gathers them: the process may be about to go.
-
-    In a thread, for FLUSH_SECONDS at most: an exporter whose server does not answer tries for a minute.
-    """
-    thread = threading.Thread(target=flush_provider, name="batchq-last-spans", daemon=True)
+    """Export the spans that the SDK still holds, for 2 s at most: unanswered, an exporter retries for a minute."""
+    thread = threading.Thread(target=_flush_provider, name="batchq-last-spans", daemon=True)
     thread.start()
-    thread.join(FLUSH_SECONDS)
+    thread.join(_FLUSH_SECONDS)
 
 
-def flush_provider() -> None:
-    """Have the spans that have ended exported, however long it takes. Raises nothing."""
+def _flush_provider() -> None:
     from opentelemetry import trace
 
     try:
@@ -178,4 +174,4 @@ def flush_provider() -> None:
         if hasattr(provider, "force_flush"):
             provider.force_flush()
     except Exception as error:
-        log.warning("spans were not exported", error=one_line(error))
+        log.warning("spans not exported", error=one_line(error))

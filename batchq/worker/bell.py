@@ -1,4 +1,4 @@
-"""The bell: a NOTIFY that tells of new batches, heard on a direct connection. Nothing depends on it: workers poll."""
+"""The bell: a NOTIFY on insert, received on a direct connection. Nothing depends on it, because workers poll."""
 
 import threading
 from collections.abc import Callable
@@ -12,39 +12,38 @@ from batchq.worker.outage import Outage
 
 LISTEN_SECONDS = 1.0  # how long until a stop is seen
 REFUSED_SECONDS = 60.0
-REST_SECONDS = 0.01  # between two nudges, however often it rings: any role may NOTIFY
+REST_SECONDS = 0.01  # between two wake-ups, however often it rings: any role may NOTIFY
 
 
 class Bell:
-    """Listens, in a thread of its own, and calls *nudge* when the bell rings."""
+    """Calls *wake*, in a thread of its own, when the bell rings."""
 
-    def __init__(self, dsn: str, nudge: Callable[[], None]) -> None:
+    def __init__(self, dsn: str, wake: Callable[[], None]) -> None:
         self.dsn = dsn
-        self.nudge = nudge
+        self.wake = wake
         self.closing = threading.Event()
         self.outage = Outage("bell")
 
     def run(self) -> None:
-        """Listen until closed; connect again, after a while, when the connection is lost."""
+        """Listen until closed; reconnect, after a while, when the connection is lost."""
         while not self.closing.is_set():
             try:
-                self.listen()
+                self._listen()
             except Exception as error:
                 self.closing.wait(max(self.outage.failed(error), REFUSED_SECONDS if is_login_failure(error) else 0))
 
-    def listen(self) -> None:
-        """Listen on one connection until closed or lost."""
+    def _listen(self) -> None:
         with psycopg.connect(self.dsn, **without_overridden(CONNECT_OPTIONS, self.dsn)) as conn:
             session.listen(conn)
             self.outage.over()
-            self.nudge()  # what came meanwhile made no sound
+            self.wake()  # for batches that were inserted before
             is_ringing = False
             while not self.closing.is_set():
                 if is_ringing or list(conn.notifies(timeout=LISTEN_SECONDS, stop_after=1)):
-                    self.nudge()
-                    # Read on meanwhile: what is not read fills the server's queue.
+                    self.wake()
+                    # Read on in between: what is not read fills the server's queue.
                     is_ringing = sum(1 for _ in conn.notifies(timeout=REST_SECONDS)) > 0
 
     def close(self) -> None:
-        """Let `run` end."""
+        """Let `run` return."""
         self.closing.set()

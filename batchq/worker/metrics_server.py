@@ -1,4 +1,4 @@
-"""The small server on which a worker shows its metrics and its health: bounded in threads, time and bytes."""
+"""The small server of a worker's metrics and health checks: threads, time and bytes are limited."""
 
 import contextlib
 import io
@@ -14,40 +14,41 @@ from batchq.common.exposition import CONTENT_TYPE
 from batchq.common.hosts import Seldom, is_own_host
 from batchq.common.log import get_logger
 
-log = get_logger()
+_log = get_logger()
 
 MOST_CONNECTIONS = 32
 CONNECTION_SECONDS = 10.0
-GIVE_WAY_SECONDS = 1.0
-MOST_HEAD_BYTES = 16_384
-FRESH_SECONDS = 1.0
+_GIVE_WAY_SECONDS = 1.0
+_MOST_HEAD_BYTES = 16_384
+_CACHED_SECONDS = 1.0
 
-Answer = tuple[int, bytes]
-
-
-class Fresh:
-    """An answer that is made by one thread at a time and at most once a second, however many ask: none of them can have
-    a worker do more, such as log in to the database for each request to /readyz."""
-
-    def __init__(self, make: Callable[[], Answer]) -> None:
-        self.make = make
-        self.lock = threading.Lock()
-        self.made_at = float("-inf")
-        self.answer: Answer = (503, b"")
-
-    def __call__(self) -> Answer:
-        """Return the answer, at most a second old."""
-        with self.lock:
-            if time.monotonic() - self.made_at >= FRESH_SECONDS:
-                self.answer = self.make()
-                self.made_at = time.monotonic()
-            return self.answer
+_Answer = tuple[int, bytes]
 
 
-class BoundedServer(ThreadingTCPServer):
-    """Serves each connection in a thread: few at a time, and none for long.
+class _Cached:
+    """An answer that is at most a second old, made by one thread at a time.
 
-    When all threads are taken, the connection that has waited longest for its client gives way.
+    So no number of requests makes a worker do more, such as log in to the database for each request to /readyz.
+    """
+
+    def __init__(self, make: Callable[[], _Answer]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made_at = float("-inf")
+        self._answer: _Answer = (503, b"")
+
+    def __call__(self) -> _Answer:
+        with self._lock:
+            if time.monotonic() - self._made_at >= _CACHED_SECONDS:
+                self._answer = self._make()
+                self._made_at = time.monotonic()
+            return self._answer
+
+
+class _LimitedServer(ThreadingTCPServer):
+    """Serves each connection in a thread: at most 32 of them, and each for at most 10 s.
+
+    When all threads are taken, the connection that has waited longest for its client is closed.
     """
 
     allow_reuse_address = True
@@ -55,14 +56,13 @@ class BoundedServer(ThreadingTCPServer):
     request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        self.room = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self._room = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self.ends_at: dict[Any, float] = {}  # of each connection
         self.waiting: dict[Any, None] = {}  # those whose client has not sent a whole request, the oldest first
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Begin to serve a connection, or close it if there is no room."""
-        if not self.has_room():
+        if not self._take_room():
             self.shutdown_request(request)
             return
         self.ends_at[request] = time.monotonic() + CONNECTION_SECONDS
@@ -70,65 +70,57 @@ class BoundedServer(ThreadingTCPServer):
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # no thread can be started
-            self.room.release()
+            self._room.release()
             raise
 
-    def has_room(self) -> bool:
-        """Take room for one more connection, and return whether there was some."""
-        if self.room.acquire(blocking=False):
+    def _take_room(self) -> bool:
+        if self._room.acquire(blocking=False):
             return True
-        for waiting in self.waiting.copy():
-            cut(waiting)
-            break
-        return self.room.acquire(timeout=GIVE_WAY_SECONDS)
+        if oldest := next(iter(self.waiting.copy()), None):
+            _hang_up(oldest)
+        return self._room.acquire(timeout=_GIVE_WAY_SECONDS)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a connection to its end."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.room.release()
+            self._room.release()
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
         self.ends_at.pop(request, None)
         self.waiting.pop(request, None)
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Cut the connections whose time is over. Called twice a second, and after each new connection."""
+        """Close the connections whose time is over. Called twice a second, and after each new connection."""
         for request, ends_at in self.ends_at.copy().items():
             if time.monotonic() > ends_at:
-                cut(request)
+                _hang_up(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print nothing: a stranger who breaks off could fill the log."""
+        """Print nothing: a stranger who disconnects could fill the log."""
 
 
-def cut(request: Any) -> None:
-    """Have the thread that serves a connection read its end."""
+def _hang_up(request: Any) -> None:
+    """Let the thread that serves a connection read an end of file."""
     with contextlib.suppress(OSError):
         request.shutdown(socket.SHUT_RDWR)
 
 
-class MetricsHandler(BaseHTTPRequestHandler):
-    """Answers one request, whose head has a bounded size, and which names this server as its host."""
-
-    server: "AnsweringServer"  # pyright: ignore[reportIncompatibleVariableOverride]
+class _MetricsHandler(BaseHTTPRequestHandler):
+    server: "_AnsweringServer"  # pyright: ignore[reportIncompatibleVariableOverride]
     timeout = CONNECTION_SECONDS
     server_version = "batchq"
     sys_version = ""
 
     def setup(self) -> None:
-        """Read the head."""
         super().setup()
         with self.rfile as incoming:
-            self.rfile = io.BufferedReader(io.BytesIO(head_of(incoming)))  # type: ignore[arg-type]
+            self.rfile = io.BufferedReader(io.BytesIO(_head_of(incoming)))  # type: ignore[arg-type]
         self.server.waiting.pop(self.connection, None)
 
     def do_GET(self) -> None:
-        """Answer."""
-        hosts = self.headers.get_all("Host")  # none: an old health check, and no browser
+        hosts = self.headers.get_all("Host")  # None: an old health check, not a browser
         if hosts is None or is_own_host(", ".join(hosts), self.server.hosts):
             code, body = self.server.answers.get(self.path.partition("?")[0], lambda: (404, b"not found\n"))()
         else:
@@ -149,36 +141,33 @@ class MetricsHandler(BaseHTTPRequestHandler):
         """Log nothing."""
 
 
-def head_of(incoming: BinaryIO) -> bytes:
-    """Return what a client sends up to the first empty line; nothing if that does not come within 16 KB: what is not
-    read might name another host."""
+def _head_of(incoming: BinaryIO) -> bytes:
+    """Return the text up to the first empty line; nothing if it takes over 16 KB: the rest might name another host."""
     head = b""
-    while line := incoming.readline(MOST_HEAD_BYTES - len(head)):
+    while line := incoming.readline(_MOST_HEAD_BYTES - len(head)):
         head += line
         if head.strip() and not line.strip():
             return head.lstrip()
     return b""
 
 
-class AnsweringServer(BoundedServer):
-    """Answers by path, to those who ask for one of *hosts*."""
-
+class _AnsweringServer(_LimitedServer):
     def __init__(
-        self, address: tuple[str, int], answers: Mapping[str, Callable[[], Answer]], hosts: Collection[str]
+        self, address: tuple[str, int], answers: Mapping[str, Callable[[], _Answer]], hosts: Collection[str]
     ) -> None:
         self.answers = answers
         self.hosts = hosts
-        self.reported = Seldom()
-        super().__init__(address, MetricsHandler)
+        self._may_log = Seldom()
+        super().__init__(address, _MetricsHandler)
 
     def refused(self, host: str) -> None:
-        """Log once a minute that somebody asks for another name than ours."""
-        if self.reported():
-            log.warning("metrics refused: unknown host name; list it in BATCHQ_METRICS_HOSTS", host=host[:200])
+        """Log, once a minute, a request that names another host."""
+        if self._may_log():
+            _log.warning("metrics request refused", reason="host not in BATCHQ_METRICS_HOSTS", host=host[:200])
 
 
 class MetricsServer:
-    """Serves /metrics, /healthz and /readyz in a thread. *checks*: what is wrong by path, "" for nothing."""
+    """Serves /metrics, /healthz and /readyz. *checks*: by path, what is wrong, "" if nothing is."""
 
     def __init__(
         self,
@@ -188,25 +177,24 @@ class MetricsServer:
         checks: Mapping[str, Callable[[], str]],
         hosts: Collection[str] = (),
     ) -> None:
-        answers = {"/metrics": Fresh(lambda: (200, metrics()))}
-        answers |= {path: Fresh(lambda check=check: judged(check())) for path, check in checks.items()}  # type: ignore[misc]
-        self.server = AnsweringServer((host, port), answers, hosts)
+        answers = {"/metrics": _Cached(lambda: (200, metrics()))}
+        answers |= {path: _Cached(lambda check=check: _judged(check())) for path, check in checks.items()}  # type: ignore[misc]
+        self.server = _AnsweringServer((host, port), answers, hosts)
 
     @property
     def port(self) -> int:
-        """The port that it listens on."""
+        """The port."""
         return int(self.server.server_address[1])
 
     def start(self) -> None:
-        """Serve, in a thread."""
+        """Serve in a thread."""
         threading.Thread(target=self.server.serve_forever, name="batchq-metrics", daemon=True).start()
 
     def close(self) -> None:
-        """Serve no more."""
+        """Stop serving."""
         self.server.shutdown()
         self.server.server_close()
 
 
-def judged(problem: str) -> tuple[int, bytes]:
-    """Return the answer of a check."""
+def _judged(problem: str) -> tuple[int, bytes]:
     return (503, f"{problem}\n".encode()) if problem else (200, b"ok\n")

@@ -1,39 +1,38 @@
 """The survey: where reading the live table begins while dead rows fill its indexes; see batchq.positions."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from batchq.postgres.link import Link
 from batchq.postgres.statements import probes, session
+from batchq.worker.context import Context
 
 SURVEY_SECONDS = 1.0
-PAUSE_FACTOR = 10
-MANY_DEAD_ROWS = 20_000
+_PAUSE_FACTOR = 10
+_MANY_DEAD_ROWS = 20_000
 
 
 class Survey:
     """Moves batchq.positions, for all workers, while the live table has many dead rows.
 
     Each survey reads the entries that died since the last one, so it takes at most a tenth of one connection's time.
-    *dead_rows*: as the last heartbeat returned it.
     """
 
-    def __init__(self, link: Link, queues: Sequence[str], lease_seconds: float) -> None:
-        self.link = link
-        self.queues = queues
-        self.lease_seconds = lease_seconds
-        self.dead_rows = 0
-        self.due_at = 0.0
-        self.took_seconds = 0.0
+    def __init__(self, context: Context, link: Link, known_priorities: Callable[[], list[int]]) -> None:
+        self._context = context
+        self._link = link
+        self._known_priorities = known_priorities
+        self._due_at = 0.0
 
-    def run_if_due(self, priorities: Sequence[int]) -> None:
-        """Move the positions of these priorities, and of all others that need one."""
+    def run_if_due(self) -> None:
+        """Move the positions of the known priorities, and of all others that need one."""
         began_at = time.monotonic()
-        if self.dead_rows < MANY_DEAD_ROWS or began_at < self.due_at:
+        if self._context.dead_rows < _MANY_DEAD_ROWS or began_at < self._due_at:
             return
+        settings = self._context.settings
         try:
-            with self.link.transaction(session.FORCE_INDEX) as conn:
-                probes.move_positions(conn, self.queues, priorities, self.lease_seconds)
+            with self._link.transaction(session.FORCE_INDEX) as conn:
+                probes.move_positions(conn, settings.queues, self._known_priorities(), settings.lease_seconds)
         finally:
-            self.took_seconds = time.monotonic() - began_at
-            self.due_at = time.monotonic() + PAUSE_FACTOR * self.took_seconds
+            now = time.monotonic()
+            self._due_at = now + _PAUSE_FACTOR * (now - began_at)

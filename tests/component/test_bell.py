@@ -13,7 +13,7 @@ from batchq.postgres.statements import leases
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.endings import Finish, Requeue
 from batchq.testing import running_worker
-from batchq.worker import bell, claimer
+from batchq.worker import bell, turns
 from batchq.worker.bell import Bell
 from tests.component.rows import (
     Conn,
@@ -123,7 +123,7 @@ def test_an_item_counts_the_same_with_the_bell(conn: Conn, wanted: None) -> None
 @pytest.fixture
 def rarely_polling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have idle workers poll each 5 s."""
-    monkeypatch.setattr(claimer, "POLLS_A_SECOND", 0.1)
+    monkeypatch.setattr(turns, "POLLS_A_SECOND", 0.1)
 
 
 @pytest.mark.usefixtures("wanted", "rarely_polling")

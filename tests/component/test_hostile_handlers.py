@@ -53,7 +53,7 @@ def is_fine(dsn: str, conn: psycopg.Connection, app: batchq.App, *ids: int, show
             await_status(conn, batch_id, shown, 20)
         for kind in ("good", "good_async"):
             assert await_status(conn, put(conn, kind), "completed", 20).result == "fine"
-        assert not worker.stopping.is_set()
+        assert not worker.lifecycle.stopping.is_set()
     return [(look(conn, batch_id).errors or [{}])[-1].get("error", "") for batch_id in ids]
 
 
@@ -443,7 +443,7 @@ def test_an_abused_transaction_costs_its_own_batch_and_the_one_connection_serves
         wait_until(lambda: look(conn, abused).status in ("completed", "failed"), 20, "it to end")
         after = put(conn, "next")
         await_status(conn, after, "completed", 20)
-        assert not worker.stopping.is_set()
+        assert not worker.lifecycle.stopping.is_set()
     ended = look(conn, abused)
     step("%s: %s", name, ended.errors)
     found = values(conn, "SELECT count(*) FROM rows WHERE batch_id = %s", abused)
@@ -609,7 +609,7 @@ def test_a_handler_that_closes_or_replaces_the_streams_stops_nothing(
             again = put(conn, "streams", max_attempts=1)
             await_status(conn, again, "failed")
             conn.execute("SELECT batchq.cancel(%s)", [put(conn, "nobody")])
-            assert not worker.stopping.is_set()
+            assert not worker.lifecycle.stopping.is_set()
     finally:
         monkeypatch.undo()
 

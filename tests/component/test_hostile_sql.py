@@ -178,7 +178,7 @@ def test_what_else_is_written_to_a_batch_that_is_processed_harms_no_other(
             ended = f"SELECT status IN ('completed', 'failed') FROM batchq.status WHERE id = {batch_id}".encode()
             wait_until(lambda query=ended: conn.execute(query).fetchone() == (True,), 20, "it to end")  # type: ignore[misc]
         await_status(conn, put(conn, "good"), "completed", 20)
-        assert not worker.stopping.is_set()
+        assert not worker.lifecycle.stopping.is_set()
 
 
 GONE = {
@@ -212,7 +212,7 @@ def test_what_is_gone_while_it_is_processed_is_gone_and_its_ids_begin_with_nothi
             assert "the first: ValueError: bad new" in row.errors[-1]["error"]
         gate.set()
         await_status(conn, put(conn, "good"), "completed", 20)
-        assert not worker.stopping.is_set()
+        assert not worker.lifecycle.stopping.is_set()
     assert values(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'processing'") == [0]
 
 

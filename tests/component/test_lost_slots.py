@@ -15,8 +15,9 @@ import structlog
 import batchq
 from batchq.settings import Settings
 from batchq.testing import running_worker
-from batchq.worker import loop_lane, signs
-from batchq.worker.signs import SIGNS_FD, Signs
+from batchq.worker import liveness, loop_lane
+from batchq.worker.lifecycle import StopReason
+from batchq.worker.liveness import LIVENESS_FD, LivenessPings
 from tests.support.alone import run_alone
 from tests.support.batches import await_status, look, put, values, wait_for_status
 from tests.support.processes import Processes
@@ -118,12 +119,12 @@ def test_a_lost_thread_is_told_with_where_it_is_and_shown_until_it_is_back(
         [told] = named(events, "thread lost to a handler that does not end")
         assert (told["batch_id"], told["kind"], told["lost"]) == (batch_id, "stuck", 1)
         assert "in stuck" in told["at"]
-        [counted] = named(events, "slots lost to handlers that do not end")
-        assert (counted["lost"], counted["slots"]) == (1, 4)
+        [counted] = named(events, "slots lost")
+        assert (counted["lost_slots"], counted["slots"]) == (1, 4)
         step("one that ends after all is lost no longer")
         gate.set()
         wait_until(lambda: values(conn, lost) == [0], 10, "the slot to be back")
-    assert not worker.is_worn_out
+    assert StopReason.SLOTS_LOST not in worker.lifecycle.reasons
     assert named(events, "worker stopped")[0]["lost_slots"] == 0
 
 
@@ -141,7 +142,7 @@ def test_a_coroutine_that_ends_when_it_is_cancelled_is_no_loss(
         for batch_id in ids:
             await_status(conn, batch_id, "failed")
         wait_until(lambda: not worker.lanes[0].given_up, 5, "nothing to be lost")
-    assert not worker.is_worn_out
+    assert StopReason.SLOTS_LOST not in worker.lifecycle.reasons
 
 
 # ----------------------------------------------------------------------------------------------- before it runs dry
@@ -163,14 +164,14 @@ def test_a_worker_that_has_lost_half_of_its_slots_stops_to_be_replaced_and_gives
     assert [look(conn, batch_id).shown for batch_id in lost] == ["failed"] * count
     assert values(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'processing'") == [0]
     assert values(conn, "SELECT count(*) FROM batchq.workers") == [0]
-    assert len(named(events, "half of the slots are lost; the worker stops to be replaced")) == 1
+    assert len(named(events, "worker stopping")) == 1
     assert named(events, "worker stopped")[0]["lost_slots"] >= 2
 
 
 def test_a_worker_that_is_told_to_stop_is_not_replaced(dsn: str, conn: psycopg.Connection) -> None:
     put(conn, "stuck", max_attempts=1)
     with running_worker(app, dsn, concurrency=1, lease_seconds=1, shutdown_seconds=0) as worker:
-        wait_until(lambda: worker.is_worn_out, 15, "the slot to be lost")
+        wait_until(lambda: StopReason.SLOTS_LOST in worker.lifecycle.reasons, 15, "the slot to be lost")
         worker.stop()
     assert not worker.wants_replacement
 
@@ -227,19 +228,19 @@ def test_the_supervisor_replaces_who_has_lost_its_slots_and_kills_who_stands_sti
 ) -> None:
     supervisor = processes.run("workers", "1", APP, concurrency=1, lease_seconds=2, shutdown_seconds=1)
     first = await_status(conn, put(conn, "good"), "completed", 40).result
-    step("a worn-out worker is replaced at once, and that is called no crash")
+    step("a worker without half of its slots is replaced at once, and that is called no crash")
     put(conn, "stuck", max_attempts=1)
-    supervisor.wait_for("worker process worn out, replaced", 40)
+    supervisor.wait_for("worker process replaced", 40)
     second = await_status(conn, put(conn, "good"), "completed", 40).result
     assert first != second
-    assert supervisor.lines("worker process ended, replaced") == []
-    step("one whose interpreter is held gives no sign of life: it is killed, and its batch is rescued")
+    assert supervisor.lines("worker process exited") == []
+    step("one whose interpreter is held sends no liveness ping: it is killed, and its batch is rescued")
     held = put(conn, "gil", max_attempts=2)
-    assert supervisor.wait_for("worker process stands still, killed", 40)["pid"] == second
+    assert supervisor.wait_for("worker process unresponsive, killed", 40)["pid"] == second
     row = await_status(conn, held, "completed", 40)
     assert row.attempt == 2
     assert row.errors[0]["error"].startswith("worker died")
-    assert supervisor.lines("worker process ended, replaced")[0]["exit_code"] == -9
+    assert supervisor.lines("worker process exited")[0]["exit_code"] == -9
     assert supervisor.stop() == 0
 
 
@@ -254,34 +255,34 @@ def test_a_stop_does_not_wait_for_a_worker_whose_interpreter_is_held(
 
 
 def test_the_watchdog_of_systemd_hears_a_sign_each_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signs, "SIGN_SECONDS", 0.05)
+    monkeypatch.setattr(liveness, "PING_SECONDS", 0.05)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(10)
-        Signs({"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_PID": str(os.getpid() + 1)}).start()
-        Signs({"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_PID": str(os.getpid())}).start()
+        LivenessPings({"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_PID": str(os.getpid() + 1)}).start()
+        LivenessPings({"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_PID": str(os.getpid())}).start()
         assert [systemd.recv(100) for _ in range(3)] == [b"WATCHDOG=1"] * 3
 
 
 def test_a_sign_that_nobody_reads_holds_nobody_up() -> None:
     reading, writing = os.pipe()
-    given = Signs({SIGNS_FD: str(writing)})
+    given = LivenessPings({LIVENESS_FD: str(writing)})
     assert given.is_supervised
     for _ in range(100_000):
-        given.give()
+        given.ping()
     os.close(reading)
-    given.give()
+    given.ping()
     os.close(writing)
 
 
 def test_a_sign_that_systemd_does_not_read_holds_nobody_up(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
-        given = Signs({"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_PID": str(os.getpid())})
+        given = LivenessPings({"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_PID": str(os.getpid())})
 
         def give_many() -> None:
             for _ in range(10_000):
-                given.give()
+                given.ping()
 
         giving = threading.Thread(target=give_many, daemon=True)
         giving.start()

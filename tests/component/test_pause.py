@@ -209,7 +209,7 @@ def test_an_idle_worker_reads_no_pauses_and_heeds_one_before_its_next_claim(
     assert sum(worker.claimer.round() for _ in range(3)) == 1
     assert left(conn) == {("default", "a"), ("default", "slow")}
     assert values(conn, "SELECT kind FROM batchq.batches_live WHERE status = 'processing'") == ["slow"]
-    for link in worker.links:
+    for link in worker.context.links:
         link.close()
 
 
@@ -221,12 +221,12 @@ def test_pauses_are_read_once_a_second_however_much_is_claimed(
     really = workers.pauses
     monkeypatch.setattr(workers, "pauses", lambda given: read.append(1) or really(given))
     for _ in range(50):
-        worker.claimer.heed_pauses()
+        worker.claimer.apply_pauses()
     assert len(read) == 1
     worker.claimer.pauses_read_at -= PAUSES_SECONDS
-    worker.claimer.heed_pauses()
+    worker.claimer.apply_pauses()
     assert len(read) == 2
-    for link in worker.links:
+    for link in worker.context.links:
         link.close()
 
 
@@ -243,7 +243,7 @@ def test_a_worker_that_is_drained_finishes_what_runs_and_ends(conn: Conn, dsn: s
         waiting = insert(conn, kind="slow")
         wait_until(lambda: values(conn, "SELECT count(*) FROM batchq.workers") == [1], 20, "the worker's row")
         assert [call(conn, "drain_worker", worker_id=worker.id) for _ in range(2)] == ["draining", "draining"]
-        wait_until(worker.claimer.draining.is_set, 20, "the worker to know")
+        wait_until(worker.lifecycle.draining.is_set, 20, "the worker to know")
         step("it still runs, though its time to shut down would be over")
         wait_until(lambda: values(conn, "SELECT stopping FROM batchq.workers") == [True], 20, "its next heartbeat")
         assert thread.is_alive()

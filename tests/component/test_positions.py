@@ -9,17 +9,17 @@ import psycopg
 import pytest
 
 import batchq
-from batchq.batch.claimed import ClaimedBatch, Runtime
-from batchq.postgres.handler_connections import HandlerConnections
-from batchq.postgres.link import Link
+from batchq.batch.claimed import ClaimedBatch
 from batchq.postgres.statements import claims as claim_statements
 from batchq.postgres.statements import leases, probes, session
 from batchq.postgres.statements.claims import END, START, ClaimedRow, Position
 from batchq.postgres.statements.endings import Requeue
 from batchq.postgres.statements.running import Statement
+from batchq.settings import Settings
 from batchq.testing import drain
 from batchq.worker import positions
 from batchq.worker.claimer import Claimer
+from batchq.worker.context import Context
 from batchq.worker.lanes import Lane
 from batchq.worker.positions import (
     BUSY_PAUSE_SECONDS,
@@ -244,12 +244,12 @@ def test_a_full_claim_is_followed_by_the_next_without_a_look_but_for_a_moment(cl
     source = Source("default", lane)
     source.tracks[3] = Track()
     source.tracks[3].claimed(rows(10), START, is_full=True)
-    source.looked({}, 0.001)
-    assert source.goes_on() is None
+    source.probed({}, 0.001)
+    assert source.continues_at() is None
     source.busy_priority = 3
-    assert source.goes_on() == at(10)
-    clock.now += positions.LOOK_SECONDS * 1.01
-    assert source.goes_on() is None, "something more urgent may have come"
+    assert source.continues_at() == at(10)
+    clock.now += positions.PROBE_VALID_SECONDS * 1.01
+    assert source.continues_at() is None, "something more urgent may have come"
 
 
 def test_of_several_priorities_that_are_due_the_one_that_has_waited_longest_is_swept(
@@ -380,10 +380,10 @@ class Claiming:
 
     def __init__(self, dsn: str, lane: StillLane) -> None:
         self.lane = lane
-        self.connections = HandlerConnections(dsn, 1, 5, 10)
-        self.link = Link(dsn, 10)
-        runtime = Runtime(self.connections, 60, threading.Event())
-        self.claimer = Claimer(self.link, ["default"], [lane], "worker-1", runtime)
+        self.context = Context(Settings.load(dsn=dsn, pool_size=1, lease_seconds=60))
+        self.context.worker_id, self.context.lanes = "worker-1", [lane]
+        self.link = self.context.new_link(10)
+        self.claimer = Claimer(self.context, self.link)
         (self.source,) = self.claimer.sources
 
     def claimed(self) -> list[int]:

@@ -17,6 +17,7 @@ from batchq.postgres.statements import claims, probes
 from batchq.postgres.transactions import LONGEST_TEXT
 from batchq.retry import Conflicts
 from batchq.testing import running_worker
+from batchq.worker.lifecycle import StopReason
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, await_status, drain, look, put, values
 from tests.support.steps import step
@@ -282,7 +283,7 @@ def test_a_connection_that_can_only_read_is_dropped_so_that_a_change_takes_effec
         set_default("default_transaction_read_only", "")
         row = await_status(conn, second, "completed", 20)
         assert (row.attempt, row.errors) == (1, [])
-        assert not worker.is_broken
+        assert StopReason.SERVICE_FAILED not in worker.lifecycle.reasons
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import batchq
 from batchq.errors import ConfigError
 from batchq.postgres.handler_connections import HandlerConnections
 from batchq.settings import Settings
+from batchq.worker.lifecycle import Services
 from batchq.worker.loop_lane import LoopLane
 from batchq.worker.thread_lane import ThreadLane
 from batchq.worker.worker import Worker
@@ -74,9 +75,10 @@ INTERRUPTED_IN: dict[str, tuple[Callable[..., Any], int]] = {
     "the slots": (ThreadLane.start, 1),
     "the second slot": (ThreadLane._start_slot, 2),
     "the loop": (LoopLane.start, 1),
-    "the keeper": (Worker.start_service, 1),
-    "the finisher": (Worker.start_service, 2),
-    "the bell": (Worker.start_service, 3),
+    "the keeper": (Services.start, 1),
+    "the housekeeper": (Services.start, 2),
+    "the finisher": (Services.start, 3),
+    "the bell": (Services.start, 4),
 }
 
 
@@ -119,8 +121,8 @@ def test_a_database_that_is_away_at_the_start(dsn: str) -> None:
     with taken_port() as port:
         pass
     worker = Worker(app, Settings.load(dsn=dsn, database_timeout_seconds=1))
-    worker.connections = HandlerConnections(f"host=127.0.0.1 port={port} dbname=none", 2, 1, 5)
-    worker.lanes[1].connections = worker.connections  # type: ignore[attr-defined]
+    worker.context.connections = HandlerConnections(f"host=127.0.0.1 port={port} dbname=none", 2, 1, 5)
+    worker.lanes[1].connections = worker.context.connections  # type: ignore[attr-defined]
     with pytest.raises(psycopg.OperationalError):
         worker.run()
 
@@ -133,7 +135,7 @@ def test_a_second_interrupt_while_a_worker_ends_gives_back_what_runs(dsn: str, c
     def interrupt_twice() -> None:
         wait_until(lambda: any(lane.in_flight for lane in worker.lanes), 20, "the batch to run")
         signal.pthread_kill(main or 0, signal.SIGINT)
-        assert worker.stopping.wait(20)
+        assert worker.lifecycle.stopping.wait(20)
         signal.pthread_kill(main or 0, signal.SIGINT)
 
     interrupter = threading.Thread(target=interrupt_twice)

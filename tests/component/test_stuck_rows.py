@@ -15,7 +15,7 @@ from batchq.batch.claimed import ClaimedBatch
 from batchq.postgres.link import Link
 from batchq.postgres.statements.claims import END, START
 from batchq.postgres.statements.session import OWN_LOCK_SECONDS
-from batchq.worker import finisher, keeper, lanes
+from batchq.worker import finisher, lanes, rescue
 from batchq.worker.execution import COMPLETED, RELEASED, Outcome
 from batchq.worker.outage import Outage
 from batchq.worker.positions import Source
@@ -122,7 +122,7 @@ def test_a_postponed_batch_that_is_cancelled_meanwhile_is_lost_and_not_written(
     outcome: Outcome, keep: bool, status: str | None,
 ) -> None:  # fmt: skip
     lost: list[Any] = []
-    monkeypatch.setattr(finisher, "report_lost", lost.extend)
+    monkeypatch.setattr(finisher, "report_late", lost.extend)
     parts.finisher.keep_completed = keep
     enqueue(conn, 3)
     batches = parts.claim(3)
@@ -281,7 +281,7 @@ def test_the_leases_of_all_but_refused_rows_are_extended(conn: Conn, parts: Part
     conn.execute("ALTER TABLE batchq.batches_live ENABLE TRIGGER refuse_update")
     for batch in batches:
         batch.leased_at -= 21
-    parts.keeper.extend()
+    parts.keeper.renew_leases()
     short = "SELECT id FROM batchq.batches_live WHERE lease_expires_at < now() + interval '50 seconds'"
     assert set(values(conn, short)) == bad
     assert len(parts.lane.list_in_flight()) == 120, "none is lost"
@@ -297,27 +297,27 @@ def test_all_but_refused_rows_are_rescued(
     conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() - interval '1 second'")
     bad = {batch.id for number, batch in enumerate(batches) if number in BAD}
     refuse(conn, bad, refuses)
-    parts.keeper.rescue()
+    parts.keeper.rescuer.rescue()
     assert statuses(conn) == {status: 120 - len(bad), "processing": len(bad)}
     assert set(values(conn, "SELECT id FROM batchq.batches WHERE status = 'processing'")) == bad
     step("they are left out for a while: no rescue fails for them, and no search for what has failed finds them")
-    skipped = parts.keeper.expiries["default"].skipped
+    skipped = parts.keeper.rescuer.expiries["default"].skipped
     assert set(skipped.ids()) == bad
     with monkeypatch.context() as patch:
         searches = count_statements(parts.keeper.link, patch)
-        assert parts.keeper.take_back("default", float("-inf"), skipped) == []
+        assert parts.keeper.rescuer.rescue_expired("default", float("-inf"), skipped) == []
     assert searches == []
     another = bad.copy().pop()
     del skipped.until[another]
     with capture_logs() as logs:
-        assert parts.keeper.take_back("default", float("-inf"), skipped) == []
+        assert parts.keeper.rescuer.rescue_expired("default", float("-inf"), skipped) == []
     assert [line["batch_ids"] for line in logs] == [[another]]
     step("and are tried again after a while")
     conn.execute("DROP TRIGGER refuse_update ON batchq.batches_live; DROP TRIGGER refuse_delete ON batchq.batches_live")
-    for expiries in parts.keeper.expiries.values():
+    for expiries in parts.keeper.rescuer.expiries.values():
         expiries.skipped.until.clear()
         expiries.whole_at = 0.0  # else the next look from the beginning comes 20 times as long after as this one took
-    wait_until(lambda: parts.keeper.rescue() or statuses(conn) == {status: 120}, 5, "all to be rescued")
+    wait_until(lambda: parts.keeper.rescuer.rescue() or statuses(conn) == {status: 120}, 5, "all to be rescued")
 
 
 # ----------------------------------------------------------------------------------------------------- rescue in time
@@ -334,10 +334,10 @@ def test_all_that_a_killed_worker_held_is_rescued_in_a_few_ticks(conn: Conn, par
     for _ in range(2):
         assert len(claim(conn, 2000)) == 2000
     expire_all(conn, ago)
-    rescues = next(duty for duty in parts.keeper.duties if duty.do == parts.keeper.rescue)
+    rescues = parts.keeper.duties["rescue"]
     ticks = 0
     while statuses(conn) != {"pending": 4000}:
-        rescues.do_if_due()
+        rescues.run_if_due()
         ticks += 1
         assert ticks <= 4, "a thousand a tick at least: the next round is not a tenth of the lease away"
 
@@ -345,15 +345,15 @@ def test_all_that_a_killed_worker_held_is_rescued_in_a_few_ticks(conn: Conn, par
 def test_a_rescue_ends_after_a_tick_so_that_leases_are_extended(
     conn: Conn, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "RESCUES_A_ROUND", 2)
-    parts.keeper.tick_seconds = 0.0
+    monkeypatch.setattr(rescue, "RESCUES_A_ROUND", 2)
+    parts.keeper.rescuer.most_seconds = 0.0
     batchq.enqueue_many(conn, "work", [{}] * 10)
     claim(conn, 10)
     expire_all(conn, "1 second")
-    assert parts.keeper.rescue()
+    assert parts.keeper.rescuer.rescue()
     assert statuses(conn) == {"pending": 2, "processing": 8}
-    parts.keeper.tick_seconds = 60.0
-    assert not parts.keeper.rescue()
+    parts.keeper.rescuer.most_seconds = 60.0
+    assert not parts.keeper.rescuer.rescue()
     assert statuses(conn) == {"pending": 10}
 
 
@@ -367,7 +367,7 @@ def test_an_outage_is_over_only_when_the_database_has_answered(dsn: str) -> None
         outage.failed(ConnectionError("away"))
         step("a round that asks nothing is no sign that it is back")
         outage.over()
-        assert [line["event"] for line in logs] == ["database trouble"]
+        assert [line["event"] for line in logs] == ["database error"]
         with suppress(psycopg.Error), link.reading() as conn:
             conn.execute("SELECT 1 / 0")
         outage.over()
@@ -375,7 +375,7 @@ def test_an_outage_is_over_only_when_the_database_has_answered(dsn: str) -> None
         with link.reading() as conn:
             conn.execute("SELECT 1")
         outage.over()
-    assert [line["event"] for line in logs] == ["database trouble", "database is back"]
+    assert [line["event"] for line in logs] == ["database error", "database recovered"]
     assert outage.failures == 0
 
 
@@ -385,13 +385,13 @@ def test_a_claimer_without_room_and_a_keeper_without_leases_do_not_call_the_data
     assert parts.claimer.round() == 0
     parts.claimer.outage.over()
     assert parts.claimer.outage.failures == 1
-    leases = next(duty for duty in parts.keeper.duties if duty.do == parts.keeper.extend)
+    leases = parts.keeper.duties["leases"]
     leases.outage.failed(ConnectionError("away"))
-    assert leases.do_if_due() == 0
+    assert leases.run_if_due() == 0
     assert leases.outage.failures == 1
-    heartbeat = next(duty for duty in parts.keeper.duties if duty.do == parts.keeper.heartbeat)
+    heartbeat = parts.keeper.duties["heartbeat"]
     heartbeat.outage.failed(ConnectionError("away"))
-    assert heartbeat.do_if_due() == 0
+    assert heartbeat.run_if_due() == 0
     assert heartbeat.outage.failures == 0
 
 
@@ -405,16 +405,16 @@ def test_a_batch_with_items_is_forgotten_however_it_ends(conn: Conn, parts: Part
     assert parts.lane.pop_waiting() is batch
     assert parts.lane.begins(batch)
     batch.items_done = 2
-    parts.keeper.write_throughput()
+    parts.housekeeper.write_throughput()
     if end == "cancelled":
         conn.execute("SELECT batchq.cancel(%s)", [batch.id])
     if end == "rescued":
         expire_all(conn, "1 second")
-        parts.keeper.rescue()
+        parts.keeper.rescuer.rescue()
     if end in ("cancelled", "rescued"):
         batch.leased_at -= 60
         parts.lane.abandon = lambda _: None  # type: ignore[method-assign]
-        parts.keeper.extend()
+        parts.keeper.renew_leases()
         parts.lane.came_back(batch)
     else:
         outcomes = {"completed": Outcome("completed", all_done=True), "refused": Outcome("completed", result="no JSON")}
@@ -422,7 +422,7 @@ def test_a_batch_with_items_is_forgotten_however_it_ends(conn: Conn, parts: Part
     parts.write()
     step("and a keeper that looked at it before counts nothing any more")
     parts.finisher.throughput.progress(batch, 2)
-    parts.keeper.write_throughput()
+    parts.housekeeper.write_throughput()
     items = 3 if end == "completed" else 2
     assert value(conn, "SELECT sum(items)::integer FROM batchq.throughput") == items
     del batch

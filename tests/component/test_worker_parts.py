@@ -12,23 +12,27 @@ import psycopg
 import pytest
 
 import batchq
-from batchq.batch.claimed import ClaimedBatch, Runtime
+from batchq.batch.claimed import ClaimedBatch
 from batchq.errors import DatabaseAway, OutcomeUnknown
-from batchq.postgres.handler_connections import HandlerConnections
-from batchq.postgres.link import Link
 from batchq.postgres.statements import maintenance
 from batchq.postgres.statements.claims import END, START
-from batchq.postgres.statements.workers import Turn, WorkerRow
+from batchq.postgres.statements.workers import Turn
 from batchq.settings import Settings
-from batchq.testing import drain
-from batchq.worker import claimer, finisher, keeper
-from batchq.worker.claimer import POLLS_A_SECOND, Claimer, Turns
+from batchq.testing import drain, running_worker
+from batchq.worker import finisher, rescue
+from batchq.worker import turns as turns_module
+from batchq.worker.claimer import Claimer
+from batchq.worker.context import Context
 from batchq.worker.execution import COMPLETED, Outcome
 from batchq.worker.finisher import Finisher
+from batchq.worker.housekeeper import Housekeeper
 from batchq.worker.keeper import Keeper
+from batchq.worker.lifecycle import Services
 from batchq.worker.positions import Source
 from batchq.worker.prefetch import MOST_LIMIT_FACTOR
+from batchq.worker.shutdown import Shutdown
 from batchq.worker.thread_lane import ThreadLane
+from batchq.worker.turns import POLLS_A_SECOND, Turns
 from tests.component.rows import Conn, claim, expire_lease, has_expired, insert, value, values
 from tests.instruments.bench.proxy import DelayingProxy
 from tests.support import supasim
@@ -66,18 +70,18 @@ class Parts:
     """A worker's parts without their threads: each step is called by the test."""
 
     def __init__(self, dsn: str) -> None:
-        self.connections = HandlerConnections(dsn, 2, 5, 10)
-        self.connections.open()
-        self.runtime = Runtime(self.connections, 60, threading.Event())
-        self.links = [Link(dsn, 10) for _ in range(3)]
-        self.finisher = Finisher(self.links[0], lambda: None)
+        settings = Settings.load(
+            dsn=dsn, pool_size=2, database_timeout_seconds=5, transaction_timeout_seconds=10, lease_seconds=60
+        )
+        self.context = Context(settings)
+        self.context.worker_id = "worker-1"
+        self.context.connections.open()
+        self.finisher = Finisher(self.context.new_link(10), lambda: None)
         self.lane = ThreadLane(app.handlers, 1, self.finisher.put)
-        self.claimer = Claimer(self.links[1], ["default"], [self.lane], "worker-1", self.runtime)
-        row = WorkerRow("worker-1", "here", 1, "0", ["default"], ["work"], 1)
-        self.keeper = Keeper(
-            self.links[2], ["default"], [self.lane], row, 60, 30, self.claimer, self.finisher.throughput,
-            unwritten=self.finisher.unwritten,
-        )  # fmt: skip
+        self.context.lanes = [self.lane]
+        self.claimer = Claimer(self.context, self.context.new_link(10))
+        self.keeper = Keeper(self.context, self.finisher.unwritten)
+        self.housekeeper = Housekeeper(self.context, self.finisher.throughput, self.claimer.known_priorities)
 
     def claim(self, count: int) -> list[ClaimedBatch]:
         """Claim *count* batches, which wait in the lane."""
@@ -91,8 +95,8 @@ class Parts:
 
     def close(self) -> None:
         """Close every connection."""
-        self.connections.close()
-        for link in self.links:
+        self.context.connections.close()
+        for link in self.context.links:
             link.close()
 
 
@@ -175,7 +179,7 @@ def test_a_finish_whose_answer_was_lost_is_written_again_and_reported_by_nobody(
         return answer
 
     monkeypatch.setattr(parts.finisher, "write", lose_the_answer)
-    monkeypatch.setattr(finisher, "report_lost", lost.extend)
+    monkeypatch.setattr(finisher, "report_late", lost.extend)
     enqueue(conn, 2)
     for batch in parts.claim(2):
         parts.lane.end(batch, COMPLETED)
@@ -195,7 +199,7 @@ def test_a_batch_lost_while_it_waits_is_not_begun_and_its_slot_works_on(conn: Co
     conn.execute("SELECT batchq.cancel(%s)", [batches[1].id])
     for batch in batches:
         batch.leased_at -= 60
-    parts.keeper.extend()
+    parts.keeper.renew_leases()
     step("then the one slot works the other two")
     parts.lane.start()
     wait_until(lambda: len(worked) == 2, 5, "both to be worked")
@@ -278,7 +282,7 @@ def test_the_keeper_stops_only_the_claim_that_is_lost_not_a_newer_one_of_the_sam
     assert len(parts.claimer.claim(Source("default", parts.lane), 0, 1, START, END)) == 1
     (new,) = [batch for batch in parts.lane.list_in_flight() if batch is not old]
     old.leased_at = new.leased_at = time.monotonic() - 60
-    parts.keeper.extend()
+    parts.keeper.renew_leases()
     assert parts.lane.list_in_flight() == [new]
     assert (type(old.interrupt), new.interrupt) == (batchq.LeaseLost, None)
 
@@ -294,7 +298,7 @@ def test_the_leases_of_what_waits_to_be_written_are_extended_too(conn: Conn, adm
     conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() + interval '1 second'")
     for batch in (running, writing, waiting, cancelled):
         batch.leased_at -= 21
-    parts.keeper.extend()
+    parts.keeper.renew_leases()
     extended = "SELECT id FROM batchq.batches_live WHERE lease_expires_at > now() + interval '50 seconds' ORDER BY id"
     assert values(conn, extended) == [running.id, writing.id, waiting.id]
     assert parts.lane.list_in_flight() == [running], (
@@ -302,7 +306,7 @@ def test_the_leases_of_what_waits_to_be_written_are_extended_too(conn: Conn, adm
     )
     step("extended once, not at every round; and not when it is written")
     conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() + interval '1 second'")
-    parts.keeper.extend()
+    parts.keeper.renew_leases()
     assert values(conn, extended) == []
     while parts.finisher.todo:
         parts.finisher.write_group()
@@ -315,10 +319,10 @@ def test_a_lease_on_a_locked_row_is_extended_at_the_next_round(conn: Conn, admin
     batch.leased_at = long_ago = time.monotonic() - 60
     with psycopg.connect(admin_dsn) as person:
         person.execute("SELECT FROM batchq.batches_live FOR UPDATE")
-        parts.keeper.extend()
+        parts.keeper.renew_leases()
         assert batch.leased_at == long_ago
         person.rollback()
-    parts.keeper.extend()
+    parts.keeper.renew_leases()
     assert batch.leased_at > long_ago
     assert parts.lane.list_in_flight() == [batch]
 
@@ -330,7 +334,7 @@ def test_a_lease_of_60_seconds_is_extended_after_20(
     enqueue(conn, 1)
     (batch,) = parts.claim(1)
     batch.leased_at = before = time.monotonic() - age_seconds
-    parts.keeper.extend()
+    parts.keeper.renew_leases()
     assert (batch.leased_at > before) is is_extended
 
 
@@ -359,54 +363,54 @@ def test_a_look_for_leases_that_ran_out_is_of_one_queue_and_of_what_ran_out_sinc
 def test_a_rescue_goes_on_behind_the_last_one_and_from_the_beginning_only_so_often(
     conn: Conn, admin_dsn: str, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "PAUSE_FACTOR", 1e9)
+    monkeypatch.setattr(rescue, "PAUSE_FACTOR", 1e9)
     first = expired(conn, 3600)
-    parts.keeper.rescue()
+    parts.keeper.rescuer.rescue()
     assert status(conn, first) == "pending"
     step("a lease that ran out since then is found; one from before, which came late, when it is time for a whole look")
     late, new = expired(conn, 3600), expired(conn, 0.001)
-    parts.keeper.rescue()
+    parts.keeper.rescuer.rescue()
     assert (status(conn, late), status(conn, new)) == ("processing", "pending")
-    parts.keeper.expiries["default"].whole_at = 0.0
-    parts.keeper.rescue()
+    parts.keeper.rescuer.expiries["default"].whole_at = 0.0
+    parts.keeper.rescuer.rescue()
     assert status(conn, late) == "pending"
 
 
 def test_a_cheap_rescue_is_always_from_the_beginning(conn: Conn, admin_dsn: str, parts: Parts) -> None:
-    parts.keeper.rescue()
+    parts.keeper.rescuer.rescue()
     stuck = expired(conn, 3600)
     with psycopg.connect(admin_dsn) as person:
         person.execute("SELECT FROM batchq.batches_live WHERE id = %s FOR UPDATE", [stuck])
-        parts.keeper.rescue()
+        parts.keeper.rescuer.rescue()
         assert status(conn, stuck) == "processing", "it is locked"
         person.rollback()
-    wait_until(lambda: parts.keeper.rescue() or status(conn, stuck) == "pending", 5, "it to be rescued")
+    wait_until(lambda: parts.keeper.rescuer.rescue() or status(conn, stuck) == "pending", 5, "it to be rescued")
 
 
 def test_a_rescue_that_fails_looks_again_where_it_was(conn: Conn, admin_dsn: str, parts: Parts) -> None:
-    parts.keeper.rescue()
-    before = parts.keeper.expiries["default"].passed_until
+    parts.keeper.rescuer.rescue()
+    before = parts.keeper.rescuer.expiries["default"].passed_until
     terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'batchq'"
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
         admin.execute(f"{terminate} AND datname = current_database()".encode())
     stuck = expired(conn, 0.001)
-    if parts.links[2].conn is not None:
+    if parts.keeper.link.conn is not None:
         with suppress(psycopg.Error, OutcomeUnknown):
-            parts.keeper.rescue()
-    assert parts.keeper.expiries["default"].passed_until >= before
-    wait_until(lambda: parts.keeper.rescue() or status(conn, stuck) == "pending", 5, "it to be rescued")
+            parts.keeper.rescuer.rescue()
+    assert parts.keeper.rescuer.expiries["default"].passed_until >= before
+    wait_until(lambda: parts.keeper.rescuer.rescue() or status(conn, stuck) == "pending", 5, "it to be rescued")
 
 
 def test_more_leases_than_a_round_takes_are_all_rescued(
     conn: Conn, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "RESCUES_A_ROUND", 3)
-    monkeypatch.setattr(keeper, "PAUSE_FACTOR", 1e9)
-    parts.keeper.rescue()
+    monkeypatch.setattr(rescue, "RESCUES_A_ROUND", 3)
+    monkeypatch.setattr(rescue, "PAUSE_FACTOR", 1e9)
+    parts.keeper.rescuer.rescue()
     for seconds in range(8):
         expired(conn, seconds / 1000)
     for _ in range(3):
-        parts.keeper.rescue()
+        parts.keeper.rescuer.rescue()
     assert statuses(conn) == ["pending"] * 8
 
 
@@ -435,9 +439,9 @@ def test_a_claim_of_unknown_outcome_is_given_back_also_at_a_stop(conn: Conn, dsn
     token = uuid4()
     assert len(claim(conn, 2, worker=worker.id, token=token)) == 2
     worker.claimer.unknown.append(("default", token))
-    worker.give_back_claims()
+    Shutdown(worker.context, Services(worker.lifecycle), worker.claimer, worker.finisher).release_claims()
     assert conn.execute("SELECT DISTINCT status, attempt FROM batchq.batches").fetchall() == [("pending", 0)]
-    for link in worker.links:
+    for link in worker.context.links:
         link.close()
 
 
@@ -498,9 +502,9 @@ def test_a_worker_that_begins_with_an_empty_queue_knows_how_far_its_database_is(
         assert parts.claimer.link.round_trip_seconds >= 0.05
         enqueue(conn, 1)
         for _ in range(3):
-            assert len(parts.claimer.look(source)) == 1
+            assert len(parts.claimer.probe(source)) == 1
         step("what the line takes is no look's own cost: else this worker would poll once a second only")
-        assert source.look_cost_seconds < 0.025
+        assert source.probe_cost_seconds < 0.025
         assert parts.claimer.idle_seconds() < 0.5
         assert parts.lane.prefetch.limit_factor == 1
         parts.claimer.round()
@@ -519,9 +523,9 @@ def test_a_dear_look_is_made_less_often_but_not_for_one_that_met_a_busy_machine(
     (source,) = parts.claimer.sources
 
     def least_wait(*looks: float) -> float:
-        source.look_costs.clear()
+        source.probe_costs.clear()
         for seconds in (0.001, *looks):
-            source.looked({}, seconds)
+            source.probed({}, seconds)
         return min(parts.claimer.idle_seconds() for _ in range(50))
 
     assert least_wait(0.001, 0.001, 0.001) < 0.05
@@ -532,7 +536,7 @@ def test_a_dear_look_is_made_less_often_but_not_for_one_that_met_a_busy_machine(
 def test_idle_workers_poll_in_turn_by_the_databases_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     step("20 workers whose heartbeats came at different times each know when it is their turn")
     clock = 1000.0
-    monkeypatch.setattr(claimer.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(turns_module.time, "monotonic", lambda: clock)
     epoch = 1.7e9
     known = [clock - 0.37 * number for number in range(20)]
     turns = [Turns(Turn(20, number, epoch + at - clock), at) for number, at in enumerate(known)]
@@ -546,7 +550,7 @@ def test_a_turn_that_has_just_been_or_comes_at_once_does_not_count(monkeypatch: 
     period = 1 / POLLS_A_SECOND
     turns = Turns(Turn(1, 0, 0.0), 1000.0)
     for since, wait in ((0.0, 1.0), (0.01, 0.99), (0.5, 0.5), (0.89, 0.11), (0.95, 1.05)):
-        monkeypatch.setattr(claimer.time, "monotonic", lambda since=since: 1000.0 + since * period)
+        monkeypatch.setattr(turns_module.time, "monotonic", lambda since=since: 1000.0 + since * period)
         assert turns.wait_seconds() == pytest.approx(wait * period, abs=1e-6), since
 
 
@@ -555,8 +559,8 @@ def test_the_heartbeat_tells_the_claimer_its_turn(conn: Conn, parts: Parts) -> N
         "INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, in_hand, stopping) "
         "VALUES ('a worker', 'h', 1, '0', '{default}', '{work}', 1, 0, false)"
     )
-    parts.keeper.heartbeat()
-    assert parts.claimer.turns.period_seconds == 2 / POLLS_A_SECOND
+    parts.keeper.send_heartbeat()
+    assert parts.context.turns.period_seconds == 2 / POLLS_A_SECOND
 
 
 def test_maintenance_is_left_to_the_worker_that_is_at_it(
@@ -567,12 +571,41 @@ def test_maintenance_is_left_to_the_worker_that_is_at_it(
     before = values(conn, partitions)
     with psycopg.connect(admin_dsn) as other:
         assert maintenance.take_maintenance(other)
-        parts.keeper.maintain()
+        parts.housekeeper.maintain()
         assert values(conn, partitions) == before
         assert "maintenance" not in capsys.readouterr().out
         other.rollback()
-    parts.keeper.maintain()
+    parts.housekeeper.maintain()
     assert values(conn, partitions) == [before[0] - 1], "that of 60 days ago is dropped"
+
+
+def test_housekeeping_that_is_blocked_for_longer_than_a_lease_costs_no_lease(
+    conn: Conn, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked, released = threading.Event(), threading.Event()
+
+    def hold_transaction(held: Conn) -> bool:
+        blocked.set()
+        while not released.is_set():
+            held.execute("SELECT pg_sleep(0.1)")
+        return False
+
+    monkeypatch.setattr(maintenance, "take_maintenance", hold_transaction)
+    enqueue(conn, 1, payload={"waits": True})
+    with running_worker(app, dsn, lease_seconds=2) as worker:
+        assert began.wait(20)
+        assert blocked.wait(20)
+        step("while maintenance holds the housekeeper's connection, the lease is renewed and the heartbeat is sent")
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            assert value(conn, "SELECT lease_expires_at > now() FROM batchq.batches_live")
+            time.sleep(0.05)
+        assert value(conn, "SELECT heartbeat_at > now() - interval '4 seconds' FROM batchq.workers")
+        assert time.monotonic() - worker.keeper.beat_at < 4
+        released.set()
+        gate.set()
+        wait_until(lambda: statuses(conn) == ["completed"], 20, "the batch to be completed")
+    assert value(conn, "SELECT attempt FROM batchq.batches") == 1
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ def test_a_batch_that_kills_its_process_runs_max_attempts_times_and_then_fails(
         assert (status, attempt) == ("failed", 2)
         assert error.startswith("worker died")
         assert values(batches, "SELECT count(*) FROM executions WHERE batch_id = %s", batch_id)[0] <= 2
-    replaced = supervisor.lines("worker process ended, replaced")
+    replaced = supervisor.lines("worker process exited")
     assert len(replaced) == values(batches, "SELECT count(DISTINCT pid) FROM executions WHERE seq IS NULL")[0]
     assert 2 <= len(replaced) <= 4
     assert {line["exit_code"] for line in replaced} <= {3, -9}

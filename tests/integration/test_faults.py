@@ -332,7 +332,7 @@ def test_a_killed_pooler_loses_and_doubles_nothing(load: Load, pgbouncer: PgBoun
     with worker_under_load(pgbouncer.dsn(database), load) as worker:
         step("when PgBouncer is killed, is away for a second, and comes back")
         pgbouncer.kill()
-        worker.wait_for("database trouble", service="claimer")
+        worker.wait_for("database error", service="claimer")
         time.sleep(1)
         pgbouncer.start()
         check_recovery(load, "the restart of the pooler")
@@ -365,7 +365,7 @@ def wait_for_trouble(worker: Process, service: str) -> None:
     """Wait until a service of the worker, or one of its duties, says that the database does not answer."""
 
     def has_said_so() -> bool:
-        return any(line["service"].startswith(service) for line in worker.lines("database trouble"))
+        return any(line["service"].startswith(service) for line in worker.lines("database error"))
 
     wait_until(has_said_so, DEADLINE_SECONDS + 4, f"the {service} to give up")
 
@@ -382,7 +382,7 @@ def test_a_stop_while_the_pooler_stands_still_ends_in_time(
         frozen = time.monotonic()
         try:
             wait_until(lambda: time.monotonic() - frozen > DEADLINE_SECONDS + 2, 10, "it to try to connect again")
-            assert worker.lines("database trouble")
+            assert worker.lines("database error")
             step("when it is stopped, then it gives up, says so, and exits 1")
             began = time.monotonic()
             code = worker.stop(30)
@@ -478,7 +478,7 @@ def test_leases_are_kept_while_the_other_duties_fail(dsn: str, admin_dsn: str, a
         step("when somebody locks batchq.workers for 3 s, which the heartbeat needs")
         with psycopg.connect(admin_dsn) as other:
             other.execute("LOCK TABLE batchq.workers IN ACCESS EXCLUSIVE MODE")
-            worker.wait_for("database trouble", duty="heartbeat")
+            worker.wait_for("database error", duty="heartbeat")
             began = time.monotonic()
             expired = "SELECT FROM batchq.batches_live WHERE lease_expires_at < now()"
             while time.monotonic() - began < 3:
@@ -515,7 +515,7 @@ def test_a_row_that_somebody_has_locked_is_all_that_a_stop_leaves_to_its_lease(
             person.commit()
             worker.wait_for("lease lost", batch_id=held)
         assert worker.stop() == (0 if commits else 1)
-        left = [line["batch_ids"] for line in worker.lines("not every outcome could be written")]
+        left = [line["batch_ids"] for line in worker.lines("outcomes not written")]
         assert left == ([] if commits else [[held]])
         person.rollback()
     assert admin.execute("SELECT count(*), count(DISTINCT seq) FROM executions").fetchone() == (500, 500)
@@ -540,8 +540,8 @@ def test_a_worker_that_may_not_make_partitions_works_all_the_same(
 
             step("then it says so once, and keeps its leases")
             assert worker.stop() == 0
-            assert len(worker.lines("maintenance put off")) == 1
-            assert worker.lines("database trouble") == []
+            assert len(worker.lines("maintenance postponed")) == 1
+            assert worker.lines("database error") == []
             assert admin.execute("SELECT attempt, errors FROM batchq.batches").fetchall() == [(1, [])]
     finally:
         admin.execute(sql.SQL("DROP OWNED BY {role}; DROP ROLE {role}").format(role=role))
@@ -597,12 +597,12 @@ def test_a_refused_log_in_is_not_hammered(load: Load, admin_dsn: str, monkeypatc
         sim.password = "second"
         sim.drop_clients()
         refused = time.monotonic()
-        worker.wait_for("database trouble")
+        worker.wait_for("database error")
         wait_until(lambda: time.monotonic() - refused > 2, 10, "time to hammer")
         step("then it tried %s times in 2 s", len(asked))
         count = len(asked)
         sim.password = "first"
-        worker.wait_for("database is back", PASSWORD_SECONDS + 10, service="claimer")
+        worker.wait_for("database recovered", PASSWORD_SECONDS + 10, service="claimer")
         load.is_paused = False
         load.wait_until_worked(10)
         step("and is back by itself %.1f s after the first refusal", time.monotonic() - refused)

@@ -14,7 +14,7 @@ import batchq
 from batchq.common.exposition import MOST_PAIRS, exposition
 from batchq.errors import ConfigError
 from batchq.web.metrics import bounded_rows, queue_metrics
-from batchq.worker.metrics import bounded, buckets, worker_metrics
+from batchq.worker.metrics import buckets, first_pairs, worker_metrics
 from batchq.worker.throughput import BOUNDS, Counts, Throughput
 from batchq.worker.worker import Worker
 from tests.component.rows import Conn, expire_lease, insert, processing
@@ -184,11 +184,11 @@ def test_buckets_count_what_is_not_above_them() -> None:
     assert list(made.values()) == sorted(made.values())
 
 
-def test_labels_are_bounded() -> None:
+def test_labels_are_limited() -> None:
     def counts() -> Counts:
         return Counts(ends={"completed": 1}, items=2)
 
-    shown = bounded({("q", f"kind {number}"): counts() for number in range(MOST_PAIRS + 30)})
+    shown = first_pairs({("q", f"kind {number}"): counts() for number in range(MOST_PAIRS + 30)})
     assert len(shown) == MOST_PAIRS + 1
     assert (shown["other", "other"].ends, shown["other", "other"].items) == ({"completed": 30}, 60)
     row = {"ready": 1, "scheduled": 0, "processing": 0, "stalled": 0, "failed": 0, "workers": 1}

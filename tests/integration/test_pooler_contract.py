@@ -96,7 +96,7 @@ def test_every_style_of_handler_keeps_the_contract(
         for command in commands:
             assert processes.command(*command).popen.returncode == 0, command
         assert worker.stop() == 0
-        assert worker.lines("database trouble") == []
+        assert worker.lines("database error") == []
     step("then no rule was broken, no backend is held, and none has a prepared statement")
 
 
@@ -136,7 +136,7 @@ def test_a_worker_never_pins_the_only_backend(
             assert sorted(waits)[-2] < 1, "but once, when this machine itself stood still"
             assert max(waits) < 3
             assert worker.stop() == 0
-            assert worker.lines("database trouble") == []
+            assert worker.lines("database error") == []
         wait_until(lambda: bouncer.sv_active(database) == 0, 1, "a free backend")
 
 
@@ -152,7 +152,7 @@ def test_jobs_of_a_second_hold_no_backend(admin: psycopg.Connection[Any], admin_
         step("then they work at the same time, and nobody waits for a backend in vain")
         assert [worker.wait(20) for worker in workers] == [0, 0, 0]
         assert statuses(admin) == {"completed": 24}
-        assert [worker.lines("database trouble") for worker in workers] == [[], [], []]
+        assert [worker.lines("database error") for worker in workers] == [[], [], []]
         assert sim.settled() == []
 
 
@@ -165,7 +165,7 @@ def test_a_worker_that_finds_no_room_at_the_pooler_waits_and_recovers(
         worker = processes.worker(lease_seconds=2)
         sim.max_clients = 0
         sim.drop_clients()
-        line = worker.wait_for("database trouble")
+        line = worker.wait_for("database error")
         assert "connection" in line["error"]
 
         step("then it backs off instead of hammering, and does not end")

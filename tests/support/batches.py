@@ -63,7 +63,7 @@ def drain(app: batchq.App, dsn: str, **settings: Any) -> None:
     alarm.start()
     try:
         worker.run()
-        assert not worker.leaving.is_set(), f"not drained within {DRAIN_SECONDS:g} s"
+        assert not worker.lifecycle.leaving.is_set(), f"not drained within {DRAIN_SECONDS:g} s"
     finally:
         alarm.cancel()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 STATEMENTS = {file: file.read_text() for file in sorted((ROOT / "batchq/postgres/statements").glob("*.py"))}
 MIGRATE = "batchq/postgres/migrate.py"
-POSITIONS, KEEPER = (f"batchq/worker/{name}.py" for name in ("positions", "keeper"))
+POSITIONS, KEEPER, RESCUE = (f"batchq/worker/{name}.py" for name in ("positions", "keeper", "rescue"))
 TABLES, PARTITIONS, PLACES_OF_READING, VERBS, BULK, VIEWS_SQL = (
     f"migrations/{name}.sql"
     for name in ("0001_batches", "0002_partitions", "0003_positions", "0005_verbs", "0006_bulk", "0008_views")
@@ -939,7 +939,7 @@ MUTANTS = [
         POSITION,
         [
             (
-                "number = last if self.swept % 2 else self.swept // 2 % len(self.marks)",
+                "number = last if self._sweeps % 2 else self._sweeps // 2 % len(self.marks)",
                 "number = last",
                 "every part is swept",
             )
@@ -947,12 +947,12 @@ MUTANTS = [
         POSITIONS,
     ),
     *of(
-        "    def extend(self",
+        "    def renew_leases(self",
         (PARTS, LIFE),
         [
             (
-                "time.monotonic() - self.lease_seconds / 3",
-                "time.monotonic() - self.lease_seconds",
+                "time.monotonic() - self._lease_seconds / 3",
+                "time.monotonic() - self._lease_seconds",
                 "leases are extended at a third of their time",
             )
         ],
@@ -968,7 +968,7 @@ MUTANTS = [
                 "a lease that was locked is found later",
             )
         ],
-        KEEPER,
+        RESCUE,
     ),
     # ---------------------------------------------------------------------------------------------------- the process
     *of(
@@ -1005,11 +1005,11 @@ MUTANTS = [
     *of(
         "def line(",
         TERMINAL,
-        [("visible_line(shortened(plain(value)))", "shortened(plain(value))", "no row steers the terminal")],
+        [("visible_line(_shortened(_plain(value)))", "_shortened(_plain(value))", "no row steers the terminal")],
         "batchq/common/terminal.py",
     ),
     *of(
-        "def last_processors(",
+        "def _last_processors(",
         TERMINAL,
         [("[*first, spell_out, ", "[*first, ", "no row steers who reads the log")],
         "batchq/common/log.py",
@@ -1069,7 +1069,7 @@ MUTANTS = [
         [('"search_path": SEARCH_PATH,', "", "names in statements mean pg_catalog's")],
     ),
     *of(
-        "    def run(self",
+        "    def _listen(self",
         NOTIFY,
         [
             (

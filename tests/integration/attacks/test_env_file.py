@@ -41,7 +41,7 @@ def refused(why: str) -> None:
 def test_a_file_of_somebody_else(file: Path) -> None:
     """As a neighbour who owns the directory, and waits for somebody to start batchq there."""
     os.chown(file, NOBODY, NOBODY)
-    refused(rf"{file}' has settings of batchq and belongs to user {NOBODY}, not to you or root; start batchq in a ")
+    refused(rf"{file}' has batchq settings and belongs to user {NOBODY}, not to you or root; start batchq in a ")
 
 
 @as_root

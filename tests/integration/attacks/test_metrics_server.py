@@ -11,7 +11,7 @@ import pytest
 from batchq.common.hosts import is_own_host
 from batchq.errors import ConfigError
 from batchq.settings import Settings
-from batchq.worker import metrics
+from batchq.worker import metrics_server
 from batchq.worker.metrics_server import MOST_CONNECTIONS, MetricsServer
 from tests.support.alone import run_alone
 from tests.support.steps import step
@@ -118,7 +118,7 @@ def test_names_come_from_the_setting() -> None:
     assert is_own_host("W.", ("w",))
     assert not is_own_host("evil.example", (".svc", "w"))
     for wrong in ("https://a.example", "a.example:9400", "*", "a.example/x"):
-        with pytest.raises(ConfigError, match="is not a host name: leave out the scheme"):
+        with pytest.raises(ConfigError, match="is not a host name; leave out the scheme"):
             Settings.load(metrics_hosts=wrong)
 
 
@@ -137,7 +137,7 @@ def test_idle_and_slow_connections(server: MetricsServer, sent: bytes) -> None:
 
 def test_a_slow_head_ends_however_many_bytes_come(server: MetricsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a neighbour who sends a byte now and then: each one would prolong a limit that counts from the last."""
-    monkeypatch.setattr(metrics, "CONNECTION_SECONDS", 2.0)
+    monkeypatch.setattr(metrics_server, "CONNECTION_SECONDS", 2.0)
     ended = threading.Event()
     with connect(server.port) as connection:
         connection.settimeout(allowed(30))
@@ -160,7 +160,7 @@ def test_an_answer_that_nobody_reads_ends(
 ) -> None:
     """As a neighbour who asks for more metrics than the buffers of a socket take, and reads none of them."""
     counted.comments = b"# x\n" * 5_000_000
-    monkeypatch.setattr(metrics, "CONNECTION_SECONDS", 2.0)
+    monkeypatch.setattr(metrics_server, "CONNECTION_SECONDS", 2.0)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", server.port))

@@ -1,0 +1,44 @@
+"""What every part of a worker needs, made once and passed to each of them."""
+
+import os
+import socket
+import uuid
+from collections.abc import Sequence
+
+from batchq.batch.claimed import Runtime
+from batchq.postgres.handler_connections import HandlerConnections
+from batchq.postgres.link import Link
+from batchq.postgres.statements.workers import Turn
+from batchq.settings import Settings
+from batchq.worker.lanes import Lane
+from batchq.worker.lifecycle import Lifecycle
+from batchq.worker.turns import Turns
+
+
+class Context:
+    """Who a worker is, what it serves, and what its parts let each other know.
+
+    *turns* and *dead_rows* are as of the last heartbeat: the keeper writes them; the claimer and the survey read them.
+    Raises ConfigError for a DSN that is missing or will not do.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.dsn = settings.require_dsn()
+        self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.lifecycle = Lifecycle()
+        self.connections = HandlerConnections(
+            self.dsn, settings.pool_size, settings.database_timeout_seconds, settings.transaction_timeout_seconds
+        )
+        stopping = self.lifecycle.stopping
+        self.runtime = Runtime(self.connections, settings.lease_seconds, stopping, settings.keep_completed)
+        self.lanes: Sequence[Lane] = ()
+        self.links: list[Link] = []
+        self.turns = Turns(Turn(1, 0, 0.0), 0.0)
+        self.dead_rows = 0
+
+    def new_link(self, timeout_seconds: float | None = None) -> Link:
+        """Return a connection for one service thread, closed with the worker."""
+        link = Link(self.dsn, timeout_seconds or self.settings.database_timeout_seconds)
+        self.links.append(link)
+        return link
