@@ -18,6 +18,7 @@ from batchq.common.hosts import group_of
 from batchq.common.log import get_logger
 from batchq.common.secrets import hide_password
 from batchq.errors import BatchqError, DatabaseAway
+from batchq.operate.verbs import VERBS, Verb
 from batchq.settings import Settings
 from batchq.web import bulk, shown, verbs
 from batchq.web.auth import Guard, cookie, same
@@ -121,86 +122,71 @@ class Web:
 
     def ask_verb(self, request: Request) -> Response:
         """Ask whether a verb is meant."""
-        given = dict(request.query_params)
-        verb = self.known_verb(request)
-        return self.pages.page(request, "verb.html", name=verb, verb=verbs.VERBS[verb], given=given)
+        return self.pages.page(request, "verb.html", verb=self.verb_of(request), given=dict(request.query_params))
 
     async def do_verb(self, request: Request) -> Response:
-        """Do a verb, and show the page of what it was done to."""
-        verb = self.known_verb(request)
+        """Do a verb; show the page of its target."""
+        verb = self.verb_of(request)
         form = await read_form(request)
         try:
             await run_in_threadpool(verbs.do, self.reader, verb, form)
         except verbs.Refused as error:
-            values = {"name": verb, "verb": verbs.VERBS[verb], "given": form, "problem": str(error)}
-            return await run_in_threadpool(self.pages.page, request, "verb.html", 409, **values)
-        target = {"batch": f"/batches/{form.get('id')}", "worker": "/workers"}.get(verbs.VERBS[verb].target, "/")
-        return RedirectResponse(f"{target}?{shown.query(said=verb)}", 303)
+            return await run_in_threadpool(
+                self.pages.page, request, "verb.html", 409, verb=verb, given=form, problem=str(error)
+            )
+        target = {"batch": f"/batches/{form.get('id')}", "worker": "/workers"}.get(verb.target, "/")
+        return RedirectResponse(f"{target}?{shown.query(said=verb.name)}", 303)
 
     def ask_bulk(self, request: Request) -> Response:
-        """Ask to which batches, all that a filter matches, a verb is to be done."""
-        return self.show_bulk_form(request, self.known_verb(request), dict(request.query_params))
+        """Ask for the filter of a verb in bulk."""
+        return self.show_bulk_form(request, self.verb_of(request, in_bulk=True), dict(request.query_params))
 
     async def do_bulk(self, request: Request) -> Response:
-        """Count what matches, or do the next chunk of it; show how far it is, with the form that goes on."""
-        verb = self.known_verb(request)
+        """Take the next step of a verb in bulk; show how far it is, with the form for the step after."""
+        verb = self.verb_of(request, in_bulk=True)
         form = await read_form(request)
         try:
-            job = (
-                self.opened(request, form)
-                if "job" in form
-                else await run_in_threadpool(bulk.asked, self.reader, verb, form)
-            )
+            job = self.opened(request, form) if "job" in form else bulk.asked(verb, form)
         except verbs.Refused as error:
             return await run_in_threadpool(self.show_bulk_form, request, verb, form, str(error))
         code, problem = 200, None
         try:
-            job = await run_in_threadpool(bulk.go_on, self.reader, job)
-        except bulk.TryAgain as error:
-            code, problem = 503, str(error)
+            await run_in_threadpool(bulk.take_step, self.reader, job)
         except verbs.Refused as error:
-            code, problem = 409, str(error)
+            code, problem = 503 if isinstance(error, bulk.TryAgain) else 409, str(error)
         return await run_in_threadpool(self.show_bulk, request, job, code, problem)
 
-    def show_bulk_form(self, request: Request, verb: str, given: dict[str, str], problem: str = "") -> Response:
+    def show_bulk_form(self, request: Request, verb: Verb, given: dict[str, str], problem: str = "") -> Response:
         """Show the form that asks for a filter."""
-        if verb not in bulk.TAKES:
-            raise HTTPException(404, "this verb is not for many")
-        values = {"name": verb, "verb": verbs.VERBS[verb], "given": given, "problem": problem}
         return self.pages.page(
-            request, "bulk.html", 409 if problem else 200, takes=bulk.TAKES[verb],
-            status=bulk.stored(given.get("status")), **values,
+            request, "bulk.html", 409 if problem else 200, verb=verb, given=given, problem=problem,
+            status=bulk.shown_status(given),
         )  # fmt: skip
 
     def show_bulk(self, request: Request, job: bulk.Job, code: int, problem: str | None) -> Response:
-        """Show how far it is, and the form that goes on, in which all of it is written."""
+        """Show how far it is, and the form that continues, which carries all of it."""
         text = job.as_text()
         seal = request.scope["guard"].sessions.seal(request.scope["session"], text)
         return self.pages.page(
-            request,
-            "bulk_job.html",
-            code,
-            job=job,
-            job_text=text,
-            seal=seal,
-            problem=problem,
-            verb=verbs.VERBS[job.verb],
+            request, "bulk_job.html", code, job=job, bulk=job.bulk, job_text=text, seal=seal, problem=problem
         )
 
     def opened(self, request: Request, form: dict[str, str]) -> bulk.Job:
-        """Return the job of a form that this page has sent to this session. Raises HTTPException."""
+        """Return the job of a form that was sent to this session. Raises HTTPException."""
         text = form["job"]
         if not same(form.get("seal", ""), request.scope["guard"].sessions.seal(request.scope["session"], text)):
-            raise HTTPException(403, "this form is not as the page sent it: begin again from the list")
+            raise HTTPException(403, "this form was changed, or belongs to another session; start again from the list")
         return bulk.Job.of_text(text)
 
-    def known_verb(self, request: Request) -> str:
+    def verb_of(self, request: Request, in_bulk: bool = False) -> Verb:
         """Return the verb of an address. Raises HTTPException where there is none, or none is allowed."""
         if self.settings.read_only:
-            raise HTTPException(403, "this page only shows: it was started with --read-only")
-        verb: str = request.path_params["verb"]
-        if verb not in verbs.VERBS:
+            raise HTTPException(403, "this web UI is read-only: it was started with --read-only")
+        verb = VERBS.get(request.path_params["verb"])
+        if verb is None:
             raise HTTPException(404, "there is no such verb")
+        if in_bulk and not verb.statuses:
+            raise HTTPException(404, "this verb cannot be done in bulk")
         return verb
 
     # ------------------------------------------------------------------------------------------------------- login

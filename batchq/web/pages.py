@@ -8,14 +8,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from batchq.operate.verbs import VERBS, Verb
 from batchq.web import bulk, charts, reads, shown
 from batchq.web.auth import Guard
 from batchq.web.reads import HIGHEST_ID, MOST_CHARACTERS, MOST_ROWS, PAGE_ROWS, Reader, Row
-from batchq.web.verbs import VERBS
 
 STATUSES = ("ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
 MOST_FAILURES = 12
-FINAL = ("completed", "failed", "cancelled")
 
 
 def environment() -> Environment:
@@ -31,7 +30,7 @@ def environment() -> Environment:
         "duration": shown.duration, "number": shown.number, "percent": shown.percent, "worked": shown.worked,
         "query": lambda given: shown.query(**given), "as_it_is": as_it_is,
     }  # fmt: skip
-    made.globals |= {"count": shown.count, "link": shown.query, "statuses": STATUSES, "verbs": VERBS}
+    made.globals |= {"count": shown.count, "link": shown.query, "statuses": STATUSES}
     return made
 
 
@@ -181,12 +180,7 @@ def left_seconds(batch: Row) -> float | None:
     return float((batch["items_total"] - worked) * batch["running_seconds"] / worked)
 
 
-def actions(batch: Row) -> list[str]:
-    """Return the verbs that would change a batch as it stands."""
-    status = batch["status"]
-    if status in FINAL:
-        again = ["retry_items"] if batch["items_failed"] else []
-        return [*again, *([] if status == "completed" else ["retry"]), "retry_whole"]
-    if status in ("processing", "stalled"):
-        return ["cancel"]
-    return [*(["retry"] if status != "ready" else []), "snooze", "set_priority", "move", "cancel"]
+def actions(batch: Row) -> list[Verb]:
+    """Return the verbs that would change a batch in its current status, the grave ones last."""
+    offered = [verb for verb in VERBS.values() if verb.is_offered(batch["status"], batch["items_failed"])]
+    return sorted(offered, key=lambda verb: verb.is_grave)

@@ -65,12 +65,6 @@ class Reader:
         with self.connections.transaction() as conn:
             return action(conn)
 
-    def call(self, verb: str, **parameters: Any) -> Any:
-        """Call a named verb in a transaction of its own, and return what it returns. Commits."""
-        with self.connections.transaction() as conn:
-            [row] = rows(conn, SQL[verb], parameters)
-            return next(iter(row.values()))
-
 
 def rows(conn: Conn, statement: bytes, parameters: Row) -> list[Row]:
     """Return rows as dicts."""
