@@ -247,7 +247,7 @@ def _add_batches(parser: ArgumentParser, verb: Verb, batch_id: Callable[[str], i
         dest="older_than_seconds",
         type=_reader(period_seconds),
         metavar="TIME",
-        help="only batches that finished, or while live were inserted, at least this long ago: 2h",
+        help="only batches that finished or, while live, were inserted this long ago: 90s, 15m, 2h, 3d",
     )
     group.add_argument("--all", action="store_true", help="all batches of that status, without a filter")
     group.add_argument("--dry-run", action="store_true", help="only report how many batches match")
@@ -265,7 +265,7 @@ def _add_argument(parser: ArgumentParser, argument: Argument) -> None:
         return
     group = parser.add_mutually_exclusive_group(required=argument.is_required)
     group.add_argument("--for", dest="delay_seconds", type=_reader(period_seconds), metavar="TIME", help=argument.help)
-    group.add_argument("--until", metavar="TIMESTAMP", help="the same as a time: '2030-01-01 06:00+00'")
+    group.add_argument("--until", metavar="TIMESTAMP", help="end, as a timestamp: '2030-01-01 06:00+00'")
 
 
 def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -163,7 +163,7 @@ def written(action: argparse.Action) -> str:
 
 def told(action: argparse.Action) -> str:
     """Return what is said of an argument, or else its default."""
-    return action.help or ("" if action.default is None else f"(default: {action.default})")
+    return (action.help or ("" if action.default is None else f"(default: {action.default})")).replace("%%", "%")
 
 
 def exit_codes() -> Iterator[str]:
