@@ -20,7 +20,7 @@ from batchq.postgres.statements.session import wait_briefly_for_locks
 from batchq.postgres.statements.verbs import BulkStep, bulk_step, clock_json
 
 PAUSE_FACTOR = 3
-_MOST_CHANGED = 1000
+MOST_CHANGED = 1000
 _MOST_COUNTED = 20_000
 _MOST_PASSES = 3
 _MOST_TRIES = 5
@@ -134,12 +134,11 @@ class Bulk:
 
     @property
     def _most_now(self) -> int:
-        # No more than were counted, whatever has come to match since.
         if self.state == "done":
             return 0
-        return (
-            _MOST_CHANGED if self.total is None else min(_MOST_CHANGED, self.total - self.changed_before - self.matched)
-        )
+        if self.total is None:
+            return MOST_CHANGED
+        return min(MOST_CHANGED, self.total - self.changed_before - self.matched)  # not what has come to match since
 
     def _end_pass(self) -> None:
         # Another pass helps only if this one changed some and left others out.
