@@ -38,8 +38,8 @@ def findings(
 ) -> Iterator[Finding]:
     """Yield at least one finding of each check.
 
-    A snapshot may be held for *patience* seconds, or for *ages* transactions. A check that the role may not make, or that
-    takes longer than *seconds*, is a note; a connection that fails is critical.
+    A snapshot may be held for *patience* seconds, or for *ages* transactions. A check that the role may not make, or
+    that takes longer than *seconds*, is a note; a connection that fails is critical.
     """
     try:
         connected = connect(dsn)

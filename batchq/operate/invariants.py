@@ -39,8 +39,8 @@ def violations(conn: Conn, most: int = _MOST_OFFENDERS) -> list[Violation]:
 def verdicts(conn: Conn, most: int = _MOST_OFFENDERS, seconds: float = SECONDS_EACH) -> Iterator[Verdict]:
     """Yield a verdict on each invariant.
 
-    Each is checked in a transaction of its own of at most *seconds*, so that no snapshot is held for longer, and no DROP
-    of a partition waits for longer.
+    Each is checked in a transaction of its own of at most *seconds*, so that no snapshot is held for longer, and no
+    DROP of a partition waits for longer.
     """
     for name, statement in health.invariants().items():
         try:
