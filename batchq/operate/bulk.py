@@ -152,20 +152,10 @@ class Bulk:
         wait_briefly_for_locks(conn, _LOCK_MILLISECONDS)
         if "before" not in self.filter:  # one time for all steps: what finishes or is inserted later is left alone
             self.filter = {**self.filter, "before": clock_json(conn)}
-        return bulk_step(
-            conn,
-            {
-                "verb": self.verb.function,
-                "filter": self.filter,
-                "change": {**self.verb.fixed, **self.change},
-                "place": self.place,
-                "dry_run": dry_run,
-                "most": most,
-                "reason": self.reason,
-                "actor": self.actor,
-                "audit_id": self.audit_id,
-            },
-        )
+        change = {**self.verb.fixed, **self.change}
+        asked = {"verb": self.verb.function, "filter": self.filter, "change": change, "dry_run": dry_run, "most": most}
+        kept = {name: getattr(self, name) for name in ("place", "reason", "actor", "audit_id")}
+        return bulk_step(conn, asked | kept)
 
 
 class Runner:

@@ -6,6 +6,7 @@ function that is granted to operators; for bulk, batchq.bulk must know the funct
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from batchq.postgres.statements.running import Conn
@@ -135,14 +136,16 @@ def stored(status: str) -> str:
     return STORED_STATUS.get(status, status)
 
 
-def _verb(name: str, target: str, title: str, **given: Any) -> Verb:
+def _verb(target: str, name: str, title: str, **given: Any) -> Verb:
     return Verb(**({"name": name, "target": target, "title": title, "command": name, "function": name} | given))
 
 
+_on_batch = partial(_verb, "batch")
+
+
 _ALL = (
-    _verb(
+    _on_batch(
         "cancel",
-        "batch",
         "Cancel",
         explanation="Ends the batch as cancelled. A running handler stops at its next checkpoint and writes nothing "
         "more.",
@@ -152,9 +155,8 @@ _ALL = (
         statuses=("live", "pending", "processing"),
         is_grave=True,
     ),
-    _verb(
+    _on_batch(
         "retry",
-        "batch",
         "Retry",
         explanation="Makes the batch pending again, with all its attempts. It continues from its checkpoint: items "
         "that succeeded are not processed again. A scheduled batch becomes ready immediately.",
@@ -164,9 +166,8 @@ _ALL = (
         statuses=FINISHED,
         offered=("failed", "cancelled", "scheduled", "retrying"),
     ),
-    _verb(
+    _on_batch(
         "retry_items",
-        "batch",
         "Retry failed items",
         explanation="Makes the batch pending again. Its failed items are processed again, and nothing else.",
         done="made pending again",
@@ -176,9 +177,8 @@ _ALL = (
         statuses=FINISHED,
         needs_failed_items=True,
     ),
-    _verb(
+    _on_batch(
         "retry_whole",
-        "batch",
         "Retry from the start",
         explanation="Makes the batch pending again. It starts from nothing: every item is processed again.",
         done="made pending again",
@@ -190,9 +190,8 @@ _ALL = (
         statuses=FINISHED,
         is_grave=True,
     ),
-    _verb(
+    _on_batch(
         "snooze",
-        "batch",
         "Snooze",
         explanation="The batch is not claimed before this many minutes have passed.",
         done="snoozed",
@@ -200,9 +199,8 @@ _ALL = (
         argument=_minutes("time to wait: 90s, 15m, 2h, 3d", suggested="60"),
         statuses=("pending",),
     ),
-    _verb(
+    _on_batch(
         "set_priority",
-        "batch",
         "Change priority",
         explanation="Batches with a lower number run first.",
         done="given their new priority",
@@ -211,9 +209,8 @@ _ALL = (
         argument=Argument("number", "priority", "Priority", "new priority; lower runs first", _priority, suggested="0"),
         statuses=("pending",),
     ),
-    _verb(
+    _on_batch(
         "move",
-        "batch",
         "Move",
         explanation="The batch waits in another queue.",
         done="moved",
@@ -222,8 +219,8 @@ _ALL = (
         statuses=("pending",),
     ),
     _verb(
-        "pause",
         "queue",
+        "pause",
         "Pause",
         explanation="Workers stop claiming these batches. Batches already claimed still finish. Leave the minutes "
         "empty to pause until somebody resumes.",
@@ -233,8 +230,8 @@ _ALL = (
         argument=_minutes("time to pause: 90s, 15m, 2h, 3d (default: until batchq resume)", is_required=False),
     ),
     _verb(
-        "resume",
         "queue",
+        "resume",
         "Resume",
         explanation="Workers claim these batches again.",
         done="resumed",
@@ -242,8 +239,8 @@ _ALL = (
         help="end a pause",
     ),
     _verb(
-        "drain_worker",
         "worker",
+        "drain_worker",
         "Drain",
         explanation="The worker stops claiming, finishes the batches that it runs, and exits.",
         done="draining",

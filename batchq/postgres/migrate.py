@@ -3,6 +3,7 @@
 import random
 import re
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ BREAKING_MARK = "-- breaking"
 LEDGER = "0000_ledger.sql"
 SECONDS_A_FILE = 600
 PATIENCE_SECONDS = 60.0
+MOST_BYTES_AT_ONCE = 12_000
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def apply_all(conn: psycopg.Connection[Any]) -> list[str]:
     Each file commits by itself: one that fails leaves nothing of itself. Raises ConfigError.
     """
     try:
+        if ledger.has_ledger(conn):
+            check_names(ledger.applied_migrations(conn))
         return [name for migration in all_migrations() if (name := apply_patiently(conn, migration))]
     except psycopg.Error as error:
         raise ConfigError(f"migration failed: {hide_password(' '.join(str(error).split()))}") from error
@@ -106,7 +110,34 @@ def apply(conn: psycopg.Connection[Any], migration: Migration) -> str | None:
 
 def run_file(conn: psycopg.Connection[Any], text: str) -> None:
     """Run the statements of one file."""
-    conn.execute(text.encode())
+    for part in parts(text):
+        conn.execute(part.encode())
+
+
+def parts(text: str) -> Iterator[str]:
+    """Yield the statements of a file, as many at a time as a message may hold that goes through any pooler.
+
+    A statement ends with a semicolon before an empty line, unless that is within a function's body ($$).
+    """
+    part = ""
+    for piece in text.split("\n\n"):
+        is_whole = part.count("$$") % 2 == 0 and part.rstrip().endswith(";")
+        if is_whole and len((part + piece).encode()) > MOST_BYTES_AT_ONCE:
+            yield part
+            part = ""
+        part += piece + "\n\n"
+    yield part
+
+
+def check_names(applied: Mapping[int, tuple[str, bool]]) -> None:
+    """Raise ConfigError if a database has a migration under a number that is another one's here."""
+    known = {migration.version: migration.name for migration in all_migrations()}
+    for version, (name, _) in sorted(applied.items()):
+        if known.get(version, name) != name:
+            raise ConfigError(
+                f"the schema was made by a batchq from before its first release ({version:04}_{name}) and cannot "
+                "be updated: keep what you need of its tables, run 'drop schema batchq cascade', then: batchq migrate"
+            )
 
 
 def check_schema(conn: psycopg.Connection[Any]) -> None:
@@ -117,6 +148,7 @@ def check_schema(conn: psycopg.Connection[Any]) -> None:
     if not ledger.has_ledger(conn):
         raise ConfigError("the database has no batchq schema; run: batchq migrate")
     applied = ledger.applied_migrations(conn)
+    check_names(applied)
     known = {migration.version: migration.name for migration in all_migrations()}
     if missing := sorted(known.keys() - applied.keys()):
         raise ConfigError(f"the schema is older than this code: {known[missing[0]]!r} is missing; run: batchq migrate")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import batchq
+from tests.support import code_map
 from tests.support.alone import run_alone
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,13 @@ def test_the_rules_name_every_folder_and_nothing_that_is_not_needed() -> None:
 def test_imports_have_no_circle_neither_of_modules_nor_of_folders() -> None:
     TopologicalSorter(FOLDERS_MAY_IMPORT).prepare()  # raises CycleError
     TopologicalSorter({name: imported(tree) - {name} for name, tree in MODULES.items()}).prepare()
+
+
+def test_the_map_of_the_code_in_the_docs_is_that_of_the_modules() -> None:
+    assert code_map.shown() == code_map.code_map(), "run: python -m tests.instruments.reference"
+    assert {folder.relative_to(PACKAGE).as_posix() for folder in PACKAGE.rglob("*") if list(folder.glob("*.py"))} == {
+        folder for folder in code_map.FOLDERS if folder
+    }
 
 
 # ------------------------------------------------------------------------------------------------- SQL

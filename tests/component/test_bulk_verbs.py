@@ -247,10 +247,10 @@ def test_a_filter_takes_what_fits_all_of_it(conn: Conn, status: str, filter_: di
 @pytest.mark.parametrize(
     ("verb", "filter_", "change", "message"),
     [
-        ("dance", {}, {}, "knows no verb 'dance'"),
-        ("cancel", {"colour": "red"}, {}, 'knows no filter {"colour": "red"}'),
-        ("cancel", {"status": "failed"}, {}, "cancel takes no batches that are failed"),
-        ("retry", {"status": "pending"}, {}, "retry takes no batches that are pending"),
+        ("dance", {}, {}, "has no verb 'dance'"),
+        ("cancel", {"colour": "red"}, {}, 'has no filter {"colour": "red"}'),
+        ("cancel", {"status": "failed"}, {}, "cancel does not apply to batches that are failed"),
+        ("retry", {"status": "pending"}, {}, "retry does not apply to batches that are pending"),
         ("snooze", {}, {}, "does not fit the verb snooze"),
         ("cancel", {}, {"priority": 1}, "does not fit the verb cancel"),
         ("move", {}, {"until": "2100-01-01"}, "does not fit the verb move"),
@@ -288,12 +288,12 @@ def test_what_is_locked_is_left_and_not_waited_for(conn: Conn, dsn: str) -> None
 def test_what_has_changed_since_it_was_found_is_left_as_it_is(conn: Conn) -> None:
     cancelled, completed, running = finished(conn, "cancelled"), finished(conn, "completed"), processing(conn).id
     before = [batch(conn, batch_id) for batch_id in (cancelled, completed, running)]
-    retry = "SELECT batchq.bulk_retry(%s, %s, '-infinity', 'infinity', false)"
+    retry = "SELECT changed FROM batchq.revive('default', %s, %s, false, '-infinity', 'infinity')"
     assert value(conn, retry, [[cancelled, completed], "failed"]) == 0
     step("nothing of it failed, so it is not what a retry of completed ones is for")
     assert value(conn, retry, [[completed], "completed"]) == 0
-    assert value(conn, "SELECT batchq.bulk_cancel(%s, '{pending}', 'why')", [[running]]) == 0
-    assert value(conn, "SELECT batchq.bulk_change(%s, NULL, 5, NULL)", [[running]]) == 0
+    assert value(conn, "SELECT batchq.cancel_live('default', %s, '{pending}', 'why')", [[running]]) == 0
+    assert value(conn, "SELECT changed FROM batchq.change_pending('default', %s, new_priority => 5)", [[running]]) == 0
     assert [batch(conn, batch_id) for batch_id in (cancelled, completed, running)] == before
 
 

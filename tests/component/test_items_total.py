@@ -1,9 +1,6 @@
 """items_total: filled in however a batch comes in, kept to its end, beside workers from before it was a trigger's."""
 
-import shutil
-import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -12,9 +9,7 @@ import pytest
 from psycopg import sql
 
 import batchq
-from batchq.postgres import migrate as migrations
-from batchq.postgres.migrate import migrate
-from batchq.postgres.statements import claims, endings, leases
+from batchq.postgres.statements import endings, leases
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.endings import Finish
 from tests.component.rows import (
@@ -23,7 +18,6 @@ from tests.component.rows import (
     Taken,
     batch,
     checkpoint,
-    claim,
     complete,
     expire_lease,
     failure,
@@ -35,11 +29,8 @@ from tests.component.rows import (
     values,
 )
 from tests.support.alone import run_alone
-from tests.support.databases import MIGRATIONS
-from tests.support.steps import step
 
 TOTALS = "SELECT items_total FROM batchq.batches ORDER BY id"
-LAST_BEFORE = 5  # the migration after which items_total was still a generated column
 
 # What workers from before wrote at the end of batches: it does not name items_total.
 OLD_FINISH = """
@@ -64,8 +55,6 @@ SELECT id, queue, kind, new_status, payload, items, priority, run_at, unique_key
 FROM gone
 RETURNING id
 """
-# What they wrote to claim: it does not ask for the context of a trace.
-OLD_CLAIM = claims.CLAIM.replace(",\n  CASE WHEN %(most_bytes)s > 0 THEN b.trace_context END", "")
 
 
 def old_finish(conn: Conn, *finishes: Finish) -> set[int]:
@@ -285,136 +274,6 @@ def test_an_old_worker_works_beside_the_new_schema(conn: Conn) -> None:
     assert old_finish(conn, *ended[:3], stale) == {one.id for one in taken[:3]}
     assert values(conn, "SELECT items_done FROM batchq.batches WHERE status = 'completed' ORDER BY id") == [1, 2, 3]
     assert values(conn, TOTALS) == [1, 2, 3, 4]
-
-
-# ------------------------------------------------------------------------------------------------------ the migration
-
-
-@pytest.fixture
-def old_files(tmp_path: Path) -> Path:
-    """Return migrations/ as it was before items_total became a trigger's."""
-    old = tmp_path / "migrations"
-    old.mkdir()
-    for file in MIGRATIONS.glob("*.sql"):
-        if int(file.name[:4]) <= LAST_BEFORE:
-            shutil.copy(file, old)
-    return old
-
-
-@pytest.fixture
-def old(empty_dsn: str, old_files: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the DSN of a database as it was then; from now on batchq has all its migrations. Claims are as then."""
-    monkeypatch.setattr(claims, "CLAIM", OLD_CLAIM)
-    with monkeypatch.context() as patch:
-        patch.setattr(migrations, "directory", lambda: old_files)
-        assert len(migrate(empty_dsn)) == LAST_BEFORE
-    return empty_dsn
-
-
-def connect(dsn: str) -> Conn:
-    """Connect as batchq does."""
-    return psycopg.connect(dsn, autocommit=True, prepare_threshold=None)
-
-
-EVERYTHING = "SELECT to_jsonb(b) - 'trace_context' FROM batchq.batches b ORDER BY id"  # a column that came later
-
-
-def test_the_migration_keeps_live_and_finished_batches_as_they_are(old: str) -> None:
-    with connect(old) as conn:
-        fill(conn)
-        before = values(conn, EVERYTHING)
-        migrate(old)
-        assert values(conn, EVERYTHING) == before
-        assert {row["items_total"] for row in before} == {None, 0, 1, 2, 3}
-        step("what was claimed before can be finished, what waits can be claimed, what failed can be retried")
-        held = [
-            Taken(*row)
-            for row in conn.execute("SELECT id, claim_token FROM batchq.batches_live WHERE claim_token IS NOT NULL")
-        ]
-        assert finish(conn, *(Finish(*one, "completed", all_done=True) for one in held)) == {one.id for one in held}
-        assert len(claim(conn)) == 3
-        failed = value(conn, "SELECT id FROM batchq.batches WHERE status = 'failed'")
-        assert value(conn, "SELECT batchq.retry(%s)", [failed]) == "pending"
-        mismatched = "SELECT count(*) FROM batchq.batches WHERE items_total IS DISTINCT FROM jsonb_array_length(items)"
-        assert value(conn, mismatched) == 0
-
-
-def fill(conn: Conn) -> None:
-    """Make batches of every status, with and without items, some of them half done, in several partitions."""
-    for items in ([], [1, 2], None):
-        columns = {} if items is None else {"items": items}
-        held = processing(conn, **columns)
-        if items:
-            assert checkpoint(conn, held, Progress(1, 1, [failure(1)], first_index=0)) == 1
-        for status in ("completed", "failed") if items else ("completed", "cancelled"):
-            assert old_finish(conn, Finish(*processing(conn, **columns), status, "{}", all_done=True)) != set()
-    for columns in ({"items": [1, 2, 3]}, {"items": [0], "unique_key": "k"}, {}):
-        insert(conn, **columns)
-    days = (
-        "UPDATE batchq.batches_finished SET finished_at = finished_at - interval '400 days' WHERE status = 'cancelled'"
-    )
-    conn.execute(days)
-
-
-def test_the_migration_leaves_no_trace_of_its_way(old: str, conn: Conn) -> None:
-    step("a database that was migrated with data in it has the constraints and triggers of one that was not")
-    query = """
-        SELECT format('%s %s %s', t.relname, c.conname, pg_get_constraintdef(c.oid))
-        FROM pg_constraint c JOIN pg_class t ON t.oid = c.conrelid
-        WHERE t.relnamespace = 'batchq'::regnamespace AND t.relname !~ '^finished_[0-9]' AND c.contype <> 'n'
-        UNION ALL
-        SELECT format('%s %s', t.relname, g.tgname)
-        FROM pg_trigger g JOIN pg_class t ON t.oid = g.tgrelid
-        WHERE t.relnamespace = 'batchq'::regnamespace AND t.relname !~ '^finished_[0-9]'
-        UNION ALL
-        SELECT format('%s.%s %s', attrelid::regclass, attname, attgenerated)
-        FROM pg_attribute WHERE attname = 'items_total' AND attrelid::regclass::text !~ 'finished_[0-9]'
-        ORDER BY 1
-    """
-    with connect(old) as migrated:
-        fill(migrated)
-        migrate(old)
-        assert values(migrated, query) == values(conn, query)
-        generated = "SELECT count(*) FROM pg_attribute WHERE attname = 'items_total' AND attgenerated <> ''"
-        assert value(migrated, generated) == 0
-
-
-def test_old_workers_go_on_while_the_schema_is_migrated(old: str) -> None:
-    rounds, size, errors = 40, 5, []
-    migrated = threading.Event()
-
-    def work() -> None:
-        try:
-            with connect(old) as own:
-                for number in range(rounds):
-                    if number == rounds // 2:
-                        migrated.wait(30)
-                    work_round(own, size)
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        migrate(old)
-    finally:
-        migrated.set()
-        thread.join(60)
-    assert errors == []
-    with connect(old) as conn:
-        assert values(conn, "SELECT DISTINCT (status, items_total, items_done)::text FROM batchq.batches") == [
-            "(completed,2,2)"
-        ]
-        assert value(conn, "SELECT count(*) FROM batchq.batches") == rounds * size
-
-
-def work_round(conn: Conn, size: int) -> None:
-    """Insert batches, claim them, save a checkpoint, finish them."""
-    conn.execute("INSERT INTO batchq.batches (kind, items) SELECT 'work', '[1, 2]' FROM generate_series(1, %s)", [size])
-    token = uuid4()
-    taken = [Taken(row.id, token) for row in claim(conn, size, token=token)]
-    assert checkpoint(conn, taken[0], Progress(1)) == 1
-    assert len(old_finish(conn, *(Finish(*one, "completed", all_done=True) for one in taken))) == size
 
 
 if __name__ == "__main__":

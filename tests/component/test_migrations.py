@@ -343,8 +343,49 @@ def read_everything(conn: Conn, batch_id: int) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(MIGRATIONS.glob("*.sql")), ids=lambda file: file.name)
-def test_a_file_is_small_enough_for_every_pooler(file: Path) -> None:
-    assert file.stat().st_size < 16 * 1024
+def test_a_file_goes_in_parts_that_are_small_enough_for_every_pooler(file: Path) -> None:
+    text = file.read_text()
+    parts = list(migrations.parts(text))
+    assert max(len(part.encode()) for part in parts) < 16 * 1024
+    assert "".join(parts).rstrip("\n") == text.rstrip("\n")
+    assert [part for part in parts if part.count("$$") % 2 or not part.rstrip().endswith(";")] == []
+
+
+BASE = 9  # the last file of the schema that people begin with
+NAMED = re.compile(
+    r"^CREATE (?:UNIQUE )?(TABLE|VIEW|INDEX|AGGREGATE|FUNCTION|TRIGGER) ([\w.]+)(\([^$]*?\)\s*(?=RETURNS|LANGUAGE))?"
+    r"|^COMMENT ON ((?:TABLE|VIEW|COLUMN|FUNCTION|AGGREGATE) [^\n]*?) IS\b",
+    re.MULTILINE,
+)
+
+
+def test_each_object_of_the_schema_that_people_begin_with_is_made_once_in_its_final_form() -> None:
+    made = []
+    for file in sorted(MIGRATIONS.glob("*.sql"))[: BASE + 1]:
+        text = file.read_text()
+        changed = re.findall(r"^(?:CREATE OR REPLACE|ALTER|DROP|UPDATE|DELETE) .*", text, re.MULTILINE)
+        assert changed == [], file.name
+        for match in NAMED.finditer(text):
+            kind, name, arguments, comment = match.groups()
+            place = re.search(r" ON (\S+)", text[match.end() :].split(";")[0]) if kind == "TRIGGER" else None
+            made.append(
+                (kind or "COMMENT", comment or name, arguments and " ".join(arguments.split()), place and place[1])
+            )
+    assert len(made) > 200
+    assert len(made) == len(set(made)), sorted({str(one) for one in made if made.count(one) > 1})
+
+
+def test_the_schema_that_people_begin_with_has_ten_files() -> None:
+    assert len([file for file in MIGRATIONS.glob("*.sql") if int(file.name[:4]) <= BASE]) == 10
+
+
+def test_a_schema_from_before_the_first_release_is_told_what_to_do(dsn: str, conn: Conn) -> None:
+    conn.execute("UPDATE batchq.migrations SET name = 'failed_items_and_workers' WHERE version = 2")
+    for do in (lambda: migrate(dsn), lambda: migrations.check_schema(conn)):
+        with pytest.raises(
+            ConfigError, match=r"first release \(0002_failed_items_and_workers\).*drop schema batchq cascade"
+        ):
+            do()
 
 
 SETS_SEARCH_PATH = re.compile(

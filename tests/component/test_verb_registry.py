@@ -62,7 +62,7 @@ def test_bulk_accepts_the_statuses_of_the_registry(conn: Conn, verb: Verb, statu
     if status in verb.statuses:
         assert value(conn, query, arguments) == 0
     else:
-        with pytest.raises(psycopg.errors.RaiseException, match=f"takes no batches that are {status}"):
+        with pytest.raises(psycopg.errors.RaiseException, match=f"does not apply to batches that are {status}"):
             conn.execute(query, arguments)
 
 

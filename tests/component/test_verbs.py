@@ -208,7 +208,9 @@ def test_a_completed_batch_without_failed_items_is_retried_only_whole(conn: Conn
     before = batch(conn, batch_id)
     with pytest.raises(psycopg.errors.RaiseException, match="is completed: nothing in it is left to retry") as caught:
         retry(conn, batch_id)
-    assert caught.value.diag.message_hint == f"batchq.retry({batch_id}, whole => true) works it again from the start."
+    assert (
+        caught.value.diag.message_hint == f"batchq.retry({batch_id}, whole => true) runs it again from the beginning."
+    )
     assert batch(conn, batch_id) == before
     assert retry(conn, batch_id, whole=True) == "pending"
 
@@ -362,7 +364,7 @@ def test_a_snoozed_batch_waits_for_so_long(conn: Conn) -> None:
 
 @pytest.mark.parametrize("given", ["", ", '1 hour', '2100-01-01'"])
 def test_a_snooze_needs_a_delay_or_a_time(conn: Conn, given: str) -> None:
-    with pytest.raises(psycopg.errors.RaiseException, match="takes a delay, or a time with until"):
+    with pytest.raises(psycopg.errors.RaiseException, match="takes either a delay or a time"):
         value(conn, f"SELECT batchq.snooze(%s{given})", [insert(conn)])
 
 

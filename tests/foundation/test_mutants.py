@@ -42,7 +42,7 @@ def test_no_later_migration_makes_a_mutants_function_anew(file: str) -> None:
 
 
 def test_a_text_that_is_gone_or_twice_there_is_an_error() -> None:
-    mutant = Mutant("CLAIM: ", "AND locked", "", "nothing", ())
+    mutant = Mutant("CLAIM: ", "AND locked", "", "nothing", (), "a file")
     assert mutant.mutated("CLAIM: x AND locked\n\n\nAND locked") == "CLAIM: x \n\n\nAND locked"
     for text in ("CLAIM: x", "x AND locked", "CLAIM: AND locked AND locked", "CLAIM: x\n\n\nAND locked"):
         with pytest.raises(StaleError):

@@ -19,7 +19,7 @@ import batchq
 from batchq.cli import make_parser
 from batchq.operate.verbs import VERBS
 from batchq.settings import Settings
-from tests.support import matrix
+from tests.support import code_map, matrix
 from tests.support.databases import Databases
 from tests.support.markdown import ROOT
 from tests.support.servers import running_server
@@ -205,7 +205,8 @@ def rows(conn: psycopg.Connection[Any], query: str, name: str) -> list[tuple[str
 
 
 def main() -> None:
-    """Write the page, and the matrix of roles in docs/security.md."""
+    """Write the page, the map of the code in docs/design.md, and the matrix of roles in docs/security.md."""
+    code_map.write()
     with running_server() as server:
         databases = Databases(server)
         with databases.migrated() as name, psycopg.connect(server.dsn(name), autocommit=True) as conn:

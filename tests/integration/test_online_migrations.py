@@ -1,11 +1,11 @@
 """Migrations beside work: from every version on, under load by workers of the first one; killed; kept waiting.
 
-A worker's code is in its statements: those here are the first version's, as it sent them, so that every migration meets
-a worker that knows nothing of it.
+A worker's code is in its statements: those here are of the first schema that people have, and name no column that came
+later, so that every migration meets a worker that knows nothing of it. Migrations that change what workers use stand in
+for those to come.
 """
 
 import re
-import shutil
 import threading
 import time
 import uuid
@@ -21,7 +21,7 @@ from batchq.errors import ConfigError
 from batchq.postgres import migrate as migrations
 from batchq.postgres.migrate import all_migrations, check_schema, migrate
 from tests.support.alone import run_alone
-from tests.support.databases import MIGRATIONS
+from tests.support.later_migrations import BASE, TO_COME, known
 from tests.support.servers import Server
 from tests.support.steps import step
 from tests.support.waiting import wait_until
@@ -29,8 +29,9 @@ from tests.support.waiting import wait_until
 Conn = psycopg.Connection[Any]
 MOST_WAIT_SECONDS = 0.5  # of a migration, for a lock: so long may it hold up others
 SPARE_SECONDS = 1.5  # for a busy machine
-VERSIONS = [migration.version for migration in all_migrations()]
-FILES = {int(file.name[:4]): file for file in MIGRATIONS.glob("*.sql")}
+FIRST = [migration.version for migration in all_migrations() if migration.version <= BASE]
+LATER = [migration.version for migration in all_migrations() if migration.version > BASE]
+VERSIONS = [*FIRST, *LATER, *(int(name[:4]) for name in TO_COME)]
 
 LIMITS: LiteralString = """
 SELECT set_config('statement_timeout', '15000', true), set_config('lock_timeout', '5000', true)
@@ -116,11 +117,7 @@ def up_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Pa
     """Return what has batchq know the migrations up to a version, and no more; it gives their directory."""
 
     def know(version: int) -> Path:
-        directory = tmp_path / f"{version}-{uuid.uuid4().hex}"
-        directory.mkdir()
-        for number, file in FILES.items():
-            if number <= version:
-                shutil.copy(file, directory)
+        directory = known(tmp_path / f"{version}-{uuid.uuid4().hex}", version)
         monkeypatch.setattr(migrations, "directory", lambda: directory)
         return directory
 
@@ -133,14 +130,10 @@ def connect(dsn: str) -> Conn:
 
 
 class OldWork:
-    """Clients and a worker of the first version, at work in threads; remembers what they inserted and finished.
+    """Clients and a worker of the first version, at work in threads; remembers what they inserted and finished."""
 
-    *version*: of the schema when they begin, which tells what it has for them.
-    """
-
-    def __init__(self, dsn: str, version: int) -> None:
+    def __init__(self, dsn: str) -> None:
         self.dsn = dsn
-        self.version = version
         self.ending = threading.Event()
         self.inserted: list[int] = []
         self.finished: list[int] = []
@@ -177,15 +170,14 @@ class OldWork:
             self.errors.append(error)
 
     def insert(self, conn: Conn) -> None:
-        """Enqueue: one plain batch, one with items; where there are verbs, cancel one."""
+        """Enqueue: one plain batch, one with items; cancel a third."""
         for items in (None, "[1, 2, 3]"):
             self.inserted.append(self.run(conn, INSERT, items=items)[0][0])
-        if self.version >= 4:
-            batch_id = self.run(conn, INSERT, items="[1]")[0][0]
-            if self.run(conn, CANCEL, id=batch_id) == [("cancelled",)]:
-                self.cancelled.append(batch_id)
-            else:
-                self.inserted.append(batch_id)
+        batch_id = self.run(conn, INSERT, items="[1]")[0][0]
+        if self.run(conn, CANCEL, id=batch_id) == [("cancelled",)]:
+            self.cancelled.append(batch_id)
+        else:
+            self.inserted.append(batch_id)
 
     def work(self, conn: Conn) -> None:
         """Claim, save a checkpoint, keep the leases, finish, show life: as a worker does."""
@@ -197,8 +189,7 @@ class OldWork:
         ids = [row[0] for row in rows]
         self.run(conn, EXTEND, ids=ids, token=token)
         self.finished += [row[0] for row in self.run(conn, FINISH, ids=ids, token=token)]
-        if self.version >= 2:
-            self.run(conn, HEARTBEAT)
+        self.run(conn, HEARTBEAT)
 
     def run(self, conn: Conn, statement: LiteralString, **parameters: Any) -> list[tuple[Any, ...]]:
         """Run one statement in a transaction with the limits of a worker; return its rows."""
@@ -229,29 +220,29 @@ class OldWork:
 # ------------------------------------------------------------------------------------------------------- under load
 
 
-@pytest.mark.parametrize("version", VERSIONS[:-1])
+@pytest.mark.parametrize("version", VERSIONS[len(FIRST) - 1 : -1])
 def test_old_workers_and_clients_go_on_while_the_schema_becomes_the_newest(
     dsn: str, up_to: Callable[[int], Path], version: int
 ) -> None:
     step("given a database at version %s, and workers and clients of the first", version)
     up_to(version)
     migrate(dsn)
-    work = OldWork(dsn, version)
+    work = OldWork(dsn)
     with work.going_on():
         step("when it is migrated to the newest")
         up_to(VERSIONS[-1])
         applied = migrate(dsn)
-    assert len(applied) == len(VERSIONS) - version
+    assert len(applied) == len(VERSIONS) - 1 - VERSIONS.index(version)
 
 
 def test_nobody_waits_long_behind_a_migration_that_waits_for_a_long_transaction(
     dsn: str, up_to: Callable[[int], Path]
 ) -> None:
-    up_to(VERSIONS[0])
+    up_to(BASE)
     migrate(dsn)
-    work, waited = OldWork(dsn, VERSIONS[0]), []
+    work, waited = OldWork(dsn), []
     with work.going_on(), connect(dsn) as person:
-        for version in VERSIONS[1:]:
+        for version in VERSIONS[len(FIRST) :]:
             up_to(version)
             applied: list[str] = []
             with person.transaction():
@@ -285,7 +276,7 @@ def test_a_migration_that_is_killed_half_way_or_at_its_end_leaves_nothing_and_ca
     dsn: str, up_to: Callable[[int], Path]
 ) -> None:
     for version in VERSIONS:
-        file = up_to(version) / FILES[version].name
+        [file] = up_to(version).glob(f"{version:04}_*.sql")
         text = file.read_text()
         before = catalog(dsn)
         step("%s, whose backend is terminated when half, and then when all of its statements have run", file.name)

@@ -729,7 +729,7 @@ def test_what_many_cannot_be_done_to_is_said(conn: Conn, site: Site) -> None:
     insert(conn)
     problems: dict[tuple[str, str], dict[str, object]] = {
         ("cancel", "no batches selected"): {},
-        ("cancel", "takes no batches that are failed"): {"kind": "work", "status": "failed"},
+        ("cancel", "does not apply to batches that are failed"): {"kind": "work", "status": "failed"},
         ("set_priority", "whole number"): {"kind": "work", "priority": 99_999},
         ("snooze", "whole number"): {"kind": "work", "minutes": "soon"},
         ("move", "128 bytes"): {"kind": "work", "to_queue": ""},

@@ -21,7 +21,7 @@ from tests.instruments.chaos.orders import LETTERS, ORDERS, STYLES
 from tests.instruments.chaos.points import POINTS
 from tests.instruments.chaos.server import DISK_BYTES, as_role
 from tests.instruments.chaos.two_schemas import migrate_under_load
-from tests.instruments.chaos.world import OLD_CODE, OLDER_CODE, POOL_SIZE, World
+from tests.instruments.chaos.world import OLD_CODE, POOL_SIZE, World
 from tests.support.waiting import wait_until
 
 Run = Callable[[World, random.Random], object]
@@ -268,10 +268,10 @@ def deploy(world: World, dice: random.Random) -> None:
     world.fleet.roll(None if world.fleet.code else world.code(OLD_CODE))
 
 
-@fault("schema", "server", needs=(the_past(OLDER_CODE),))
+@fault("schema", "server", needs=(the_past(OLD_CODE),))
 def schema(world: World, dice: random.Random) -> None:
     """Two versions of the schema: in a database beside, migrations come while an old worker and a new one work."""
-    migrate_under_load(world, world.code(OLDER_CODE))
+    migrate_under_load(world, world.code(OLD_CODE))
 
 
 # ------------------------------------------------------------------------------------------------ somebody else's work

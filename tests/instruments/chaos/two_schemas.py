@@ -7,17 +7,19 @@ import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import psycopg
 from psycopg import sql
 
-from batchq.postgres.migrate import migrate
+from batchq.postgres import migrate as migrations
 from tests.instruments.chaos import ledger
 from tests.instruments.chaos.fleet import ChaosWorker
 from tests.instruments.chaos.ledger import Violation
 from tests.instruments.chaos.marks import read_marks
 from tests.instruments.chaos.producer import Producer
 from tests.instruments.chaos.server import as_role
+from tests.support.later_migrations import LATEST, known
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ def migrate_under_load(world: "World", older_code: Path) -> None:
         workers = [stack.enter_context(worker(dsn, older_code, directory, 1))]
         producer.order("tx", LOT)
         finished(admin, 20)
-        migrate(dsn)
+        latest = known(directory / "migrations", LATEST)
+        with patch.object(migrations, "directory", lambda: latest):
+            migrations.migrate(dsn)
         producer.order("tx", LOT)
         workers.append(stack.enter_context(worker(dsn, None, directory, 2)))
         wait_until(lambda: one(admin, "SELECT count(*) = 0 FROM batchq.batches_live"), SECONDS, "completion")

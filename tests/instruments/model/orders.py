@@ -72,11 +72,11 @@ def operations() -> Iterator[Operation]:
         yield Operation(f"requeue {name}", endings.requeue("q", requeues), running)
         yield Operation(f"extend {name}", leases.extend("q", ids, tokens, LEASE_SECONDS), running, skips_locked=True)
         array = list(ids)
-        cancel = call("SELECT batchq.bulk_cancel(%(ids)s, '{pending,processing}', 'no')", ids=array)
+        cancel = call("SELECT batchq.cancel_live('q', %(ids)s, '{pending,processing}', 'no')", ids=array)
         yield Operation(f"bulk cancel {name}", cancel, live, skips_locked=True)
-        retry = call("SELECT batchq.bulk_retry(%(ids)s, 'failed', '-infinity', 'infinity', false)", ids=array)
+        retry = call("SELECT batchq.revive('q', %(ids)s, 'failed', false, '-infinity', 'infinity')", ids=array)
         yield Operation(f"bulk retry {name}", retry, ended, skips_locked=True)
-        move = call("SELECT batchq.bulk_change(%(ids)s, NULL, 3, 'q2')", ids=array)
+        move = call("SELECT batchq.change_pending('q', %(ids)s, new_queue => 'q2')", ids=array)
         yield Operation(f"bulk move {name}", move, ["pending"], skips_locked=True)
     for i in BOTH:
         yield from operations_on(i)
@@ -296,8 +296,8 @@ class Laboratory:
     def waits(self, session: Session) -> bool:
         """Tell whether a session waits for a lock that somebody holds; else give it a moment to end its step."""
         try:
-            assert session_statements.now is not None
-            session_statements.now.exception(timeout=0.002)
+            assert session.now is not None
+            session.now.exception(timeout=0.002)
         except TimeoutError:
             query = "SELECT wait_event_type IS NOT DISTINCT FROM 'Lock' FROM pg_stat_activity WHERE pid = %s"
             row = self.looker.execute(query, [session.pid]).fetchone()

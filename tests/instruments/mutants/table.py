@@ -13,19 +13,9 @@ ROOT = Path(__file__).parents[3]
 STATEMENTS = {file: file.read_text() for file in sorted((ROOT / "batchq/postgres/statements").glob("*.py"))}
 MIGRATE = "batchq/postgres/migrate.py"
 POSITIONS, KEEPER = (f"batchq/worker/{name}.py" for name in ("positions", "keeper"))
-TABLES, HAS_READY, VERBS, BULK, TRACED, IDENTITIES, TRUE_BULK, PRUNE, DOORS = (
+TABLES, PARTITIONS, PLACES_OF_READING, VERBS, BULK, VIEWS_SQL = (
     f"migrations/{name}.sql"
-    for name in (
-        "0001_batches",
-        "0033_has_ready_by_the_claims_index",
-        "0023_verbs_lock_first",
-        "0016_bulk",
-        "0026_trace_context",
-        "0034_replica_identities",
-        "0036_true_bulk_numbers",
-        "0037_prune_in_steps",
-        "0039_doors",
-    )
+    for name in ("0001_batches", "0002_partitions", "0003_positions", "0005_verbs", "0006_bulk", "0008_views")
 )
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
     f"component/test_{name}.py" for name in ("claim", "leases", "retention", "migrations", "batch_process", "items")
@@ -182,7 +172,7 @@ MUTANTS = [
         ],
     ),
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.has_ready",
+        "CREATE FUNCTION batchq.has_ready",
         (LOOKS, CLAIM, POSITION),
         [
             ("b.queue = in_queue", "true", "looks are of one queue"),
@@ -192,7 +182,7 @@ MUTANTS = [
             ("AND b.run_at <= now()", "", "what is scheduled is not ready"),
             ("AND b.kind = ANY (kinds)", "", "what no handler knows is not ready"),
         ],
-        HAS_READY,
+        PLACES_OF_READING,
     ),
     *of(
         "READY_BETWEEN: LiteralString",
@@ -222,10 +212,10 @@ MUTANTS = [
         ],
     ),
     *of(
-        "CREATE UNIQUE INDEX batches_live_only_id",
+        "CREATE UNIQUE INDEX batches_live_id",
         FLAT,
         [("batchq.batches_live (id)", "batchq.batches_live (id, queue)", "no index by id can serve a look at a queue")],
-        "migrations/0030_live_id.sql",
+        TABLES,
     ),
     *of(
         "CREATE FUNCTION batchq.newest_live(",
@@ -234,10 +224,10 @@ MUTANTS = [
             ("AND (b.run_at, b.id) >= (w.at, w.id)", "", "views begin after the dead"),
             ("AND b.lease_expires_at >= q.at", "", "views begin after the dead leases"),
         ],
-        "migrations/0032_views_from_positions.sql",
+        VIEWS_SQL,
     ),
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.count_live(",
+        "CREATE FUNCTION batchq.count_live(",
         (FLAT, VIEWS),
         [
             (
@@ -261,7 +251,7 @@ MUTANTS = [
                 "counts are exact up to the bound",
             ),
         ],
-        "migrations/0032_views_from_positions.sql",
+        VIEWS_SQL,
     ),
     # ------------------------------------------------------------------------------------------- input, checkpoint
     *of("def large_input(", (CLAIM, LEASES), [("AND claim_token = %(token)s", "", "input is for who has the batch")]),
@@ -356,7 +346,7 @@ MUTANTS = [
         "CREATE FUNCTION batchq.forget_failed_items(in_queue",
         (LEASES, FORGET),
         [("AND f.batch_id = of_batch", "", "other batches' failed items stay")],
-        "migrations/0024_forget_failed_items.sql",
+        TABLES,
     ),
     *of(
         "REQUEUE: LiteralString",
@@ -647,11 +637,11 @@ MUTANTS = [
         [("    wait_briefly_for_locks(conn)\n", "", "maintenance waits 100 ms for a lock at most")],
     ),
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.create_finished_partitions",
+        "CREATE FUNCTION batchq.create_finished_partitions",
         (RETENTION, SCHEMA),
         [
             (
-                "  PERFORM pg_advisory_xact_lock(hashtextextended('batchq.partitions', 0));\n",
+                "  PERFORM batchq.take_lock('partitions');\n",
                 "",
                 "workers that make one partition do not collide",
             ),
@@ -667,14 +657,14 @@ MUTANTS = [
                 "no publication stops a retry",
             ),
         ],
-        IDENTITIES,
+        PARTITIONS,
     ),
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.prune(",
+        "CREATE FUNCTION batchq.prune(",
         RETENTION,
         [
             (
-                "  PERFORM pg_advisory_xact_lock(hashtextextended('batchq.partitions', 0));\n",
+                "  PERFORM batchq.take_lock('partitions');\n",
                 "",
                 "workers that prune at once do not collide",
             ),
@@ -687,138 +677,127 @@ MUTANTS = [
             ),
             ("IF older_than < interval '0' THEN", "IF false THEN", "a negative age is refused"),
         ],
-        PRUNE,
+        PARTITIONS,
     ),
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.prune(",
+        "CREATE FUNCTION batchq.prune(",
         ODD,
         [("'^finished_[0-9]{8}$'", r"'^finished_\d{8}$'", "a caller's settings hide no day")],
-        PRUNE,
+        PARTITIONS,
     ),
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.create_finished_partitions",
+        "CREATE FUNCTION batchq.create_finished_partitions",
         ODD,
         [("to_char(day, 'YYYY-MM-DD 00:00:00+00')", "day || ' 00:00:00+00'", "a caller's settings move no day")],
-        IDENTITIES,
+        PARTITIONS,
     ),
     *of(
         "CREATE FUNCTION batchq.bulk(",
         ODD,
         [("older_than::numeric)", "older_than)", "a caller's settings change no age")],
-        TRUE_BULK,
+        BULK,
     ),
     # ------------------------------------------------------------------------------------------------------- verbs
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.retry(",
+        "CREATE FUNCTION batchq.retry(",
         ACTIONS,
         [
-            ("AND l.status = 'pending'", "", "a batch that runs is left alone"),
-            ("run_at = least(l.run_at, now())", "run_at = l.run_at", "a retry runs at once"),
-            ("WHERE whole AND f.batch_id", "WHERE f.batch_id", "a retry keeps what has failed"),
             (
-                "IF b.status = 'completed' AND b.items_failed = 0 AND NOT whole THEN",
-                "IF false THEN",
+                "IF b.status = 'processing' OR b.status IS NULL THEN",
+                "IF b.status IS NULL THEN",
+                "a batch that runs is left alone",
+            ),
+            ("run_at = least(l.run_at, began_at)", "run_at = l.run_at", "a retry runs immediately"),
+            ("WHERE whole AND f.queue", "WHERE f.queue", "a retry keeps what has failed"),
+            (
+                "ELSIF b.status = 'completed' AND b.items_failed = 0 AND NOT whole THEN",
+                "ELSIF false THEN",
                 "what is complete is not run again by mistake",
             ),
             (
-                "attempt = 0, retryable = true WHERE f.queue = b.queue AND f.batch_id = b.id",
-                "attempt = 0, retryable = true",
-                "other batches' failed items stay",
-            ),
-            ("attempt = 0, retryable = true", "retryable = true", "a retry runs the failed items"),
-            (
-                "EXCEPTION WHEN unique_violation THEN",
-                "EXCEPTION WHEN division_by_zero THEN",
+                "whole, '-infinity', 'infinity')).changed = 0",
+                "whole, '-infinity', 'infinity')).changed < 0",
                 "a retry says which key is taken",
             ),
         ],
-        TRACED,
+        VERBS,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.move(",
+        ACTIONS,
+        [("IF moved.keyed > 0 THEN", "IF false THEN", "a move says which key is taken")],
+        VERBS,
     ),
     *of(
         "CREATE FUNCTION batchq.lock_batch(",
         (ACTIONS, "integration/test_interleavings.py"),
         [
             (
-                "batches_live b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue FOR UPDATE",
-                "batches_live b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue",
-                "a verb that waited is not lost",
+                "batches_live b\n    WHERE b.queue = lock_batch.queue AND b.id = batch_id\n    FOR UPDATE",
+                "batches_live b\n    WHERE b.queue = lock_batch.queue AND b.id = batch_id",
+                "an action that waited is not lost",
             ),
             (
-                "batches_finished b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue FOR UPDATE",
-                "batches_finished b WHERE b.id = lock_batch.batch_id AND b.queue = its_queue",
-                "a verb that waited is not lost",
+                "batches_finished b\n    WHERE b.queue = lock_batch.queue AND b.id = batch_id\n    FOR UPDATE",
+                "batches_finished b\n    WHERE b.queue = lock_batch.queue AND b.id = batch_id",
+                "an action that waited is not lost",
             ),
         ],
         VERBS,
     ),
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.snooze(",
-        ACTIONS,
-        [("AND l.status = 'pending'", "", "a batch that runs is left alone")],
-        VERBS,
-    ),
-    *of(
-        "CREATE OR REPLACE FUNCTION batchq.set_priority(",
-        ACTIONS,
-        [("AND l.status = 'pending'", "", "a batch that runs is left alone")],
-        VERBS,
-    ),
-    *of(
-        "CREATE OR REPLACE FUNCTION batchq.move(",
-        ACTIONS,
-        [
-            ("AND l.status = 'pending'", "", "a batch that runs is left alone"),
-            ("WHERE f.batch_id = b.id AND f.queue = b.queue", "WHERE true", "other batches' failed items stay"),
-            (
-                "EXCEPTION WHEN unique_violation THEN",
-                "EXCEPTION WHEN division_by_zero THEN",
-                "a move says which key is taken",
-            ),
-        ],
-        VERBS,
-    ),
-    *of(
-        "CREATE OR REPLACE FUNCTION batchq.bulk_retry(",
+        "CREATE FUNCTION batchq.revive(",
         BULK_ACTIONS,
         [
-            ("AND f.status = from_status", "", "a verb in bulk keeps to its filter"),
+            ("AND f.status = from_status", "", "a bulk action keeps to its filter"),
+            ("f.queue = in_queue AND f.id = ANY (ids)", "f.queue = in_queue", "a retry takes no other batch"),
             (
                 "AND (f.status <> 'completed' OR f.items_failed > 0 OR whole)",
                 "",
                 "what is complete is not run again by mistake",
             ),
-            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "verbs in bulk wait for no row"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "bulk actions wait for no row"),
             ("ON CONFLICT DO NOTHING", "", "a key that is taken stops no other batch"),
+            ("attempt = 0, retryable = true", "retryable = true", "a retry runs the failed items"),
             (
-                "UPDATE batchq.failed_items f SET attempt = 0, retryable = true WHERE f.batch_id = ANY (done);",
-                "UPDATE batchq.failed_items f SET attempt = 0, retryable = true;",
+                "retryable = true WHERE f.queue = in_queue AND f.batch_id = ANY (done);",
+                "retryable = true;",
                 "other batches' failed items stay",
             ),
         ],
-        TRACED,
+        VERBS,
     ),
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.bulk_cancel(",
+        "CREATE FUNCTION batchq.cancel_live(",
         BULK_ACTIONS,
         [
-            ("AND b.status = ANY (statuses)", "", "a verb in bulk keeps to its filter"),
-            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "verbs in bulk wait for no row"),
+            ("AND b.status = ANY (statuses)", "", "a bulk action keeps to its filter"),
+            ("b.queue = in_queue AND b.id = ANY (ids)", "b.queue = in_queue", "a cancel takes no other batch"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "bulk actions wait for no row"),
         ],
-        TRACED,
+        VERBS,
     ),
     *of(
-        "CREATE FUNCTION batchq.bulk_change(",
-        BULK_ACTIONS,
+        "CREATE FUNCTION batchq.change_pending(",
+        (BULK_ACTIONS, ACTIONS),
         [
             ("AND b.status = 'pending'", "", "a batch that runs is left alone"),
-            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "verbs in bulk wait for no row"),
+            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "bulk actions wait for no row"),
             (
                 "EXCEPTION WHEN unique_violation THEN",
                 "EXCEPTION WHEN division_by_zero THEN",
                 "a key that is taken stops no other batch",
             ),
         ],
-        BULK,
+        VERBS,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.move_pending(",
+        (BULK_ACTIONS, ACTIONS),
+        [
+            ("f.queue = in_queue AND f.batch_id = ANY (ids)", "f.queue = in_queue", "other batches' failed items stay"),
+        ],
+        VERBS,
     ),
     *of(
         "CREATE FUNCTION batchq.bulk(",
@@ -831,7 +810,7 @@ MUTANTS = [
             ),
             ("OR b.queue <> change ->> 'to_queue'));", "));", "what is as wanted is not left out"),
         ],
-        TRUE_BULK,
+        BULK,
     ),
     # ------------------------------------------------------------------------------------------------------ tables
     *of(
@@ -870,7 +849,7 @@ MUTANTS = [
         TABLES,
     ),
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.count_items",
+        "CREATE FUNCTION batchq.count_items",
         (TOTALS, CREATE),
         [
             ("ELSIF jsonb_typeof(NEW.items) <> 'array' THEN", "ELSIF false THEN", "bad input is refused by name"),
@@ -880,7 +859,7 @@ MUTANTS = [
                 "an INSERT changes its own rows",
             ),
         ],
-        DOORS,
+        TABLES,
     ),
     *of("INSERT_BATCH: LiteralString", CREATE, [("ON CONFLICT DO NOTHING", "", "a key that is taken is no error")]),
     # -------------------------------------------------------------------------------------------------- migrations
@@ -1042,19 +1021,19 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------------- the database's doors
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.count_items(",
+        "CREATE FUNCTION batchq.count_items(",
         FUNCTIONS,
         [("TG_TABLE_SCHEMA <> 'batchq'", "false", "a trigger function does its work on batchq's own tables alone")],
-        DOORS,
+        TABLES,
     ),
     *of(
-        "CREATE OR REPLACE FUNCTION batchq.forget_failed_items(",
+        "CREATE FUNCTION batchq.forget_failed_items()",
         FUNCTIONS,
         [("TG_RELID <> 'batchq.batches'::regclass", "false", "failed items are forgotten by TRUNCATE batches alone")],
-        DOORS,
+        TABLES,
     ),
     *of(
-        "ALTER TABLE batchq.batches ADD CONSTRAINT batches_times_are_finite",
+        "CREATE TABLE batchq.batches (",
         PRODUCER,
         [
             (
@@ -1063,19 +1042,19 @@ MUTANTS = [
                 "every lease runs out",
             ),
         ],
-        DOORS,
+        TABLES,
     ),
     *of(
         "CREATE FUNCTION batchq.refuse_packed_values(",
         PRODUCER,
         [("OR octet_length(NEW.items::text) >", "OR false AND 0 >", "no value is larger than it looks")],
-        DOORS,
+        TABLES,
     ),
     *of(
         "CREATE FUNCTION batchq.refuse_finish_ahead(",
         PRODUCER,
         [("NEW.finished_at > clock_timestamp() + interval '1 hour'", "false", "each day's partition can be made")],
-        DOORS,
+        TABLES,
     ),
     *of(
         "PLAIN = {",

@@ -142,7 +142,7 @@ def test_an_operator_writes_no_table_and_forges_no_audit(conn: Conn, admin_dsn: 
             "DELETE FROM batchq.audit",
             "TRUNCATE batchq.batches",
             "SELECT batchq.note_verb('cancel', 1, 1, 'q', 'k', '{}', 'r', 'a')",
-            "SELECT batchq.bulk_cancel('{1}', '{pending}', 'x')",
+            "SELECT batchq.cancel_live('q', '{1}', '{pending}', 'x')",
             "SELECT batchq.lock_batch(1)",
         ):
             with pytest.raises(NOT_ALLOWED):

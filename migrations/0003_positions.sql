@@ -1,7 +1,6 @@
 -- Where reading an index of the live table begins while dead entries fill it. A claim or a finish leaves dead entries in
 -- each index, and they stay for as long as any session holds a snapshot. Whoever reads from the beginning then walks over
 -- all of them: a new worker, a rescue, a view. So a worker records up to where an index holds dead entries only.
-
 CREATE TABLE batchq.positions (
   index        text        NOT NULL,
   queue        text        NOT NULL,
@@ -30,6 +29,32 @@ COMMENT ON COLUMN batchq.positions.moved_at IS 'When a worker last moved it.';
 COMMENT ON COLUMN batchq.positions.checked_at IS
   'When the part before the position was last read, which takes at most a twentieth of the time. It finds what was '
   'committed late.';
+
+-- The look of an idle worker, which is most of what an idle queue costs: a function, since its plan is kept (on a backend that
+-- serves many clients, too). PERFORM, since inside EXISTS Postgres drops ORDER BY and LIMIT; a bitmap scan, which reads every
+-- entry first, then looks as cheap as any other plan where the statistics are those of an empty table.
+CREATE FUNCTION batchq.has_ready(in_queue text, in_priority smallint, kinds text[], after_run_at float8, after_id bigint)
+RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off
+AS $$
+BEGIN
+  PERFORM
+  FROM batchq.batches_live b
+  WHERE b.queue = in_queue
+    AND b.status = 'pending'
+    AND b.priority = in_priority
+    AND (b.run_at, b.id) > (to_timestamp(after_run_at), after_id)
+    AND b.run_at <= now()
+    AND b.kind = ANY (kinds)
+  ORDER BY b.run_at, b.id
+  LIMIT 1;
+  RETURN FOUND;
+END
+$$;
+
+COMMENT ON FUNCTION batchq.has_ready(text, smallint, text[], float8, bigint) IS
+  'Tells whether a batch of one queue, one priority and some kinds is ready, behind a place in the order of claims: '
+  'run_at in seconds since 1970, then the id.';
 
 CREATE FUNCTION batchq.waiting_levels()
 RETURNS TABLE (queue text, priority smallint, at timestamptz, id bigint, seconds float8, is_known boolean)
@@ -195,7 +220,7 @@ DECLARE
   horizon CONSTANT timestamptz := now() - interval '1 second';
   found   record;
 BEGIN
-  IF NOT pg_try_advisory_xact_lock(hashtextextended('batchq.positions', 0)) THEN
+  IF NOT batchq.try_lock('positions') THEN
     RETURN NULL;
   END IF;
   -- The caller names what it serves, since dead entries do not tell of which queue and priority they were.

@@ -1,7 +1,6 @@
 -- What was worked in each minute, as the workers count it: batchq.throughput. Nothing is decided by it. A worker writes
 -- what it has counted once a second, in a row of its own for each minute, queue and kind, so that none waits for
 -- another; what a killed worker had not written, a second's counts, is missing.
-
 CREATE TABLE batchq.throughput_minutes (
   minute      timestamptz NOT NULL,
   queue       text        NOT NULL,
@@ -17,19 +16,29 @@ CREATE TABLE batchq.throughput_minutes (
   PRIMARY KEY (minute, queue, kind, worker)
 ) WITH (fillfactor = 50);
 
-CREATE INDEX throughput_minutes_unmerged ON batchq.throughput_minutes (minute) WHERE worker <> '';
-
 COMMENT ON TABLE batchq.throughput_minutes IS 'What lies under batchq.throughput: a row a minute, queue, kind and worker. Kept for 7 days.';
 COMMENT ON COLUMN batchq.throughput_minutes.worker IS 'Who counted: batchq.workers.id. Empty: all workers, merged when the minute is over.';
 COMMENT ON COLUMN batchq.throughput_minutes.run_seconds IS 'The sum of the run times of completed, failed, cancelled and retried.';
 COMMENT ON COLUMN batchq.throughput_minutes.run_times IS
   'How many of those ran for how long: number n, from 1, is below 2 ^ ((n - 1) / 2 - 16) s, and not below the one before. Without trailing zeros.';
 
+CREATE INDEX throughput_minutes_unmerged ON batchq.throughput_minutes (minute) WHERE worker <> '';
+
+-- Most sums have one term: an hour of fifteen kinds takes half the time.
 CREATE FUNCTION batchq.add_counts(counts integer[], more integer[])
 RETURNS integer[]
-LANGUAGE sql IMMUTABLE PARALLEL SAFE
-RETURN (SELECT coalesce(array_agg(coalesce(u.a, 0) + coalesce(u.b, 0) ORDER BY u.n), '{}')
-        FROM unnest(counts, more) WITH ORDINALITY AS u(a, b, n));
+LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+  IF cardinality(counts) = 0 THEN
+    RETURN more;
+  ELSIF cardinality(more) = 0 THEN
+    RETURN counts;
+  END IF;
+  RETURN (SELECT array_agg(coalesce(u.a, 0) + coalesce(u.b, 0) ORDER BY u.n)
+          FROM unnest(counts, more) WITH ORDINALITY AS u(a, b, n));
+END
+$$;
 
 COMMENT ON FUNCTION batchq.add_counts(integer[], integer[]) IS 'Adds two lists of counts, number by number; the shorter one ends in zeros.';
 
@@ -37,26 +46,48 @@ CREATE AGGREGATE batchq.sum_counts(integer[]) (SFUNC = batchq.add_counts, STYPE 
 
 COMMENT ON AGGREGATE batchq.sum_counts(integer[]) IS 'The sum of lists of counts, number by number.';
 
-CREATE FUNCTION batchq.run_time_percentile(run_times integer[], fraction float8)
-RETURNS float8
-LANGUAGE sql IMMUTABLE PARALLEL SAFE
-RETURN (SELECT round(power(2, (min(b.n) - 2) / 2.0 - 15.75)::numeric, 6)::float8
-        FROM (SELECT u.n, sum(u.count) OVER (ORDER BY u.n) AS up_to_here, sum(u.count) OVER () AS total
-              FROM unnest(run_times) WITH ORDINALITY AS u(count, n)) b
-        WHERE b.total > 0
-          AND b.up_to_here >= fraction * b.total);
+-- All percentiles of a minute in one pass.
+CREATE FUNCTION batchq.run_time_percentiles(run_times integer[], fractions float8[])
+RETURNS float8[]
+LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+  found      float8[] := '{}';
+  total      bigint := 0;
+  up_to_here bigint := 0;
+  counted    integer;
+  place      integer := 0;
+  next       integer := 1;
+BEGIN
+  FOREACH counted IN ARRAY run_times LOOP
+    total := total + counted;
+  END LOOP;
+  IF total = 0 THEN
+    RETURN NULL;
+  END IF;
+  FOREACH counted IN ARRAY run_times LOOP
+    place := place + 1;
+    up_to_here := up_to_here + counted;
+    WHILE up_to_here >= fractions[next] * total AND counted > 0 LOOP
+      found[next] := round(power(2, (place - 2) / 2.0 - 15.75)::numeric, 6)::float8;
+      next := next + 1;
+    END LOOP;
+  END LOOP;
+  RETURN found;
+END
+$$;
 
-COMMENT ON FUNCTION batchq.run_time_percentile(integer[], float8) IS
-  'The run time, in seconds, that this fraction of batchq.throughput_minutes.run_times was not above; to within 19 %.';
+COMMENT ON FUNCTION batchq.run_time_percentiles(integer[], float8[]) IS
+  'Does as batchq.run_time_percentile does, for several fractions in rising order.';
 
 CREATE FUNCTION batchq.merge_throughput()
 RETURNS integer
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
   merged integer;
 BEGIN
-  IF NOT pg_try_advisory_xact_lock(hashtextextended('batchq.throughput', 0)) THEN
+  IF NOT batchq.try_lock('throughput') THEN
     RETURN 0;
   END IF;
   DELETE FROM batchq.throughput_minutes t WHERE t.minute < now() - interval '7 days';
@@ -100,16 +131,20 @@ SELECT
   retried,
   items,
   round((run_seconds / nullif(completed + failed + cancelled + retried, 0))::numeric, 6)::float8 AS run_seconds_mean,
-  batchq.run_time_percentile(run_times, 0.50) AS run_seconds_p50,
-  batchq.run_time_percentile(run_times, 0.95) AS run_seconds_p95,
-  batchq.run_time_percentile(run_times, 0.99) AS run_seconds_p99
+  percentiles[1] AS run_seconds_p50,
+  percentiles[2] AS run_seconds_p95,
+  percentiles[3] AS run_seconds_p99
 FROM (
   SELECT minute, queue, kind, sum(completed)::bigint AS completed, sum(failed)::bigint AS failed,
     sum(cancelled)::bigint AS cancelled, sum(retried)::bigint AS retried, sum(items)::bigint AS items,
     sum(run_seconds) AS run_seconds, batchq.sum_counts(run_times) AS run_times
   FROM batchq.throughput_minutes
   GROUP BY minute, queue, kind
-) merged;
+) merged
+CROSS JOIN LATERAL (
+  SELECT batchq.run_time_percentiles(run_times, '{0.50,0.95,0.99}') AS percentiles
+  OFFSET 0  -- or they would be computed once for each of the three
+) times;
 
 COMMENT ON VIEW batchq.throughput IS
   'A row for each minute, queue and kind in which workers ended something, for the last 7 days. As the workers counted '

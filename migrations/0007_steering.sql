@@ -1,37 +1,12 @@
--- What people decide while work goes on: pauses, drained workers, and a record of who did what, and why.
-
-CREATE TABLE batchq.audit (
-  id       bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-  at       timestamptz NOT NULL DEFAULT now(),
-  verb     text        NOT NULL,
-  batches  bigint      NOT NULL DEFAULT 0,
-  batch_id bigint,
-  queue    text,
-  kind     text,
-  details  jsonb       NOT NULL DEFAULT '{}',
-  reason   text,
-  role     text        NOT NULL DEFAULT current_user,
-  actor    text
-);
-
-COMMENT ON TABLE batchq.audit IS
-  'A row for each verb that changed something, and one for all chunks of a verb in bulk. Rows go after 90 days.';
-COMMENT ON COLUMN batchq.audit.verb IS 'cancel, retry, snooze, set_priority, move, pause, resume or drain_worker.';
-COMMENT ON COLUMN batchq.audit.batches IS 'How many batches were changed.';
-COMMENT ON COLUMN batchq.audit.batch_id IS 'The batch, unless in bulk.';
-COMMENT ON COLUMN batchq.audit.queue IS 'The queue of the batch, or of the pause.';
-COMMENT ON COLUMN batchq.audit.kind IS 'The kind of the batch, or of the pause.';
-COMMENT ON COLUMN batchq.audit.details IS 'What was asked for: new values; the filter of a verb in bulk.';
-COMMENT ON COLUMN batchq.audit.role IS 'The database role: current_user.';
-COMMENT ON COLUMN batchq.audit.actor IS 'Who it was, as they said themselves: a name, for roles that several people use.';
-
+-- What people decide while work goes on: pauses, drained workers, the bell.
 CREATE TABLE batchq.pauses (
   queue     text,
   kind      text,
   until     timestamptz,
   paused_at timestamptz NOT NULL DEFAULT now(),
   reason    text,
-  role      text        NOT NULL DEFAULT current_user,
+  role      text        NOT NULL DEFAULT
+             CASE current_setting('role') WHEN 'none' THEN session_user::text ELSE current_setting('role') END,
   actor     text,
   CONSTRAINT pauses_name_something CHECK (num_nonnulls(queue, kind) > 0),
   CONSTRAINT pauses_one_each UNIQUE NULLS NOT DISTINCT (queue, kind)
@@ -45,28 +20,10 @@ COMMENT ON COLUMN batchq.pauses.until IS 'When it resumes by itself; null: not b
 COMMENT ON COLUMN batchq.pauses.role IS 'The database role that paused it.';
 COMMENT ON COLUMN batchq.pauses.actor IS 'Who it was, as they said themselves.';
 
-ALTER TABLE batchq.workers ADD COLUMN drain_asked_at timestamptz;
-
-COMMENT ON COLUMN batchq.workers.drain_asked_at IS
-  'Since when it is asked to end: see batchq.drain_worker. It sees that at its next heartbeat, within 5 s.';
-
-CREATE FUNCTION batchq.note_verb(verb text, batches bigint, batch_id bigint, queue text, kind text, details jsonb,
-                                 reason text, actor text)
-RETURNS bigint
-LANGUAGE sql
-BEGIN ATOMIC
-  INSERT INTO batchq.audit (verb, batches, batch_id, queue, kind, details, reason, actor)
-  VALUES (verb, batches, batch_id, queue, kind, details, left(reason, 2000), left(actor, 200))
-  RETURNING id;
-END;
-
-COMMENT ON FUNCTION batchq.note_verb(text, bigint, bigint, text, text, jsonb, text, text) IS
-  'Writes a row of batchq.audit; returns its id.';
-
 CREATE FUNCTION batchq.pause(queue text DEFAULT NULL, kind text DEFAULT NULL, until timestamptz DEFAULT NULL,
                              reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS boolean
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
   IF num_nonnulls(queue, kind) = 0 THEN
@@ -100,13 +57,16 @@ COMMENT ON FUNCTION batchq.pause(text, text, timestamptz, text, text) IS
 
 CREATE FUNCTION batchq.resume(queue text DEFAULT NULL, kind text DEFAULT NULL, reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS boolean
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+  was_paused boolean;
 BEGIN
   DELETE FROM batchq.pauses p
   WHERE p.queue IS NOT DISTINCT FROM resume.queue
-    AND p.kind IS NOT DISTINCT FROM resume.kind;
-  IF NOT FOUND THEN
+    AND p.kind IS NOT DISTINCT FROM resume.kind
+  RETURNING p.until IS NULL OR p.until > now() INTO was_paused;
+  IF was_paused IS NOT TRUE THEN
     RETURN false;
   END IF;
   PERFORM batchq.note_verb('resume', 0, NULL, queue, kind, '{}', reason, actor);
@@ -119,7 +79,7 @@ COMMENT ON FUNCTION batchq.resume(text, text, text, text) IS
 
 CREATE FUNCTION batchq.drain_worker(worker_id text, reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS text
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
   asked_before boolean;
@@ -141,7 +101,7 @@ COMMENT ON FUNCTION batchq.drain_worker(text, text, text) IS
 
 CREATE FUNCTION batchq.prune_records(older_than interval DEFAULT '90 days')
 RETURNS integer
-LANGUAGE plpgsql
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
   pruned integer;
@@ -157,3 +117,35 @@ $$;
 COMMENT ON FUNCTION batchq.prune_records(interval) IS
   'Drops up to 10,000 rows of batchq.audit that are older, and pauses that ended more than a day ago. Each worker calls it '
   'each hour; returns how many rows of batchq.audit were dropped.';
+
+-- The bell: NOTIFY at each INSERT, for workers that listen on a direct connection (BATCHQ_LISTEN_DSN). Off by default: workers
+-- find batches by polling, within 20 ms, and a NOTIFY makes commits wait for each other.
+CREATE FUNCTION batchq.ring()
+RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+  IF pg_notification_queue_usage() < 0.5 THEN  -- workers poll as well
+    PERFORM pg_notify('batchq', '');
+  END IF;
+  RETURN NULL;
+END
+$$;
+
+COMMENT ON FUNCTION batchq.ring() IS 'Trigger function: NOTIFY batchq. See batchq.bell.';
+
+CREATE FUNCTION batchq.bell(is_wanted boolean)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+  DROP TRIGGER IF EXISTS ring ON batchq.batches;
+  IF is_wanted THEN
+    CREATE TRIGGER ring AFTER INSERT ON batchq.batches FOR EACH STATEMENT EXECUTE FUNCTION batchq.ring();
+  END IF;
+END
+$$;
+
+COMMENT ON FUNCTION batchq.bell(boolean) IS
+  'Has each INSERT into batchq.batches ring a bell (NOTIFY batchq) at its commit, or, with false, no longer. Workers '
+  'with BATCHQ_LISTEN_DSN hear it and begin a batch within some 3 ms; the others poll. Only for the schema''s owner.';

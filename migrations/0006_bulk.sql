@@ -1,0 +1,150 @@
+-- Bulk actions: by filter, in steps, each a short transaction of the caller that waits for no row.
+CREATE FUNCTION batchq.bulk_find(filter jsonb, from_status text, is_with_items boolean, after_at timestamptz, after_id bigint,
+  most integer, OUT ids bigint[], OUT queues text[], OUT first_at timestamptz, OUT last_at timestamptz,
+  OUT next_at timestamptz, OUT next_id bigint, OUT is_end boolean)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+  examined   constant integer := 20000;
+  in_queue   text := filter ->> 'queue';
+  of_kind    text := filter ->> 'kind';
+  before     timestamptz := now() - (filter ->> 'older_than_seconds')::float8 * interval '1 second';
+  error_like text := filter ->> 'error_like';
+  statuses   text[] := CASE from_status WHEN 'live' THEN '{pending,processing}' ELSE ARRAY[from_status] END;
+  is_live    boolean := from_status IN ('live', 'pending', 'processing');
+BEGIN
+  IF position('%' IN error_like) = 0 THEN
+    error_like := '%' || error_like || '%';
+  END IF;
+  WITH seen AS MATERIALIZED (
+    (SELECT b.id, b.queue, b.kind, b.status, b.created_at AS at, b.errors, b.items_failed
+     FROM batchq.batches_live b
+     WHERE is_live AND b.id > after_id
+     ORDER BY b.id LIMIT examined)
+    UNION ALL
+    (SELECT b.id, b.queue, b.kind, b.status, b.finished_at, b.errors, b.items_failed
+     FROM batchq.batches_finished b
+     WHERE from_status = 'failed' AND b.status = 'failed'
+       AND b.finished_at >= after_at AND (b.finished_at, b.id) > (after_at, after_id)
+     ORDER BY b.finished_at, b.id LIMIT examined)
+    UNION ALL
+    (SELECT b.id, b.queue, b.kind, b.status, b.finished_at, b.errors, b.items_failed
+     FROM batchq.batches_finished b
+     WHERE from_status IN ('completed', 'cancelled') AND b.id > after_id
+     ORDER BY b.id LIMIT examined)
+  ), numbered AS MATERIALIZED (
+    SELECT *, row_number() OVER () AS number FROM seen
+  ), matching AS MATERIALIZED (
+    SELECT id, queue, at, number
+    FROM numbered
+    WHERE status = ANY (statuses)
+      AND (in_queue IS NULL OR queue = in_queue)
+      AND (of_kind IS NULL OR kind = of_kind)
+      AND (before IS NULL OR at < before)
+      AND (NOT is_with_items OR items_failed > 0)
+      AND (error_like IS NULL OR errors -> -1 ->> 'error' ILIKE error_like)
+    ORDER BY number
+    LIMIT most
+  ), found AS (
+    SELECT array_agg(id ORDER BY number) AS ids, array_agg(queue ORDER BY number) AS queues, min(at) AS first_at,
+      max(at) AS last_at, count(*) AS count, max(number) AS last
+    FROM matching
+  ), place AS (
+    SELECT CASE WHEN found.count = most THEN found.last ELSE (SELECT count(*) FROM numbered) END AS number FROM found
+  )
+  SELECT coalesce(found.ids, '{}'), coalesce(found.queues, '{}'), found.first_at, found.last_at, n.at, n.id,
+    found.count < most AND (SELECT count(*) FROM numbered) < examined
+  INTO ids, queues, first_at, last_at, next_at, next_id, is_end
+  FROM found CROSS JOIN place LEFT JOIN numbered n ON n.number = place.number;
+END
+$$;
+COMMENT ON FUNCTION batchq.bulk_find(jsonb, text, boolean, timestamptz, bigint, integer) IS
+  'Finds the next batches for batchq.bulk: up to "most" of the next 20,000 in the order of ids or, for failed ones, of '
+  'finished_at. Returns their ids and queues, the range of their times, and the place to continue from.';
+
+-- A bulk action makes up to three passes, for batches that were locked. "before" in the filter is one time for the count and
+-- for all passes: otherwise a retry of batches that fail again immediately would take them again.
+CREATE FUNCTION batchq.bulk(verb text, filter jsonb DEFAULT '{}', change jsonb DEFAULT '{}', place jsonb DEFAULT NULL,
+  dry_run boolean DEFAULT false, most integer DEFAULT 1000, reason text DEFAULT NULL, actor text DEFAULT NULL,
+  audit_id bigint DEFAULT NULL)
+RETURNS TABLE (matched integer, changed integer, next_place jsonb, audit bigint, keyed integer)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+  filters     constant text[] := '{queue,kind,status,error_like,older_than_seconds,before}';
+  is_change   boolean := verb IN ('snooze', 'set_priority', 'move');
+  is_retry    boolean := verb IN ('retry', 'retry_items');
+  whole       boolean := coalesce((change ->> 'whole')::boolean, false);
+  statuses    text[] := CASE WHEN verb = 'cancel' THEN '{live,pending,processing}' WHEN is_change THEN '{pending}'
+                             WHEN is_retry THEN '{failed,cancelled,completed}' END;
+  from_status text := coalesce(filter ->> 'status', statuses[1]);
+  began_at    timestamptz := coalesce((filter ->> 'before')::timestamptz, (place ->> 2)::timestamptz, now());
+  -- Relative to the beginning: a batch that becomes old enough during the action was not counted.
+  older_than  float8 := coalesce((filter ->> 'older_than_seconds')::float8, 0) + extract(epoch FROM now() - began_at);
+  new_run_at  timestamptz := coalesce((change ->> 'until')::timestamptz,
+                                      began_at + (change ->> 'delay_seconds')::float8 * interval '1 second');
+  found       record;
+  part        record;
+  done        record;
+BEGIN
+  IF statuses IS NULL THEN
+    RAISE EXCEPTION 'batchq.bulk has no verb %', quote_nullable(verb)
+      USING HINT = 'cancel, retry, retry_items, snooze, set_priority, move';
+  ELSIF filter - filters <> '{}' THEN
+    RAISE EXCEPTION 'batchq.bulk has no filter %', filter - filters USING HINT = array_to_string(filters, ', ');
+  ELSIF num_nonnulls(change ->> 'delay_seconds', change ->> 'until') <> (verb = 'snooze')::integer
+     OR (change ->> 'priority' IS NOT NULL) <> (verb = 'set_priority')
+     OR (change ->> 'to_queue' IS NOT NULL) <> (verb = 'move') THEN
+    RAISE EXCEPTION 'batchq.bulk: % does not fit the verb %', change, verb
+      USING HINT = 'snooze takes delay_seconds or until, set_priority takes priority, move takes to_queue';
+  ELSIF NOT from_status = ANY (statuses) THEN
+    RAISE EXCEPTION 'batchq.bulk: % does not apply to batches that are %', verb, from_status
+      USING HINT = 'It applies to those that are ' || array_to_string(array_remove(statuses, 'live'), ' or ');
+  END IF;
+
+  found := batchq.bulk_find(filter - 'before' || jsonb_build_object('older_than_seconds', older_than::numeric), from_status,
+    verb = 'retry_items' OR (verb = 'retry' AND from_status = 'completed' AND NOT whole),
+    coalesce((place ->> 0)::timestamptz, '-infinity'), coalesce((place ->> 1)::bigint, 0), most);
+  matched := cardinality(found.ids);
+  IF is_change THEN  -- a batch that is already as requested does not match
+    matched := (SELECT count(*) FROM batchq.batches_live b WHERE b.id = ANY (found.ids)
+                AND (b.run_at <> new_run_at OR b.priority <> (change ->> 'priority')::integer OR b.queue <> change ->> 'to_queue'));
+  END IF;
+  changed := 0;
+  keyed := 0;
+  FOR part IN
+    SELECT u.queue, array_agg(u.id) AS ids
+    FROM unnest(found.ids, found.queues) AS u(id, queue)
+    WHERE NOT dry_run AND matched > 0
+    GROUP BY u.queue
+  LOOP
+    IF is_change THEN
+      done := batchq.change_pending(part.queue, part.ids, new_run_at, (change ->> 'priority')::integer, change ->> 'to_queue');
+    ELSIF is_retry THEN
+      done := batchq.revive(part.queue, part.ids, from_status, whole, found.first_at, found.last_at);
+    ELSE
+      SELECT batchq.cancel_live(part.queue, part.ids, CASE from_status WHEN 'live' THEN '{pending,processing}'
+                                ELSE ARRAY[from_status] END, coalesce(reason, 'in bulk')) AS changed, 0 AS keyed INTO done;
+    END IF;
+    changed := changed + done.changed;
+    keyed := keyed + done.keyed;
+  END LOOP;
+  IF changed > 0 AND audit_id IS NULL THEN
+    audit_id := batchq.note_verb(verb, changed, NULL, filter ->> 'queue', filter ->> 'kind',
+                                 jsonb_build_object('filter', filter) || change, reason, actor);
+  ELSIF changed > 0 THEN
+    UPDATE batchq.audit a SET batches = a.batches + changed WHERE a.id = audit_id;
+  END IF;
+  next_place := CASE WHEN NOT found.is_end THEN jsonb_build_array(found.next_at, found.next_id, began_at) END;
+  audit := audit_id;
+  RETURN NEXT;
+END
+$$;
+COMMENT ON FUNCTION batchq.bulk(text, jsonb, jsonb, jsonb, boolean, integer, text, text, bigint) IS
+  'Runs one step of a bulk action: acts on the next batches that a filter matches, "most" of them, among the next 20,000. '
+  'verb: cancel, retry, retry_items, snooze, set_priority, move. filter: queue, kind, status, error_like (part of the last '
+  'error, or a pattern with %), older_than_seconds (since the batch finished or, while it is live, was inserted), before '
+  '(only what finished or was inserted before this time; default: the time of the first call). change: whole; '
+  'delay_seconds or until; priority; to_queue. Continue with the next_place and the audit that are returned, until '
+  'next_place is null; make each call in a transaction of its own. For another pass over what was left out, pass the time of '
+  'the first call as "before". Batches that are locked, or that meet a live batch with their unique_key, are left out: they count in '
+  'matched, not in changed; "keyed" counts the latter. With dry_run, nothing is changed.';
