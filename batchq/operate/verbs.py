@@ -13,9 +13,9 @@ from batchq.postgres.statements.running import Conn
 from batchq.postgres.statements.verbs import call_verb
 from batchq.postgres.statements.views import STORED_STATUS
 
-MOST_MINUTES = 525_600
-MOST_QUEUE_BYTES = 128
-FINISHED = ("failed", "cancelled", "completed")
+_MOST_MINUTES = 525_600
+_MOST_QUEUE_BYTES = 128
+_FINISHED = ("failed", "cancelled", "completed")
 
 
 def whole_number(name: str, text: str, least: int, most: int) -> int:
@@ -34,8 +34,8 @@ def _priority(text: str) -> int:
 
 
 def _queue_name(text: str) -> str:
-    if not 1 <= len(text.encode()) <= MOST_QUEUE_BYTES:
-        raise ValueError(f"the name of a queue must have 1 to {MOST_QUEUE_BYTES} bytes")
+    if not 1 <= len(text.encode()) <= _MOST_QUEUE_BYTES:
+        raise ValueError(f"the name of a queue must have 1 to {_MOST_QUEUE_BYTES} bytes")
     return text
 
 
@@ -72,7 +72,7 @@ class Argument:
 
 def _minutes(help: str, suggested: str = "", is_required: bool = True) -> Argument:  # noqa: A002 (as in argparse)
     def read(text: str) -> int:
-        return whole_number("minutes", text, 1, MOST_MINUTES)
+        return whole_number("minutes", text, 1, _MOST_MINUTES)
 
     return Argument("time", "minutes", "Minutes", help, read, suggested, is_required)
 
@@ -141,8 +141,6 @@ def _verb(target: str, name: str, title: str, **given: Any) -> Verb:
 
 
 _on_batch = partial(_verb, "batch")
-
-
 _ALL = (
     _on_batch(
         "cancel",
@@ -163,7 +161,7 @@ _ALL = (
         done="made pending again",
         help="run finished batches again, from their checkpoint",
         fixed={"whole": False},
-        statuses=FINISHED,
+        statuses=_FINISHED,
         offered=("failed", "cancelled", "scheduled", "retrying"),
     ),
     _on_batch(
@@ -174,7 +172,7 @@ _ALL = (
         command="retry",
         option="--items",
         help="only batches with failed items",
-        statuses=FINISHED,
+        statuses=_FINISHED,
         needs_failed_items=True,
     ),
     _on_batch(
@@ -187,7 +185,7 @@ _ALL = (
         help="from the start, instead of from the checkpoint",
         function="retry",
         fixed={"whole": True},
-        statuses=FINISHED,
+        statuses=_FINISHED,
         is_grave=True,
     ),
     _on_batch(

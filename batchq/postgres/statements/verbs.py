@@ -1,4 +1,4 @@
-"""Verbs, on one batch and in bulk, and their record."""
+"""Verbs, on one batch and in bulk; pauses, the audit, and the grants of a duty."""
 
 import json
 from collections.abc import Mapping
