@@ -280,48 +280,15 @@ def add_watching(subparsers: Any) -> None:
 
 
 def add_verbs(subparsers: Any) -> None:
-    """Add what changes batches."""
-    final, live = ("failed", "cancelled", "completed"), ("live", "pending", "processing")
-    for name, run, summary, statuses in (
-        ("cancel", verbs.cancel, "cancel batches, running ones too", live),
-        ("retry", verbs.retry, "work finished batches again, from their checkpoint", final),
-        ("snooze", verbs.snooze, "let pending batches wait, or run at once (--for 0s)", ("pending",)),
-        ("priority", verbs.set_priority, "change the priority of pending batches", ("pending",)),
-        ("move", verbs.move, "move pending batches to another queue", ("pending",)),
-    ):
-        parser = add_command(subparsers, name, run, summary, settings=READING)
-        verbs.add_batches(parser, statuses, batch_id)
-        verbs.add_who_and_why(parser, "by an operator" if name == "cancel" else None)
-        if name == "retry":
-            parser.add_argument("--whole", action="store_true", help="from the start, instead of from its checkpoint")
-            parser.add_argument("--items", action="store_true", help="those with failed items alone")
-        elif name == "snooze":
-            verbs.add_time(parser, required=True)
-        elif name != "cancel":
-            parser.add_argument("--to", required=True, type=int if name == "priority" else str, help="the new one")
-    add_steering(subparsers)
-    add_prune(subparsers)
-
-
-def add_steering(subparsers: Any) -> None:
-    """Add what changes how queues, kinds and workers go on."""
-    pause = add_command(
-        subparsers, "pause", verbs.pause, "have a queue or a kind not claimed; list what is paused", settings=READING
-    )
-    verbs.add_time(pause, required=False)
-    resume = add_command(subparsers, "resume", verbs.resume, "end a pause", settings=READING)
-    for parser in (pause, resume):
-        verbs.add_what(parser)
-        verbs.add_who_and_why(parser)
-    drain = add_command(
-        subparsers, "drain", verbs.drain, "have workers finish what they run, and end", settings=READING
-    )
-    drain.add_argument("workers", nargs="+", metavar="WORKER", help="its id, as batchq status shows it")
-    verbs.add_who_and_why(drain)
-    audit = add_command(subparsers, "audit", verbs.audit, "show who did what, and why", settings=READING)
-    audit.add_argument("--id", type=batch_id, help="to this batch")
+    """Add the verbs, and what goes with them."""
+    for command, (verb, *variants) in verbs.commands().items():
+        parser = add_command(subparsers, command, verbs.run, verb.help, settings=READING)
+        verbs.add_arguments(parser, verb, variants, batch_id)
+    audit = add_command(subparsers, "audit", verbs.audit, "list who did what, and why", settings=READING)
+    audit.add_argument("--id", type=batch_id, help="show only actions on this batch")
     audit.add_argument("--limit", type=natural, default=20, help="how many (default: 20)")
     audit.add_argument("--json", action="store_true", help="print JSON")
+    add_prune(subparsers)
 
 
 def add_prune(subparsers: Any) -> None:

@@ -1,1 +1,1 @@
-"""What people do with a running queue: bulk actions, doctor, invariants, monitor."""
+"""What people do with a running queue: verbs, bulk, doctor, invariants, monitor."""

@@ -1,19 +1,20 @@
-"""Which of the invariants of invariants.sql are broken: read only, without a lock that anybody would wait for."""
+"""Which invariants of invariants.sql are violated. Only reads, and takes no lock that others would wait for."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psycopg
 
 from batchq.postgres.statements import health, session
+from batchq.postgres.statements.running import Conn
 from batchq.postgres.transactions import transaction
 
-MOST_OFFENDERS = 10
 SECONDS_EACH = 5.0
+_MOST_OFFENDERS = 10
 
 
 class Violation(NamedTuple):
-    """A row for which an invariant does not hold: the id of the batch, worker or record, and what is wrong with it."""
+    """A row that violates an invariant. *id*: of the batch, worker or record. *what*: is wrong with it."""
 
     invariant: str
     id: str
@@ -21,10 +22,7 @@ class Violation(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of one invariant. *violations*: the first of them; *has_more*: there are more.
-
-    *unknown*: why it could not be checked (too slow, no right); empty where it was.
-    """
+    """The result of one invariant. *violations*: the first ones. *unknown*: why it was not checked, or empty."""
 
     invariant: str
     violations: list[Violation]
@@ -32,26 +30,22 @@ class Verdict(NamedTuple):
     unknown: str = ""
 
 
-def violations(conn: psycopg.Connection[Any], most: int = MOST_OFFENDERS) -> list[Violation]:
-    """Return up to *most* violations of each invariant, within the caller's transaction, if any; none: all is well."""
-    return [
-        Violation(name, *row)
-        for name, statement in health.invariants().items()
-        for row in health.violations(conn, statement, most)
-    ]
+def violations(conn: Conn, most: int = _MOST_OFFENDERS) -> list[Violation]:
+    """Return up to *most* violations of each invariant. Joins the caller's transaction, if there is one."""
+    every = health.invariants().items()
+    return [violation for name, statement in every for violation in _violations_of(conn, name, statement, most)]
 
 
-def verdicts(
-    conn: psycopg.Connection[Any], most: int = MOST_OFFENDERS, seconds: float = SECONDS_EACH
-) -> Iterator[Verdict]:
-    """Yield what became of each invariant, each checked in a transaction of its own of at most *seconds*.
+def verdicts(conn: Conn, most: int = _MOST_OFFENDERS, seconds: float = SECONDS_EACH) -> Iterator[Verdict]:
+    """Yield a verdict on each invariant.
 
-    A short one: so no snapshot is held for longer, and no DROP of a partition waits for longer.
+    Each is checked in a transaction of its own of at most *seconds*, so that no snapshot is held for longer, and no
+    DROP of a partition waits for longer.
     """
     for name, statement in health.invariants().items():
         try:
             with transaction(conn, seconds, settings=session.READ_ONLY):
-                found = [Violation(name, *row) for row in health.violations(conn, statement, most + 1)]
+                found = _violations_of(conn, name, statement, most + 1)
             yield Verdict(name, found[:most], len(found) > most)
         except psycopg.errors.QueryCanceled:
             yield Verdict(name, [], unknown=f"not checked: it takes longer than {seconds:g} s")
@@ -59,3 +53,7 @@ def verdicts(
             yield Verdict(name, [], unknown="not checked: a table is locked")
         except psycopg.errors.InsufficientPrivilege as error:
             yield Verdict(name, [], unknown=f"not checked: {error.diag.message_primary}")
+
+
+def _violations_of(conn: Conn, name: str, statement: bytes, most: int) -> list[Violation]:
+    return [Violation(name, *row) for row in health.violations(conn, statement, most)]

@@ -1,57 +1,52 @@
-"""Watch batches as their state changes. Reads only; needs nothing but the schema."""
+"""Watch batches as their state changes. Only reads; needs nothing but the schema."""
 
 from typing import Any
 
-import psycopg
-
 from batchq.postgres.link import Link
 from batchq.postgres.statements import health, inserts, views
+from batchq.postgres.statements.running import Conn
 
-MOST_ROWS = 1000
-OVERLAP_SECONDS = 10  # a finish is seen when it commits, a little after its finished_at
+_MOST_ROWS = 1000
+_OVERLAP_SECONDS = 10  # a finish becomes visible when it commits, a little after its finished_at
 
 
 class Monitor:
-    """Remembers what it has seen of each batch, and returns what is new."""
+    """Remembers the last state of each batch, and returns what has changed."""
 
     def __init__(self, link: Link, queue: str | None = None, kind: str | None = None) -> None:
         self.link = link
-        self.queue = queue
-        self.kind = kind
-        self.seen: dict[int, tuple[Any, ...]] = {}
-        self.since: str | None = None
-        self.after_id = 0
+        self._of = (queue, kind)
+        self._seen: dict[int, tuple[Any, ...]] = {}
+        self._since: str | None = None
+        self._after_id = 0
 
     def changes(self) -> list[dict[str, Any]]:
         """Return the rows of batchq.status (JSON objects) that are new or have changed since the last call.
 
-        The first call returns what is processing. Where over 1,000 change at once, some are not
-        told, but never in favour of one that has not failed or stalled. A connection
-        that was lost is opened again at the next call. Raises psycopg.Error.
+        The first call returns what is processing. If more than 1,000 change between two calls, some are left out, but
+        never in favor of one that has not failed or stalled. A lost connection is opened again at the next call. Raises
+        psycopg.Error.
         """
         with self.link.transaction() as conn:
-            rows = self.read(conn)
-        before = self.seen
-        self.seen = {row["id"]: state(row) for row in rows}
-        return [row for row in rows if before.get(row["id"]) != state(row)]
-
-    def read(self, conn: psycopg.Connection[Any]) -> list[dict[str, Any]]:
-        """Read what may have changed."""
-        if self.since is None:
-            self.after_id = health.newest_id(conn)
-        since = self.since or inserts.now_plus(conn, 0)
-        rows = views.changed_rows(conn, since, self.after_id, list(self.seen), self.queue, self.kind, MOST_ROWS)
-        self.since = inserts.now_plus(conn, -OVERLAP_SECONDS) if self.since else since
-        self.after_id = max([self.after_id, *(row["id"] for row in rows)])
-        return rows
+            rows = self._read(conn)
+        before, self._seen = self._seen, {row["id"]: _state(row) for row in rows}
+        return [row for row in rows if before.get(row["id"]) != _state(row)]
 
     def is_done(self) -> bool:
-        """Tell whether nothing of what is watched waits or runs."""
+        """Return whether nothing that is watched waits or runs."""
         with self.link.transaction() as conn:
-            rows = views.queue_rows(conn, self.queue, self.kind)
+            rows = views.queue_rows(conn, *self._of)
         return not any(row["ready"] or row["scheduled"] or row["processing"] for row in rows)
 
+    def _read(self, conn: Conn) -> list[dict[str, Any]]:
+        if self._since is None:
+            self._after_id = health.newest_id(conn)
+        since = self._since or inserts.now_plus(conn, 0)
+        rows = views.changed_rows(conn, since, self._after_id, list(self._seen), *self._of, _MOST_ROWS)
+        self._since = inserts.now_plus(conn, -_OVERLAP_SECONDS) if self._since else since
+        self._after_id = max([self._after_id, *(row["id"] for row in rows)])
+        return rows
 
-def state(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what makes a change."""
+
+def _state(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["status"], row["attempt"], row["items_done"], row["items_failed"]

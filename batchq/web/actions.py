@@ -7,6 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from batchq.operate.verbs import VERBS, Verb
 from batchq.web import bulk, formats, verbs
 from batchq.web.forms import read_form
 from batchq.web.guard import guard_of
@@ -32,62 +33,62 @@ class Actions:
         verb = self._verb(request)
         return await run_in_threadpool(self._do, request, verb, await read_form(request))
 
-    def _do(self, request: Request, verb: str, form: dict[str, str]) -> Response:
+    def _do(self, request: Request, verb: Verb, form: dict[str, str]) -> Response:
         try:
             verbs.do(self._reader, verb, form)
         except verbs.Refused as error:
             return self._pages.page(request, "verb.html", 409, **_verb_values(verb, form, str(error)))
-        target = {"batch": f"/batches/{form.get('id')}", "worker": "/workers"}.get(verbs.VERBS[verb].target, "/")
-        return RedirectResponse(f"{target}?{formats.query(said=verb)}", 303)
+        target = {"batch": f"/batches/{form.get('id')}", "worker": "/workers"}.get(verb.target, "/")
+        return RedirectResponse(f"{target}?{formats.query(said=verb.name)}", 303)
 
     def ask_bulk(self, request: Request) -> Response:
         """Ask for the filter of the batches to do a verb to."""
-        return self._bulk_form(request, self._verb(request), dict(request.query_params))
+        return self._bulk_form(request, self._verb(request, in_bulk=True), dict(request.query_params))
 
     async def do_bulk(self, request: Request) -> Response:
-        """Count what matches or change the next chunk; show the progress, with the form that continues."""
-        verb = self._verb(request)
+        """Count what matches or take the next step; show the progress, with the form that continues."""
+        verb = self._verb(request, in_bulk=True)
         return await run_in_threadpool(self._do_bulk, request, verb, await read_form(request))
 
-    def _do_bulk(self, request: Request, verb: str, form: dict[str, str]) -> Response:
+    def _do_bulk(self, request: Request, verb: Verb, form: dict[str, str]) -> Response:
         try:
-            job = _opened(request, form) if "job" in form else bulk.asked(self._reader, verb, form)
+            job = _opened(request, form) if "job" in form else bulk.asked(verb, form)
         except verbs.Refused as error:
             return self._bulk_form(request, verb, form, str(error))
         code, problem = 200, None
         try:
-            job = bulk.go_on(self._reader, job)
+            bulk.take_step(self._reader, job)
         except verbs.Refused as error:
             code, problem = 503 if isinstance(error, bulk.TryAgain) else 409, str(error)
         return self._bulk_progress(request, job, code, problem)
 
-    def _bulk_form(self, request: Request, verb: str, given: dict[str, str], problem: str = "") -> Response:
-        if verb not in bulk.TAKES:
-            raise HTTPException(404, "this action is not available in bulk")
+    def _bulk_form(self, request: Request, verb: Verb, given: dict[str, str], problem: str = "") -> Response:
+        values = _verb_values(verb, given, problem)
         return self._pages.page(
-            request, "bulk.html", 409 if problem else 200, takes=bulk.TAKES[verb],
-            status=bulk.stored(given.get("status")), **_verb_values(verb, given, problem),
-        )  # fmt: skip
+            request, "bulk.html", 409 if problem else 200, status=bulk.shown_status(given), **values
+        )
 
     def _bulk_progress(self, request: Request, job: bulk.Job, code: int, problem: str | None) -> Response:
         text = job.as_text()
         return self._pages.page(
-            request, "bulk_job.html", code, job=job, job_text=text, seal=_seal(request, text), problem=problem,
-            verb=verbs.VERBS[job.verb],
+            request, "bulk_job.html", code, job=job, bulk=job.bulk, job_text=text, seal=_seal(request, text),
+            problem=problem,
         )  # fmt: skip
 
-    def _verb(self, request: Request) -> str:
+    def _verb(self, request: Request, *, in_bulk: bool = False) -> Verb:
         """Return the verb in an address. Raises HTTPException if there is none, or if the web UI is read-only."""
         if self._pages.read_only:
             raise HTTPException(403, "no actions: the web UI was started with --read-only")
-        verb: str = request.path_params["verb"]
-        if verb not in verbs.VERBS:
+        verb = VERBS.get(request.path_params["verb"])
+        if verb is None:
             raise HTTPException(404, "no such action")
+        if in_bulk and not verb.statuses:
+            raise HTTPException(404, "this action is not available in bulk")
         return verb
 
 
-def _verb_values(verb: str, given: dict[str, str], problem: str = "") -> dict[str, Any]:
-    return {"name": verb, "verb": verbs.VERBS[verb], "given": given, "problem": problem}
+def _verb_values(verb: Verb, given: dict[str, str], problem: str = "") -> dict[str, Any]:
+    return {"verb": verb, "given": given, "problem": problem}
 
 
 def _opened(request: Request, form: dict[str, str]) -> bulk.Job:

@@ -8,13 +8,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from batchq.operate.verbs import VERBS, Verb
 from batchq.web import bulk, charts, formats, reads
 from batchq.web.guard import guard_of
 from batchq.web.reads import HIGHEST_ID, MOST_CHARACTERS, MOST_ROWS, PAGE_ROWS, Reader, Row
-from batchq.web.verbs import VERBS
 
 _STATUSES = ("ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
-_FINAL = ("completed", "failed", "cancelled")
 _MOST_FAILURES = 12
 _MOST_FILTER_CHARACTERS = 300
 
@@ -32,7 +31,7 @@ def _environment() -> Environment:
         "duration": formats.duration, "number": formats.number, "percent": formats.percent,
         "processed": formats.processed, "query": lambda given: formats.query(**given), "as_it_is": _as_it_is,
     }  # fmt: skip
-    made.globals |= {"count": formats.count, "link": formats.query, "statuses": _STATUSES, "verbs": VERBS}
+    made.globals |= {"count": formats.count, "link": formats.query, "statuses": _STATUSES}
     return made
 
 
@@ -179,12 +178,7 @@ def _left_seconds(batch: Row) -> float | None:
     return float((batch["items_total"] - done) * batch["running_seconds"] / done)
 
 
-def _actions(batch: Row) -> list[str]:
-    """Return the verbs that would change a batch in its present status."""
-    status = batch["status"]
-    if status in _FINAL:
-        again = ["retry_items"] if batch["items_failed"] else []
-        return [*again, *([] if status == "completed" else ["retry"]), "retry_whole"]
-    if status in ("processing", "stalled"):
-        return ["cancel"]
-    return [*(["retry"] if status != "ready" else []), "snooze", "set_priority", "move", "cancel"]
+def _actions(batch: Row) -> list[Verb]:
+    """Return the verbs that would change a batch in its current status, the grave ones last."""
+    offered = [verb for verb in VERBS.values() if verb.is_offered(batch["status"], batch["items_failed"])]
+    return sorted(offered, key=lambda verb: verb.is_grave)

@@ -202,37 +202,3 @@ WHERE f.batch_id = %(id)s
   AND f.item_index > %(after)s
 ORDER BY f.item_index
 LIMIT %(limit)s
-
--- name: in_minutes
-SELECT to_char((now() + %(minutes)s * interval '1 minute') AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS+00') AS until
-
--- name: cancel
-SELECT batchq.cancel(%(id)s, reason => coalesce(%(reason)s, 'by an operator'), actor => %(actor)s)
-
--- name: retry
-SELECT batchq.retry(%(id)s, whole => false, reason => %(reason)s, actor => %(actor)s)
-
--- name: retry_whole
-SELECT batchq.retry(%(id)s, whole => true, reason => %(reason)s, actor => %(actor)s)
-
--- name: retry_items
-SELECT batchq.retry_items(%(id)s, reason => %(reason)s, actor => %(actor)s)
-
--- name: snooze
-SELECT batchq.snooze(%(id)s, %(minutes)s * interval '1 minute', reason => %(reason)s, actor => %(actor)s)
-
--- name: set_priority
-SELECT batchq.set_priority(%(id)s, %(priority)s, reason => %(reason)s, actor => %(actor)s)
-
--- name: move
-SELECT batchq.move(%(id)s, %(to_queue)s, reason => %(reason)s, actor => %(actor)s)
-
--- name: pause
-SELECT batchq.pause(queue => %(queue)s, kind => %(kind)s, until => now() + %(minutes)s::float8 * interval '1 minute',
-                    reason => %(reason)s, actor => %(actor)s)
-
--- name: resume
-SELECT batchq.resume(queue => %(queue)s, kind => %(kind)s, reason => %(reason)s, actor => %(actor)s)
-
--- name: drain_worker
-SELECT batchq.drain_worker(%(worker)s, reason => %(reason)s, actor => %(actor)s)

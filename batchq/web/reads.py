@@ -63,11 +63,6 @@ class Reader:
         with self._pool.transaction() as conn:
             return action(conn)
 
-    def call(self, verb: str, **parameters: Any) -> Any:
-        """Return what the statement of a verb returns. Commits."""
-        [row] = self.act(lambda conn: _rows(conn, SQL[verb], parameters))
-        return next(iter(row.values()))
-
 
 def _rows(conn: Conn, statement: bytes, parameters: Row) -> list[Row]:
     return conn.cursor(row_factory=dict_row).execute(statement, parameters or None).fetchall()

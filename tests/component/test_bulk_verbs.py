@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from batchq.operate.bulk import Bulk, LeftOut
+from batchq.operate.bulk import Bulk, LeftOut, Runner
 from batchq.postgres.link import Link
 from batchq.postgres.statements import endings
 from batchq.postgres.statements.checkpoints import Progress
@@ -343,11 +343,12 @@ def test_a_retry_in_bulk_takes_each_batch_once_though_some_are_left_out(
     keyed, locked = finished(conn, "failed", unique_key="a"), finished(conn, "failed")
     insert(conn, unique_key="a", run_at="2100-01-01")
     link = Link(dsn, 10)
-    retry = Bulk(link, "retry", {}, pause_factor=0)
+    retry = Bulk("retry", {}, state="counting" if has_counted else "changing")
+    runner = Runner(link, retry, pause_factor=0)
     with closing(link), psycopg.connect(dsn, prepare_threshold=None) as other:
         other.execute("SELECT FROM batchq.batches_finished WHERE id = %s FOR UPDATE", [locked])
-        assert not has_counted or retry.count() == 2999
-        for _ in retry.chunks():
+        assert not has_counted or runner.count() == 2999
+        for _ in runner.changes():
             fail_again(conn)
     assert retry.changed == 2997
     assert values(conn, "SELECT batches FROM batchq.audit") == [2997]
@@ -360,12 +361,13 @@ def test_a_retry_in_bulk_takes_each_batch_once_though_some_are_left_out(
 def test_no_more_is_changed_than_was_counted(conn: Conn, dsn: str) -> None:
     add(conn, 1500)
     link = Link(dsn, 10)
-    cancel = Bulk(link, "cancel", {}, pause_factor=0)
+    cancel = Bulk("cancel", {})
+    runner = Runner(link, cancel, pause_factor=0)
     with closing(link):
-        assert cancel.count() == 1500
+        assert runner.count() == 1500
         step("one that was inserted before the count, in a transaction that ended after it")
         add(conn, 3, hours=1)
-        for _ in cancel.chunks():
+        for _ in runner.changes():
             pass
     assert (cancel.changed, statuses(conn)) == (1500, {"cancelled": 1500, "pending": 3})
 
@@ -373,11 +375,12 @@ def test_no_more_is_changed_than_was_counted(conn: Conn, dsn: str) -> None:
 def test_a_snooze_for_a_while_is_done_once_though_some_are_locked(conn: Conn, dsn: str) -> None:
     ids = add(conn, 5)
     link = Link(dsn, 10)
-    snooze = Bulk(link, "snooze", {}, {"delay_seconds": 600}, pause_factor=0)
+    snooze = Bulk("snooze", {}, {"delay_seconds": 600})
+    runner = Runner(link, snooze, pause_factor=0)
     with closing(link), psycopg.connect(dsn, prepare_threshold=None) as other:
         other.execute("SELECT FROM batchq.batches_live WHERE id = %s FOR UPDATE", [ids[0]])
-        snooze.count()
-        for _ in snooze.chunks():
+        runner.count()
+        for _ in runner.changes():
             pass
     assert (snooze.changed, snooze.left_out()) == (4, LeftOut(locked=1))
     assert value(conn, "SELECT count(DISTINCT run_at) FROM batchq.batches WHERE run_at > now() + interval '9 min'") == 1
@@ -422,7 +425,7 @@ def test_what_is_left_out_is_said_and_makes_the_exit_code(batchq: CommandLine, c
     insert(conn, unique_key="a")
     ended = batchq("retry", "--all")
     assert ended.code == 1
-    assert ended.out == ("1 batches made pending again; 1 left as they are: 1 beside a live one of their unique_key\n")
+    assert ended.out == "1 batches made pending again; 1 left unchanged: 1 with the unique_key of a live batch\n"
     assert batchq("retry", "--all", "--json").json["left_out"] == {"keyed": 1, "locked": 0, "changed": 0}
 
 
@@ -449,7 +452,7 @@ def test_each_verb_takes_ids_or_a_filter(
 
 
 def test_batches_must_be_named_one_way(batchq: CommandLine) -> None:
-    assert "which batches?" in batchq("retry").complaint
+    assert "no batches selected" in batchq("retry").complaint
     assert "not both" in batchq("retry", "7", "--kind", "x").complaint
     assert "goes with a filter" in batchq("retry", "7", "--dry-run").complaint
     assert "choose one" in batchq("retry", "--all", "--items", "--whole").complaint
@@ -481,7 +484,7 @@ def test_pauses_from_the_command_line(batchq: CommandLine) -> None:
     assert ("mail", None, "too dear", "ann") in listed
     assert len(listed) == 2
     assert "too dear" in batchq("pause").out
-    assert [batchq("resume", "--queue", "mail").out for _ in range(2)] == ["resumed\n", "there was no such pause\n"]
+    assert [batchq("resume", "--queue", "mail").out for _ in range(2)] == ["resumed\n", "no matching pause\n"]
     assert "resume needs" in batchq("resume").complaint
     noted = [(row["verb"], row["queue"]) for row in batchq("audit", "--json").json]
     assert noted == [("resume", "mail"), ("pause", "mail"), ("pause", "mail")]

@@ -10,6 +10,7 @@ import pytest
 
 from batchq.cli import make_parser
 from batchq.cli.commands import settings_of
+from batchq.operate.verbs import VERBS
 from batchq.settings import Settings
 from tests.support.alone import run_alone
 from tests.support.batches import failed_items, look, put, values
@@ -18,9 +19,8 @@ from tests.support.servers import free_port
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 
-COMMANDS = ("migrate", "check", "demo", "worker", "workers", "enqueue", "status", "monitor", "show", "cancel", "retry")
-COMMANDS += ("watch", "logs", "top", "web", "doctor")
-COMMANDS += ("prune", "snooze", "priority", "move", "pause", "resume", "drain", "audit", "roles")
+COMMANDS = ("migrate", "check", "demo", "worker", "workers", "enqueue", "status", "monitor", "show", "watch", "logs")
+COMMANDS += ("top", "web", "doctor", "prune", "audit", "roles", *dict.fromkeys(verb.command for verb in VERBS.values()))
 TODAY = "(now() AT TIME ZONE 'UTC')::date"
 
 

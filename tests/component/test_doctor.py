@@ -228,8 +228,8 @@ def test_without_a_schema_only_that_is_wrong(empty_dsn: str) -> None:
 
 
 def test_a_clock_that_is_wrong_is_told(conn: Conn) -> None:
-    [right] = doctor.clock(conn, 5)
-    [wrong] = doctor.clock(conn, 5, lambda: 0.0)
+    right = doctor.clock(conn, 5)
+    wrong = doctor.clock(conn, 5, lambda: 0.0)
     assert (right.severity, wrong.severity) == ("ok", "warning")
 
 

@@ -88,7 +88,7 @@ def test_a_verb_logs_in_once_for_a_hundred_batches(
 def test_a_verb_in_bulk_logs_in_once_for_all_chunks(
     proxy: CountingProxy, command: Callable[..., int], conn: Conn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk, "MOST_A_CHUNK", 10)
+    monkeypatch.setattr(bulk, "MOST_CHANGED", 10)
     assert command("cancel", "--all", "--fast") == 0
     assert values(conn, "SELECT DISTINCT status FROM batchq.batches") == ["cancelled"]
     assert proxy.log_ins == 1

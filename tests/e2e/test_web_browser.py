@@ -109,7 +109,7 @@ def test_a_batch_is_cancelled_and_retried_by_hand(conn: Conn, site: Site, page: 
     page.goto(f"{site.url}/batches")
     page.get_by_role("link", name=str(batch_id), exact=True).click()
     page.get_by_role("link", name="Cancel").click()
-    page.get_by_label("Why").fill("not needed")
+    page.get_by_label("Reason").fill("not needed")
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("h1 .status")).to_have_text("cancelled")
     assert value(conn, "SELECT status FROM batchq.batches") == "cancelled"
@@ -124,8 +124,8 @@ def ask_to_cancel(page: Page, site: Site) -> None:
     page.goto(f"{site.url}/batches?kind=mail")
     page.get_by_text("Act on all matching batches").click()
     page.get_by_role("link", name="Cancel").click()
-    page.get_by_label("Why").fill("too many")
-    page.get_by_role("button", name="Count them").click()
+    page.get_by_label("Reason").fill("too many")
+    page.get_by_role("button", name="Count batches").click()
     expect(page.locator("#bulk-text")).to_contain_text("3\N{NARROW NO-BREAK SPACE}000 batches match")
     expect(page.locator("#bulk-stop")).to_be_hidden()
 
@@ -170,7 +170,7 @@ def test_a_verb_for_all_that_match_is_stopped_and_gone_on_with(conn: Conn, site:
     assert value(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'cancelled'") == 2000
     assert len(held) == 1
     page.unroute("**/bulk/cancel")
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Continue").click()
     expect(page.locator("#bulk-text")).to_have_text("3\N{NARROW NO-BREAK SPACE}000 batches cancelled.")
     assert value(conn, "SELECT batches FROM batchq.audit") == 3000
 
@@ -189,7 +189,7 @@ def test_everything_works_without_javascript(conn: Conn, site: Site, browser: Br
     page.get_by_role("button", name="Cancel: 3").click()
     for done in (1000, 2000):
         expect(page.locator("#bulk-bar")).to_have_js_property("value", done)
-        page.get_by_role("button", name="Go on").click()
+        page.get_by_role("button", name="Continue").click()
     expect(page.locator("#bulk-text")).to_have_text("3\N{NARROW NO-BREAK SPACE}000 batches cancelled.")
     context.close()
 

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 import batchq
 from batchq.cli import make_parser
+from batchq.operate.verbs import VERBS
 from batchq.settings import Settings
 from tests.support import code_map, matrix
 from tests.support.databases import Databases
@@ -45,7 +46,7 @@ MEMBERS = {
 }  # fmt: skip
 RELATIONS = ("batches", "failed_items", "status", "queues", "failures", "throughput", "workers", "pauses", "audit")
 FUNCTIONS = (
-    "cancel", "retry", "retry_items", "snooze", "set_priority", "move", "bulk", "pause", "resume", "drain_worker",
+    *dict.fromkeys(verb.function for verb in VERBS.values()), "bulk",
     "prune", "create_finished_partitions", "bell", "give_replica_identities", "newest_live",
     "grant_duty", "duty_statements", "shown_status",
 )  # fmt: skip
@@ -162,7 +163,7 @@ def written(action: argparse.Action) -> str:
 
 def told(action: argparse.Action) -> str:
     """Return what is said of an argument, or else its default."""
-    return action.help or ("" if action.default is None else f"(default: {action.default})")
+    return (action.help or ("" if action.default is None else f"(default: {action.default})")).replace("%%", "%")
 
 
 def exit_codes() -> Iterator[str]:

@@ -112,7 +112,7 @@ def save(page: Page, path: Path) -> None:
 def go_half_way(page: Page, url: str) -> None:
     """Change the priority of many batches, as far as the first chunk."""
     page.goto(f"{url}/bulk/set_priority?kind=mail&priority=-1&reason=the+customers+wait&actor=ann")
-    page.get_by_role("button", name="Count them").click()
+    page.get_by_role("button", name="Count batches").click()
     page.route("**/bulk/*", lambda route: None if route.request.resource_type == "fetch" else route.continue_())
     page.get_by_role("button", name="batches").click()
     page.wait_for_selector("#bulk-stop:visible")

@@ -17,7 +17,8 @@ import batchq
 from batchq.postgres.connections import CONNECT_OPTIONS
 from batchq.postgres.link import Link
 from batchq.postgres.migrate import all_migrations, migrate
-from batchq.postgres.statements import claims, maintenance, verbs, views
+from batchq.postgres.statements import claims, maintenance, views
+from batchq.postgres.statements.verbs import call_verb
 from batchq.testing import running_worker
 from tests.e2e import apps
 from tests.support import supasim
@@ -294,8 +295,8 @@ def test_an_empty_search_path_is_enough(admin: psycopg.Connection[Any], server: 
         step("then enqueue, claim, checkpoint, retry, failed items, finish and the verbs all work")
         with running_worker(app, dsn):
             wait_until(lambda: statuses(conn) == {"completed": 1, "failed": 1}, 10, "both to end")
-        assert verbs.retry(conn, batch_id, whole=True) == "pending"
-        assert verbs.cancel(conn, batch_id, "enough") == "cancelled"
+        assert call_verb(conn, "retry", {"batch_id": batch_id, "whole": True}) == "pending"
+        assert call_verb(conn, "cancel", {"batch_id": batch_id, "reason": "enough"}) == "cancelled"
         assert maintenance.prune(conn, 30) == 0
         assert len(views.status_rows(conn, None, None, None, 10)) == 2
 

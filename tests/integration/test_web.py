@@ -672,7 +672,7 @@ def test_the_filters_of_many_match_what_the_list_shows(conn: Conn, site: Site) -
     assert said(ask_many(site, "retry", older="2h")).startswith("1 batches match")
     step("a finer status of the list is told to be wider")
     ask = site.client.get("/bulk/cancel?status=ready&kind=mail").text
-    assert "The list shows those that are ready. This takes all that are pending." in ask
+    assert "The list shows only batches that are ready. This applies to all that are pending." in ask
     assert '<option value="pending" selected>' in ask
     step("only verbs that take what the list shows are offered")
     offered = re.findall(r'href="/bulk/(\w+)\?', site.client.get("/batches?status=completed").text)
@@ -685,9 +685,7 @@ def test_what_is_left_out_is_told(conn: Conn, admin_dsn: str, site: Site) -> Non
     keyed = finished(conn, "failed", error='{"error": "no"}', kind="mail", unique_key="a")
     insert(conn, kind="mail", unique_key="a")
     answer = to_the_end(site, ask_many(site, "retry", kind="mail"))
-    assert said(answer) == (
-        "2 batches made pending again. 1 are left as they are: 1 beside a live one of their unique_key."
-    )
+    assert said(answer) == ("2 batches made pending again. 1 left unchanged: 1 with the unique_key of a live batch.")
     assert value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [keyed]) == "failed"
 
 
@@ -722,7 +720,7 @@ def test_many_that_fail_again_at_once_are_retried_once_though_one_is_left_out(co
         if ready := claim(conn, 5000, kinds=["mail"], token=token):
             finish(conn, *(Finish(taken.id, token, "failed", error='{"error": "again"}') for taken in ready))
     assert said(answer) == (
-        "1,500 batches made pending again. 1 are left as they are: 1 beside a live one of their unique_key."
+        "1,500 batches made pending again. 1 left unchanged: 1 with the unique_key of a live batch."
     )
     assert value(conn, "SELECT batches FROM batchq.audit") == 1500
 
@@ -730,7 +728,7 @@ def test_many_that_fail_again_at_once_are_retried_once_though_one_is_left_out(co
 def test_what_many_cannot_be_done_to_is_said(conn: Conn, site: Site) -> None:
     insert(conn)
     problems: dict[tuple[str, str], dict[str, object]] = {
-        ("cancel", "which ones?"): {},
+        ("cancel", "no batches selected"): {},
         ("cancel", "does not apply to batches that are failed"): {"kind": "work", "status": "failed"},
         ("set_priority", "whole number"): {"kind": "work", "priority": 99_999},
         ("snooze", "whole number"): {"kind": "work", "minutes": "soon"},

@@ -1,117 +1,36 @@
-"""Verbs, on one batch and in bulk, and their record."""
+"""Verbs, on one batch and in bulk; pauses, the audit, and the grants of a duty."""
 
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from psycopg.rows import tuple_row
+from psycopg.sql import SQL, Identifier, Placeholder
+
 from batchq.postgres.statements.running import Conn, fetch_all, fetch_json, fetch_one
 
 
-def cancel(conn: Conn, batch_id: int, reason: str | None, actor: str | None = None) -> str | None:
-    """Call batchq.cancel; return the batch's status, None if there is no such batch."""
-    parameters = {"id": batch_id, "reason": reason, "actor": actor}
-    status: str | None = fetch_one(conn, "SELECT batchq.cancel(%(id)s, %(reason)s, %(actor)s)", parameters)[0]
-    return status
+def call_verb(conn: Conn, function: str, arguments: Mapping[str, Any]) -> Any:
+    """Call the SQL function of a verb; return its answer.
+
+    *delay_seconds* is until so long from now. None is left out, so that the function's default applies.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    passed = [
+        SQL("until => now() + {} * interval '1 second'").format(Placeholder(name))
+        if name == "delay_seconds"
+        else SQL("{} => {}").format(Identifier(name), Placeholder(name))
+        for name in given
+    ]
+    statement = SQL("SELECT batchq.{}({})").format(Identifier(function), SQL(", ").join(passed))
+    [(answer,)] = conn.cursor(row_factory=tuple_row).execute(statement, given).fetchall()
+    return answer
 
 
-def retry(conn: Conn, batch_id: int, whole: bool, reason: str | None = None, actor: str | None = None) -> str | None:
-    """Call batchq.retry; return the batch's status, None if there is no such batch."""
-    parameters = {"id": batch_id, "whole": whole, "reason": reason, "actor": actor}
-    status: str | None = fetch_one(conn, "SELECT batchq.retry(%(id)s, %(whole)s, %(reason)s, %(actor)s)", parameters)[0]
-    return status
+class BulkStep(NamedTuple):
+    """What one step of a bulk did. next_place: where the next one begins, None at the end.
 
-
-def retry_items(conn: Conn, batch_id: int, reason: str | None = None, actor: str | None = None) -> str | None:
-    """Call batchq.retry_items; return the batch's status, None if there is no such batch."""
-    parameters = {"id": batch_id, "reason": reason, "actor": actor}
-    status: str | None = fetch_one(conn, "SELECT batchq.retry_items(%(id)s, %(reason)s, %(actor)s)", parameters)[0]
-    return status
-
-
-def snooze(
-    conn: Conn,
-    batch_id: int,
-    delay_seconds: float | None,
-    until: str | None,
-    reason: str | None = None,
-    actor: str | None = None,
-) -> str | None:
-    """Call batchq.snooze; return the batch's status, None if there is no such batch."""
-    status: str | None = fetch_one(
-        conn,
-        "SELECT batchq.snooze(%(id)s, %(delay)s * interval '1 second', %(until)s::timestamptz, %(reason)s, %(actor)s)",
-        {"id": batch_id, "delay": delay_seconds, "until": until, "reason": reason, "actor": actor},
-    )[0]
-    return status
-
-
-def set_priority(
-    conn: Conn, batch_id: int, priority: int, reason: str | None = None, actor: str | None = None
-) -> str | None:
-    """Call batchq.set_priority; return the batch's status, None if there is no such batch."""
-    status: str | None = fetch_one(
-        conn,
-        "SELECT batchq.set_priority(%(id)s, %(priority)s, %(reason)s, %(actor)s)",
-        {"id": batch_id, "priority": priority, "reason": reason, "actor": actor},
-    )[0]
-    return status
-
-
-def move(conn: Conn, batch_id: int, to_queue: str, reason: str | None = None, actor: str | None = None) -> str | None:
-    """Call batchq.move; return the batch's status, None if there is no such batch."""
-    status: str | None = fetch_one(
-        conn,
-        "SELECT batchq.move(%(id)s, %(to_queue)s, %(reason)s, %(actor)s)",
-        {"id": batch_id, "to_queue": to_queue, "reason": reason, "actor": actor},
-    )[0]
-    return status
-
-
-def pause(
-    conn: Conn,
-    queue: str | None,
-    kind: str | None,
-    delay_seconds: float | None = None,
-    until: str | None = None,
-    reason: str | None = None,
-    actor: str | None = None,
-) -> bool:
-    """Call batchq.pause, to end in *delay_seconds*, *until* a time, or by batchq.resume; tell whether it is new."""
-    is_new: bool = fetch_one(
-        conn,
-        """
-        SELECT batchq.pause(%(queue)s, %(kind)s,
-          coalesce(%(until)s::timestamptz, now() + %(delay)s * interval '1 second'), %(reason)s, %(actor)s)
-        """,
-        {"queue": queue, "kind": kind, "delay": delay_seconds, "until": until, "reason": reason, "actor": actor},
-    )[0]
-    return is_new
-
-
-def resume(
-    conn: Conn, queue: str | None, kind: str | None, reason: str | None = None, actor: str | None = None
-) -> bool:
-    """Call batchq.resume; tell whether there was such a pause."""
-    was_paused: bool = fetch_one(
-        conn,
-        "SELECT batchq.resume(%(queue)s, %(kind)s, %(reason)s, %(actor)s)",
-        {"queue": queue, "kind": kind, "reason": reason, "actor": actor},
-    )[0]
-    return was_paused
-
-
-def drain_worker(conn: Conn, worker_id: str, reason: str | None = None, actor: str | None = None) -> str | None:
-    """Call batchq.drain_worker; return draining, None if there is no such worker."""
-    parameters = {"id": worker_id, "reason": reason, "actor": actor}
-    status: str | None = fetch_one(conn, "SELECT batchq.drain_worker(%(id)s, %(reason)s, %(actor)s)", parameters)[0]
-    return status
-
-
-class Chunk(NamedTuple):
-    """What came of one chunk of a verb in bulk.
-
-    next_place: from where to go on, None at the end. keyed: how many were left out beside a live batch of their
-    unique_key.
+    keyed: how many were left unchanged because a live batch has their unique_key.
     """
 
     matched: int
@@ -127,19 +46,8 @@ def clock_json(conn: Conn) -> str:
     return text
 
 
-def bulk(
-    conn: Conn,
-    verb: str,
-    filter: Mapping[str, Any],  # noqa: A002 (as in batchq.bulk)
-    change: Mapping[str, Any],
-    place: str | None,
-    dry_run: bool,
-    most: int,
-    reason: str | None,
-    actor: str | None,
-    audit_id: int | None,
-) -> Chunk:
-    """Call batchq.bulk: do a verb for the next *most* batches that match."""
+def bulk_step(conn: Conn, arguments: Mapping[str, Any]) -> BulkStep:
+    """Call batchq.bulk: do a verb to the next batches that match. *arguments*: all of that function's."""
     row = fetch_one(
         conn,
         """
@@ -147,19 +55,9 @@ def bulk(
         FROM batchq.bulk(%(verb)s, %(filter)s::jsonb, %(change)s::jsonb, %(place)s::jsonb, %(dry_run)s, %(most)s,
                          %(reason)s, %(actor)s, %(audit_id)s)
         """,
-        {
-            "verb": verb,
-            "filter": json.dumps(dict(filter)),
-            "change": json.dumps(dict(change)),
-            "place": place,
-            "dry_run": dry_run,
-            "most": most,
-            "reason": reason,
-            "actor": actor,
-            "audit_id": audit_id,
-        },
+        {**arguments, "filter": json.dumps(arguments["filter"]), "change": json.dumps(arguments["change"])},
     )
-    return Chunk(*row)
+    return BulkStep(*row)
 
 
 def pause_rows(conn: Conn) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Self
 
 import psycopg
 
-from batchq.operate.bulk import Bulk
+from batchq.operate.bulk import PAUSE_FACTOR, Bulk, Runner
 from batchq.postgres.link import Link
 from tests.instruments.bench import filling, records
 from tests.instruments.bench.records import Records
@@ -73,8 +73,8 @@ class Retrying:
 
     def __init__(self, database: Database, is_fast: bool) -> None:
         self.link = Link(database.dsn, TIMEOUT_SECONDS)
-        factor = {"pause_factor": 0} if is_fast else {}
-        self.bulk = Bulk(self.link, "retry", {"kind": "broken"}, {}, "bench", "bench", **factor)
+        self.bulk = Bulk("retry", {"kind": "broken"}, {}, "bench", "bench", state="changing")
+        self.runner = Runner(self.link, self.bulk, 0 if is_fast else PAUSE_FACTOR)
         self.thread = threading.Thread(target=self.run, name="retrying")
         self.error: BaseException | None = None
         self.seconds = 0.0
@@ -84,7 +84,7 @@ class Retrying:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bulk.stopping.set()
+        self.runner.stopping.set()
         self.thread.join()
         self.link.close()
         if self.error:
@@ -94,7 +94,7 @@ class Retrying:
         """Retry to the end."""
         began_at = time.monotonic()
         try:
-            for _ in self.bulk.chunks():
+            for _ in self.runner.changes():
                 pass
         except BaseException as error:
             self.error = error
@@ -112,7 +112,7 @@ class Retrying:
             "during_per_s": round(during),
             "during_to_free": round(during / free, 3) if free else None,
             "retried_per_s": round(self.bulk.changed / self.seconds),
-            "longest_chunk_ms": round(1000 * self.bulk.longest_seconds, 1),
+            "longest_chunk_ms": round(1000 * self.runner.longest_seconds, 1),
         }
 
     def problems(self, conn: psycopg.Connection, count: int) -> list[str]:

@@ -507,12 +507,12 @@ MUTANTS = [
     ),
     *of("def without_overridden(", ENCODINGS, [(' - {"client_encoding"}', "", "texts travel as UTF-8")], CONNECTING),
     *of(
-        "def each_batch(",
+        "def _on_each_batch(",
         LOG_INS,
         [
             (
-                "    with connected(options) as conn:\n        for batch_id in options.ids:\n",
-                "    for batch_id in options.ids:\n        with connected(options) as conn:\n",
+                "    with connected(options) as conn:\n        for id_ in options.ids:\n",
+                "    for id_ in options.ids:\n        with connected(options) as conn:\n",
                 "a verb logs in once",
             )
         ],

@@ -15,7 +15,8 @@ from typing import Any, Self
 import psycopg
 
 from batchq import enqueue
-from batchq.postgres.statements import claims, session, verbs
+from batchq.postgres.statements import claims, session
+from batchq.postgres.statements.verbs import call_verb
 
 TICK_SECONDS = 0.25
 ITEMS = 20
@@ -176,7 +177,7 @@ class Load:
     def cancel_due(self, conn: psycopg.Connection[Any], until: float) -> None:
         """Cancel the batches whose time to be cancelled has come."""
         while self.to_cancel and self.to_cancel[0][0] <= until:
-            verbs.cancel(conn, heapq.heappop(self.to_cancel)[1], "the soak cancels some")
+            call_verb(conn, "cancel", {"batch_id": heapq.heappop(self.to_cancel)[1], "reason": "the soak cancels some"})
 
     def take_waits(self, starts: list[tuple[int, float]]) -> list[float]:
         """Return how many seconds the batches that started have waited, in order; each counts once."""
