@@ -54,7 +54,7 @@ def add_id(parser: argparse.ArgumentParser) -> None:
 def add_interval(parser: argparse.ArgumentParser, default: float | None, default_text: str) -> None:
     """Add --every-seconds."""
     text = f"seconds between two queries (default: {default_text})"
-    parser.add_argument("--every-seconds", type=_some_seconds, default=default, metavar="SECONDS", help=text)
+    parser.add_argument("--every-seconds", type=_some_seconds, default=default, metavar="N", help=text)
 
 
 def batch_id(text: str) -> int:

@@ -137,7 +137,7 @@ class Top(App[None]):
         Binding("4", "tab('workers')", "Workers"),
         Binding("s", "sort", "Sort by next column"),
         Binding("r", "reverse", "Reverse"),
-        Binding("p", "pause", "Pause"),
+        Binding("p", "pause", "Pause display"),
     ]
 
     def __init__(self, read: Callable[[], Rows], show: Callable[[int], Any], every_seconds: float | None) -> None:

@@ -35,7 +35,8 @@ def add_parser(subparsers: Any) -> None:
     add("--queue", default="default", help="queue (default: default)")
     add("--priority", type=int, default=0, metavar="N", help="priority, lower runs first (default: 0)")
     add("--delay-seconds", type=float, default=0, metavar="N", help="seconds until the batch is ready (default: 0)")
-    add("--unique-key", metavar="KEY", help="insert nothing while a live batch of this kind has this key")
+    unique = "insert nothing while a pending or processing batch of this kind has this key"
+    add("--unique-key", metavar="KEY", help=unique)
     add("--max-attempts", type=int, default=5, metavar="N", help="maximum number of attempts (default: 5)")
     add("--max-failed-items", type=int, default=0, metavar="N", help="failed items that are tolerated (default: 0)")
     add("--timeout-seconds", type=int, metavar="N", help="timeout of an attempt, in seconds (default: none)")

@@ -16,7 +16,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(subparsers, "show", _run, "show one batch and its failed items")
     add_id(parser)
-    parser.add_argument("--limit", type=natural, default=20, metavar="N", help="number of failed items (default: 20)")
+    parser.add_argument("--limit", type=natural, default=20, metavar="N", help="failed items to show (default: 20)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

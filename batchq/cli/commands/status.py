@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "status", _run, "show queues, workers and the latest batches")
     add_filters(parser)
     parser.add_argument("--status", choices=_STATUSES, help="show only batches with this status")
-    parser.add_argument("--limit", type=natural, default=20, metavar="N", help="number of batches (default: 20)")
+    parser.add_argument("--limit", type=natural, default=20, metavar="N", help="batches to show (default: 20)")
     parser.add_argument("--watch", action="store_true", help="redraw every second until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
