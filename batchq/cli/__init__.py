@@ -27,7 +27,7 @@ from batchq.cli.commands import (
     watch,
     web,
     worker,
-)  # fmt: skip
+)
 from batchq.cli.commands.prune import add_parser as add_prune
 from batchq.cli.connections import refusal
 from batchq.cli.leaving import WRITE_SECONDS, flush, leave, within
