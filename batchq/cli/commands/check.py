@@ -19,6 +19,7 @@ from batchq.postgres.statements import ledger, session, views
 def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(subparsers, "check", _run, "check the DSN, the server, the schema and the waiting batches")
+    parser.epilog = "Exits 1 if anything is wrong."
     parser.add_argument(
         "app", nargs="?", metavar="MODULE:APP", help="app that must have a handler for every waiting kind"
     )

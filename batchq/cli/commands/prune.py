@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(subparsers, "prune", _run, "drop old finished batches, whole days at a time")
     parser.add_argument(
-        "--older-than-days", type=float, metavar="N", help="age in days (default: the setting keep_finished_days)"
+        "--older-than-days", type=float, metavar="N", help="minimum age in days (default: BATCHQ_KEEP_FINISHED_DAYS)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

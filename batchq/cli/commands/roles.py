@@ -16,6 +16,7 @@ _DUTIES = ("producer", "worker", "viewer", "operator")
 def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(subparsers, "roles", _run, "list roles with excessive rights; print or apply a duty's grants")
+    parser.epilog = "Without a duty, lists roles with more rights than any duty needs; exits 1 if there are any."
     parser.add_argument("duty", nargs="?", choices=_DUTIES, help="duty of the role")
     parser.add_argument("role", nargs="?", metavar="ROLE", help="name of the role")
     parser.add_argument("--apply", action="store_true", help="apply the grants, as the owner of the schema")
