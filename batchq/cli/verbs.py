@@ -14,7 +14,7 @@ import psycopg
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from batchq.cli import show_tables
-from batchq.cli.commands import connected, database, linked, refusal, settings_of
+from batchq.cli.connections import connected, database, linked, refusal, settings_of
 from batchq.common.terminal import column, errors, put, put_json, show, styled
 from batchq.common.text import period_seconds
 from batchq.errors import InvalidInput

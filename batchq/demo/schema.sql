@@ -1,4 +1,4 @@
--- The demo's own table: without a unique key, so that a file recorded twice would show.
+-- The demo's own table. It has no unique key, so that a file recorded twice would show.
 
 DROP SCHEMA IF EXISTS batchq_demo CASCADE;
 CREATE SCHEMA batchq_demo;

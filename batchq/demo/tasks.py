@@ -15,7 +15,7 @@ app = batchq.App()
 
 @app.item_handler("index_file", transactional=True, chunk_size=10)
 def index_file(item: str, conn: psycopg.Connection[Any]) -> None:
-    """Parse, count and hash one source file, into a row that commits with the checkpoint."""
+    """Parse, count and hash one source file; the row commits together with the checkpoint."""
     source = Path(item).read_bytes()
     nodes = list(ast.walk(ast.parse(source)))
     functions = sum(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for node in nodes)

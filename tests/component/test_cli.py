@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from batchq.cli import make_parser
-from batchq.cli.commands import settings_of
+from batchq.cli.connections import settings_of
 from batchq.operate.verbs import VERBS
 from batchq.settings import Settings
 from tests.support.alone import run_alone
@@ -202,7 +202,7 @@ def test_check_says_what_is_well_and_what_is_not(batchq: CommandLine, conn: psyc
     assert ended.code == 1
     problems = [finding["finding"] for finding in ended.json if not finding["ok"]]
     assert problems == [
-        "kind 'good' in queue 'default': 1 ready, and no live worker knows the kind",
+        "kind 'good' in queue 'default': 1 ready, but no live worker has a handler for the kind",
         "kind 'unknown' in queue 'default': the app has no handler for it",
     ]
     assert batchq("check", "tasks:nothing").complaint == "'tasks' has no 'nothing'; its apps: app"
@@ -280,12 +280,12 @@ def test_an_output_that_knows_only_ascii_is_no_error(batchq: CommandLine, conn: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["good", "--payload", "{"], "--payload is no JSON: "),
+        (["good", "--payload", "{"], "--payload is not valid JSON: "),
         (["good", "--payload", "NaN"], "the payload cannot be stored as JSON"),
         (["good", "--items", "nowhere.jsonl"], "cannot read nowhere.jsonl: No such file or directory"),
         (["good", "--items", "."], "cannot read .: Is a directory"),
-        (["good", "--items", "bad.jsonl"], "line 3 of bad.jsonl is no JSON: "),
-        (["good", "--lines", "latin.txt"], "latin.txt is not UTF-8: "),
+        (["good", "--items", "bad.jsonl"], "bad.jsonl, line 3: not valid JSON ("),
+        (["good", "--lines", "latin.txt"], "latin.txt is not UTF-8 ("),
         (["good", "--items", "good.jsonl", "--unique-key", "k"], "--unique-key is for one batch"),
         (["good", "--items", "good.jsonl", "--items-per-batch", "0"], "items_per_batch starts at 1, not 0"),
         (["k" * 201], "batches_kind_is_named"),
@@ -315,7 +315,7 @@ def test_status_shows_queues_workers_and_batches(batchq: CommandLine, conn: psyc
 
     shown = batchq("status")
     assert (shown.code, shown.err) == (0, "")
-    assert "none knows this kind" in shown.out
+    assert "none has a handler" in shown.out
     assert "no live workers" in shown.out
     assert "0 of 3" in shown.out
 
@@ -391,7 +391,7 @@ def test_prune_drops_old_days(batchq: CommandLine, conn: psycopg.Connection) -> 
     assert batchq("prune", "--json", "--older-than-days", "7").json == {"dropped_partitions": 1}
     assert batchq("prune", "--json", BATCHQ_KEEP_FINISHED_DAYS="1").json == {"dropped_partitions": 1}
     for days in ("-1", "nan", "1e9"):
-        assert "--older-than-days takes a number from 0 up" in batchq("prune", f"--older-than-days={days}").complaint
+        assert "--older-than-days must be 0 or more" in batchq("prune", f"--older-than-days={days}").complaint
 
 
 # -------------------------------------------------------------------------------------------------- monitor
@@ -492,7 +492,7 @@ def test_workers_drain_together_and_exit(batchq: CommandLine, conn: psycopg.Conn
     [
         (["worker", "tasks"], "name the app as MODULE:APP"),
         (["worker", "no_such_module:app"], "cannot import 'no_such_module'"),
-        (["workers", "0", "tasks:app"], "the number of processes starts at 1, not 0"),
+        (["workers", "0", "tasks:app"], "the number of processes must be 1 or more, not 0"),
         (["workers", "2", "tasks:nothing"], "'tasks' has no 'nothing'"),
         (["worker", "tasks:app", "--concurrency", "many"], "BATCHQ_CONCURRENCY: Input should be a valid integer"),
         (["worker", "tasks:app", "--queues", ","], "BATCHQ_QUEUES: Value error, needs at least one queue"),

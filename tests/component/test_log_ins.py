@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 import batchq
-from batchq.cli import commands, main
+from batchq.cli import connections, main
+from batchq.cli.commands import status, top
 from batchq.operate import bulk
 from batchq.postgres.statements import views
 from batchq.web.reads import POOL_SIZE
@@ -121,10 +122,10 @@ def test_watch_goes_on_when_its_connection_is_lost_at_the_commit_of_a_look(
             conn.execute("SELECT batchq.cancel(%s)", [batch_id])
 
         after(LOOKS, monkeypatch, "status_row", cut_the_next_commit)
-        monkeypatch.setattr(commands, "time", SimpleNamespace(sleep=end_well))
+        monkeypatch.setattr(connections, "time", SimpleNamespace(sleep=end_well))
         assert main(["watch", str(batch_id), "--every-seconds", "0.01", "--dsn", line.dsn]) == 3
     assert line.cuts == 1
-    assert "the database is away" in capsys.readouterr().err
+    assert "the database is unavailable" in capsys.readouterr().err
 
 
 def test_monitor_logs_in_once_however_long_it_looks(
@@ -147,7 +148,7 @@ def test_a_status_that_is_redrawn_logs_in_once(
         if len(slept) == LOOKS:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(status, "time", SimpleNamespace(sleep=sleep))
     assert command("status", "--watch") == 130
     assert len(slept) == LOOKS
     assert proxy.log_ins == 1
@@ -164,8 +165,8 @@ def test_top_logs_in_once_and_its_threads_take_turns(
             asked = [threads.submit(look) if n % 2 else threads.submit(show, batch_id) for n in range(4 * LOOKS)]
             seen.extend(each.result() for each in asked)
 
-    monkeypatch.setattr(commands, "console", Console(force_terminal=True))
-    monkeypatch.setattr(commands, "load_top", lambda: SimpleNamespace(run=run))
+    monkeypatch.setattr(top, "console", Console(force_terminal=True))
+    monkeypatch.setattr(top, "load_screen", lambda: SimpleNamespace(run=run))
     assert command("top") == 0
     assert len(seen) == 4 * LOOKS
     assert all(seen)

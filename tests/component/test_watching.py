@@ -16,8 +16,9 @@ import pytest
 from textual.widgets import DataTable, TabbedContent
 
 import batchq
-from batchq.cli import commands, top
-from batchq.cli.pace import Pace, clock
+from batchq.cli import top_screen
+from batchq.cli.commands import top
+from batchq.cli.rate import Rate, clock
 from batchq.settings import Settings
 from batchq.worker.worker import Worker
 from tests.support.alone import run_alone
@@ -53,22 +54,22 @@ def app() -> batchq.App:
     return app
 
 
-# ------------------------------------------------------------------------------------------------------------- pace
+# ------------------------------------------------------------------------------------------------------------- rate
 
 
-def test_the_pace_is_of_the_last_minute_and_begins_anew_with_a_retry() -> None:
-    pace = Pace()
-    assert (pace.per_second(), pace.seconds_left(10)) == (None, None)
-    pace.see(0, 100)
-    assert pace.per_second() is None
-    pace.see(20, 110)
-    assert (pace.per_second(), pace.seconds_left(100)) == (2, 40)
-    pace.see(20, 170)
-    pace.see(20, 180)
-    assert pace.per_second() == 0, "what was worked more than a minute ago does not count"
-    assert pace.seconds_left(100) is None
-    pace.see(0, 181)
-    assert pace.per_second() is None
+def test_the_rate_is_of_the_last_minute_and_begins_anew_with_a_retry() -> None:
+    rate = Rate()
+    assert (rate.per_second(), rate.seconds_left(10)) == (None, None)
+    rate.add(0, 100)
+    assert rate.per_second() is None
+    rate.add(20, 110)
+    assert (rate.per_second(), rate.seconds_left(100)) == (2, 40)
+    rate.add(20, 170)
+    rate.add(20, 180)
+    assert rate.per_second() == 0, "what was worked more than a minute ago does not count"
+    assert rate.seconds_left(100) is None
+    rate.add(0, 181)
+    assert rate.per_second() is None
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, ""), (0, "0:00"), (61.4, "1:01"), (3600, "1:00:00")])
@@ -200,7 +201,7 @@ def test_top_into_a_pipe_is_plain_and_json_has_all_tables(
     plain = command("top").out
     assert "\x1b" not in plain
     assert "ValueError: no good" in plain
-    assert "pauses" not in plain
+    assert "Pauses" not in plain
     conn.execute("SELECT batchq.pause(kind => 'good', reason => 'too dear')")
     assert [row["kind"] for row in command("top", "--json").json["pauses"]] == ["good"]
     for name in ("top", "status"):
@@ -208,19 +209,19 @@ def test_top_into_a_pipe_is_plain_and_json_has_all_tables(
     assert [row["kind"] for row in command("top", "--json", "--kind", "good").json["queues"]] == ["good"]
 
 
-def on_screen(dsn: str, act: Callable[[top.Top, Any], Coroutine[Any, Any, None]]) -> None:
+def on_screen(dsn: str, act: Callable[[top_screen.Top, Any], Coroutine[Any, Any, None]]) -> None:
     """Run the full screen on a database, without a terminal, and *act* on it."""
     options = Namespace(queue=None, kind=None)
 
-    def look() -> top.Look:
+    def look() -> top_screen.Rows:
         with psycopg.connect(dsn) as conn:
-            return commands.read_top(conn, options)
+            return top.read_tables(conn, options)
 
     def show(batch_id: int) -> str:
         return f"all about {batch_id}"
 
     async def run() -> None:
-        screen = top.Top(look, show, 0.1)
+        screen = top_screen.Top(look, show, 0.1)
         async with screen.run_test(size=(140, 40)) as pilot:
             await act(screen, pilot)
 
@@ -237,7 +238,7 @@ def test_top_shows_each_table_sorts_pauses_and_opens_a_batch(conn: Conn, dsn: st
     drain(app, dsn)
     put(conn, "good [bold]not markup", delay_seconds=60)
 
-    async def act(screen: top.Top, pilot: Any) -> None:
+    async def act(screen: top_screen.Top, pilot: Any) -> None:
         await until(pilot, lambda: screen.table("queues").row_count == 2)
         assert screen.screen.max_scroll_y == 0, "all fits, so that the last row and the keys are seen"
         assert "good [bold]not markup" in [row[1] for row in cells(screen.table("queues"))]
@@ -246,12 +247,12 @@ def test_top_shows_each_table_sorts_pauses_and_opens_a_batch(conn: Conn, dsn: st
         assert [row[0] for row in cells(screen.table("failures"))] == [str(one) for one in reversed(failed)]
         await pilot.press("r")
         assert [row[0] for row in cells(screen.table("failures"))] == [str(one) for one in failed]
-        for _ in range(len(top.TABLES["failures"])):
+        for _ in range(len(top_screen.TABLES["failures"])):
             await pilot.press("s")
         assert [row[0] for row in cells(screen.table("failures"))] == [str(one) for one in failed], "all sort"
         step("what is paused is told on top")
         conn.execute("SELECT batchq.pause('mail', 'bad', '2100-01-01 06:00+00'), batchq.pause('slow')")
-        said = "PAUSED: kind bad of queue mail until 2100-01-01T06:00:00; queue slow"
+        said = "PAUSED: kind bad in queue mail until 2100-01-01T06:00:00; queue slow"
         await until(pilot, lambda: said in str(screen.state.render()))
         step("a paused screen stands still")
         await pilot.press("p")
@@ -262,44 +263,44 @@ def test_top_shows_each_table_sorts_pauses_and_opens_a_batch(conn: Conn, dsn: st
         await until(pilot, lambda: screen.table("queues").row_count == 3)
         step("enter opens the batch, escape goes back")
         await pilot.press("enter")
-        await until(pilot, lambda: isinstance(screen.screen, top.Details))
+        await until(pilot, lambda: isinstance(screen.screen, top_screen.Details))
         assert screen.screen.shown == f"all about {failed[0]}"
         await pilot.press("escape")
-        await until(pilot, lambda: not isinstance(screen.screen, top.Details))
+        await until(pilot, lambda: not isinstance(screen.screen, top_screen.Details))
 
     on_screen(dsn, act)
 
 
 def test_top_says_that_the_database_is_away_and_goes_on() -> None:
-    answers: list[top.Look | Exception] = [OSError("gone away")]
+    answers: list[top_screen.Rows | Exception] = [OSError("gone away")]
 
-    def look() -> top.Look:
+    def look() -> top_screen.Rows:
         found = answers[-1]
         if isinstance(found, Exception):
             raise found
         return found
 
     async def act() -> None:
-        screen = top.Top(look, str, 0.05)
+        screen = top_screen.Top(look, str, 0.05)
         async with screen.run_test() as pilot:
-            await until(pilot, lambda: "the database is away: gone away" in str(screen.state.render()))
-            answers.append({name: [] for name in (*top.TABLES, "pauses")})
+            await until(pilot, lambda: "the database is unavailable, retrying: gone away" in str(screen.state.render()))
+            answers.append({name: [] for name in (*top_screen.TABLES, "pauses")})
             await until(pilot, lambda: "ready 0" in str(screen.state.render()))
 
     asyncio.run(act())
 
 
 def test_top_looks_the_less_often_the_longer_it_takes_unless_told() -> None:
-    screen = top.Top(dict, str, None)
+    screen = top_screen.Top(dict, str, None)
     assert [screen.rest_seconds(took) for took in (0.001, 0.05, 3.0)] == [1.0, 5.0, 10.0]
-    assert top.Top(dict, str, 0.1).rest_seconds(3.0) == 0.1
+    assert top_screen.Top(dict, str, 0.1).rest_seconds(3.0) == 0.1
 
 
 @pytest.mark.parametrize(
     ("less", "more"), [("00:00:09", "00:10:00"), ("23:59:59.9", "1 day 00:00:00"), ("9 days", "10 days 01:00:00")]
 )
 def test_intervals_sort_by_their_length(less: str, more: str) -> None:
-    shorter, longer = top.length(less), top.length(more)
+    shorter, longer = top_screen.length(less), top_screen.length(more)
     assert shorter is not None
     assert longer is not None
     assert shorter < longer

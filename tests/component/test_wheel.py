@@ -72,7 +72,7 @@ def test_the_wheel_has_code_migrations_and_nothing_else(wheel: Path) -> None:
     migrations = {f"batchq/migrations/{file.name}" for file in (ROOT / "migrations").glob("*.sql")}
     assert migrations
     assert migrations <= names
-    assert {"batchq/py.typed", "batchq/worker/worker.py", "batchq/cli/commands.py", "batchq/demo/schema.sql"} <= names
+    assert {"batchq/py.typed", "batchq/worker/worker.py", "batchq/cli/__init__.py", "batchq/demo/schema.sql"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"batchq"}
     assert [name for name in names if "__pycache__" in name] == []
 

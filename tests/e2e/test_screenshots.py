@@ -9,7 +9,7 @@ from tests.support.alone import run_alone
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SHOWN = {
-    "queues": ("import_contacts", "oldest wait", "finished"),
+    "queues": ("import_contacts", "Oldest wait", "finished"),
     "running": ("geocode", "stalled", "left", "of 1,000"),
     "failures": ("ValueError: no @ in 'ann.example.com'",),
 }

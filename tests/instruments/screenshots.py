@@ -12,7 +12,8 @@ from pathlib import Path
 import psycopg
 from playwright.sync_api import Page
 
-from batchq.cli import commands, top
+from batchq.cli.commands.top import read_tables
+from batchq.cli.top_screen import Rows, Top
 from tests.support.browser import THEMES, WIDTHS, chromium
 from tests.support.databases import Databases
 from tests.support.scene import Conn, advance, set_scene
@@ -54,11 +55,11 @@ async def take_top(conn: Conn, batch_id: int, folder: Path) -> None:
     """Take pictures of `batchq top`, while the batch goes on."""
     steps = iter(range(614, 990))
 
-    def look() -> top.Look:
+    def look() -> Rows:
         advance(conn, batch_id, next(steps))
-        return commands.read_top(conn, Namespace(queue=None, kind=None))
+        return read_tables(conn, Namespace(queue=None, kind=None))
 
-    screen = top.Top(look, str, every_seconds=0.1)
+    screen = Top(look, str, every_seconds=0.1)
     async with screen.run_test(size=TERMINAL) as pilot:
         await until(pilot, lambda: any(row.get("seconds_left") for row in screen.rows["running"]))
         for name, key in TABS.items():

@@ -10,7 +10,19 @@ PAGE = ROOT / "docs" / "design.md"
 PACKAGE = ROOT / "batchq"
 BEGIN = "<!-- map of the code: from the modules' docstrings; `python -m tests.instruments.reference` writes it -->\n"
 END = "<!-- end of the map -->"
-FOLDERS = ("", "batch", "worker", "postgres", "postgres/statements", "operate", "cli", "web", "demo", "common")
+FOLDERS = (
+    "",
+    "batch",
+    "worker",
+    "postgres",
+    "postgres/statements",
+    "operate",
+    "cli",
+    "cli/commands",
+    "web",
+    "demo",
+    "common",
+)
 
 
 def code_map() -> str:

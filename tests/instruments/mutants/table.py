@@ -980,7 +980,7 @@ MUTANTS = [
     *of(
         "def leave(code",
         ENDING,
-        [("leave_after(LEAVE_SECONDS)", "pass", "a process ends in time, whatever handlers leave behind")],
+        [("leave_after(_LEAVE_SECONDS)", "pass", "a process ends in time, whatever handlers leave behind")],
         "batchq/cli/leaving.py",
     ),
     *of(

@@ -217,7 +217,7 @@ def test_a_module_that_is_not_the_one_beside_the_app_is_told(command: CommandLin
     )
     batch_id = insert(conn, kind="late")
     ended = run(command, [*WAYS["command"], "worker", "late:app", "--drain", "--log-format", "json"])
-    assert '"event": "a module here is not imported: another one has its name"' in ended.stderr
+    assert '"event": "local module shadowed"' in ended.stderr
     assert '"module": "wave"' in ended.stderr
     assert conn.execute("SELECT status FROM batchq.batches WHERE id = %s", [batch_id]).fetchone() == ("completed",)
     (command.directory / "late.py").rename(command.directory / "queue.py")

@@ -10,7 +10,9 @@ import psycopg
 import pytest
 from textual.widgets import Static
 
-from batchq.cli import commands, show_tables, top
+from batchq.cli import show_tables, top_screen
+from batchq.cli.commands.show import read_batch
+from batchq.cli.commands.top import read_tables
 from batchq.postgres.statements import workers
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.workers import WorkerRow
@@ -79,31 +81,31 @@ def test_a_producer_takes_the_full_screen(conn: Conn, dsn: str) -> None:
     finished(conn, "failed", kind=MARKUP, error=json.dumps({"error": MARKUP}))
     conn.execute("SELECT batchq.pause(kind => %s, reason => %s, actor => %s)", [MARKUP] * 3)
 
-    def look() -> top.Look:
+    def look() -> top_screen.Rows:
         with psycopg.connect(dsn) as conn:
-            return commands.read_top(conn, Namespace(queue=None, kind=None))
+            return read_tables(conn, Namespace(queue=None, kind=None))
 
     def show(batch_id: int) -> Any:
         if batch_id != taken.id:
             raise RuntimeError(MARKUP)
         with psycopg.connect(dsn) as conn:
-            found = commands.read_batch(conn, batch_id)
+            found = read_batch(conn, batch_id)
         assert found
         return show_tables.one_batch(found, [{"item_index": 0, "item": MARKUP, "attempt": 1, "error": MARKUP}])
 
     async def act() -> None:
-        screen = top.Top(look, show, 0.1)
+        screen = top_screen.Top(look, show, 0.1)
         async with screen.run_test(size=(200, 50)) as pilot:
             await until(pilot, lambda: screen.table("queues").row_count > 0)
             for key in ("2", "3"):
                 await pilot.press(key)
                 await pilot.press("enter")
-                await until(pilot, lambda: isinstance(screen.screen, top.Details))
+                await until(pilot, lambda: isinstance(screen.screen, top_screen.Details))
                 assert screen.screen.query_one(Static).visual is not None
                 await pilot.pause(0.1)
                 assert screen.is_running
                 await pilot.press("escape")
-                await until(pilot, lambda: not isinstance(screen.screen, top.Details))
+                await until(pilot, lambda: not isinstance(screen.screen, top_screen.Details))
 
     asyncio.run(act())
 
