@@ -16,7 +16,17 @@ from tests.support.alone import run_alone
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "batchq"
 MOST_LINES = 40
-MEDIAN_LINES = 10
+MEDIAN_LINES = 6
+MOST_MODULE_LINES = 450
+MOST_ATTRIBUTES = 13
+# Classes with more attributes, each with its reason.
+LARGE_CLASSES = {
+    "Settings": "an attribute per setting",
+    "Verb": "everything that differs between verbs",
+    "ClaimedBatch": "what the worker knows of a batch in flight; one object per batch is what the hot path affords",
+    "Finisher": "the outcomes to write, in the states that they are in",
+    "Bulk": "travels sealed in a form, so all of it is one flat record",
+}
 
 # Which folders of the package each folder may import from. Within a folder, modules import each other freely, but never
 # in a circle.
@@ -239,6 +249,31 @@ def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def test_no_function_is_long() -> None:
     long = {f"{name}.{node.name}": lines_of(node) for name, node in FUNCTIONS if lines_of(node) > MOST_LINES}
     assert long == {}
+
+
+def test_no_module_is_long() -> None:
+    lines = {str(file.relative_to(PACKAGE)): file.read_text().count("\n") for file in PACKAGE.rglob("*.py")}
+    assert {name: count for name, count in lines.items() if count > MOST_MODULE_LINES} == {}
+
+
+def attributes_of(node: ast.ClassDef) -> set[str]:
+    """Return the names that a class's own methods set on self, and its fields."""
+    own = {
+        child.attr
+        for child in ast.walk(node)
+        if isinstance(child, ast.Attribute)
+        and isinstance(child.ctx, ast.Store)
+        and isinstance(child.value, ast.Name)
+        and child.value.id == "self"
+    }
+    fields = (part.target for part in node.body if isinstance(part, ast.AnnAssign))
+    return own | {field.id for field in fields if isinstance(field, ast.Name)}
+
+
+def test_no_class_has_many_attributes_without_a_reason() -> None:
+    classes = [node for tree in MODULES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    large = {node.name for node in classes if len(attributes_of(node)) > MOST_ATTRIBUTES}
+    assert large == LARGE_CLASSES.keys()
 
 
 def test_a_typical_function_is_short() -> None:

@@ -302,7 +302,7 @@ def check_every_statement(conn: Conn) -> None:
     write_everything(conn, taken)
     failed = finished(conn, "failed", kind="fourth", error='{"error": "no"}')
     assert value(conn, "SELECT batchq.retry(%s)", [failed]) == "pending"
-    assert verbs.cancel(conn, failed, "no reason") == "cancelled"
+    assert verbs.call_verb(conn, "cancel", {"batch_id": failed, "reason": "no reason"}) == "cancelled"
     read_everything(conn, failed)
     with conn.transaction():
         worker = workers.WorkerRow("w", "h", 1, "1", ["default"], [KIND], 1)
