@@ -215,7 +215,7 @@ def test_the_form_for_a_distributed_postgres_claims_and_returns_the_same(
     conn: Conn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
-    for statement in (claims.CLAIM, claims.DISTRIBUTED_CLAIM):
+    for statement in (claims.CLAIM, claims.CLAIM_DISTRIBUTED):
         monkeypatch.setattr(claims, "CLAIM", statement)
         for number in range(3):
             insert(conn, payload={"x": "y" * 700 * number}, items=[1], max_failed_items=number, run_at="2020-01-01")

@@ -99,7 +99,7 @@ CLAIM_SKIPPING: LiteralString = CLAIM.replace(
 
 # The same for a distributed Postgres, which takes only plain columns in RETURNING. A plain one would take 6 % longer
 # with small payloads, and 12 % with 800 bytes (500 of 50,000 batches, PostgreSQL 18.4, November 2026).
-DISTRIBUTED_CLAIM: LiteralString = CLAIM.replace("\nUPDATE", ", b AS (\nUPDATE").replace(
+CLAIM_DISTRIBUTED: LiteralString = CLAIM.replace("\nUPDATE", ", b AS (\nUPDATE").replace(
     f"RETURNING {_CLAIMED}",
     f"RETURNING {', '.join(f'b.{name}' for name in ClaimedRow._fields)}\n)\nSELECT {_CLAIMED}\nFROM b",
 )

@@ -678,7 +678,7 @@ MUTANTS = [
             ("    LIMIT most\n", "", "locks of a prune do not grow with history"),
             ("< first_kept_day\n", "<= first_kept_day\n", "only days wholly before are dropped"),
             (
-                "AND NOT EXISTS (SELECT FROM batchq.batches b WHERE b.id = o.batch_id)",
+                "AND NOT EXISTS (SELECT 1 FROM batchq.batches b WHERE b.queue = one AND b.id = i.batch_id)",
                 "",
                 "failed items stay with their batch",
             ),
