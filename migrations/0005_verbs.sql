@@ -35,7 +35,7 @@ BEGIN ATOMIC
   VALUES (verb, batches, batch_id, queue, kind, details, left(reason, 2000), left(actor, 200))
   RETURNING id;
 END;
-COMMENT ON FUNCTION batchq.note_verb(text, bigint, bigint, text, text, jsonb, text, text) IS
+COMMENT ON FUNCTION batchq.note_verb IS
   'Adds a row to batchq.audit and returns its id.';
 
 CREATE FUNCTION batchq.append_error(errors jsonb, attempt integer, error jsonb)
@@ -43,7 +43,7 @@ RETURNS jsonb LANGUAGE sql STABLE
 RETURN CASE WHEN error IS NULL THEN errors
             ELSE CASE WHEN jsonb_array_length(errors) >= 10 THEN errors - 0 ELSE errors END
                  || jsonb_build_array(jsonb_build_object('attempt', attempt, 'at', now()) || error) END;
-COMMENT ON FUNCTION batchq.append_error(jsonb, integer, jsonb) IS
+COMMENT ON FUNCTION batchq.append_error IS
   'Appends the error of one attempt to a value of batchq.batches.errors, and drops the oldest beyond 10. Null: no error.';
 
 -- ------------------------------------------------------------------------------------------------------------- the engine
@@ -54,8 +54,7 @@ COMMENT ON FUNCTION batchq.append_error(jsonb, integer, jsonb) IS
 CREATE FUNCTION batchq.cancel_live(in_queue text, ids bigint[], statuses text[], reason text)
 RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
-DECLARE
-  changed integer;
+DECLARE changed integer;
 BEGIN
   -- The columns that a batch takes along when it ends: here, in batchq.revive, and in the statements of the workers.
   WITH chosen AS MATERIALIZED (
@@ -76,18 +75,15 @@ BEGIN
   FROM gone g;
   GET DIAGNOSTICS changed = ROW_COUNT;
   RETURN changed;
-END
-$$;
-COMMENT ON FUNCTION batchq.cancel_live(text, bigint[], text[], text) IS
+END $$;
+COMMENT ON FUNCTION batchq.cancel_live IS
   'Cancels the live batches of one queue that have these ids and statuses and that nobody else has locked. Returns how many.';
 
 CREATE FUNCTION batchq.revive(in_queue text, ids bigint[], from_status text, whole boolean, first_at timestamptz,
                               last_at timestamptz, OUT changed integer, OUT keyed integer)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
-DECLARE
-  done  bigint[];
-  total integer;
+DECLARE done bigint[]; total integer;
 BEGIN
   -- A batch that meets a live batch with its unique_key is not inserted, and so not deleted.
   WITH chosen AS MATERIALIZED (
@@ -119,9 +115,8 @@ BEGIN
   ELSE
     UPDATE batchq.failed_items f SET attempt = 0, retryable = true WHERE f.queue = in_queue AND f.batch_id = ANY (done);
   END IF;
-END
-$$;
-COMMENT ON FUNCTION batchq.revive(text, bigint[], text, boolean, timestamptz, timestamptz) IS
+END $$;
+COMMENT ON FUNCTION batchq.revive IS
   'Makes finished batches of one queue pending again, with all their attempts: those with these ids and this status that '
   'finished in this time and that nobody else has locked. With "whole" they start from the beginning. Returns how many '
   'were changed, and how many were not because a live batch has their unique_key.';
@@ -131,10 +126,7 @@ CREATE FUNCTION batchq.change_pending(in_queue text, ids bigint[], new_run_at ti
                                       OUT changed integer, OUT keyed integer)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
-DECLARE
-  free     bigint[];
-  with_key bigint[];
-  one      bigint;
+DECLARE free bigint[]; with_key bigint[]; one bigint;
 BEGIN
   free := ARRAY(
     SELECT b.id FROM batchq.batches_live b
@@ -160,9 +152,8 @@ BEGIN
       keyed := keyed + 1;  -- stays where it is
     END;
   END LOOP;
-END
-$$;
-COMMENT ON FUNCTION batchq.change_pending(text, bigint[], timestamptz, integer, text) IS
+END $$;
+COMMENT ON FUNCTION batchq.change_pending IS
   'Changes the run_at, the priority or the queue of pending batches of one queue that have these ids and that nobody else has '
   'locked. Returns how many were changed, and how many were not moved because a live batch there has their unique_key.';
 
@@ -170,8 +161,7 @@ COMMENT ON FUNCTION batchq.change_pending(text, bigint[], timestamptz, integer, 
 CREATE FUNCTION batchq.move_pending(in_queue text, ids bigint[], new_queue text)
 RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
-DECLARE
-  moved integer;
+DECLARE moved integer;
 BEGIN
   WITH gone AS (
     DELETE FROM batchq.batches_live b WHERE b.queue = in_queue AND b.id = ANY (ids) RETURNING b.*
@@ -191,9 +181,8 @@ BEGIN
   INSERT INTO batchq.failed_items (queue, batch_id, item_index, item, error, attempt, retryable, failed_at)
   SELECT new_queue, g.batch_id, g.item_index, g.item, g.error, g.attempt, g.retryable, g.failed_at FROM gone g;
   RETURN moved;
-END
-$$;
-COMMENT ON FUNCTION batchq.move_pending(text, bigint[], text) IS
+END $$;
+COMMENT ON FUNCTION batchq.move_pending IS
   'Moves pending batches that the caller has locked to another queue, with their failed items. Returns how many.';
 
 -- ----------------------------------------------------------------------------------------------- actions on one batch
@@ -218,33 +207,26 @@ BEGIN
     -- Not where it was: either there is no such batch, or somebody has just moved, finished or retried it.
     EXIT WHEN NOT EXISTS (SELECT 1 FROM batchq.batches b WHERE b.id = batch_id);
   END LOOP;
-END
-$$;
-COMMENT ON FUNCTION batchq.lock_batch(bigint) IS
+END $$;
+COMMENT ON FUNCTION batchq.lock_batch IS
   'Locks a batch until the transaction ends, wherever it is by then: waits until nobody else changes it. Returns what an '
   'action needs to know of the batch; nulls if there is no such batch.';
 
 CREATE FUNCTION batchq.cancel(batch_id bigint, reason text DEFAULT 'by an operator', actor text DEFAULT NULL)
 RETURNS text LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-  b record := batchq.lock_batch(batch_id);
+DECLARE b record := batchq.lock_batch(batch_id);
 BEGIN
-  IF batchq.cancel_live(b.queue, ARRAY[batch_id], '{pending,processing}', reason) = 0 THEN
-    RETURN b.status;
-  END IF;
+  IF batchq.cancel_live(b.queue, ARRAY[batch_id], '{pending,processing}', reason) = 0 THEN RETURN b.status; END IF;
   PERFORM batchq.note_verb('cancel', 1, batch_id, b.queue, b.kind, '{}', reason, actor);
   RETURN 'cancelled';
-END
-$$;
-COMMENT ON FUNCTION batchq.cancel(bigint, text, text) IS
+END $$;
+COMMENT ON FUNCTION batchq.cancel IS
   'Cancels a batch that is pending or processing, immediately; a running handler is stopped at its next checkpoint and '
   'writes nothing more. Returns the status of the batch: cancelled, or the final one that it already had; null if there is none.';
 
 CREATE FUNCTION batchq.retry(batch_id bigint, whole boolean DEFAULT false, reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS text LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-  b        record := batchq.lock_batch(batch_id);
-  began_at timestamptz := now();
+DECLARE b record := batchq.lock_batch(batch_id); began_at timestamptz := now();
 BEGIN
   IF b.status = 'processing' OR b.status IS NULL THEN
     RETURN b.status;
@@ -256,9 +238,7 @@ BEGIN
         cursor = CASE WHEN whole THEN NULL ELSE l.cursor END
     WHERE l.queue = b.queue AND l.id = batch_id
       AND (l.run_at > began_at OR whole AND (l.items_done + l.items_failed > 0 OR l.cursor IS NOT NULL));
-    IF NOT FOUND THEN
-      RETURN 'pending';
-    END IF;
+    IF NOT FOUND THEN RETURN 'pending'; END IF;
     DELETE FROM batchq.failed_items f WHERE whole AND f.queue = b.queue AND f.batch_id = retry.batch_id;
   ELSIF b.status = 'completed' AND b.items_failed = 0 AND NOT whole THEN
     RAISE EXCEPTION 'batch % is completed: nothing in it is left to retry', batch_id
@@ -269,34 +249,29 @@ BEGIN
   END IF;
   PERFORM batchq.note_verb('retry', 1, batch_id, b.queue, b.kind, jsonb_build_object('whole', whole), reason, actor);
   RETURN 'pending';
-END
-$$;
-COMMENT ON FUNCTION batchq.retry(bigint, boolean, text, text) IS
+END $$;
+COMMENT ON FUNCTION batchq.retry IS
   'Makes a finished batch pending again, with all its attempts. It continues from its checkpoint: items that succeeded are '
   'not run again, items that failed are; with whole => true it starts from the beginning. A pending batch becomes ready '
   'immediately; one that is processing stays as it is. Returns the status of the batch; null if there is none.';
 
 CREATE FUNCTION batchq.retry_items(batch_id bigint, reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS text LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-  b record := batchq.lock_batch(batch_id);
+DECLARE b record := batchq.lock_batch(batch_id);
 BEGIN
   IF b.status IN ('completed', 'failed', 'cancelled') AND b.items_failed > 0 THEN
     RETURN batchq.retry(batch_id, false, reason, actor);
   END IF;
   RETURN b.status;
-END
-$$;
-COMMENT ON FUNCTION batchq.retry_items(bigint, text, text) IS
+END $$;
+COMMENT ON FUNCTION batchq.retry_items IS
   'Retries a finished batch if some of its items failed, and leaves any other as it is. Returns the status of the batch; null '
   'if there is none.';
 
 CREATE FUNCTION batchq.snooze(batch_id bigint, delay interval DEFAULT NULL, until timestamptz DEFAULT NULL,
                               reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS text LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-  b        record := batchq.lock_batch(batch_id);
-  new_time timestamptz := coalesce(until, now() + delay);
+DECLARE b record := batchq.lock_batch(batch_id); new_time timestamptz := coalesce(until, now() + delay);
 BEGIN
   IF num_nonnulls(delay, until) <> 1 THEN
     RAISE EXCEPTION 'batchq.snooze takes either a delay or a time (until)'
@@ -306,24 +281,21 @@ BEGIN
     PERFORM batchq.note_verb('snooze', 1, batch_id, b.queue, b.kind, jsonb_build_object('run_at', new_time), reason, actor);
   END IF;
   RETURN b.status;
-END
-$$;
-COMMENT ON FUNCTION batchq.snooze(bigint, interval, timestamptz, text, text) IS
+END $$;
+COMMENT ON FUNCTION batchq.snooze IS
   'Moves the run_at of a pending batch: to a delay from now, or to a time. Leaves any other batch as it is. Returns the '
   'status of the batch; null if there is none.';
 
 CREATE FUNCTION batchq.set_priority(batch_id bigint, priority integer, reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS text LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-  b record := batchq.lock_batch(batch_id);
+DECLARE b record := batchq.lock_batch(batch_id);
 BEGIN
   IF (batchq.change_pending(b.queue, ARRAY[batch_id], new_priority => priority)).changed > 0 THEN
     PERFORM batchq.note_verb('set_priority', 1, batch_id, b.queue, b.kind, jsonb_build_object('priority', priority), reason, actor);
   END IF;
   RETURN b.status;
-END
-$$;
-COMMENT ON FUNCTION batchq.set_priority(bigint, integer, text, text) IS
+END $$;
+COMMENT ON FUNCTION batchq.set_priority IS
   'Changes the priority of a pending batch; lower runs first. Leaves any other batch as it is. Returns the status of the '
   'batch; null if there is none.';
 
@@ -340,8 +312,7 @@ BEGIN
     PERFORM batchq.note_verb('move', 1, batch_id, b.queue, b.kind, jsonb_build_object('to_queue', to_queue), reason, actor);
   END IF;
   RETURN b.status;
-END
-$$;
-COMMENT ON FUNCTION batchq.move(bigint, text, text, text) IS
+END $$;
+COMMENT ON FUNCTION batchq.move IS
   'Moves a pending batch to another queue. Leaves any other batch as it is. Returns the status of the batch; null if there '
   'is none.';

@@ -55,9 +55,8 @@ BEGIN
     found.count < most AND (SELECT count(*) FROM numbered) < examined
   INTO ids, queues, first_at, last_at, next_at, next_id, is_end
   FROM found CROSS JOIN place LEFT JOIN numbered n ON n.number = place.number;
-END
-$$;
-COMMENT ON FUNCTION batchq.bulk_find(jsonb, text, boolean, timestamptz, bigint, integer) IS
+END $$;
+COMMENT ON FUNCTION batchq.bulk_find IS
   'Finds the next batches for batchq.bulk: up to "most" of the next 20,000 in the order of ids or, for failed ones, of '
   'finished_at. Returns their ids and queues, the range of their times, and the place to continue from.';
 
@@ -137,9 +136,8 @@ BEGIN
   next_place := CASE WHEN NOT found.is_end THEN jsonb_build_array(found.next_at, found.next_id, began_at) END;
   audit := audit_id;
   RETURN NEXT;
-END
-$$;
-COMMENT ON FUNCTION batchq.bulk(text, jsonb, jsonb, jsonb, boolean, integer, text, text, bigint) IS
+END $$;
+COMMENT ON FUNCTION batchq.bulk IS
   'Runs one step of a bulk action: acts on the next batches that a filter matches, "most" of them, among the next 20,000. '
   'verb: cancel, retry, retry_items, snooze, set_priority, move. filter: queue, kind, status, error_like (part of the last '
   'error, or a pattern with %), older_than_seconds (since the batch finished or, while it is live, was inserted), before '

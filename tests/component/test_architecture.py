@@ -123,6 +123,14 @@ def test_the_map_of_the_code_in_the_docs_is_that_of_the_modules() -> None:
     }
 
 
+def test_the_tour_of_a_batchs_life_goes_through_six_files_that_exist() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    tour = text.partition("## A batch's life, in six files\n")[2].partition("\n## ")[0]
+    stops = re.findall(r"^\d\. `(batchq/[\w/]+\.py)`", tour, re.MULTILINE)
+    assert len(stops) == 6
+    assert [file for file in re.findall(r"`(batchq/[\w/]+\.py)`", tour) if not (ROOT / file).is_file()] == []
+
+
 # ------------------------------------------------------------------------------------------------- SQL
 
 A_STATEMENT = re.compile(
