@@ -104,6 +104,8 @@ def _on_workers(options: Namespace, verb: Verb, change: dict[str, Any]) -> int:
 
 
 def _on_batches(options: Namespace, verb: Verb, change: dict[str, Any]) -> int:
+    if not verb.statuses:
+        return _on_each_batch(options, verb, change)
     given = {name: getattr(options, name) for name in _FILTERS if getattr(options, name) is not None}
     if options.ids and (given or options.all):
         raise InvalidInput("give ids or a filter, not both")
@@ -232,7 +234,13 @@ def add_arguments(parser: ArgumentParser, verb: Verb, variants: list[Verb], batc
 
 
 def _add_batches(parser: ArgumentParser, verb: Verb, batch_id: Callable[[str], int]) -> None:
-    parser.add_argument("ids", type=batch_id, nargs="*", metavar="ID", help="batch to act on")
+    number = "*" if verb.statuses else "+"
+    parser.add_argument("ids", type=batch_id, nargs=number, metavar="ID", help="batch to act on")
+    if verb.statuses:
+        _add_filters(parser, verb)
+
+
+def _add_filters(parser: ArgumentParser, verb: Verb) -> None:
     group = parser.add_argument_group("in bulk", "instead of ids: all batches that match, in steps; Ctrl-C stops it")
     group.add_argument("--queue", help="only batches of this queue")
     group.add_argument("--kind", help="only batches of this kind")

@@ -1,6 +1,7 @@
 """The registry of verbs: SQL, command line and web UI have what it says, no more and no less."""
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -8,8 +9,10 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from batchq.cli import make_parser
+from batchq.cli.verbs import add_arguments, run
 from batchq.operate.verbs import VERBS, Verb
 from batchq.postgres.statements.checkpoints import Progress
+from batchq.settings import Settings
 from tests.component.rows import Conn, failure, insert, processing, value, values
 from tests.component.rows import checkpoint as write_checkpoint
 from tests.support.alone import run_alone
@@ -34,6 +37,19 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     """Return the parser of each command."""
     [found] = [action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction)]
     return found.choices
+
+
+def test_a_verb_that_is_not_for_bulk_takes_ids_and_no_filter(conn: Conn, dsn: str, capsys: Any) -> None:
+    batch_id = insert(conn)
+    verb = replace(VERBS["cancel"], statuses=())
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, verb, [], int)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--queue", "mail"])
+    settings = {f"set_{name}": None for name in Settings.model_fields} | {"set_dsn": dsn}
+    parser.set_defaults(**settings, runs_workers=False)
+    assert run(parser.parse_args([str(batch_id)])) == 0
+    assert capsys.readouterr().out == f"batch {batch_id}: cancelled\n"
 
 
 @each_verb
