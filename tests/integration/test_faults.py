@@ -389,8 +389,8 @@ def test_a_stop_while_the_pooler_stands_still_ends_in_time(
             step("exit code %s after %.1f s", code, time.monotonic() - began)
             assert code == 1
             assert time.monotonic() - began < allowed(1 + 2 * (DEADLINE_SECONDS + 1))
-            by_itself, by_the_limit_of_its_end = "outcomes not written", "worker exited before all outcomes were written"
-            assert worker.lines(by_itself) or worker.lines(by_the_limit_of_its_end)
+            by_itself, by_its_time_limit = "outcomes not written", "worker exited before all outcomes were written"
+            assert worker.lines(by_itself) or worker.lines(by_its_time_limit)
         finally:
             pgbouncer.thaw()
 
