@@ -3,9 +3,12 @@
 Rows of ``batchq.batches`` are the queue; an `App` maps each kind of batch to the function that handles it.
 """
 
+# First, before anything else is imported: see there.
+from batchq.common import program as _program  # noqa: F401
+
+# isort: split
 from batchq.app import App
 from batchq.batch import Batch, Chunk
-from batchq.common import program as _program  # noqa: F401 (for what importing it does)
 from batchq.enqueue import enqueue, enqueue_async, enqueue_many
 from batchq.errors import (
     BatchqError,

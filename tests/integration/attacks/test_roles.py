@@ -148,7 +148,7 @@ def test_the_shell_prints_the_grants_of_a_duty_and_applies_them(
         assert shell("roles", duty, name, "--apply").out == printed
         assert privileges(conn, bare) == privileges(conn, granted)
         step("what a duty needs is not more than it needs")
-        assert shell("roles").out == "no role has more than a duty needs\n"
+        assert shell("roles").out == "no role has more rights than a duty needs\n"
 
 
 BEYOND = {
