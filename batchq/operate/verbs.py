@@ -137,7 +137,8 @@ def stored(status: str) -> str:
 
 
 def _verb(target: str, name: str, title: str, **given: Any) -> Verb:
-    return Verb(**({"name": name, "target": target, "title": title, "command": name, "function": name} | given))
+    values: dict[str, Any] = {"name": name, "target": target, "title": title, "command": name, "function": name}
+    return Verb(**(values | given))
 
 
 _on_batch = partial(_verb, "batch")

@@ -102,7 +102,7 @@ CLAIM_SKIPPING: LiteralString = CLAIM.replace(
 CLAIM_DISTRIBUTED: LiteralString = CLAIM.replace("\nUPDATE", ", b AS (\nUPDATE").replace(
     f"RETURNING {_CLAIMED}",
     f"RETURNING {', '.join(f'b.{name}' for name in ClaimedRow._fields)}\n)\nSELECT {_CLAIMED}\nFROM b",
-)
+)  # pyright: ignore[reportAssignmentType] (constants)
 
 
 def claim(
