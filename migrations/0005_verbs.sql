@@ -89,7 +89,7 @@ BEGIN
   WITH chosen AS MATERIALIZED (
     SELECT f.* FROM batchq.batches_finished f
     WHERE f.queue = in_queue AND f.id = ANY (ids) AND f.finished_at BETWEEN first_at AND last_at AND f.status = from_status
-      AND (f.status <> 'completed' OR f.items_failed > 0 OR whole)
+      AND (f.status <> 'completed' OR f.items_failed > 0 OR whole IS DISTINCT FROM false)
     FOR UPDATE SKIP LOCKED
   ), inserted AS (
     INSERT INTO batchq.batches (id, queue, kind, payload, items, priority, unique_key, max_attempts, max_failed_items,
@@ -135,6 +135,7 @@ BEGIN
     FOR UPDATE SKIP LOCKED);
   changed := 0;
   keyed := 0;
+  IF free = '{}' THEN RETURN; END IF;  -- before the new priority is cast: one that is out of range changes nothing here
   IF new_queue IS NULL THEN
     UPDATE batchq.batches_live b
     SET run_at = coalesce(new_run_at, b.run_at), priority = coalesce(new_priority, b.priority)
@@ -231,6 +232,7 @@ BEGIN
   IF b.status = 'processing' OR b.status IS NULL THEN
     RETURN b.status;
   ELSIF b.status = 'pending' THEN
+    DELETE FROM batchq.failed_items f WHERE whole AND f.queue = b.queue AND f.batch_id = retry.batch_id;
     UPDATE batchq.batches_live l
     SET run_at = least(l.run_at, began_at),
         items_done = CASE WHEN whole THEN 0 ELSE l.items_done END,
@@ -239,7 +241,6 @@ BEGIN
     WHERE l.queue = b.queue AND l.id = batch_id
       AND (l.run_at > began_at OR whole AND (l.items_done + l.items_failed > 0 OR l.cursor IS NOT NULL));
     IF NOT FOUND THEN RETURN 'pending'; END IF;
-    DELETE FROM batchq.failed_items f WHERE whole AND f.queue = b.queue AND f.batch_id = retry.batch_id;
   ELSIF b.status = 'completed' AND b.items_failed = 0 AND NOT whole THEN
     RAISE EXCEPTION 'batch % is completed: nothing in it is left to retry', batch_id
       USING HINT = format('batchq.retry(%s, whole => true) runs it again from the beginning.', batch_id);

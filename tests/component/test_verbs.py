@@ -374,6 +374,16 @@ def test_a_batch_is_claimed_by_its_new_priority(conn: Conn) -> None:
     assert (claim(conn, priority=9), [row.id for row in claim(conn, priority=1)]) == ([], [batch_id])
 
 
+def test_a_priority_out_of_range_leaves_a_finished_batch_as_it_is(conn: Conn) -> None:
+    batch_id = finished(conn)
+    assert [value(conn, "SELECT batchq.set_priority(%s, 99999)", [batch_id]) for _ in range(7)] == ["completed"] * 7
+
+
+def test_a_retry_that_says_null_for_whole_is_no_conflict_of_unique_keys(conn: Conn) -> None:
+    batch_id = finished(conn)
+    assert value(conn, "SELECT batchq.retry(%s, NULL)", [batch_id]) == "pending"
+
+
 def test_a_moved_batch_takes_its_failed_items_with_it(conn: Conn) -> None:
     batch_id = half_done(conn, "failed")
     retry(conn, batch_id)

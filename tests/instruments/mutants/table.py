@@ -759,7 +759,7 @@ MUTANTS = [
             ("AND f.status = from_status", "", "a bulk action keeps to its filter"),
             ("f.queue = in_queue AND f.id = ANY (ids)", "f.queue = in_queue", "a retry takes no other batch"),
             (
-                "AND (f.status <> 'completed' OR f.items_failed > 0 OR whole)",
+                "AND (f.status <> 'completed' OR f.items_failed > 0 OR whole IS DISTINCT FROM false)",
                 "",
                 "what is complete is not run again by mistake",
             ),
