@@ -115,6 +115,7 @@ BEGIN
     FROM unnest(found.ids, found.queues) AS u(id, queue)
     WHERE NOT dry_run AND matched > 0
     GROUP BY u.queue
+    ORDER BY u.queue  -- in one order, so that two bulk actions do not wait for each other
   LOOP
     IF is_change THEN
       done := batchq.change_pending(part.queue, part.ids, new_run_at, (change ->> 'priority')::integer, change ->> 'to_queue');
