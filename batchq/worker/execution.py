@@ -28,7 +28,7 @@ class Outcome:
     """How a claim of a batch ended, for the finisher to write.
 
     status: completed, failed, cancelled, or pending (again, after delay_seconds; None keeps its run_at).
-    give_back: the attempt is not counted. all_done: count every item that did not fail as done. result, error: JSON
+    is_release: the attempt is not counted. all_done: count every item that did not fail as done. result, error: JSON
     text. written: there is nothing left to write.
     """
 
@@ -36,13 +36,13 @@ class Outcome:
     result: str | None = None
     error: str | None = None
     delay_seconds: float | None = None
-    give_back: bool = False
+    is_release: bool = False
     all_done: bool = False
     written: bool = False
 
 
 COMPLETED = Outcome("completed")
-RELEASED = Outcome("pending", give_back=True)
+RELEASED = Outcome("pending", is_release=True)
 WRITTEN = Outcome("written", written=True)
 
 
@@ -209,7 +209,7 @@ def raised(claimed: ClaimedBatch, handler: Handler, error: BaseException) -> Out
     conflicts = claimed.claim.runtime.conflicts
     if isinstance(error, CONFLICTS) and (delay := conflicts.delay_seconds(claimed.id)) is not None:
         log.warning("batch conflicted", error=one_line(error), retry_in_seconds=round(delay, 1))
-        return Outcome("pending", delay_seconds=delay, give_back=True)
+        return Outcome("pending", delay_seconds=delay, is_release=True)
     match error:
         case StopRequested() | DatabaseAway():
             log.info("batch released", reason=one_line(error))
@@ -221,7 +221,7 @@ def raised(claimed: ClaimedBatch, handler: Handler, error: BaseException) -> Out
             return WRITTEN  # the keeper has ended the attempt
         case Snooze():
             log.info("batch snoozed", seconds=error.seconds)
-            return Outcome("pending", delay_seconds=error.seconds, give_back=True)
+            return Outcome("pending", delay_seconds=error.seconds, is_release=True)
         case Cancel():
             reason = message_of(error)
             log.info("batch cancelled", reason=reason)

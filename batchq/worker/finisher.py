@@ -344,7 +344,7 @@ def _as_finish(entry: Ended) -> Finish:
 
 def _as_requeue(entry: Ended) -> Requeue:
     batch, outcome = entry.batch, entry.outcome
-    return Requeue(batch.id, batch.claim.token, outcome.delay_seconds, outcome.give_back, outcome.error)
+    return Requeue(batch.id, batch.claim.token, outcome.delay_seconds, outcome.is_release, outcome.error)
 
 
 def _in_ascii(outcome: Outcome) -> Outcome:

@@ -501,11 +501,11 @@ class Lives(RuleBasedStateMachine):
         """Return the outcome of a handler that raised."""
         match how:
             case "snoozes":
-                return Outcome("pending", delay_seconds=0, give_back=True)
+                return Outcome("pending", delay_seconds=0, is_release=True)
             case "snoozes for long":
-                return Outcome("pending", delay_seconds=LATER, give_back=True)
+                return Outcome("pending", delay_seconds=LATER, is_release=True)
             case "is stopped":
-                return Outcome("pending", give_back=True)
+                return Outcome("pending", is_release=True)
             case "cancels":
                 return Outcome("cancelled", error="cancelled: no")
             case "is invalid":
@@ -647,7 +647,7 @@ class Lives(RuleBasedStateMachine):
         """Have the model end a batch; tell whether it was still its worker's."""
         if outcome.status == "pending":
             is_due = None if outcome.delay_seconds is None else outcome.delay_seconds == 0
-            return self.model.requeue(held.id, held.token, is_due, outcome.give_back, outcome.error)
+            return self.model.requeue(held.id, held.token, is_due, outcome.is_release, outcome.error)
         result = None if outcome.result is None else int(outcome.result)
         return self.model.finish(
             held.id, held.token, outcome.status, result, outcome.error, outcome.all_done, held.keep
