@@ -128,9 +128,9 @@ class Claimer:
         if time.monotonic() - self._writable_at < _WRITABLE_SECONDS:
             return
         with self.link.reading() as conn:
-            only_reads = session.is_read_only(conn)
+            is_read_only = session.is_read_only(conn)
         self._writable_at = time.monotonic()
-        if only_reads:
+        if is_read_only:
             self.link.close()
 
     def release_unknown(self) -> None:

@@ -99,7 +99,7 @@ class Lane:
         with self.lock:
             return list(self.in_flight)
 
-    def begins(self, batch: ClaimedBatch) -> bool:
+    def mark_running(self, batch: ClaimedBatch) -> bool:
         """Mark a batch as running; return False if it was taken out of flight while it waited."""
         with self.lock:
             if batch not in self.in_flight:

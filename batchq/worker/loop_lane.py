@@ -111,7 +111,7 @@ class LoopLane(Lane):
         """Run one batch when its turn comes."""
         if self._held_up or self.is_held_up():
             await self._turn()
-        if self.begins(batch):
+        if self.mark_running(batch):
             self.end(batch, await self._run(batch, self.handlers[batch.kind]))
 
     async def _turn(self) -> None:

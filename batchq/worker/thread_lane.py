@@ -125,7 +125,7 @@ class ThreadLane(Lane):
         """Run batches, one after the other, until the lane stops."""
         self._count_awake(1)
         while (batch := self._next_batch()) is not None:
-            if not self.begins(batch):
+            if not self.mark_running(batch):
                 continue
             # A context of its own, as a task has: what its handler binds is not for the thread's next batch.
             outcome = copy_context().run(self._run, batch, self.handlers[batch.kind])

@@ -403,7 +403,7 @@ def test_a_batch_with_items_is_forgotten_however_it_ends(conn: Conn, parts: Part
     enqueue(conn, 1, items=[1, 2, 3], max_attempts=1)
     [batch] = parts.claim(1)
     assert parts.lane.pop_waiting() is batch
-    assert parts.lane.begins(batch)
+    assert parts.lane.mark_running(batch)
     batch.items_done = 2
     parts.housekeeper.write_throughput()
     if end == "cancelled":
