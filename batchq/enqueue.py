@@ -1,6 +1,7 @@
 """Enqueue batches, with one statement or one COPY, in the caller's transaction.
 
-The batches exist if, and only if, the caller's transaction commits; nothing here commits.
+If the caller has a transaction open, the batches exist if, and only if, it commits. Without one, each call commits. With
+row security, which COPY does not support, many batches are inserted by INSERT, a hundred rows at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -156,7 +157,7 @@ def _items_text(items: Iterable[Any]) -> str:
 
 
 def _check_list(name: str, values: object) -> None:
-    """Raise InvalidInput for what is not a list or generator; nor is a mapping or a string."""
+    """Raise InvalidInput for anything but a list or a generator; a mapping or a string is neither."""
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
         raise InvalidInput(f"{name} must be a list or a generator, not {type(values).__name__}")
 

@@ -23,11 +23,11 @@ from batchq.worker.positions import MOST_PRIORITIES, Pauses, Source, Track
 from batchq.worker.refused import Halving, Skipped, is_about_rows
 from batchq.worker.turns import MOST_IDLE_SECONDS
 
-PAUSES_SECONDS = 1.0
+PAUSES_SECONDS = 1.0  # between two readings of the pauses
 SETTINGS = session.FORCE_INDEX_AND_HASH_JOIN | session.ASYNCHRONOUS_COMMIT
-_WRITABLE_SECONDS = 5.0
-_FULL_SECONDS = 0.5
-_COST_FACTOR = 20
+_WRITABLE_SECONDS = 5.0  # between two checks whether the database takes writes
+_FULL_SECONDS = 0.5  # to wait where no lane has room
+_COST_FACTOR = 20  # an expensive probe is followed by a pause of that many times its cost
 _MOST_A_CLAIM = 2000
 _IN_ORDER = attrgetter("run_at", "id")
 

@@ -47,7 +47,7 @@ class Lane:
         self.claimed = 0
         self.written = 0
         self.postponed = 0  # not written, because their rows are locked or refused
-        self.run_count = 0  # batches that have run
+        self.run_count = 0  # batches that have run, or were given up while they ran
 
     # ------------------------------------------------------------------------------------------- how many to claim
 
@@ -110,10 +110,10 @@ class Lane:
     def end(
         self, batch: ClaimedBatch, outcome: Outcome, *, is_given_up: bool = False, unless_begun: bool = False
     ) -> bool:
-        """Take a batch out of flight and report its outcome; return False if another thread has done so before.
+        """Take a batch out of flight and report its outcome; return False if another thread has done so before, or if
+        *unless_begun* and it is running.
 
-        *is_given_up*: its handler may never return; until it does, its slot is lost. *unless_begun*: only if it is not
-        running.
+        *is_given_up*: its handler may never return; until it does, its slot is lost.
         """
         with self.lock:
             if batch not in self.in_flight or (unless_begun and batch.begun_at is not None):
@@ -151,7 +151,7 @@ class Lane:
         with self.lock:
             return sum(given_up_at <= since for given_up_at in self.given_up.values())
 
-    # --------------------------------------------------------------------------------------------- by kind of lane
+    # --------------------------------------------------------------------------------------- different in each lane
 
     def start(self) -> None:
         """Start the slots."""
