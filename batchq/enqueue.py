@@ -1,7 +1,7 @@
 """Enqueue batches, with one statement or one COPY, in the caller's transaction.
 
-If the caller has a transaction open, the batches exist if, and only if, it commits. Without one, each call commits. With
-row security, which COPY does not support, many batches are inserted by INSERT, a hundred rows at a time.
+If the caller has a transaction open, the batches exist if, and only if, it commits. Without one, each call commits.
+With row security, which COPY does not support, `enqueue_many` inserts a hundred rows per INSERT.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
