@@ -6,12 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 import psycopg
 
 from batchq.cli import verbs
-from batchq.cli.arguments import READING, Parser, add_command, batch_id, natural
+from batchq.cli.arguments import Parser
 from batchq.cli.commands import (
     check,
     demo,
@@ -65,7 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(subparsers)
-    add_verbs(subparsers)
+    verbs.add_parsers(subparsers)
+    prune.add_parser(subparsers)
     return parser
 
 
@@ -104,15 +104,3 @@ def _complain(error: Exception, code: int) -> int:
     if not within(WRITE_SECONDS, lambda: terminal.complain(terminal.one_line(text))):
         os._exit(code)
     return code
-
-
-def add_verbs(subparsers: Any) -> None:
-    """Add the verbs, and what goes with them."""
-    for command, (verb, *variants) in verbs.commands().items():
-        parser = add_command(subparsers, command, verbs.run, verb.help, settings=READING)
-        verbs.add_arguments(parser, verb, variants, batch_id)
-    audit = add_command(subparsers, "audit", verbs.audit, "list who did what, and why", settings=READING)
-    audit.add_argument("--id", type=batch_id, help="show only actions on this batch")
-    audit.add_argument("--limit", type=natural, default=20, help="how many (default: 20)")
-    audit.add_argument("--json", action="store_true", help="print JSON")
-    prune.add_parser(subparsers)

@@ -14,6 +14,7 @@ import psycopg
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from batchq.cli import show_tables
+from batchq.cli.arguments import add_command, batch_id, natural
 from batchq.cli.connections import connected, database, linked, refusal, settings_of
 from batchq.common.terminal import column, errors, put, put_json, show, styled
 from batchq.common.text import period_seconds
@@ -210,11 +211,21 @@ def _report(options: Namespace, runner: Runner, total: int) -> int:
 # ---------------------------------------------------------------------------------------------------- their arguments
 
 
-def add_arguments(parser: ArgumentParser, verb: Verb, variants: list[Verb], batch_id: Callable[[str], int]) -> None:
-    """Add the arguments of a command. *batch_id*: parses an id."""
+def add_parsers(subparsers: Any) -> None:
+    """Add the commands of the verbs, and `batchq audit`, which lists them."""
+    for command, (verb, *variants) in commands().items():
+        add_arguments(add_command(subparsers, command, run, verb.help), verb, variants)
+    parser = add_command(subparsers, "audit", audit, "list who did what, and why")
+    parser.add_argument("--id", type=batch_id, help="show only actions on this batch")
+    parser.add_argument("--limit", type=natural, default=20, help="most actions to show (default: 20)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_arguments(parser: ArgumentParser, verb: Verb, variants: list[Verb]) -> None:
+    """Add the arguments of a verb's command."""
     parser.set_defaults(verb=verb, variants=[])
     if verb.target == "batch":
-        _add_batches(parser, verb, batch_id)
+        _add_batches(parser, verb)
     elif verb.target == "queue":
         parser.add_argument("--queue", help="queue to act on")
         parser.add_argument("--kind", help="kind to act on; with --queue, only in that queue")
@@ -233,7 +244,7 @@ def add_arguments(parser: ArgumentParser, verb: Verb, variants: list[Verb], batc
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_batches(parser: ArgumentParser, verb: Verb, batch_id: Callable[[str], int]) -> None:
+def _add_batches(parser: ArgumentParser, verb: Verb) -> None:
     number = "*" if verb.statuses else "+"
     parser.add_argument("ids", type=batch_id, nargs=number, metavar="ID", help="batch to act on")
     if verb.statuses:

@@ -43,7 +43,7 @@ def test_a_verb_that_is_not_for_bulk_takes_ids_and_no_filter(conn: Conn, dsn: st
     batch_id = insert(conn)
     verb = replace(VERBS["cancel"], statuses=())
     parser = argparse.ArgumentParser()
-    add_arguments(parser, verb, [], int)
+    add_arguments(parser, verb, [])
     with pytest.raises(SystemExit):
         parser.parse_args(["--queue", "mail"])
     settings = {f"set_{name}": None for name in Settings.model_fields} | {"set_dsn": dsn}
