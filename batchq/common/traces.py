@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Running = tuple[Span, Token[Context]]
 
 _FLUSH_SECONDS = 2.0
-log = get_logger()
+_log = get_logger()
 
 
 def require() -> None:
@@ -65,7 +65,7 @@ def sending(kind: str, queue: str) -> Iterator[str | None]:
         if running := _begin_sending(kind, queue):
             trace_context = _context_of_current_span()
     except Exception as error:
-        log.warning("span not started", error=one_line(error), kind=kind)
+        _log.warning("span not started", error=one_line(error), kind=kind)
     try:
         yield trace_context
     except BaseException as error:
@@ -115,7 +115,7 @@ def begin(kind: str, queue: str, batch_id: int, attempt: int, trace_context: str
         )
         return span, context.attach(trace.set_span_in_context(span, context.Context()))
     except Exception as error:
-        log.warning("span not started", error=one_line(error), batch_id=batch_id, kind=kind)
+        _log.warning("span not started", error=one_line(error), batch_id=batch_id, kind=kind)
         return None
 
 
@@ -145,7 +145,7 @@ def end(running: "Running | None", error: str | None) -> None:
             _record_error(span, json.loads(error))
         span.end()
     except Exception as problem:
-        log.warning("span not ended", error=one_line(problem))
+        _log.warning("span not ended", error=one_line(problem))
 
 
 def _record_error(span: "Span", fields: dict[str, str]) -> None:
@@ -174,4 +174,4 @@ def _flush_provider() -> None:
         if hasattr(provider, "force_flush"):
             provider.force_flush()
     except Exception as error:
-        log.warning("spans not exported", error=one_line(error))
+        _log.warning("spans not exported", error=one_line(error))

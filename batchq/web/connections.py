@@ -24,7 +24,7 @@ _OTHER_FILES = 100  # what else the process has open: database connections, log,
 WAIT_SECONDS = {"head": 20.0, "body": 20.0, "rest": 3.0, "room": 30.0}
 Awaited = Literal["head", "body", "rest", "room"]  # rest: of a body whose request is already answered
 
-log = get_logger()
+_log = get_logger()
 
 
 class Connections:
@@ -72,7 +72,7 @@ class Connections:
 
     def _refuse(self, address: str) -> bool:
         if self._reported():
-            log.warning("connections refused: too many; name a proxy in BATCHQ_WEB_PROXIES", address=address)
+            _log.warning("connections refused: too many; name a proxy in BATCHQ_WEB_PROXIES", address=address)
         return False
 
 

@@ -34,7 +34,7 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 
-log = get_logger()
+_log = get_logger()
 
 
 class Guard:
@@ -79,7 +79,7 @@ class Guard:
         host = request.headers.get("host")  # None: an old health check, never a browser
         if host is not None and not is_own_host(host, self.settings.hosts):
             if self._host_reported():
-                log.warning("request refused: unknown host name; list it in BATCHQ_WEB_HOSTS", host=host[:200])
+                _log.warning("request refused: unknown host name; list it in BATCHQ_WEB_HOSTS", host=host[:200])
             return PlainTextResponse("unknown host name; list it in BATCHQ_WEB_HOSTS\n", 421)
         if "transfer-encoding" in request.headers and "content-length" in request.headers:
             # A proxy that reads the other of the two would see this request end elsewhere, and another next one.

@@ -39,7 +39,7 @@ _GRACE_SECONDS = 3
 _KEEP_ALIVE_SECONDS = 15
 _MOST_SCRAPED = 5000
 
-log = get_logger()
+_log = get_logger()
 
 
 class Web:
@@ -121,7 +121,7 @@ class Web:
 
     def _database_problem(self, request: Request, error: Exception) -> Response:
         text = hide_password(" ".join(str(error).split()))
-        log.warning("page not shown: database error", path=request.scope["path"], error=text)
+        _log.warning("page not shown: database error", path=request.scope["path"], error=text)
         return self._pages.problem(request, 503, "the database does not answer")
 
     def _readyz(self, _: Request) -> Response:

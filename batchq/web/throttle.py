@@ -12,7 +12,7 @@ _LONGEST_WAIT_SECONDS = 60.0
 _FORGOTTEN_SECONDS = 600.0
 _MOST_ADDRESSES = 10_000
 
-log = get_logger()
+_log = get_logger()
 
 
 class Throttle:
@@ -34,7 +34,7 @@ class Throttle:
         ahead = self._paid_until - now - (_FREE_FAILURES_OF_ALL - 1) * _SECONDS_PER_FAILURE_OF_ALL
         if (wait := max(free_at - now, ahead)) > 0:
             if self._reported():
-                log.warning("wrong passwords throttled", address=address)
+                _log.warning("wrong passwords throttled", address=address)
             return wait
         self._paid_until = max(self._paid_until, now) + _SECONDS_PER_FAILURE_OF_ALL
         self._record(client, 1 if now - free_at > _FORGOTTEN_SECONDS else count + 1, now)

@@ -20,7 +20,7 @@ from batchq.postgres.transactions import CONFLICTS
 from batchq.retry import Backoff
 from batchq.worker.items import run_items, run_items_async, validate
 
-log = get_logger()
+_log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ def safely(
     try:
         return decide(claimed, handler, error)
     except BaseException as second:
-        log.error("the outcome could not be determined", error=one_line(second))
+        _log.error("the outcome could not be determined", error=one_line(second))
         text = message_object(f"{one_line(error)} (and determining the outcome raised: {one_line(second)})")
         if claimed.attempt < claimed.max_attempts:
             return Outcome("pending", error=text, delay_seconds=Backoff().delay_seconds(claimed.attempt))
@@ -204,27 +204,27 @@ def raised(claimed: ClaimedBatch, handler: Handler, error: BaseException) -> Out
     """Return the outcome of a handler that raised *error*."""
     error = of_group(_cause_of_cancellation(claimed, error))
     if claimed.completed:
-        log.error("handler failed after its batch was completed", error=one_line(error))
+        _log.error("handler failed after its batch was completed", error=one_line(error))
         return WRITTEN
     conflicts = claimed.claim.runtime.conflicts
     if isinstance(error, CONFLICTS) and (delay := conflicts.delay_seconds(claimed.id)) is not None:
-        log.warning("batch conflicted", error=one_line(error), retry_in_seconds=round(delay, 1))
+        _log.warning("batch conflicted", error=one_line(error), retry_in_seconds=round(delay, 1))
         return Outcome("pending", delay_seconds=delay, is_release=True)
     match error:
         case StopRequested() | DatabaseAway():
-            log.info("batch released", reason=one_line(error))
+            _log.info("batch released", reason=one_line(error))
             return RELEASED
         case LeaseLost():
-            log.warning("lease lost", error="LeaseLost", status=_status_now(claimed))
+            _log.warning("lease lost", error="LeaseLost", status=_status_now(claimed))
             return WRITTEN
         case TimedOut():
             return WRITTEN  # the keeper has ended the attempt
         case Snooze():
-            log.info("batch snoozed", seconds=error.seconds)
+            _log.info("batch snoozed", seconds=error.seconds)
             return Outcome("pending", delay_seconds=error.seconds, is_release=True)
         case Cancel():
             reason = message_of(error)
-            log.info("batch cancelled", reason=reason)
+            _log.info("batch cancelled", reason=reason)
             return Outcome("cancelled", error=message_object(f"cancelled: {reason}"))
         case InvalidInput():
             return _failed(one_line(error), error_object(error))
@@ -260,13 +260,13 @@ def _failed_attempt(claimed: ClaimedBatch, handler: Handler, message: str, error
 def _retried(claimed: ClaimedBatch, handler: Handler, message: str, error: str) -> Outcome:
     """Return the outcome "pending again, after the backoff"."""
     delay_seconds = handler.backoff.delay_seconds(claimed.attempt)
-    log.warning("attempt failed", error=message, retry_in_seconds=round(delay_seconds, 1))
+    _log.warning("attempt failed", error=message, retry_in_seconds=round(delay_seconds, 1))
     return Outcome("pending", error=error, delay_seconds=delay_seconds)
 
 
 def _failed(message: str, error: str) -> Outcome:
     """Return the outcome "failed", which is final."""
-    log.error("batch failed", error=message)
+    _log.error("batch failed", error=message)
     return Outcome("failed", error=error)
 
 

@@ -18,7 +18,7 @@ from batchq.worker.lanes import Ended, Lane, call_site
 
 BLOCKED_SECONDS = 2.0
 
-log = get_logger()
+_log = get_logger()
 
 
 class LoopLane(Lane):
@@ -85,7 +85,7 @@ class LoopLane(Lane):
                 self._ready.set()
                 await self._stopped.wait()
             except asyncio.CancelledError:  # a handler has cancelled every task there is, even those of the pool
-                log.warning("every task of the event loop was cancelled", tasks=len(self._tasks))
+                _log.warning("every task of the event loop was cancelled", tasks=len(self._tasks))
         await self._connections.close_async()
 
     # ------------------------------------------------------------------------------------------------- the tasks
@@ -188,10 +188,10 @@ class LoopLane(Lane):
         elif (seconds := self._blocked_seconds()) > BLOCKED_SECONDS and not self._blocked_is_logged:
             self._blocked_is_logged = True
             where = call_site(sys._current_frames().get(self.thread.ident or 0))
-            log.warning("event loop blocked by a handler", for_seconds=round(seconds, 1), at=where)
+            _log.warning("event loop blocked by a handler", for_seconds=round(seconds, 1), at=where)
 
     def _answer(self) -> None:
         if self._blocked_is_logged:
-            log.info("event loop runs again", after_seconds=round(self._blocked_seconds(), 1))
+            _log.info("event loop runs again", after_seconds=round(self._blocked_seconds(), 1))
         self._pinged_at = None
         self._blocked_is_logged = False

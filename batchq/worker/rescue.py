@@ -15,7 +15,7 @@ RESCUES_A_ROUND = 1000
 PAUSE_FACTOR = 20
 LONG_AGO_SECONDS = 600.0
 
-log = get_logger()
+_log = get_logger()
 Rescued = list[tuple[int, str, int, str]]  # id, kind, attempt, status
 
 
@@ -52,7 +52,7 @@ class Rescuer:
         if not is_full:
             expiries.passed_until = now
         for batch_id, kind, attempt, status in rescued:
-            log.warning("batch rescued", batch_id=batch_id, kind=kind, attempt=attempt, status=status)
+            _log.warning("batch rescued", batch_id=batch_id, kind=kind, attempt=attempt, status=status)
         return is_full
 
     def rescue_expired(self, queue: str, after: float, skipped: Skipped) -> Rescued:

@@ -20,7 +20,7 @@ SHORT_SECONDS = 0.0001
 _MOST_SECONDS = 4 * SHORT_SECONDS
 _STANDBY_SECONDS = 0.005
 
-log = get_logger()
+_log = get_logger()
 
 
 class ThreadLane(Lane):
@@ -90,7 +90,7 @@ class ThreadLane(Lane):
         self.slow.discard(batch)
         self._count_awake(-1)
         self._start_slot()
-        log.warning(
+        _log.warning(
             "thread lost to a handler that does not end",
             batch_id=batch.id,
             kind=batch.kind,
