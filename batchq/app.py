@@ -64,8 +64,9 @@ class App:
     ) -> Callable[[Function], Function]:
         """Register a function of one argument, the batch, as the handler of *kind*; it stays a plain function.
 
-        *payload*: a pydantic model; batch.payload is then an instance, and a batch that does not fit it fails without a
-        retry. *timeout_seconds*: of an attempt, unless the batch has its own. *backoff*: the waits between attempts.
+        *payload*: a pydantic model, of which batch.payload is then an instance; a batch whose payload does not fit the
+        model fails without a retry. *timeout_seconds*: timeout of an attempt, unless the batch has its own. *backoff*:
+        the waits between attempts.
         The return value (JSON) is stored as the batch's result. Raises ConfigError.
         """
         _check_kind(kind)
@@ -93,9 +94,9 @@ class App:
 
         Its first argument is the item. It may also take ``batch`` and, if *transactional*, ``conn``: the connection of
         the chunk's transaction, which has a savepoint for each item and commits with the checkpoint. *concurrency*: how
-        many items of a batch run concurrently. *chunk_size*: the most items per checkpoint; one is also written after
-        about a second. *item*: a pydantic model; an item that does not fit it fails without a retry. The other options
-        are those of `handler`. Raises ConfigError.
+        many items of a batch run concurrently. *chunk_size*: maximum number of items per checkpoint, which is also
+        written after about a second. *item*: a pydantic model; an item that does not fit the model fails without a retry. The
+        other options are those of `handler`. Raises ConfigError.
         """
         _check_kind(kind)
 

@@ -1,5 +1,6 @@
--- Maintenance: partitions for finished batches, and locks for work that one worker does for all. The keeper thread of every
--- worker calls these functions with a short lock_timeout: DDL that waits behind a long transaction blocks everybody after it.
+-- Maintenance: partitions for finished batches, and locks for work that one worker does for all. The housekeeper
+-- thread of every worker calls these functions with a short lock_timeout: DDL that waits behind a long transaction blocks
+-- everybody after it.
 
 -- Not advisory locks: any role that may log in can take one and hold it, and no partition would be made again. A row can be
 -- locked only by a role that may update it, and by the functions below.

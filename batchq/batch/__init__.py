@@ -1,4 +1,4 @@
-"""What a handler sees of a batch: its input, progress, checkpoints and transactions."""
+"""The batch as its handler sees it: input, progress, checkpoints and transactions."""
 
 from typing import Any
 

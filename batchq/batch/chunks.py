@@ -1,4 +1,4 @@
-"""The items of a batch in chunks, each committed with its checkpoint."""
+"""Chunks: groups of items, each of which is committed with a checkpoint."""
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ PAGE_BYTES = 4_000_000
 
 
 class Chunk:
-    """Some items of a batch, and their checkpoint.
+    """A group of items that share one checkpoint.
 
     items: their values; indexes: their positions in the whole list. Mark failed items with `fail`; then commit in
     `transaction`, together with rows of your own, or with `commit`.
@@ -115,7 +115,7 @@ class ChunkTransaction(FencedTransaction):
 
 
 class Chunks:
-    """The remaining chunks of a batch; see `Batch.chunks`."""
+    """Iterates over the chunks that are left to process; see `Batch.chunks`."""
 
     def __init__(self, batch: ClaimedBatch, size: int) -> None:
         self._batch = batch
@@ -179,7 +179,7 @@ class Chunks:
         self._page_length = max(self._size, PAGE_BYTES * count // max(len(text), 1))
 
     def _next_retry(self) -> Chunk | None:
-        """Return the next chunk of items that failed in an earlier attempt, None if there are no more."""
+        """Return a chunk of items that failed in an earlier attempt, or None if none are left."""
         batch = self._batch
         rows = batch.read(inputs.failed_page, batch.queue, batch.id, batch.claim.token, batch.attempt, self._size)
         if not rows:

@@ -25,9 +25,11 @@ Result = TypeVar("Result")
 # raw_decode skips the search for surrounding space, which Postgres does not send: a third faster.
 _decoder = json.JSONDecoder()
 
-# What the finish of a batch has left to do. "all": the handler asked for no chunks, so the finish completes the batch
-# and counts all its items. "completion": checkpoints count the items. "last chunk": as before, but the last chunk has
-# no checkpoint, so the finish counts it. "nothing": a transaction of the handler has completed the batch.
+# What is left for the finish of a batch to do.
+# "all": complete it and count all its items, because the handler asked for no chunks.
+# "completion": complete it; checkpoints have counted the items.
+# "last chunk": complete it and count the last chunk, which has no checkpoint of its own.
+# "nothing": a transaction of the handler has completed the batch.
 LeftToFinish = Literal["all", "completion", "last chunk", "nothing"]
 
 
@@ -81,7 +83,7 @@ class ClaimedBatch:
     *interrupt*; all else is changed by the handler's own thread or task.
     """
 
-    # More than a dozen: thousands of batches are in flight, so a batch is one object with slots, not several.
+    # Many attributes, because thousands of batches are in flight: one object with slots per batch costs least.
     __slots__ = (
         "_cursor",
         "attempt",

@@ -184,7 +184,7 @@ def period_seconds(text: str) -> float:
     try:
         number = float(text[:-1]) if unit else float(text)
     except ValueError:
-        raise ValueError(f"must be such as 90s, 15m, 2h or 3d, not {text!r}") from None
+        raise ValueError(f"must be a length of time, for example 90s, 15m, 2h or 3d, not {text!r}") from None
     seconds = number * (unit or 1)
     if not 0 <= seconds < 1e10:
         raise ValueError(f"must be from 0 to 300 years, not {text!r}")

@@ -733,7 +733,7 @@ def test_what_many_cannot_be_done_to_is_said(conn: Conn, site: Site) -> None:
         ("set_priority", "whole number"): {"kind": "work", "priority": 99_999},
         ("snooze", "whole number"): {"kind": "work", "minutes": "soon"},
         ("move", "128 bytes"): {"kind": "work", "to_queue": ""},
-        ("retry", "must be such as 90s"): {"older": "soon"},
+        ("retry", "must be a length of time"): {"older": "soon"},
     }
     for (verb, text), fields in problems.items():
         answer = ask_many(site, verb, **fields)
