@@ -95,8 +95,8 @@ class App:
         Its first argument is the item. It may also take ``batch`` and, if *transactional*, ``conn``: the connection of
         the chunk's transaction, which has a savepoint for each item and commits with the checkpoint. *concurrency*: how
         many items of a batch run concurrently. *chunk_size*: maximum number of items per checkpoint, which is also
-        written after about a second. *item*: a pydantic model; an item that does not fit the model fails without a retry. The
-        other options are those of `handler`. Raises ConfigError.
+        written after about a second. *item*: a pydantic model; an item that does not fit the model fails without a
+        retry. The other options are those of `handler`. Raises ConfigError.
         """
         _check_kind(kind)
 

@@ -45,6 +45,7 @@ from tests.component.rows import (
     values,
 )
 from tests.support.alone import run_alone
+from tests.support.clock import Clock
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 
@@ -59,17 +60,6 @@ def rows(*run_ats: float) -> list[ClaimedRow]:
 def at(number: float) -> Position:
     """Return the position of a row of `rows`."""
     return Position(number, int(number))
-
-
-class Clock:
-    """A monotonic clock that the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        """Return its time."""
-        return self.now
 
 
 @pytest.fixture

@@ -5,20 +5,10 @@ import pytest
 from batchq.worker import prefetch
 from batchq.worker.prefetch import MOST_PREFETCHED, Prefetch
 from tests.support.alone import run_alone
+from tests.support.clock import Clock
 from tests.support.steps import step
 
 SLOTS = 8
-
-
-class Clock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        """Return its time."""
-        return self.now
 
 
 @pytest.fixture
