@@ -7,7 +7,10 @@ from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 
 # A port, and a path with an @ in it, are not a password: http://host:8080/users/me@there.
-_IN_AN_ADDRESS = re.compile(r"(://[^:/?#@\s]{0,500}):(?!\d{1,5}/)(?:(?:(?!://)[^@\s]){0,2000}@)+")
+# The word "password" as a whole password is an example of batchq's own.
+_IN_AN_ADDRESS = re.compile(
+    r"(://[^:/?#@\s]{0,500}):(?!\d{1,5}/)(?!password@[^@\s]{0,500}(?!\S))(?:(?:(?!://)[^@\s]){0,2000}@)+"
+)
 # password=x as in a DSN or a list of variables; 'password': 'x' as in a dict.
 _AFTER_ITS_NAME = re.compile(
     r"""(password["']?\s*(?:=|:(?=\s*["']))\s*)('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s&]+)""", re.IGNORECASE

@@ -300,6 +300,14 @@ def test_a_password_that_is_a_name_too_or_short_hides_no_half_of_a_message() -> 
     )
 
 
+def test_an_example_shows_where_the_password_goes_and_no_password_hides_behind_it() -> None:
+    example = "set it to your database, such as postgresql://user:password@host:6543/postgres"
+    assert hide_password(example) == example
+    for text in ("postgresql://user:password@1:secret@host/db", "postgresql://u:passwords@h", "x://u:password1@h"):
+        assert "secret" not in hide_password(text)
+        assert ":***@h" in hide_password(text)
+
+
 @pytest.mark.parametrize(
     "text",
     [
