@@ -285,6 +285,16 @@ def test_what_is_locked_is_left_and_not_waited_for(conn: Conn, dsn: str) -> None
     assert statuses(conn) == {"failed": 1, "pending": 1, "cancelled": 8}
 
 
+def test_a_step_goes_through_its_queues_in_one_order_so_that_two_of_them_cannot_deadlock(conn: Conn) -> None:
+    queues = [f"q{7 * number % 40:02}" for number in range(40)]
+    for queue in queues:
+        insert(conn, queue=queue)
+    assert value(conn, "SELECT changed FROM batchq.bulk('cancel')") == 40
+    step("the rows of finished batches lie in the order in which they were written")
+    written = values(conn, "SELECT queue FROM batchq.batches_finished ORDER BY tableoid, ctid")
+    assert written == sorted(queues) != queues
+
+
 def test_what_has_changed_since_it_was_found_is_left_as_it_is(conn: Conn) -> None:
     cancelled, completed, running = finished(conn, "cancelled"), finished(conn, "completed"), processing(conn).id
     before = [batch(conn, batch_id) for batch_id in (cancelled, completed, running)]
