@@ -109,7 +109,7 @@ class ClaimedBatch:
         # One unpacking of the row is faster than slices of it. Items done and failed are those at the last checkpoint.
         (
             self.id, self.kind, self.attempt, self.max_attempts, _, _,
-            self.items_total, self.items_done, self.items_failed, _, _, _, _,
+            self.items_total, self.items_done, self.items_failed, _, _, _, _, _,
         ) = row  # fmt: skip
         self.items_counted = self.items_done + self.items_failed  # in batchq.throughput, by any attempt
         self.leased_at = claim.began_at

@@ -39,6 +39,8 @@ REFUSED = [
     ("batches_run_at_is_finite", "run_at", "'-infinity'"),
     ("batches_unique_key_fits", "unique_key", "''"),
     ("batches_unique_key_fits", "unique_key", "repeat('x', 1001)"),
+    ("batches_key_fits", "key", "''"),
+    ("batches_key_fits", "key", "repeat('x', 501)"),
     ("batches_max_attempts_is_positive", "max_attempts", "0"),
     ("batches_max_failed_items_is_not_negative", "max_failed_items", "-1"),
     ("batches_timeout_is_positive", "timeout_seconds", "0"),

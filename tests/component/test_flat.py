@@ -162,7 +162,8 @@ def test_no_index_but_those_of_claims_and_leases_can_serve_a_statement_that_name
       AND a.attname = 'queue'
     """
     index = "batchq.batches_live_{}".format
-    assert value(conn, query) == [index("lease"), index("ready"), index("unique_key")], "the last holds only keys"
+    names = ("key_begun", "keyed", "lease", "ready", "unique_key")
+    assert value(conn, query) == [index(name) for name in names], "three of them hold only batches with a key"
 
 
 @pytest.mark.parametrize("name", OF_A_WORKER)

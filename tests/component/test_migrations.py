@@ -425,7 +425,7 @@ OBVIOUS_COLUMNS = {
     "throughput_minutes": {
         *("minute", "queue", "kind", "completed", "failed", "cancelled", "retried", "items"),
     },
-    "batches": {"id", "claimed_at", "created_at", "finished_at"},
+    "batches": {"id", "created_at", "finished_at"},
     "failed_items": {"queue", "failed_at"},
     "migrations": {"version", "name", "applied_at"},
     "queues": {"queue", "kind", "processing"},

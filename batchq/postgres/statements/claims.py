@@ -39,6 +39,7 @@ class ClaimedRow(NamedTuple):
     timeout_seconds: int | None
     run_at: float
     trace_context: str | None = None
+    key: str | None = None
 
     @property
     def position(self) -> Position:
@@ -69,6 +70,7 @@ WITH ready AS (
   FROM batchq.batches_live
   WHERE queue = %(queue)s
     AND status = 'pending'
+    AND key IS NULL
     AND priority = %(priority)s
     AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)
     AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)
@@ -150,7 +152,7 @@ def release_claim(conn: Conn, queue: str, token: UUID) -> int:
             attempt = greatest(attempt - 1, 0),
             claimed_by = NULL,
             claim_token = NULL,
-            claimed_at = NULL,
+            claimed_at = CASE WHEN key IS NOT NULL THEN claimed_at END,
             lease_expires_at = NULL
         WHERE queue = %(queue)s
           AND status = 'processing'

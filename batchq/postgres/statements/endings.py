@@ -11,7 +11,7 @@ from batchq.postgres.statements.running import Statement, array_text
 # (status, finished_at), may change with it (items_done, result, errors), or belong to a claim (claim_token,
 # lease_expires_at).
 KEPT: LiteralString = """id, queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items,
-  timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_failed, cursor, created_at, trace_context"""
+  timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_failed, cursor, created_at, trace_context, key"""
 # DELETE and INSERT, because updating the partition key raises 40001 in every session that waits for the row. No
 # "AND status = 'processing'": with it the planner picks the lease index and walks its dead entries. The INSERT names
 # batches_finished, so that the bell, a trigger on batchq.batches, does not fire.
@@ -173,7 +173,7 @@ SET status = 'pending',
     attempt = greatest(b.attempt - u.is_release::integer, 0),
     claimed_by = NULL,
     claim_token = NULL,
-    claimed_at = NULL,
+    claimed_at = CASE WHEN b.key IS NOT NULL THEN b.claimed_at END,
     lease_expires_at = NULL,
     errors = batchq.append_error(b.errors, b.attempt, u.error)
 FROM (SELECT id, token, now() + delay_seconds * interval '1 second' AS run_at, is_release, error

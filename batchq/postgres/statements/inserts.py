@@ -18,16 +18,24 @@ VALUES (%(kind)s, %(payload)s::jsonb, %(items)s::jsonb, %(queue)s, %(priority)s,
 ON CONFLICT DO NOTHING
 RETURNING id
 """
-INSERT_UNTRACED_BATCH = INSERT_BATCH.format(more_columns="", more_values="")
-# With tracing only: programs without it also work with a schema that lacks the column.
-INSERT_TRACED_BATCH = INSERT_BATCH.format(more_columns=", trace_context", more_values=", %(trace_context)s")
+
+
+# By columns that came later. Only where they are used: programs without them also work with a schema that lacks them.
+INSERT_BATCH_WITH: dict[tuple[str, ...], LiteralString] = {
+    (): INSERT_BATCH.format(more_columns="", more_values=""),
+    ("trace_context",): INSERT_BATCH.format(more_columns=", trace_context", more_values=", %(trace_context)s"),
+    ("key",): INSERT_BATCH.format(more_columns=", key", more_values=", %(key)s"),
+    ("trace_context", "key"): INSERT_BATCH.format(
+        more_columns=", trace_context, key", more_values=", %(trace_context)s, %(key)s"
+    ),
+}
 
 
 def insert_batch(parameters: dict[str, Any], trace_context: str | None) -> Statement:
     """Return the statement that inserts a batch, and returns its id unless a live batch has its unique_key."""
-    if trace_context is None:
-        return INSERT_UNTRACED_BATCH, parameters
-    return INSERT_TRACED_BATCH, parameters | {"trace_context": trace_context}
+    more = {"trace_context": trace_context, "key": parameters["key"]}
+    given = tuple(name for name, value in more.items() if value is not None)
+    return INSERT_BATCH_WITH[given], parameters | more
 
 
 def now_plus(conn: Conn, seconds: float) -> str:

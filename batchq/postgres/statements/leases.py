@@ -89,7 +89,7 @@ WITH expired AS (
       run_at = expired.next_run_at,
       claimed_by = NULL,
       claim_token = NULL,
-      claimed_at = NULL,
+      claimed_at = CASE WHEN b.key IS NOT NULL THEN b.claimed_at END,
       lease_expires_at = NULL,
       errors = batchq.append_error(b.errors, b.attempt, expired.error)
   FROM expired

@@ -15,6 +15,7 @@ CROSS JOIN LATERAL (
   FROM batchq.batches_live b
   WHERE b.queue = %(queue)s
     AND b.status = 'pending'
+    AND b.key IS NULL
     AND b.priority = known.priority
     AND (b.run_at, b.id) > (to_timestamp(known.run_at), known.id)
     AND b.run_at <= now()
@@ -46,6 +47,7 @@ CROSS JOIN LATERAL (
   FROM batchq.batches_live b
   WHERE b.queue = %(queue)s
     AND b.status = 'pending'
+    AND b.key IS NULL
     AND b.priority > gap.above
     AND b.priority < gap.below
   ORDER BY b.priority
@@ -75,6 +77,7 @@ WITH RECURSIVE level AS (
    FROM batchq.batches_live
    WHERE queue = %(queue)s
      AND status = 'pending'
+     AND key IS NULL
    ORDER BY priority
    LIMIT 1)
   UNION ALL
@@ -82,6 +85,7 @@ WITH RECURSIVE level AS (
           FROM batchq.batches_live b
           WHERE b.queue = %(queue)s
             AND b.status = 'pending'
+            AND b.key IS NULL
             AND b.priority > level.priority
           ORDER BY b.priority
           LIMIT 1)
@@ -142,6 +146,7 @@ SELECT true
 FROM batchq.batches_live
 WHERE queue = %(queue)s
   AND status = 'pending'
+  AND key IS NULL
   AND priority = %(priority)s
   AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)
   AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)
@@ -162,6 +167,7 @@ SELECT date_part('epoch', run_at), id
 FROM batchq.batches_live
 WHERE queue = %(queue)s
   AND status = 'pending'
+  AND key IS NULL
   AND priority = %(priority)s
   AND (run_at, id) > (to_timestamp(%(after_run_at)s), %(after_id)s::bigint)
   AND (run_at, id) <= (to_timestamp(%(until_run_at)s), %(until_id)s::bigint)

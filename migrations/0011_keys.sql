@@ -1,0 +1,630 @@
+-- Keys: batches with a key are claimed key by key, in turn. A limit per key (batchq.limits.max_running_per_key) is kept by a lock on
+-- the key, and by a count in a statement that begins after the lock was taken. INSERT takes no lock that another INSERT waits for.
+ALTER TABLE batchq.batches ADD COLUMN key text COLLATE "C";  -- so that keys are compared as Python compares them
+ALTER TABLE batchq.batches ADD CONSTRAINT batches_key_fits CHECK (octet_length(key) BETWEEN 1 AND 500);
+COMMENT ON COLUMN batchq.batches.key IS
+  'Optional key, such as a customer: batches with a key are claimed key by key, in turn, so that no key waits for another. See '
+  'batchq.limits.max_running_per_key. Within a key, the lowest priority number comes first, then the earliest run_at.';
+COMMENT ON COLUMN batchq.batches.claimed_at IS
+  'Time of the latest claim. A pending batch with a key keeps it: once begun, a batch comes before the others of its key.';
+
+-- Batches with a key have indexes of their own, and are left out of the one for claims. The second has what runs of a key and, with
+-- a null lease, what began and waits to continue.
+DROP INDEX batchq.batches_live_ready;
+CREATE INDEX batches_live_ready ON batchq.batches_live (queue, priority, run_at, id) WHERE status = 'pending' AND key IS NULL;
+CREATE INDEX batches_live_keyed ON batchq.batches_live (queue, key, priority, run_at, id)
+  WHERE status = 'pending' AND key IS NOT NULL;
+CREATE INDEX batches_live_key_begun ON batchq.batches_live (queue, key, lease_expires_at)
+  WHERE key IS NOT NULL AND claimed_at IS NOT NULL;
+
+-- Rows to lock instead of keys: a key is the row of its hash. Not advisory locks, which any role could hold, and which fill the
+-- server's lock table: a claim locks hundreds of keys.
+CREATE TABLE batchq.key_locks (number integer PRIMARY KEY);
+COMMENT ON TABLE batchq.key_locks IS 'Claims of keys with a limit lock the row of the key''s hash, and never change it.';
+COMMENT ON COLUMN batchq.key_locks.number IS 'Hash of queue and key, from 0 to 4095.';
+INSERT INTO batchq.key_locks (number) SELECT n FROM generate_series(0, 4095) n;
+
+CREATE FUNCTION batchq.lock_key(in_queue text, of_key text) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$ BEGIN
+  PERFORM 1 FROM batchq.key_locks l
+  WHERE l.number = (hashtextextended(in_queue || '/' || of_key, 0) & 4095)::integer FOR UPDATE SKIP LOCKED;
+  RETURN FOUND;
+END $$;
+COMMENT ON FUNCTION batchq.lock_key IS
+  'Locks a key until the end of the transaction, if it is free; returns whether it was. A few other keys are locked with it.';
+
+CREATE FUNCTION batchq.has_keyed(in_queue text) RETURNS boolean
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$ BEGIN
+  PERFORM 1 FROM batchq.batches_live b WHERE b.queue = in_queue AND b.status = 'pending' AND b.key > '' ORDER BY b.key LIMIT 1;
+  RETURN FOUND;
+END $$;
+COMMENT ON FUNCTION batchq.has_keyed IS 'Returns whether a queue has pending batches with a key, ready or not.';
+
+CREATE FUNCTION batchq.keyed_queues() RETURNS SETOF text
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE found_queue text := '';
+BEGIN
+  LOOP
+    SELECT b.queue INTO found_queue FROM batchq.batches_live b
+    WHERE b.queue > found_queue AND b.status = 'pending' AND b.key > '' ORDER BY b.queue, b.key LIMIT 1;
+    EXIT WHEN NOT FOUND;
+    RETURN NEXT found_queue;
+  END LOOP;
+END $$;
+COMMENT ON FUNCTION batchq.keyed_queues IS 'Returns the queues that have pending batches with a key.';
+
+-- VOLATILE, so that each statement has its own snapshot: the counts must see what the last holder of the lock has committed.
+CREATE FUNCTION batchq.ready_of_key(in_queue text, of_key text, of_kinds text[], per_kind integer[], per_queue integer, most integer,
+  after_priority smallint, after_run_at float8, after_id bigint, leases_after timestamptz, OUT ids bigint[],
+  OUT last_priority smallint, OUT last_run_at float8, OUT last_id bigint)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+#variable_conflict use_variable
+DECLARE
+  one    record;
+  room   integer := most;
+  number integer;
+  free   integer[] := per_kind;  -- of each kind; null: no limit
+  running integer := 0;
+BEGIN
+  ids := '{}';
+  IF per_queue IS NOT NULL OR num_nonnulls(VARIADIC per_kind) > 0 THEN
+    FOR one IN
+      SELECT b.kind, count(*) AS running FROM batchq.batches_live b
+      WHERE b.queue = in_queue AND b.key = of_key AND b.claimed_at IS NOT NULL AND b.lease_expires_at > leases_after
+      GROUP BY b.kind
+    LOOP
+      running := running + one.running;
+      number := array_position(of_kinds, one.kind);
+      IF number IS NOT NULL THEN
+        free[number] := free[number] - one.running;
+      END IF;
+    END LOOP;
+    room := least(room, per_queue - running);
+    -- With a limit of one, a batch that has begun and waits to continue keeps all others of its key waiting.
+    FOR one IN
+      SELECT b.id, b.kind, b.run_at <= now() AS is_ready FROM batchq.batches_live b
+      WHERE b.queue = in_queue AND b.key = of_key AND b.claimed_at IS NOT NULL AND b.lease_expires_at IS NULL
+      ORDER BY b.priority, b.run_at, b.id
+    LOOP
+      number := array_position(of_kinds, one.kind);
+      CONTINUE WHEN (per_queue = 1 OR per_kind[number] = 1) IS NOT TRUE;
+      IF one.is_ready AND number IS NOT NULL AND room > 0 AND (free[number] > 0) IS NOT FALSE THEN
+        ids := ids || one.id;
+        room := room - 1;
+      END IF;
+      IF per_queue = 1 THEN RETURN; END IF;
+      free[number] := 0;
+    END LOOP;
+    IF room <= 0 OR 0 >= ALL (free) THEN RETURN; END IF;
+  END IF;
+  FOR one IN
+    SELECT b.id, b.kind, b.priority, date_part('epoch', b.run_at) AS run_at FROM batchq.batches_live b
+    WHERE b.queue = in_queue AND b.status = 'pending' AND b.key = of_key AND b.run_at <= now()
+      AND (b.priority, b.run_at, b.id) > (after_priority, to_timestamp(after_run_at), after_id)
+      AND (per_queue = 1 OR b.kind = ANY (of_kinds) AND (free[array_position(of_kinds, b.kind)] > 0) IS NOT FALSE)
+    ORDER BY b.priority, b.run_at, b.id
+    LIMIT room
+  LOOP
+    number := array_position(of_kinds, one.kind);
+    IF number IS NULL OR free[number] <= 0 THEN CONTINUE; END IF;
+    ids := ids || one.id;
+    free[number] := free[number] - 1;
+    last_priority := one.priority;
+    last_run_at := one.run_at;
+    last_id := one.id;
+  END LOOP;
+END $$;
+COMMENT ON FUNCTION batchq.ready_of_key IS
+  'Returns the ids of up to "most" batches of a key that may run now, in their order, and the position of the last. per_kind: the '
+  'most that may run of the key, for each of of_kinds; per_queue: for all kinds together. Where there are limits, the caller has '
+  'locked the key. It reads from a position on, and leases that expire after leases_after.';
+
+-- From key to key by the index (a "loose index scan"), not recursive: a distributed Postgres takes that only within a queue.
+CREATE FUNCTION batchq.ready_of_keys(in_queue text, of_kinds text[], per_kind integer[], per_queue integer, after_key text,
+  until_key text, most_keys integer, most integer, per_turn integer, positions jsonb)
+RETURNS TABLE (key text, ids bigint[], last_priority smallint, last_run_at float8, last_id bigint, seconds float8)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+#variable_conflict use_variable
+DECLARE
+  is_limited    constant boolean := per_queue IS NOT NULL OR num_nonnulls(VARIADIC per_kind) > 0;
+  any_throttled constant boolean := EXISTS (
+    SELECT 1 FROM batchq.throttles t WHERE t.queue = in_queue AND t.key <> '' AND t.until > now());
+  leases_after  constant timestamptz := coalesce(
+    (SELECT p.at FROM batchq.positions p WHERE p.index = 'lease' AND p.queue = in_queue), '-infinity');
+  first_at      constant timestamptz := clock_timestamp();
+  began_at      timestamptz;
+  visited       integer := 0;
+  per_kind_now  integer[] := per_kind;
+  at            jsonb;
+  head          record;
+  found         record;
+BEGIN
+  WHILE visited < most_keys AND most > 0 LOOP
+    began_at := clock_timestamp();
+    IF until_key IS NULL THEN
+      SELECT b.key, b.id, b.kind, b.priority, b.run_at INTO head FROM batchq.batches_live b
+      WHERE b.queue = in_queue AND b.status = 'pending' AND b.key > after_key
+      ORDER BY b.key, b.priority, b.run_at, b.id LIMIT 1;
+    ELSE
+      SELECT b.key, b.id, b.kind, b.priority, b.run_at INTO head FROM batchq.batches_live b
+      WHERE b.queue = in_queue AND b.status = 'pending' AND b.key > after_key AND b.key <= until_key
+      ORDER BY b.key, b.priority, b.run_at, b.id LIMIT 1;
+    END IF;
+    after_key := head.key;
+    EXIT WHEN head.key IS NULL;
+    visited := visited + 1;
+    CONTINUE WHEN is_limited AND NOT batchq.lock_key(in_queue, head.key);
+    IF any_throttled THEN
+      per_kind_now := ARRAY(
+        SELECT CASE WHEN EXISTS (SELECT 1 FROM batchq.throttles t WHERE t.queue = in_queue AND t.kind IN ('', u.kind)
+                                 AND t.key = head.key AND t.until > now()) THEN 0 ELSE u.most END
+        FROM unnest(of_kinds, per_kind) WITH ORDINALITY AS u(kind, most, number) ORDER BY u.number);
+    END IF;
+    key := head.key;
+    at := positions -> head.key;
+    IF per_turn = 1 AND at IS NULL AND NOT is_limited AND NOT any_throttled AND head.run_at <= now() AND head.kind = ANY (of_kinds) THEN
+      ids := ARRAY[head.id];
+      last_priority := head.priority;
+      last_run_at := date_part('epoch', head.run_at);
+      last_id := head.id;
+    ELSE
+      found := batchq.ready_of_key(in_queue, head.key, of_kinds, per_kind_now, per_queue, least(per_turn, most),
+        coalesce((at ->> 0)::smallint, '-32768'::smallint), coalesce((at ->> 1)::float8, '-infinity'), coalesce((at ->> 2)::bigint, 0),
+        leases_after);
+      ids := found.ids;
+      last_priority := found.last_priority;
+      last_run_at := found.last_run_at;
+      last_id := found.last_id;
+    END IF;
+    most := most - cardinality(ids);
+    seconds := extract(epoch FROM clock_timestamp() - began_at);
+    CONTINUE WHEN ids = '{}' AND seconds < 0.002;
+    RETURN NEXT;
+  END LOOP;
+  key := after_key;
+  ids := NULL;
+  last_id := visited;
+  seconds := extract(epoch FROM clock_timestamp() - first_at);
+  RETURN NEXT;
+END $$;
+COMMENT ON FUNCTION batchq.ready_of_keys IS
+  'Goes through the keys of a queue, from after_key on, up to until_key if that is given, and returns for each the batches that a '
+  'claim may take: up to per_turn of each key and "most" in all. Keys with a limit (per_kind, in the order of of_kinds, and '
+  'per_queue) are locked until the transaction ends; those that another claim has locked are left out. positions: a JSON object, '
+  'an array of priority, run_at and id for keys that are read from there on. The last row has no ids: its key is the last one '
+  'visited, null at the end of the range; last_id is the number of keys visited, and seconds the time of all.';
+
+-- As before, but for batches without a key: those with one are not in the index of claims.
+CREATE OR REPLACE FUNCTION batchq.has_ready(in_queue text, in_priority smallint, kinds text[], after_run_at float8, after_id bigint)
+RETURNS boolean LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$ BEGIN
+  PERFORM 1 FROM batchq.batches_live b
+  WHERE b.queue = in_queue AND b.status = 'pending' AND b.key IS NULL AND b.priority = in_priority
+    AND (b.run_at, b.id) > (to_timestamp(after_run_at), after_id) AND b.run_at <= now() AND b.kind = ANY (kinds)
+  ORDER BY b.run_at, b.id LIMIT 1;
+  RETURN FOUND;
+END $$;
+
+CREATE OR REPLACE FUNCTION batchq.waiting_levels()
+RETURNS TABLE (queue text, priority smallint, at timestamptz, id bigint, seconds float8, is_known boolean)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+#variable_conflict use_column
+DECLARE known record; began_at timestamptz; after_queue text := ''; after_priority integer := -40000;
+BEGIN
+  FOR known IN
+    SELECT p.queue, p.priority, p.at, p.id, false AS is_end FROM batchq.positions p WHERE p.index = 'ready'
+    UNION ALL SELECT NULL, NULL, NULL, NULL, true
+    ORDER BY is_end, queue, priority
+  LOOP
+    LOOP -- The levels between the last known one and this one, then this one.
+      began_at := clock_timestamp();
+      SELECT * INTO queue, priority, at, id
+      FROM ((SELECT b.queue, b.priority, b.run_at, b.id FROM batchq.batches_live b
+             WHERE b.status = 'pending' AND b.key IS NULL AND b.queue = after_queue AND b.priority > after_priority
+               AND b.priority < CASE WHEN known.queue = after_queue THEN known.priority ELSE 40000 END
+             ORDER BY b.queue, b.priority, b.run_at, b.id LIMIT 1)
+            UNION ALL
+            (SELECT b.queue, b.priority, b.run_at, b.id FROM batchq.batches_live b
+             WHERE b.status = 'pending' AND b.key IS NULL AND b.queue > after_queue AND b.queue < known.queue
+             ORDER BY b.queue, b.priority, b.run_at, b.id LIMIT 1)
+            UNION ALL
+            (SELECT b.queue, b.priority, b.run_at, b.id FROM batchq.batches_live b
+             WHERE b.status = 'pending' AND b.key IS NULL AND b.queue > after_queue AND known.is_end
+             ORDER BY b.queue, b.priority, b.run_at, b.id LIMIT 1)
+            UNION ALL
+            (SELECT b.queue, b.priority, b.run_at, b.id FROM batchq.batches_live b
+             WHERE b.status = 'pending' AND b.key IS NULL AND b.queue = known.queue AND b.priority < known.priority AND known.queue <> after_queue
+             ORDER BY b.queue, b.priority, b.run_at, b.id LIMIT 1)) next
+      LIMIT 1;
+      is_known := queue IS NULL;
+      EXIT WHEN is_known AND known.is_end;
+      IF is_known THEN
+        began_at := clock_timestamp();
+        SELECT b.run_at, b.id INTO at, id FROM batchq.batches_live b
+        WHERE b.queue = known.queue AND b.status = 'pending' AND b.key IS NULL AND b.priority = known.priority
+          AND (b.run_at, b.id) > (known.at, known.id)
+        ORDER BY b.run_at, b.id LIMIT 1;
+        queue := known.queue;
+        priority := known.priority;
+      END IF;
+      seconds := extract(epoch FROM clock_timestamp() - began_at);
+      RETURN NEXT;
+      after_queue := queue;
+      after_priority := priority;
+      EXIT WHEN is_known;
+    END LOOP;
+  END LOOP;
+END $$;
+
+CREATE OR REPLACE FUNCTION batchq.check_positions(cheap_seconds float8) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE known batchq.positions; began_at timestamptz; seconds float8; late_at timestamptz; late_id bigint;
+BEGIN
+  FOR known IN
+    SELECT * FROM batchq.positions p WHERE p.checked_at < clock_timestamp() - 20 * p.cost_seconds * interval '1 second'
+  LOOP
+    began_at := clock_timestamp();
+    IF known.index = 'ready' THEN
+      SELECT b.run_at, b.id - 1 INTO late_at, late_id FROM batchq.batches_live b
+      WHERE b.queue = known.queue AND b.status = 'pending' AND b.key IS NULL AND b.priority = known.priority
+        AND (b.run_at, b.id) <= (known.at, known.id)
+      ORDER BY b.run_at, b.id LIMIT 1;
+    ELSE
+      SELECT b.lease_expires_at - interval '1 microsecond', known.id INTO late_at, late_id FROM batchq.batches_live b
+      WHERE b.queue = known.queue AND b.status = 'processing' AND b.lease_expires_at <= known.at
+      ORDER BY b.lease_expires_at LIMIT 1;
+    END IF;
+    seconds := extract(epoch FROM clock_timestamp() - began_at);
+    IF late_id IS NULL AND seconds < cheap_seconds THEN
+      DELETE FROM batchq.positions WHERE index = known.index AND queue = known.queue AND priority = known.priority;
+    ELSE
+      UPDATE batchq.positions
+      SET at = coalesce(late_at, at), id = coalesce(late_id, id), cost_seconds = seconds, checked_at = clock_timestamp()
+      WHERE index = known.index AND queue = known.queue AND priority = known.priority;
+    END IF;
+  END LOOP;
+END $$;
+
+CREATE OR REPLACE FUNCTION batchq.newest_live(in_queue text DEFAULT NULL, in_kind text DEFAULT NULL, in_status text DEFAULT NULL,
+  before_id bigint DEFAULT 9223372036854775807, most integer DEFAULT 100) RETURNS SETOF bigint
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$ BEGIN
+  IF NOT EXISTS (SELECT 1 FROM batchq.positions) THEN
+    RETURN QUERY
+    SELECT b.id FROM batchq.batches_live b
+    WHERE b.id < before_id AND (in_queue IS NULL OR b.queue = in_queue) AND (in_kind IS NULL OR b.kind = in_kind)
+      AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
+    ORDER BY b.id DESC LIMIT most;
+    RETURN;
+  END IF;
+  -- The newest of each level, by the indexes of claims and leases, since batchq.positions has where these begin. "b.id + 0" keeps
+  -- the planner from the index of ids, whose dead entries are unknown.
+  RETURN QUERY
+  SELECT b.id
+  FROM (
+    SELECT b.id, b.queue
+    FROM batchq.waiting_levels() w CROSS JOIN LATERAL (
+      SELECT b.id, b.queue FROM batchq.batches_live b
+      WHERE b.queue = w.queue AND b.status = 'pending' AND b.key IS NULL AND b.priority = w.priority AND (b.run_at, b.id) >= (w.at, w.id)
+        AND b.id + 0 < before_id AND (in_kind IS NULL OR b.kind = in_kind)
+        AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
+      ORDER BY b.run_at DESC, b.id DESC LIMIT most) b
+    WHERE w.at IS NOT NULL AND (in_status IS NULL OR in_status NOT IN ('processing', 'stalled'))
+    UNION ALL
+    SELECT b.id, q.queue
+    FROM batchq.keyed_queues() AS q(queue) CROSS JOIN LATERAL (
+      SELECT b.id FROM batchq.batches_live b
+      WHERE b.queue = q.queue AND b.status = 'pending' AND b.key > ''
+        AND b.id + 0 < before_id AND (in_kind IS NULL OR b.kind = in_kind)
+        AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
+      ORDER BY b.key, b.priority, b.run_at, b.id LIMIT 10 * most) b
+    WHERE in_status IS NULL OR in_status NOT IN ('processing', 'stalled')
+    UNION ALL
+    SELECT b.id, b.queue
+    FROM batchq.busy_queues() q CROSS JOIN LATERAL (
+      SELECT b.id, b.queue FROM batchq.batches_live b
+      WHERE b.queue = q.queue AND b.status = 'processing' AND b.lease_expires_at >= q.at
+        AND b.id + 0 < before_id AND (in_kind IS NULL OR b.kind = in_kind)
+        AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
+      ORDER BY b.lease_expires_at DESC LIMIT most) b
+    WHERE q.at IS NOT NULL AND (in_status IS NULL OR in_status IN ('processing', 'stalled'))
+  ) b
+  WHERE in_queue IS NULL OR b.queue = in_queue
+  ORDER BY b.id DESC LIMIT most;
+END $$;
+
+CREATE OR REPLACE FUNCTION batchq.count_live(most integer DEFAULT 10000)
+RETURNS TABLE (queue text, kind text, state text, count bigint, late bigint, oldest_at timestamptz, is_estimate boolean,
+               is_oldest_estimate boolean)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+#variable_conflict use_column
+DECLARE
+  pages     float8 := pg_relation_size('batchq.batches_live') / current_setting('block_size')::integer;
+  in_sample float8 := least(100, 100 * 200 / greatest(pages, 1));
+BEGIN
+  RETURN QUERY
+  WITH all_waiting AS MATERIALIZED (SELECT * FROM batchq.waiting_levels() WHERE at IS NOT NULL),
+  all_busy AS MATERIALIZED (SELECT * FROM batchq.busy_queues() WHERE at IS NOT NULL),
+  few AS MATERIALIZED (
+    -- If there are at most "most", all are counted. If there are more, each level gets a share of "most".
+    SELECT most >= (SELECT count(*) FROM (
+        SELECT 1 FROM all_waiting w CROSS JOIN LATERAL (
+          SELECT 1 FROM batchq.batches_live b
+          WHERE b.queue = w.queue AND b.status = 'pending' AND b.key IS NULL AND b.priority = w.priority AND (b.run_at, b.id) >= (w.at, w.id)
+          ORDER BY b.run_at, b.id LIMIT most + 1) b LIMIT most + 1) some_waiting)
+      AND most >= (SELECT count(*) FROM (
+        SELECT 1 FROM all_busy q CROSS JOIN LATERAL (
+          SELECT 1 FROM batchq.batches_live b
+          WHERE b.queue = q.queue AND b.status = 'processing' AND b.lease_expires_at >= q.at
+          ORDER BY b.lease_expires_at LIMIT most + 1) b LIMIT most + 1) some_busy) AS counts_all
+  ),
+  waiting AS MATERIALIZED (SELECT * FROM all_waiting LIMIT (SELECT CASE WHEN NOT counts_all THEN 1000 END FROM few)),
+  busy AS MATERIALIZED (SELECT * FROM all_busy LIMIT (SELECT CASE WHEN NOT counts_all THEN 1000 END FROM few)),
+  share AS MATERIALIZED (
+    SELECT greatest(100, CASE WHEN counts_all THEN most ELSE most / greatest((SELECT count(*) FROM waiting), 1) END)::integer
+        AS of_waiting,
+      greatest(100, CASE WHEN counts_all THEN most ELSE most / greatest((SELECT count(*) FROM busy), 1) END)::integer AS of_busy
+    FROM few
+  ), keyed AS MATERIALIZED (
+    SELECT q.queue, b.kind, b.run_at, count(*) OVER (PARTITION BY q.queue) > share.of_waiting AS is_cut
+    FROM batchq.keyed_queues() AS q(queue) CROSS JOIN share CROSS JOIN LATERAL (
+      SELECT b.kind, b.run_at FROM batchq.batches_live b
+      WHERE b.queue = q.queue AND b.status = 'pending' AND b.key > ''
+      ORDER BY b.key, b.priority, b.run_at, b.id LIMIT share.of_waiting + 1) b
+  ), entry AS MATERIALIZED (
+    SELECT w.queue, w.priority, 'ready' AS state, b.kind, b.run_at AS at, share.of_waiting AS share
+    FROM waiting w CROSS JOIN share CROSS JOIN LATERAL (
+      SELECT b.kind, b.run_at FROM batchq.batches_live b
+      WHERE b.queue = w.queue AND b.status = 'pending' AND b.key IS NULL AND b.priority = w.priority AND b.run_at <= now()
+        AND (b.run_at, b.id) >= (w.at, w.id)
+      ORDER BY b.run_at, b.id LIMIT share.of_waiting + 1) b
+    UNION ALL
+    SELECT w.queue, w.priority, 'scheduled', b.kind, b.run_at, share.of_waiting
+    FROM waiting w CROSS JOIN share CROSS JOIN LATERAL (
+      SELECT b.kind, b.run_at FROM batchq.batches_live b
+      WHERE b.queue = w.queue AND b.status = 'pending' AND b.key IS NULL AND b.priority = w.priority AND b.run_at > now()
+        AND (b.run_at, b.id) >= (w.at, w.id)
+      ORDER BY b.run_at, b.id LIMIT share.of_waiting + 1) b
+    UNION ALL
+    SELECT q.queue, 0, 'processing', b.kind, b.lease_expires_at, share.of_busy
+    FROM busy q CROSS JOIN share CROSS JOIN LATERAL (
+      SELECT b.kind, b.lease_expires_at FROM batchq.batches_live b
+      WHERE b.queue = q.queue AND b.status = 'processing' AND b.lease_expires_at >= q.at
+      ORDER BY b.lease_expires_at LIMIT share.of_busy + 1) b
+    UNION ALL
+    SELECT queue, 0, CASE WHEN run_at <= now() THEN 'ready' ELSE 'scheduled' END, kind, run_at, NULL FROM keyed
+  ), cut AS MATERIALIZED (
+    SELECT queue, state, min(until) AS known_until
+    FROM (
+      SELECT queue, state, max(at) AS until FROM entry GROUP BY queue, state, priority, share HAVING count(*) > share
+      UNION ALL
+      SELECT DISTINCT queue, state, '-infinity'::timestamptz FROM keyed, unnest('{ready,scheduled}'::text[]) AS state WHERE is_cut
+    ) heads
+    GROUP BY queue, state
+  ), counted AS (
+    SELECT queue, kind, state, count(*) AS count, count(*) FILTER (WHERE at < now()) AS late, min(at) AS oldest_at
+    FROM entry GROUP BY queue, kind, state
+  ), sampled AS (
+    SELECT queue, kind, state, ceil(count(*) * 100 / in_sample)::bigint AS count, min(at) AS oldest_at
+    FROM (
+      SELECT b.queue, b.kind, coalesce(b.lease_expires_at, b.run_at) AS at,
+        CASE WHEN b.status = 'processing' THEN 'processing' WHEN b.run_at <= now() THEN 'ready' ELSE 'scheduled' END AS state
+      FROM batchq.batches_live b TABLESAMPLE SYSTEM (in_sample) REPEATABLE (1)
+      WHERE EXISTS (SELECT 1 FROM cut)) rows
+    JOIN cut USING (queue, state) GROUP BY queue, kind, state
+  )
+  SELECT queue, kind, state, greatest(c.count, s.count), coalesce(c.late, 0), least(c.oldest_at, s.oldest_at),
+    -- A batch committed late, before a position, is not counted until the position is checked.
+    cut.queue IS NOT NULL OR EXISTS (SELECT 1 FROM batchq.positions p WHERE p.queue = c.queue),
+    cut.known_until IS NOT NULL AND (c.oldest_at IS NULL OR c.oldest_at > cut.known_until)
+  FROM counted c FULL JOIN sampled s USING (queue, kind, state) LEFT JOIN cut USING (queue, state);
+END $$;
+
+-- As before, with the key.
+CREATE OR REPLACE FUNCTION batchq.cancel_live(in_queue text, ids bigint[], statuses text[], reason text)
+RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
+#variable_conflict use_variable
+DECLARE changed integer;
+BEGIN
+  -- The columns that a batch takes along when it ends: here, in batchq.revive, and in the statements of the workers.
+  WITH chosen AS MATERIALIZED (
+    SELECT b.id FROM batchq.batches_live b
+    WHERE b.queue = in_queue AND b.id = ANY (ids) AND b.status = ANY (statuses)
+    FOR UPDATE SKIP LOCKED
+  ), gone AS (
+    DELETE FROM batchq.batches_live b WHERE b.queue = in_queue AND b.id = ANY (ARRAY(SELECT c.id FROM chosen c)) RETURNING b.*
+  )
+  INSERT INTO batchq.batches (id, queue, kind, status, payload, items, priority, run_at, unique_key, max_attempts,
+    max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_done, items_failed, cursor,
+    result, created_at, trace_context, key, finished_at, errors)
+  OVERRIDING SYSTEM VALUE
+  SELECT g.id, g.queue, g.kind, 'cancelled', g.payload, g.items, g.priority, g.run_at, g.unique_key, g.max_attempts,
+    g.max_failed_items, g.timeout_seconds, g.attempt, g.claimed_by, g.claimed_at, g.items_total, g.items_done, g.items_failed,
+    g.cursor, g.result, g.created_at, g.trace_context, g.key, now(), batchq.append_error(g.errors, g.attempt,
+      jsonb_build_object('error', 'cancelled' || coalesce(': ' || left(reason, 2000), '')))
+  FROM gone g;
+  GET DIAGNOSTICS changed = ROW_COUNT;
+  RETURN changed;
+END $$;
+
+CREATE OR REPLACE FUNCTION batchq.revive(in_queue text, ids bigint[], from_status text, whole boolean, first_at timestamptz,
+                              last_at timestamptz, OUT changed integer, OUT keyed integer)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
+#variable_conflict use_variable
+DECLARE done bigint[]; total integer;
+BEGIN
+  -- A batch that meets a live batch with its unique_key is not inserted, and so not deleted.
+  WITH chosen AS MATERIALIZED (
+    SELECT f.* FROM batchq.batches_finished f
+    WHERE f.queue = in_queue AND f.id = ANY (ids) AND f.finished_at BETWEEN first_at AND last_at AND f.status = from_status
+      AND (f.status <> 'completed' OR f.items_failed > 0 OR whole IS DISTINCT FROM false)
+    FOR UPDATE SKIP LOCKED
+  ), inserted AS (
+    INSERT INTO batchq.batches (id, queue, kind, payload, items, priority, unique_key, max_attempts, max_failed_items,
+      timeout_seconds, key, items_total, items_done, items_failed, cursor, errors, created_at, trace_context)
+    OVERRIDING SYSTEM VALUE
+    SELECT c.id, c.queue, c.kind, c.payload, c.items, c.priority, c.unique_key, c.max_attempts, c.max_failed_items,
+      c.timeout_seconds, c.key, c.items_total, CASE WHEN whole THEN 0 ELSE c.items_done END,
+      CASE WHEN whole THEN 0 ELSE c.items_failed END, CASE WHEN whole THEN NULL ELSE c.cursor END, c.errors, c.created_at,
+      c.trace_context
+    FROM chosen c
+    ON CONFLICT DO NOTHING
+    RETURNING id
+  ), gone AS (
+    DELETE FROM batchq.batches_finished f
+    WHERE f.queue = in_queue AND f.id = ANY (ARRAY(SELECT i.id FROM inserted i)) AND f.finished_at BETWEEN first_at AND last_at
+    RETURNING f.id
+  )
+  SELECT (SELECT array_agg(g.id) FROM gone g), (SELECT count(*) FROM chosen c) INTO done, total;
+  changed := coalesce(cardinality(done), 0);
+  keyed := total - changed;
+  IF whole THEN
+    DELETE FROM batchq.failed_items f WHERE f.queue = in_queue AND f.batch_id = ANY (done);
+  ELSE
+    UPDATE batchq.failed_items f SET attempt = 0, retryable = true WHERE f.queue = in_queue AND f.batch_id = ANY (done);
+  END IF;
+END $$;
+
+CREATE OR REPLACE FUNCTION batchq.move_pending(in_queue text, ids bigint[], new_queue text)
+RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
+#variable_conflict use_variable
+DECLARE moved integer;
+BEGIN
+  WITH gone AS (
+    DELETE FROM batchq.batches_live b WHERE b.queue = in_queue AND b.id = ANY (ids) RETURNING b.*
+  )
+  INSERT INTO batchq.batches (id, queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items,
+    timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_done, items_failed, cursor, errors, created_at,
+    trace_context, key)
+  OVERRIDING SYSTEM VALUE
+  SELECT g.id, new_queue, g.kind, g.payload, g.items, g.priority, g.run_at, g.unique_key, g.max_attempts, g.max_failed_items,
+    g.timeout_seconds, g.attempt, g.claimed_by, g.claimed_at, g.items_total, g.items_done, g.items_failed, g.cursor, g.errors,
+    g.created_at, g.trace_context, g.key
+  FROM gone g;
+  GET DIAGNOSTICS moved = ROW_COUNT;
+  WITH gone AS (
+    DELETE FROM batchq.failed_items f WHERE f.queue = in_queue AND f.batch_id = ANY (ids) RETURNING f.*
+  )
+  INSERT INTO batchq.failed_items (queue, batch_id, item_index, item, error, attempt, retryable, failed_at)
+  SELECT new_queue, g.batch_id, g.item_index, g.item, g.error, g.attempt, g.retryable, g.failed_at FROM gone g;
+  RETURN moved;
+END $$;
+
+CREATE OR REPLACE VIEW batchq.status WITH (security_invoker = true) AS
+SELECT b.id, b.queue, b.kind,
+  CASE WHEN b.status = 'processing' AND b.lease_expires_at < now() THEN 'stalled'
+       WHEN b.status = 'pending' AND b.run_at <= now() THEN 'ready'
+       WHEN b.status = 'pending' AND jsonb_array_length(b.errors) > 0 THEN 'retrying'
+       WHEN b.status = 'pending' THEN 'scheduled' ELSE b.status END AS status,
+  CASE WHEN b.items_total > 0 THEN floor(100.0 * (b.items_done + b.items_failed) / b.items_total)::integer
+       WHEN b.status = 'completed' THEN 100 END AS progress_percent,
+  b.items_total, b.items_done, b.items_failed, b.attempt, b.max_attempts, b.priority, now() - b.created_at AS age,
+  CASE WHEN b.status <> 'pending' THEN coalesce(b.finished_at, now()) - b.claimed_at END AS running_time,
+  CASE WHEN b.status = 'pending' THEN b.run_at END AS next_run_at,
+  b.claimed_by, b.lease_expires_at, b.errors -> -1 ->> 'error' AS last_error, b.unique_key,
+  b.created_at, b.claimed_at, b.finished_at, b.status AS stored_status, b.key
+FROM batchq.batches b;
+
+COMMENT ON COLUMN batchq.status.key IS 'Key of the batch: batchq.batches.key.';
+
+CREATE OR REPLACE VIEW batchq.queues AS
+WITH live AS (
+  SELECT queue, kind,
+    max(count) FILTER (WHERE state = 'ready') AS ready,
+    max(count) FILTER (WHERE state = 'scheduled') AS scheduled,
+    max(count) FILTER (WHERE state = 'processing') AS processing,
+    max(late) FILTER (WHERE state = 'processing') AS stalled,
+    now() - min(oldest_at) FILTER (WHERE state = 'ready') AS oldest_wait,
+    array_agg(state) FILTER (WHERE is_estimate)
+      || array_agg('oldest_wait'::text) FILTER (WHERE state = 'ready' AND is_oldest_estimate) AS estimated
+  FROM batchq.count_live() GROUP BY queue, kind
+), last_hour AS (
+  SELECT queue, kind,
+    sum((completed + failed + cancelled) * CASE minute
+          WHEN date_trunc('minute', now()) THEN 1
+          WHEN date_trunc('minute', now()) - interval '1 minute' THEN 1 - extract(second FROM now()) / 60 ELSE 0 END) AS finished
+  FROM batchq.throughput_minutes WHERE minute > now() - interval '1 hour' GROUP BY queue, kind
+), failed AS (
+  SELECT queue, kind, count AS failed, CASE WHEN is_estimate THEN 'failed' END AS estimated FROM batchq.count_failed()
+)
+SELECT queue, kind, coalesce(ready, 0) AS ready, coalesce(scheduled, 0) AS scheduled, coalesce(processing, 0) AS processing,
+  coalesce(stalled, 0) AS stalled, coalesce(failed, 0) AS failed, oldest_wait,
+  round(coalesce(finished, 0) / 60.0, 2) AS finished_per_second,
+  (SELECT count(*) FROM batchq.workers w
+   WHERE w.heartbeat_at > now() - interval '1 minute' AND queue = ANY (w.queues) AND kind = ANY (w.kinds)) AS workers,
+  array_remove(coalesce(live.estimated, '{}') || failed.estimated, NULL) AS estimated,
+  CASE WHEN held_back_by IS NULL THEN 0 ELSE coalesce(ready, 0) END AS held_back, held_back_by
+FROM live FULL JOIN last_hour USING (queue, kind) FULL JOIN failed USING (queue, kind)
+CROSS JOIN LATERAL (SELECT queue AS of_queue, kind AS of_kind) named
+CROSS JOIN LATERAL (
+  SELECT string_agg(DISTINCT b.reason, ', ') AS held_back_by
+  FROM (
+    SELECT unnest(string_to_array(s.held_back_by, ',')) AS reason FROM batchq.limit_shares s
+    WHERE s.queue = of_queue AND s.kind IN ('', of_kind) AND s.refreshed_at > now() - interval '5 seconds'
+    UNION ALL
+    SELECT 'throttled' FROM batchq.throttles t
+    WHERE t.queue = of_queue AND t.kind IN ('', of_kind) AND t.key = '' AND t.until > now()
+  ) b
+) held;
+
+COMMENT ON COLUMN batchq.queues.held_back IS 'Ready batches that a limit or a throttle holds back; 0 if none does.';
+COMMENT ON COLUMN batchq.queues.held_back_by IS
+  'What holds back batches or items, as of the last seconds: columns of batchq.limits, or "throttled"; null: nothing.';
+
+CREATE OR REPLACE VIEW batchq.duties AS
+SELECT duty, privilege, object
+FROM (VALUES
+  ('producer', 'INSERT (queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items, '
+               'timeout_seconds, trace_context, key)', '{batches}'::text[]),
+  ('producer', 'SELECT (id)', '{batches}'), ('producer', 'SELECT', '{migrations}'),
+  ('worker', 'SELECT',
+   '{batches,batches_live,batches_finished,failed_items,workers,throughput_minutes,pauses,positions,migrations,'
+   'limits_in_force,throttles}'),
+  ('worker', 'UPDATE (status, attempt, claimed_by, claim_token, claimed_at, lease_expires_at, run_at, items_done, '
+             'items_failed, cursor, errors)', '{batches_live}'),
+  ('worker', 'DELETE', '{batches_live}'), ('worker', 'INSERT', '{batches_finished}'),
+  ('worker', 'INSERT, UPDATE, DELETE', '{failed_items,workers}'), ('worker', 'INSERT, UPDATE', '{throughput_minutes}'),
+  ('worker', 'EXECUTE', '{append_error,add_counts,has_ready,move_positions,try_lock,merge_throughput,prune,prune_records,'
+                        'create_finished_partitions,ids_given_twice,"forget_failed_items(text,bigint)",take_shares,return_shares,declare_limits,throttle,'
+                        'ready_of_keys,has_keyed}'),
+  ('viewer', 'SELECT', '{batches,batches_live,batches_finished,failed_items,workers,throughput_minutes,pauses,positions,'
+                       'migrations,audit,status,queues,throughput,failures,duties,finished_default,'
+                       'limits,declared_limits,limits_in_force,limit_shares,throttles}'),
+  ('viewer', 'EXECUTE', '{shown_status,count_live,count_failed,latest_failures,run_time_percentiles,'
+                        'sum_counts,add_counts,busy_queues,waiting_levels,newest_live,ids_given_twice,duty_statements,'
+                        'keyed_queues}'),
+  ('operator', 'EXECUTE', '{cancel,retry,retry_items,snooze,set_priority,move,pause,resume,drain_worker,bulk,set_limit}'),
+  ('operator', 'INSERT, UPDATE, DELETE', '{limits}'), ('operator', 'DELETE', '{throttles}')
+) AS granted(duty, privilege, objects)
+CROSS JOIN unnest(objects) AS object;
+
+-- Roles that have a duty already get what is new in it.
+DO $$
+DECLARE known record;
+BEGIN
+  FOR known IN
+    SELECT DISTINCT d.duty, r.rolname AS role
+    FROM (VALUES ('worker', 'has_ready'), ('operator', 'cancel')) AS d(duty, function)
+    JOIN pg_proc p ON p.pronamespace = 'batchq'::regnamespace AND p.proname = d.function
+    CROSS JOIN LATERAL aclexplode(p.proacl) a JOIN pg_roles r ON r.oid = a.grantee
+    WHERE a.grantee <> p.proowner
+    UNION
+    SELECT d.duty, r.rolname
+    FROM (VALUES ('producer', 'batchq.batches'::regclass, 'INSERT'), ('viewer', 'batchq.queues', 'SELECT')) AS d(duty, relation, privilege)
+    JOIN pg_class c ON c.oid = d.relation JOIN pg_attribute t ON t.attrelid = c.oid AND t.attname = 'kind'
+    CROSS JOIN LATERAL (SELECT * FROM aclexplode(c.relacl) UNION ALL SELECT * FROM aclexplode(t.attacl)) a
+    JOIN pg_roles r ON r.oid = a.grantee
+    WHERE a.grantee <> c.relowner AND a.privilege_type = d.privilege
+  LOOP
+    PERFORM batchq.grant_duty(known.duty, known.role);
+  END LOOP;
+END $$;
+
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA batchq FROM PUBLIC;
+SELECT batchq.give_replica_identities();
