@@ -44,14 +44,28 @@ class Runtime:
     conflicts: Conflicts = field(default_factory=Conflicts)
 
 
+class Gate(Protocol):
+    """What lets the next item of a batch begin, where limits are set; see `batchq.worker.gates`."""
+
+    is_open: bool
+
+    def take(self) -> float: ...
+
+    def give_back(self) -> None: ...
+
+    def close_for(self, seconds: float) -> None: ...
+
+
 @dataclass(slots=True)
 class Claim:
-    """One claim statement. All batches it returned have the same queue and token."""
+    """One claim statement. All batches it returned have the same queue, token and permits."""
 
     queue: str
     token: UUID
     runtime: Runtime
     began_at: float  # monotonic time before the statement: a lower bound for the start of the leases
+    permits: tuple[Any, ...] = ()  # of batchq.worker.permits: what the batches need where there are limits
+    reserved: int = 0  # how many permits the claim holds before its batches are known
     arrived_at: float = field(init=False)  # monotonic time when the rows had arrived
     token_text: str = field(init=False)
 

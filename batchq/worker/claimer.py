@@ -3,7 +3,7 @@
 import random
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -13,22 +13,26 @@ from batchq.batch.claimed import Claim, ClaimedBatch
 from batchq.common.log import get_logger
 from batchq.errors import OutcomeUnknown
 from batchq.postgres.link import Link
-from batchq.postgres.statements import claims, probes, session, workers
+from batchq.postgres.statements import claims, probes, session
 from batchq.postgres.statements.claims import END, ClaimedRow, Position
 from batchq.postgres.statements.running import Statement
 from batchq.worker.context import Context
+from batchq.worker.keyed_claims import KeyedClaims
 from batchq.worker.lanes import Lane
 from batchq.worker.outage import Outage
+from batchq.worker.permits import reserve, unreserve
 from batchq.worker.positions import MOST_PRIORITIES, Pauses, Source, Track
 from batchq.worker.refused import Halving, Skipped, is_about_rows
 from batchq.worker.turns import MOST_IDLE_SECONDS
 
-PAUSES_SECONDS = 1.0  # between two readings of the pauses
+STEERING_SECONDS = 1.0  # between two readings of pauses, throttles and limits
 SETTINGS = session.FORCE_INDEX_AND_HASH_JOIN | session.ASYNCHRONOUS_COMMIT
 _WRITABLE_SECONDS = 5.0  # between two checks whether the database takes writes
 _FULL_SECONDS = 0.5  # to wait where no lane has room
 _COST_FACTOR = 20  # an expensive probe is followed by a pause of that many times its cost
 _MOST_A_CLAIM = 2000
+_ASK_AGAIN_SECONDS = 0.1  # between two searches for what waits for a permit
+_MOST_RANGES = 3  # of keys, that one round goes through
 _IN_ORDER = attrgetter("run_at", "id")
 
 _log = get_logger()
@@ -37,19 +41,22 @@ _log = get_logger()
 class Claimer:
     """Claims batches for the lanes, round after round; each queue in turn comes first."""
 
+    # More than a dozen attributes: a thread's whole state.
     def __init__(self, context: Context, link: Link) -> None:
         self.context = context
         self.lifecycle = context.lifecycle
+        self.permits = context.permits
         self.link = link
         self.sources = [Source(queue, lane) for queue in context.settings.queues for lane in context.lanes]
         self.outage = Outage("claimer", link)
         self.skipped = Skipped()
         self.polled_at = time.monotonic()
-        self.unknown: list[tuple[str, uuid.UUID]] = []  # queue and token of claims whose COMMIT was interrupted
-        self.pauses: Pauses = frozenset()
-        self.pauses_read_at = float("-inf")
+        self.unknown: list[Claim] = []  # whose COMMIT was interrupted
+        self._keyed = KeyedClaims(context, link, self.skipped)
+        self._steered: tuple[int, Pauses] = (0, frozenset())  # the version of the steering, and what is paused
         self._writable_at = time.monotonic()
         self._from_start = False  # recorded positions do not count
+        self._is_held_back = False  # something is ready and waits for a permit
 
     def run(self, drain: bool) -> None:
         """Claim until the worker stops or, with *drain*, until nothing is ready and all that was claimed is written."""
@@ -69,7 +76,7 @@ class Claimer:
             except Exception as error:
                 self.lifecycle.stopping.wait(self.outage.failed(error))
                 continue
-            if drain and all_written and not found:
+            if drain and all_written and not found and not self._is_held_back:
                 if self._from_start:
                     return
                 self._forget_positions()
@@ -114,10 +121,11 @@ class Claimer:
         self.release_unknown()
         for lane in self.context.lanes:
             lane.prefetch.adapt_to(self.link.round_trip_seconds)
-        if self.pauses:
-            self.apply_pauses()
+        if self.permits.is_steered:
+            self.steer()
+        self._is_held_back = False
         self.sources.append(self.sources.pop(0))
-        return sum(self.claim_from(source) for source in self.sources if source.kinds and source.lane.room())
+        return sum(self.claim_from(source) for source in list(self.sources) if source.kinds and source.lane.room())
 
     def _leave_if_read_only(self) -> None:
         """Every 5 s, close the connection if it is read-only.
@@ -136,46 +144,119 @@ class Claimer:
     def release_unknown(self) -> None:
         """Release what a claim may have claimed whose COMMIT was interrupted."""
         while self.unknown:
-            queue, token = self.unknown[0]
+            claim = self.unknown[0]
             with self.link.transaction() as conn:
-                claims.release_claim(conn, queue, token)
+                claims.release_claim(conn, claim.queue, claim.token)
             self.unknown.pop(0)
+            unreserve(claim.permits, claim.reserved)
 
-    def apply_pauses(self) -> bool:
-        """Leave out what is paused, as of a second ago at most; return whether that has changed.
+    def steer(self) -> bool:
+        """Follow pauses, throttles and limits, as of a second ago at most; return whether they have changed.
 
-        Read before a claim, or while something is paused: an idle worker reads nothing.
+        Read before a claim, or while there are any: an idle worker reads nothing.
         """
-        if time.monotonic() - self.pauses_read_at < PAUSES_SECONDS:
+        if time.monotonic() - self.permits.read_at >= STEERING_SECONDS:
+            self.permits.read(self.link)
+        version, paused = self._steered
+        if self.permits.version == version:
             return False
-        with self.link.reading() as conn:
-            pauses = frozenset(workers.pauses(conn))
-        self.pauses_read_at = time.monotonic()
-        if pauses == self.pauses:
-            return False
-        _log.info("pauses changed", paused=[f"{queue or '*'}/{kind or '*'}" for queue, kind in sorted(pauses, key=str)])
-        self.pauses = pauses
-        for source in self.sources:
-            source.leave_out(pauses)
+        self._steered = (self.permits.version, self.permits.paused)
+        if self._steered[1] != paused:
+            names = [f"{queue or '*'}/{kind or '*'}" for queue, kind in sorted(self._steered[1], key=str)]
+            _log.info("pauses changed", paused=names)
+        self._arrange_sources()
         return True
 
+    def _arrange_sources(self) -> None:
+        """Give each kind whose claims are limited a source of its own, and the other kinds of a lane one together."""
+        paused = self._steered[1]
+        sources = []
+        for queue, lane in dict.fromkeys((source.queue, source.lane) for source in self.sources):
+            limited = [kind for kind in lane.kinds if self.permits.for_claims(queue, kind)]
+            for kind in (None, *limited):
+                source = self._source(queue, lane, kind)
+                source.serve([kind] if kind else [name for name in lane.kinds if name not in limited], paused)
+                found = (self.permits.for_claims(queue, kind), self.permits.for_claims(queue, None))
+                source.permits = tuple(dict.fromkeys(permit for permit in found if permit is not None))
+                sources.append(source)
+        self.sources = sources
+
+    def _source(self, queue: str, lane: Lane, kind: str | None) -> Source:
+        known = (s for s in self.sources if (s.queue, s.lane, s.limited_kind) == (queue, lane, kind))
+        return next(known, None) or Source(queue, lane, kind)
+
     def claim_from(self, source: Source) -> int:
-        """Claim what is ready of one source, the most urgent priority first; return how many."""
-        claimed = self._sweep(source)
+        """Claim what is ready of one source; return how many. Batches with and without a key come first in turn."""
+        if source.permits and not self._may_claim(source):
+            return 0
+        if not self._has_keys(source):
+            return self._claim_keyless(source, 0)
+        source.is_keyed_first = not source.is_keyed_first
+        if source.is_keyed_first:
+            claimed = self._claim_keyed(source, 0)
+            return claimed + self._claim_keyless(source, claimed)
+        claimed = self._claim_keyless(source, 0)
+        return claimed + self._claim_keyed(source, claimed)
+
+    def _may_claim(self, source: Source) -> bool:
+        """Return whether there are permits. If something is ready and there are none, ask for a share of the limits."""
+        if all(permit.has_room() for permit in source.permits):
+            return True
+        now = time.monotonic()
+        if now - source.asked_at >= _ASK_AGAIN_SECONDS:
+            source.asked_at = now
+            source.is_held_back = self._has_keys(source) or bool(self.probe(source))
+            if source.is_held_back and not self.steer():
+                unreserve(source.permits, reserve(source.permits, self._room(source, 0)))  # notes what is wanted
+                self.permits.refresh(self.link, _ASK_AGAIN_SECONDS / 2)
+        self._is_held_back = self._is_held_back or source.is_held_back
+        return all(permit.has_room() for permit in source.permits)
+
+    def _has_keys(self, source: Source) -> bool:
+        """Return whether the queue has batches with a key; search for them now and then."""
+        ring = source.ring
+        if ring.is_look_due():
+            began_at = time.monotonic()
+            [(found,)] = self.link.probe(probes.has_keyed(source.queue))
+            ring.looked(found, source.cost(time.monotonic() - began_at))
+        return ring.has_keys
+
+    # ------------------------------------------------------------------------------------- batches with a key, without
+
+    def _claim_keyed(self, source: Source, claimed: int) -> int:
+        """Claim ready batches with a key; return how many."""
+        count = 0
+        if self.steer():
+            return 0
+        for _ in range(_MOST_RANGES):
+            room = self._room(source, claimed + count)
+            if room <= 0 or self.lifecycle.stopping.is_set():
+                break
+            rows = self._claim(source, room, lambda claim, room: self._keyed.claim(source, claim, room))
+            if rows is None:
+                break
+            count += len(rows)
+        return count
+
+    def _claim_keyless(self, source: Source, claimed: int) -> int:
+        """Claim ready batches without a key, the most urgent priority first; return how many."""
+        before = claimed
+        claimed += self._sweep(source)
         ready = self.probe(source)
-        if ready and self.apply_pauses():
+        if ready and self.steer():
             ready = self.probe(source) if source.kinds else []
         for priority, start in ready:
-            room = self._room(source.lane, claimed)
+            room = self._room(source, claimed)
             if room <= 0 or self.lifecycle.stopping.is_set():
                 break
             rows = self.claim(source, priority, room, start, END)
-            source.tracks[priority].claimed(rows, start, is_full=len(rows) == room)
-            source.busy_priority = priority if len(rows) == room else None
+            is_full = len(rows) == room
+            source.tracks[priority].claimed(rows, start, is_full=is_full)
+            source.busy_priority = priority if is_full else None
             claimed += len(rows)
-            if len(rows) == room:  # there may be more of this priority: a slot that is free by now is for those
+            if is_full:  # there may be more of this priority: a slot that is free by now is for those
                 break
-        return claimed
+        return claimed - before
 
     def _sweep(self, source: Source) -> int:
         """Claim ready batches before a position, in the part that is due, if any; return how many."""
@@ -186,16 +267,19 @@ class Claimer:
         began_at = time.monotonic()
         found = self.link.probe(probes.ready_between(source.queue, priority, source.kinds, after, until))
         track.was_swept(source.cost(time.monotonic() - began_at), source.busy_priority is not None, number)
-        room = self._room(source.lane, 0)
-        if not found or room <= 0 or self.apply_pauses():  # after a change of pauses, the next sweep claims
+        room = self._room(source, 0)
+        if not found or room <= 0 or self.steer():  # after a change of pauses or limits, the next sweep claims
             return 0
         rows = self.claim(source, priority, room, after, until)
         if len(rows) == room:
             track.sweep_again()
         return len(rows)
 
-    def _room(self, lane: Lane, claimed: int) -> int:
+    def _room(self, source: Source, claimed: int) -> int:
+        lane = source.lane
         room = lane.room() if claimed == 0 else lane.wanted() - lane.occupied
+        if any(permit.limit.max_running is not None for permit in source.permits):
+            room = min(room, max(1, lane.free_slots()))  # a batch that waits here keeps others from running elsewhere
         return min(room, int(_MOST_A_CLAIM * lane.prefetch.limit_factor))
 
     # ----------------------------------------------------------------------------------------------------- probes
@@ -268,21 +352,41 @@ class Claimer:
         Its COMMIT does not wait for the disk. If the server crashes and forgets it, the batches are still pending, or
         finished (what was written later is lost before this is), and no write of a handler matches the token.
         """
-        runtime = self.context.runtime
-        claim = Claim(source.queue, uuid.uuid4(), runtime, began_at=time.monotonic())
-        statement = claims.claim(
-            source.queue, priority, source.kinds, room, self.context.worker_id, claim.token, runtime.lease_seconds,
-            after, until, self.skipped.ids(),
-        )  # fmt: skip
-        try:
-            rows = self._run_claim(statement)
-        except OutcomeUnknown:
-            self.unknown.append((source.queue, claim.token))
-            raise
-        claimed = sorted(map(ClaimedRow._make, rows), key=_IN_ORDER)
+
+        def run(claim: Claim, room: int) -> list[ClaimedRow]:
+            statement = claims.claim(
+                source.queue, priority, source.kinds, room, self.context.worker_id, claim.token,
+                claim.runtime.lease_seconds, after, until, self.skipped.ids(),
+            )  # fmt: skip
+            return sorted(map(ClaimedRow._make, self._run_claim(statement)), key=_IN_ORDER)
+
+        return self._claim(source, room, run) or []
+
+    def _claim(
+        self, source: Source, room: int, run: Callable[[Claim, int], list[ClaimedRow] | None]
+    ) -> list[ClaimedRow] | None:
+        """Claim by *run* what there are permits for, up to *room*, and give it to the lane."""
+        claim = Claim(
+            source.queue, uuid.uuid4(), self.context.runtime, began_at=time.monotonic(), permits=source.permits
+        )
+        if source.permits:
+            claim.reserved = room = reserve(source.permits, room)
+        rows: list[ClaimedRow] | None = None
+        if room > 0:
+            try:
+                rows = run(claim, room)
+            except OutcomeUnknown:
+                self.unknown.append(claim)
+                raise
+            except BaseException:
+                unreserve(claim.permits, claim.reserved)
+                raise
         claim.arrived_at = time.monotonic()
-        source.lane.take([ClaimedBatch(row, claim) for row in claimed])
-        return claimed
+        if claim.permits:
+            unreserve(claim.permits, claim.reserved - len(rows or ()))
+        if rows:
+            source.lane.take([ClaimedBatch(row, claim) for row in rows])
+        return rows
 
     def _run_claim(self, statement: Statement) -> list[Any]:
         """Claim without payloads if the server cannot send one as UTF-8: only the batch that fetches it then fails."""

@@ -5,13 +5,15 @@ import socket
 import uuid
 from collections.abc import Sequence
 
-from batchq.batch.claimed import Runtime
+from batchq.batch.claimed import ClaimedBatch, Runtime
 from batchq.postgres.handler_connections import HandlerConnections
 from batchq.postgres.link import Link
 from batchq.postgres.statements.workers import Turn
 from batchq.settings import Settings
+from batchq.worker.gates import Gates
 from batchq.worker.lanes import Lane
 from batchq.worker.lifecycle import Lifecycle
+from batchq.worker.permits import Permits
 from batchq.worker.turns import Turns
 
 
@@ -31,11 +33,16 @@ class Context:
             self.dsn, settings.pool_size, settings.database_timeout_seconds, settings.transaction_timeout_seconds
         )
         stopping = self.lifecycle.stopping
+        self.gates = Gates()
         self.runtime = Runtime(self.connections, settings.lease_seconds, stopping, settings.keep_completed)
         self.lanes: Sequence[Lane] = ()
+        self.permits = Permits(self.worker_id, settings.queues, settings.lease_seconds, self.gates, self._in_flight)
         self.links: list[Link] = []
         self.turns = Turns(Turn(1, 0, 0.0), 0.0)
         self.dead_rows = 0
+
+    def _in_flight(self) -> set[ClaimedBatch]:
+        return {batch for lane in self.lanes for batch in lane.list_in_flight()}
 
     def new_link(self, timeout_seconds: float | None = None) -> Link:
         """Return a connection for one service thread, closed with the worker."""

@@ -18,6 +18,7 @@ from batchq.postgres.link import Link
 from batchq.postgres.statements import endings, session
 from batchq.postgres.statements.endings import Finish, Requeue
 from batchq.postgres.statements.running import Statement
+from batchq.worker import permits
 from batchq.worker.execution import COMPLETED, Outcome
 from batchq.worker.lanes import Lane
 from batchq.worker.outage import Outage
@@ -285,6 +286,8 @@ class Finisher:
         for entry in entries:
             entry.lane.written += 1
             self.counts[entry.outcome.status] += 1
+            if entry.batch.claim.permits:
+                permits.has_ended(entry.batch.claim.permits, entry.batch)
 
     def _tally(self, entries: Sequence[Ended]) -> None:
         for entry in entries:

@@ -28,6 +28,7 @@ from batchq.worker.turns import Turns
 
 HEARTBEAT_SECONDS = 5.0
 WAITING_SECONDS = 1.0
+_LIMITS_SECONDS = 1.0  # between two readings where there are no limits
 _LEAST_LOST_SECONDS = 1.0
 
 _log = get_logger()
@@ -55,11 +56,24 @@ class Keeper(DutyLoop):
             ("timeouts", tick_seconds, self._end_overdue),
             ("waiting batches", tick_seconds, self._release_waiting),
             ("lost slots", tick_seconds, self._count_lost_slots),
+            ("limits", 0.0, self.follow_limits),
             ("leases", tick_seconds, self.renew_leases),
             ("rescue", settings.lease_seconds / 10, self.rescuer.rescue),
             ("heartbeat", min(HEARTBEAT_SECONDS, settings.lease_seconds), self.send_heartbeat),
         ]
         super().__init__("keeper", link, tick_seconds, duties)
+
+    # ------------------------------------------------------------------------------------------------------ limits
+
+    def follow_limits(self) -> None:
+        """While batches run, read limits and throttles; refresh the shares of limits that are in use. At each tick."""
+        permits = self.context.permits
+        age_seconds = time.monotonic() - permits.read_at
+        is_busy = any(lane.in_flight for lane in self.context.lanes)
+        if is_busy and age_seconds >= (self.tick_seconds if permits.permits else _LIMITS_SECONDS):
+            permits.read(self.link)
+        if permits.permits:
+            permits.refresh(self.link, self.tick_seconds / 2)
 
     # ---------------------------------------------------------------------------------------------- lease renewal
 

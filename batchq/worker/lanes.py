@@ -16,7 +16,8 @@ from batchq.app import Handler
 from batchq.batch.claimed import ClaimedBatch
 from batchq.errors import Interrupted
 from batchq.postgres.fair_queue import FairQueue
-from batchq.worker.execution import Outcome
+from batchq.worker import permits
+from batchq.worker.execution import RELEASED, Outcome
 from batchq.worker.prefetch import Prefetch
 
 MOST_POSTPONED = 1000
@@ -70,6 +71,10 @@ class Lane:
         """Return how many batches to claim now."""
         return max(0, self.wanted() - self.occupied)
 
+    def free_slots(self) -> int:
+        """Return how many slots run no batch."""
+        return max(0, self.concurrency - len(self.in_flight))
+
     def limited_by_connections(self, wanted: int) -> int:
         """Return *wanted*; while handlers wait for connections, only as many as will get one soon."""
         if not self.fair_queue.waiting:
@@ -100,12 +105,16 @@ class Lane:
             return list(self.in_flight)
 
     def mark_running(self, batch: ClaimedBatch) -> bool:
-        """Mark a batch as running; return False if it was taken out of flight while it waited."""
+        """Mark a batch as running; return False if it was taken out of flight while it waited, or if it is released
+        because too many per second would begin."""
         with self.lock:
             if batch not in self.in_flight:
                 return False
-            batch.begun_at = time.monotonic()
-            return True
+            if not batch.claim.permits or permits.begin(batch.claim.permits):
+                batch.begun_at = time.monotonic()
+                return True
+        self.end(batch, RELEASED)
+        return False
 
     def end(
         self, batch: ClaimedBatch, outcome: Outcome, *, is_given_up: bool = False, unless_begun: bool = False

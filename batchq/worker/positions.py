@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence, Set
 
 from batchq.postgres.statements.claims import START, ClaimedRow, Position
+from batchq.worker.key_ring import KeyRing
 from batchq.worker.lanes import Lane
+from batchq.worker.permits import Permit
 
 CHEAP_SECONDS = 0.005
 PAUSE_FACTOR = 20
@@ -92,13 +94,21 @@ class Track:
 class Source:
     """One queue, for one lane: a track for each known priority.
 
-    *busy_priority*: that of the last claim, if it was full.
+    kinds: those of the lane that it serves now, without paused ones. permits: those that each of its batches needs.
+    busy_priority: that of the last claim, if it was full.
     """
 
-    def __init__(self, queue: str, lane: Lane) -> None:
+    # More than a dozen attributes: the tracks of batches without a key, the ring of those with one, and the permits.
+    def __init__(self, queue: str, lane: Lane, limited_kind: str | None = None) -> None:
         self.queue = queue
         self.lane = lane
-        self.kinds = lane.kinds  # without those that are paused
+        self.limited_kind = limited_kind  # it serves only this kind, whose claims are limited
+        self.kinds = lane.kinds if limited_kind is None else [limited_kind]
+        self.permits: tuple[Permit, ...] = ()
+        self.asked_at = 0.0  # monotonic: when something was last sought for which there is no permit
+        self.is_held_back = False  # something is ready that has no permit
+        self.ring = KeyRing()
+        self.is_keyed_first = False
         self.tracks: dict[int, Track] = {}
         self.busy_priority: int | None = None
         self.probe_costs: deque[float] = deque([0.0] * _PROBES, maxlen=_PROBES)
@@ -106,13 +116,13 @@ class Source:
         self._discover_at = 0.0
         self._fastest_probe_seconds = float("inf")
 
-    def leave_out(self, pauses: Pauses) -> None:
-        """Leave out paused kinds. If a kind is resumed, start from the beginning."""
+    def serve(self, kinds: Sequence[str], pauses: Pauses) -> None:
+        """Serve these kinds, without paused ones. If one is new or resumed, start from the beginning."""
         before = self.kinds
         is_queue_paused = (self.queue, None) in pauses
         self.kinds = [
             kind
-            for kind in self.lane.kinds
+            for kind in kinds
             if not is_queue_paused and (None, kind) not in pauses and (self.queue, kind) not in pauses
         ]
         if set(self.kinds) - set(before):
@@ -123,6 +133,7 @@ class Source:
         self.tracks.clear()
         self.busy_priority = None
         self._discover_at = 0.0
+        self.ring = KeyRing()
 
     # ----------------------------------------------------------------------------------------------------- probes
 

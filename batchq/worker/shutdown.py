@@ -77,6 +77,7 @@ class Shutdown:
             self.finisher.throughput.write(link, worker_id)
             with link.transaction() as conn:
                 workers.forget_worker(conn, worker_id)
+            self.context.permits.give_up(link)
         except Exception:
             _log.info("worker row not removed", worker=worker_id)
 

@@ -68,6 +68,10 @@ class ThreadLane(Lane):
         """Return how many batches wait for a slot."""
         return len(self.waiting)
 
+    def free_slots(self) -> int:
+        """Return how many slots run no batch."""
+        return max(0, self.concurrency - len(self.in_flight) + len(self.waiting))
+
     # -------------------------------------------------------------------------------------------------- the slots
 
     def start(self) -> None:
@@ -77,7 +81,10 @@ class ThreadLane(Lane):
 
     def begin(self, batches: list[ClaimedBatch]) -> None:
         """Queue batches for the slots."""
-        self.waiting.extend(batches)
+        if batches and batches[0].claim.permits:  # they hold back others of their kind
+            self.waiting.extendleft(reversed(batches))
+        else:
+            self.waiting.extend(batches)
         self._wake.set()
 
     def stop(self) -> None:

@@ -8,8 +8,9 @@ Clock = Callable[[], float]
 
 
 class TokenBucket:
-    """Fills with *rate* tokens per second, up to *capacity*; empty at first. Over any time t, at most capacity + rate * t
-    tokens are taken, also while the rate changes. After *valid_until* (monotonic) there are none.
+    """Fills with *rate* tokens per second, up to *capacity*; empty at first, and after *valid_until* (monotonic).
+
+    Over any time t, at most capacity + rate * t tokens are taken, also while the rate changes.
     """
 
     def __init__(self, rate: float = 0.0, capacity: float = 0.0, clock: Clock = time.monotonic) -> None:

@@ -1,6 +1,7 @@
 """The claim, and the release of a claim whose outcome is unknown."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, LiteralString, NamedTuple
 from uuid import UUID
 
@@ -106,6 +107,36 @@ CLAIM_DISTRIBUTED: LiteralString = CLAIM.replace("\nUPDATE", ", b AS (\nUPDATE")
     f"RETURNING {', '.join(f'b.{name}' for name in ClaimedRow._fields)}\n)\nSELECT {_CLAIMED}\nFROM b",
 )  # pyright: ignore[reportAssignmentType] (constants)
 
+# The same for batches that batchq.ready_of_keys has found in the same transaction.
+CLAIM_KEYED: LiteralString = f"""
+WITH ready AS (
+  SELECT id
+  FROM batchq.batches_live
+  WHERE queue = %(queue)s
+    AND status = 'pending'
+    AND id = ANY (%(ids)s::bigint[])
+  FOR UPDATE SKIP LOCKED
+), b AS (
+  UPDATE batchq.batches_live b
+  SET status = 'processing',
+      attempt = b.attempt + 1,
+      claimed_by = %(worker)s,
+      claim_token = %(token)s,
+      claimed_at = now(),
+      lease_expires_at = now() + %(lease_seconds)s::float8 * interval '1 second'
+  WHERE b.queue = %(queue)s
+    AND b.id = ANY (ARRAY(SELECT id FROM ready))
+  RETURNING {", ".join(f"b.{name}" for name in ClaimedRow._fields)}
+)
+SELECT {_CLAIMED}
+FROM b
+"""  # noqa: S608 (constants)  # pyright: ignore[reportAssignmentType]
+READY_OF_KEYS: LiteralString = """
+SELECT key, ids, last_priority, last_run_at, last_id, seconds
+FROM batchq.ready_of_keys(%(queue)s, %(kinds)s, %(per_kind)s::integer[], %(per_queue)s, %(after_key)s, %(until_key)s,
+  %(most_keys)s, %(most)s, %(per_turn)s, %(positions)s::jsonb)
+"""
+
 
 def claim(
     queue: str,
@@ -135,6 +166,47 @@ def claim(
         "lease_seconds": lease_seconds,
         "most_bytes": MOST_CLAIMED_BYTES,
         **bounds(after, until),
+    }
+
+
+def claim_keyed(queue: str, ids: Sequence[int], worker: str, token: UUID, lease_seconds: float) -> Statement:
+    """Return the statement that claims batches with a key, which `ready_of_keys` has found in the same transaction. It
+    counts the attempt, and returns the fields of `ClaimedRow`."""
+    return CLAIM_KEYED, {
+        "queue": queue,
+        "ids": list(ids),
+        "worker": worker,
+        "token": token,
+        "lease_seconds": lease_seconds,
+        "most_bytes": MOST_CLAIMED_BYTES,
+    }
+
+
+def ready_of_keys(
+    queue: str,
+    kinds: Sequence[str],
+    per_kind: Sequence[int | None],
+    per_queue: int | None,
+    after_key: str,
+    until_key: str | None,
+    most_keys: int,
+    most: int,
+    per_turn: int,
+    positions: Mapping[str, tuple[int, float, int]],
+) -> Statement:
+    """Return the statement that goes through the keys of a queue and returns what may be claimed of each; see
+    batchq.ready_of_keys. The claim follows in the same transaction, which holds the locks of the keys."""
+    return READY_OF_KEYS, {
+        "queue": queue,
+        "kinds": list(kinds),
+        "per_kind": list(per_kind),
+        "per_queue": per_queue,
+        "after_key": after_key,
+        "until_key": until_key,
+        "most_keys": most_keys,
+        "most": most,
+        "per_turn": per_turn,
+        "positions": json.dumps(positions),
     }
 
 

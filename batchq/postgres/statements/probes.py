@@ -141,6 +141,11 @@ def has_ready(conn: Conn, queue: str, priority: int, kinds: Sequence[str], after
     )
 
 
+def has_keyed(queue: str) -> Statement:
+    """Return the statement that returns whether a queue has pending batches with a key."""
+    return "SELECT batchq.has_keyed(%(queue)s)", {"queue": queue}
+
+
 READY_BETWEEN: LiteralString = """
 SELECT true
 FROM batchq.batches_live

@@ -7,7 +7,8 @@ from typing import Any, LiteralString, NamedTuple
 from batchq.postgres.statements.running import Conn, Statement, fetch_all
 
 STEERING: LiteralString = """
-SELECT 'pause', queue, kind, date_part('epoch', until - now()), NULL, NULL, NULL, NULL, NULL
+SELECT 'pause', queue, kind, date_part('epoch', until - now()), NULL::integer, NULL::float8, NULL::float8,
+  NULL::float8, NULL::integer
 FROM batchq.pauses
 WHERE until IS NULL
    OR until > now()
