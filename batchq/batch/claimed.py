@@ -44,18 +44,6 @@ class Runtime:
     conflicts: Conflicts = field(default_factory=Conflicts)
 
 
-class Gate(Protocol):
-    """What lets the next item of a batch begin, where limits are set; see `batchq.worker.gates`."""
-
-    is_open: bool
-
-    def take(self) -> float: ...
-
-    def give_back(self) -> None: ...
-
-    def close_for(self, seconds: float) -> None: ...
-
-
 @dataclass(slots=True)
 class Claim:
     """One claim statement. All batches it returned have the same queue, token and permits."""

@@ -8,10 +8,10 @@ import psycopg
 import pytest
 
 import batchq
-from batchq.postgres.statements import workers
+from batchq.postgres.statements import shares
 from batchq.settings import Settings
 from batchq.testing import drain, running_worker
-from batchq.worker.claimer import PAUSES_SECONDS
+from batchq.worker.claimer import STEERING_SECONDS
 from batchq.worker.worker import Worker
 from tests.component.rows import Conn, insert, value, values
 from tests.support.alone import run_alone
@@ -154,7 +154,7 @@ def test_a_running_worker_heeds_a_pause_and_its_end(conn: Conn, dsn: str) -> Non
         insert(conn, kind="a")
         wait_until(lambda: left(conn) == set(), 20, "the first to end")
         call(conn, "pause", kind="a")
-        worker.claimer.pauses_read_at -= PAUSES_SECONDS  # what was read is a second old
+        worker.context.permits.read_at -= STEERING_SECONDS  # what was read is a second old
         step("old ones too, which lie behind the position")
         old = insert(conn, kind="a")
         conn.execute("UPDATE batchq.batches SET run_at = now() - interval '1 hour' WHERE id = %s", [old])
@@ -185,9 +185,9 @@ def test_what_is_claimed_when_the_pause_comes_runs_to_its_end(conn: Conn, dsn: s
     with running_worker(app, dsn) as worker:
         assert began.wait(20)
         call(conn, "pause", queue="default")
-        worker.claimer.pauses_read_at -= PAUSES_SECONDS  # what was read is a second old
+        worker.context.permits.read_at -= STEERING_SECONDS  # what was read is a second old
         insert(conn, kind="a")
-        wait_until(lambda: bool(worker.claimer.pauses), 20, "the worker to know")
+        wait_until(lambda: bool(worker.context.permits.paused), 20, "the worker to know")
         gate.set()
         wait_until(lambda: left(conn) == {("default", "a")}, 20, "the batch to end")
     assert value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [batch_id]) == "completed"
@@ -197,8 +197,8 @@ def test_an_idle_worker_reads_no_pauses_and_heeds_one_before_its_next_claim(
     conn: Conn, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[float] = []
-    really = workers.pauses
-    monkeypatch.setattr(workers, "pauses", lambda given: read.append(1) or really(given))
+    really = shares.steering
+    monkeypatch.setattr(shares, "steering", lambda *given: read.append(1) or really(*given))
     worker = Worker(app, Settings.load(dsn=dsn))
     for _ in range(3):
         assert worker.claimer.round() == 0
@@ -218,13 +218,13 @@ def test_pauses_are_read_once_a_second_however_much_is_claimed(
 ) -> None:
     worker = Worker(app, Settings.load(dsn=dsn))
     read: list[float] = []
-    really = workers.pauses
-    monkeypatch.setattr(workers, "pauses", lambda given: read.append(1) or really(given))
+    really = shares.steering
+    monkeypatch.setattr(shares, "steering", lambda *given: read.append(1) or really(*given))
     for _ in range(50):
-        worker.claimer.apply_pauses()
+        worker.claimer.steer()
     assert len(read) == 1
-    worker.claimer.pauses_read_at -= PAUSES_SECONDS
-    worker.claimer.apply_pauses()
+    worker.context.permits.read_at -= STEERING_SECONDS
+    worker.claimer.steer()
     assert len(read) == 2
     for link in worker.context.links:
         link.close()

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 import batchq
-from batchq.batch.claimed import ClaimedBatch
+from batchq.batch.claimed import Claim, ClaimedBatch
 from batchq.errors import DatabaseAway, OutcomeUnknown
 from batchq.postgres.statements import maintenance
 from batchq.postgres.statements.claims import END, START
@@ -438,7 +438,7 @@ def test_a_claim_of_unknown_outcome_is_given_back_also_at_a_stop(conn: Conn, dsn
     worker = batchq.Worker(app, Settings.load(dsn=dsn))
     token = uuid4()
     assert len(claim(conn, 2, worker=worker.id, token=token)) == 2
-    worker.claimer.unknown.append(("default", token))
+    worker.claimer.unknown.append(Claim("default", token, worker.context.runtime, time.monotonic()))
     Shutdown(worker.context, Services(worker.lifecycle), worker.claimer, worker.finisher).release_claims()
     assert conn.execute("SELECT DISTINCT status, attempt FROM batchq.batches").fetchall() == [("pending", 0)]
     for link in worker.context.links:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, LiteralString, NamedTuple
 
-from batchq.postgres.statements.running import Conn, Statement, array_text, fetch_all
+from batchq.postgres.statements.running import Conn, Statement, array_text
 from batchq.postgres.statements.session import ASYNCHRONOUS_COMMIT, FIXED_FORMATS, set_lock_timeout
 
 
@@ -136,8 +136,3 @@ def count_throughput(worker_id: str, tallies: Sequence[Tally]) -> Statement:
     columns = {name: list(values) for name, values in zip(Tally._fields, zip(*tallies, strict=True), strict=True)}
     run_times = [array_text(tally.run_times) for tally in tallies]
     return COUNT_THROUGHPUT, columns | {"worker": worker_id, "run_times": run_times}
-
-
-def pauses(conn: Conn) -> list[tuple[str | None, str | None]]:
-    """Return queue and kind of each pause; None stands for any."""
-    return fetch_all(conn, "SELECT queue, kind FROM batchq.pauses WHERE until IS NULL OR until > now()", {})
