@@ -19,6 +19,7 @@ from batchq.errors import (
     OutcomeUnknown,
     Snooze,
     StopRequested,
+    Throttled,
     TimedOut,
 )
 from batchq.retry import Backoff
@@ -39,6 +40,7 @@ __all__ = [
     "Settings",
     "Snooze",
     "StopRequested",
+    "Throttled",
     "TimedOut",
     "Worker",
     "enqueue",

@@ -1,5 +1,7 @@
 """Every exception of batchq."""
 
+MOST_THROTTLED_SECONDS = 30 * 86_400
+
 
 class BatchqError(Exception):
     """Base of the errors that batchq raises for a caller to handle."""
@@ -35,6 +37,24 @@ class Snooze(BatchqError):
         self.seconds = seconds
 
 
+class Throttled(BatchqError):
+    """Raise in a handler that was told to slow down (HTTP 429): the batch or item runs again after *seconds*, the
+    attempt is not counted, and no batch or item of its *scope* begins until then, in any worker.
+
+    scope: "kind" (this kind in this queue), "queue" (all kinds of the queue), or "key" (batches of this kind with this
+    batch's key; without a key, only this batch).
+    """
+
+    def __init__(self, seconds: float, scope: str = "kind") -> None:
+        if not isinstance(seconds, int | float) or not 0 <= seconds <= MOST_THROTTLED_SECONDS:
+            raise InvalidInput(f"Throttled takes 0 to {MOST_THROTTLED_SECONDS:,} seconds, not {seconds!r}")
+        if scope not in ("kind", "queue", "key"):
+            raise InvalidInput(f'the scope of Throttled is "kind", "queue" or "key", not {scope!r}')
+        super().__init__(f"throttled for {seconds:g} s")
+        self.seconds = seconds
+        self.scope = scope
+
+
 class Cancel(BatchqError):
     """Raise in a handler: end the batch as cancelled, for *reason*."""
 
@@ -59,7 +79,7 @@ class TimedOut(Interrupted):
 
 
 # Exceptions with an outcome of their own, other than a failed attempt. Of several in a group, the first here decides.
-_CONTROL = (LeaseLost, TimedOut, InvalidInput, Cancel, Snooze, StopRequested, DatabaseAway)
+_CONTROL = (LeaseLost, TimedOut, InvalidInput, Cancel, Throttled, Snooze, StopRequested, DatabaseAway)
 
 
 def of_group(error: BaseException) -> BaseException:
@@ -67,7 +87,7 @@ def of_group(error: BaseException) -> BaseException:
 
     asyncio.TaskGroup raises a group even for a single Snooze of one task. Of several, LeaseLost and TimedOut come
     before the handler's own requests; of these, InvalidInput comes first, since it must not go unnoticed, then Cancel,
-    then the longest Snooze.
+    then the longest Throttled, then the longest Snooze.
     """
     if not isinstance(error, BaseExceptionGroup):
         return error

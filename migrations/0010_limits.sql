@@ -74,6 +74,10 @@ COMMENT ON COLUMN batchq.limit_shares.held_back_by IS
 COMMENT ON COLUMN batchq.limit_shares.refreshed_at IS
   'Time of the last refresh. Rates return to the others after 5 s without one; running batches after lease_seconds and 2 s more.';
 
+-- An item that was snoozed waits as a failed one does, but is none.
+ALTER TABLE batchq.failed_items ADD COLUMN run_at timestamptz;
+COMMENT ON COLUMN batchq.failed_items.run_at IS 'Time before which a snoozed item does not run again; null: the item failed.';
+
 INSERT INTO batchq.locks (name) VALUES ('limits');
 COMMENT ON COLUMN batchq.locks.name IS 'partitions, positions, throughput or limits.';
 

@@ -487,7 +487,7 @@ BEGIN
   IF whole THEN
     DELETE FROM batchq.failed_items f WHERE f.queue = in_queue AND f.batch_id = ANY (done);
   ELSE
-    UPDATE batchq.failed_items f SET attempt = 0, retryable = true WHERE f.queue = in_queue AND f.batch_id = ANY (done);
+    UPDATE batchq.failed_items f SET attempt = 0, retryable = true, run_at = NULL WHERE f.queue = in_queue AND f.batch_id = ANY (done);
   END IF;
 END $$;
 
@@ -511,8 +511,9 @@ BEGIN
   WITH gone AS (
     DELETE FROM batchq.failed_items f WHERE f.queue = in_queue AND f.batch_id = ANY (ids) RETURNING f.*
   )
-  INSERT INTO batchq.failed_items (queue, batch_id, item_index, item, error, attempt, retryable, failed_at)
-  SELECT new_queue, g.batch_id, g.item_index, g.item, g.error, g.attempt, g.retryable, g.failed_at FROM gone g;
+  INSERT INTO batchq.failed_items (queue, batch_id, item_index, item, error, attempt, retryable, failed_at,
+    run_at)
+  SELECT new_queue, g.batch_id, g.item_index, g.item, g.error, g.attempt, g.retryable, g.failed_at, g.run_at FROM gone g;
   RETURN moved;
 END $$;
 

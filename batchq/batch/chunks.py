@@ -6,12 +6,13 @@ from typing import Any
 from batchq.batch.claimed import ClaimedBatch, from_json, refuse_in_event_loop
 from batchq.batch.transactions import FencedTransaction
 from batchq.common.text import MOST_ERROR_BYTES, error_text, one_line
-from batchq.errors import InvalidInput
+from batchq.errors import InvalidInput, Snooze, Throttled
 from batchq.postgres.statements import inputs
 from batchq.postgres.statements.checkpoints import ItemFailure, Progress
 from batchq.postgres.statements.running import Statement
 
 PAGE_BYTES = 4_000_000
+_MOST_SNOOZED_SECONDS = 100 * 365 * 86_400
 
 
 class Chunk:
@@ -38,7 +39,8 @@ class Chunk:
     def fail(self, position: int, error: BaseException | str) -> None:
         """Record that the item at *position* in this chunk failed; later attempts retry only the failed items.
 
-        With InvalidInput as the error it is not retried. Takes effect when the chunk is committed.
+        With InvalidInput as the error it is not retried. With Snooze it has not failed: it runs again after that time,
+        and the attempt is not counted. Takes effect when the chunk is committed.
         """
         if not 0 <= position < len(self.items):
             raise InvalidInput(f"the chunk has positions 0 to {len(self.items) - 1}, not {position!r}")
@@ -80,6 +82,9 @@ class Chunk:
 
     def _failure(self, position: int) -> ItemFailure:
         error = self._failures[position]
+        if isinstance(error, Snooze | Throttled):
+            delay_seconds = min(float(error.seconds), _MOST_SNOOZED_SECONDS)
+            return ItemFailure(self.indexes[position], one_line(error), retryable=True, delay_seconds=delay_seconds)
         message = error_text(error, MOST_ERROR_BYTES) if isinstance(error, str) else one_line(error)
         return ItemFailure(self.indexes[position], message, not isinstance(error, InvalidInput))
 

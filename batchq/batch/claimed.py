@@ -11,7 +11,7 @@ from uuid import UUID
 import psycopg
 
 from batchq.common.text import one_line
-from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested
+from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested, Throttled
 from batchq.postgres.handler_connections import HandlerConnections
 from batchq.postgres.statements import checkpoints, claims, inputs
 from batchq.postgres.statements.checkpoints import Progress
@@ -33,15 +33,63 @@ _decoder = json.JSONDecoder()
 LeftToFinish = Literal["all", "completion", "last chunk", "nothing"]
 
 
+class Gate(Protocol):
+    """What says when the next item of a kind may begin; see `batchq.worker.gates`."""
+
+    is_open: bool
+
+    @property
+    def closed_seconds(self) -> float:
+        """For how long nothing begins."""
+
+    def take(self) -> float:
+        """Take what the next item needs. Return 0, or after how many seconds to ask again."""
+
+    def give_back(self) -> None:
+        """Give back what no item needs."""
+
+    def close_for(self, seconds: float) -> None:
+        """Let nothing begin for so long."""
+
+
+class _OpenGate:
+    """Always open: for a runtime without limits."""
+
+    is_open = True
+    closed_seconds = 0.0
+
+    def take(self) -> float:
+        return 0.0
+
+    def give_back(self) -> None:
+        pass
+
+    def close_for(self, seconds: float) -> None:
+        pass
+
+
+def _open_gate(queue: str, kind: str) -> Gate:  # noqa: ARG001
+    return _OpenGate()
+
+
+def _throttle_nobody(queue: str, kind: str, key: str | None, error: Throttled) -> None:
+    """Do nothing: for a runtime without other workers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """What a worker shares with all its batches."""
+    """What a worker shares with all its batches.
+
+    gate: returns the gate of a queue and kind. throttle: lets what a Throttled names wait, in all workers.
+    """
 
     connections: HandlerConnections
     lease_seconds: float
     stopping: threading.Event
     keep_completed: bool = True
     conflicts: Conflicts = field(default_factory=Conflicts)
+    gate: Callable[[str, str], Gate] = _open_gate
+    throttle: Callable[[str, str, str | None, Throttled], None] = _throttle_nobody
 
 
 @dataclass(slots=True)

@@ -121,6 +121,7 @@ class Claimer:
         self.release_unknown()
         for lane in self.context.lanes:
             lane.prefetch.adapt_to(self.link.round_trip_seconds)
+        self.permits.write_throttles(self.link)
         if self.permits.is_steered:
             self.steer()
         self._is_held_back = False

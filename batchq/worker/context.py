@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 
 from batchq.batch.claimed import ClaimedBatch, Runtime
+from batchq.errors import Throttled
 from batchq.postgres.handler_connections import HandlerConnections
 from batchq.postgres.link import Link
 from batchq.postgres.statements.workers import Turn
@@ -33,13 +34,24 @@ class Context:
             self.dsn, settings.pool_size, settings.database_timeout_seconds, settings.transaction_timeout_seconds
         )
         stopping = self.lifecycle.stopping
-        self.gates = Gates()
-        self.runtime = Runtime(self.connections, settings.lease_seconds, stopping, settings.keep_completed)
+        gates = Gates()
+        self.permits = Permits(self.worker_id, settings.queues, settings.lease_seconds, gates, self._in_flight)
+        self.runtime = Runtime(
+            self.connections,
+            settings.lease_seconds,
+            stopping,
+            settings.keep_completed,
+            gate=gates.of,
+            throttle=self._throttle,
+        )
         self.lanes: Sequence[Lane] = ()
-        self.permits = Permits(self.worker_id, settings.queues, settings.lease_seconds, self.gates, self._in_flight)
         self.links: list[Link] = []
         self.turns = Turns(Turn(1, 0, 0.0), 0.0)
         self.dead_rows = 0
+
+    def _throttle(self, queue: str, kind: str, key: str | None, error: Throttled) -> None:
+        self.permits.throttle(queue, kind, key, error)
+        self.lifecycle.wake.set()  # the claimer writes it
 
     def _in_flight(self) -> set[ClaimedBatch]:
         return {batch for lane in self.lanes for batch in lane.list_in_flight()}

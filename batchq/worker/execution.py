@@ -14,7 +14,17 @@ from batchq.common import traces
 from batchq.common.forks import end_if_forked
 from batchq.common.log import current_batch, get_logger
 from batchq.common.text import MOST_RESULT_BYTES, error_object, json_text, message_object, message_of, one_line
-from batchq.errors import Cancel, DatabaseAway, InvalidInput, LeaseLost, Snooze, StopRequested, TimedOut, of_group
+from batchq.errors import (
+    Cancel,
+    DatabaseAway,
+    InvalidInput,
+    LeaseLost,
+    Snooze,
+    StopRequested,
+    Throttled,
+    TimedOut,
+    of_group,
+)
 from batchq.postgres.statements import inputs
 from batchq.postgres.transactions import CONFLICTS
 from batchq.retry import Backoff
@@ -174,9 +184,12 @@ def _left_early(claimed: ClaimedBatch, handler: Handler) -> Outcome:
 
 def _with_failed_items(claimed: ClaimedBatch, handler: Handler, result: Any) -> Outcome:
     """Return the outcome of a batch with failed items: retried for those or, by its tolerance, completed or failed."""
-    retryable, first_error = claimed.claim.runtime.connections.read(inputs.retryable_items, claimed.queue, claimed.id)
-    message = f"{claimed.items_failed} of {claimed.items_total} items failed; the first: {first_error}"
-    if retryable and claimed.attempt < claimed.max_attempts:
+    left = claimed.claim.runtime.connections.read(inputs.left_items, claimed.queue, claimed.id)
+    if left.snoozed_seconds is not None:
+        _log.info("batch waits for snoozed items", seconds=round(max(left.snoozed_seconds, 0), 1))
+        return Outcome("pending", delay_seconds=max(left.snoozed_seconds, 0), is_release=True)
+    message = f"{claimed.items_failed} of {claimed.items_total} items failed; the first: {left.first_error}"
+    if left.retryable and claimed.attempt < claimed.max_attempts:
         return _retried(claimed, handler, message, message_object(message))
     if claimed.items_failed <= claimed.row.max_failed_items:
         return Outcome("completed", None if result is None else _result_text(result))
@@ -219,6 +232,9 @@ def raised(claimed: ClaimedBatch, handler: Handler, error: BaseException) -> Out
             return WRITTEN
         case TimedOut():
             return WRITTEN  # the keeper has ended the attempt
+        case Throttled():
+            claimed.claim.runtime.throttle(claimed.queue, claimed.kind, claimed.row.key, error)
+            return Outcome("pending", delay_seconds=error.seconds, is_release=True)
         case Snooze():
             _log.info("batch snoozed", seconds=error.seconds)
             return Outcome("pending", delay_seconds=error.seconds, is_release=True)

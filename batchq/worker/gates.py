@@ -1,8 +1,10 @@
 """Gates: when the next item of a kind may begin, by the limits of items per second and by throttles."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from batchq.worker.token_bucket import TokenBucket, take_from_all
@@ -29,13 +31,19 @@ class Gate:
 
     def __init__(self) -> None:
         self.is_open = True
+        self.waiting: deque[None] = deque()  # one for each that waits; a deque, since its changes are atomic
         self._permits: Sequence[_Permit] = ()
         self._closed_until = float("-inf")  # monotonic
         self._closed_at = float("-inf")  # when this process last closed it
 
+    @property
+    def closed_seconds(self) -> float:
+        """For how long it stays closed because of a throttle."""
+        return max(0.0, self._closed_until - time.monotonic())
+
     def take(self) -> float:
-        """Take what the next item needs. Return 0, or after how many seconds to ask again."""
-        if (seconds := self._closed_until - time.monotonic()) > 0:
+        """Take what the next item needs. Return 0, or after how many seconds to ask again: later if many ask."""
+        if (seconds := self.closed_seconds) > 0:
             return min(seconds, _ASK_AGAIN_SECONDS)
         permits = self._permits
         if not permits:
@@ -46,7 +54,8 @@ class Gate:
         buckets = [permit.items for permit in permits]
         if take_from_all(buckets):
             return 0.0
-        return min(max(bucket.seconds_until_next() for bucket in buckets), _ASK_AGAIN_SECONDS) or 0.001
+        seconds = max(bucket.seconds_until_next() for bucket in buckets) * max(1, len(self.waiting) / 2)
+        return min(max(seconds, 0.001), _ASK_AGAIN_SECONDS)
 
     def give_back(self) -> None:
         """Give back what the item does not need that was to begin."""
@@ -75,6 +84,17 @@ class Gate:
 
     def _decide(self) -> None:
         self.is_open = not self._permits and self._closed_until <= time.monotonic()
+
+
+@contextlib.contextmanager
+def waiting_at(gate: Any) -> Iterator[None]:
+    """Count among those that wait at a gate, if it is one of these."""
+    waiting: deque[None] = getattr(gate, "waiting", deque())
+    waiting.append(None)
+    try:
+        yield
+    finally:
+        waiting.pop()
 
 
 class Gates:
@@ -106,6 +126,15 @@ class Gates:
             with self._lock:
                 self._throttles = throttles
                 self._set_all()
+
+    def close_for(self, queue: str, kind: str | None, seconds: float) -> None:
+        """Close the gate of a kind in a queue, or all of the queue, in this process."""
+        if kind is not None:
+            self.of(queue, kind)
+        with self._lock:
+            for (gate_queue, gate_kind), gate in self._gates.items():
+                if gate_queue == queue and kind in (None, gate_kind):
+                    gate.close_for(seconds)
 
     def _set_all(self) -> None:
         for (queue, kind), gate in self._gates.items():

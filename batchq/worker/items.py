@@ -7,6 +7,7 @@ chunk, even when several run concurrently, so a checkpoint only has to record ho
 import asyncio
 import contextvars
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,11 +21,15 @@ from batchq.batch import Batch, Chunk
 from batchq.batch.chunks import commit_by_finish
 from batchq.batch.claimed import ClaimedBatch
 from batchq.common.text import close_coroutine
-from batchq.errors import Cancel, Interrupted, InvalidInput, Snooze, of_group
+from batchq.errors import Cancel, Interrupted, InvalidInput, Snooze, Throttled, of_group
 from batchq.postgres.connections import AnyConnection, is_lost
 from batchq.postgres.transactions import CONFLICTS
+from batchq.worker.gates import waiting_at
 
 _CHUNK_SECONDS = 1.0
+# A longer throttle ends the batch, which is pending again afterwards; a shorter one is waited for.
+MOST_WAITED_SECONDS = 10.0
+_CHECK_SECONDS = 0.1  # while it waits: whether to stop
 _PASSED_ON = (Interrupted, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit)
 
 
@@ -50,7 +55,11 @@ class ChunkRun:
         # Shared by all threads and tasks of the chunk; taking the next of a range's iterator is atomic.
         self._positions = iter(range(len(chunk)))
         self._ends_at = time.monotonic() + _CHUNK_SECONDS
-        self._ended_by: tuple[int, Snooze | Cancel] | None = None  # the first position of an item that raised one
+        self._ended_by: tuple[int, Snooze | Cancel] | None = None  # from which position on, and why
+        self._gate = claimed.claim.runtime.gate(claimed.queue, claimed.kind)
+        self._again: deque[int] = deque()  # the positions of items that were throttled
+        self._begun = 0  # items, at the gate
+        self._turn: asyncio.Lock | None = None  # of the tasks, to wait at the gate
         self._broken_by: BaseException | None = None  # nothing of the chunk may be committed
 
     def close(self) -> None:
@@ -60,15 +69,17 @@ class ChunkRun:
         """
         if self._broken_by is not None:
             raise self._broken_by
+        for position in self._again:
+            self._chunk.fail(position, Throttled(self._gate.closed_seconds))
         begun = next(self._positions, len(self._chunk))
-        self._chunk.end_at(begun if self._ended_by is None else self._ended_by[0])
+        self._chunk.end_at(begun if self._ended_by is None else min(begun, self._ended_by[0]))
 
     def commit_by_finish(self) -> bool:
         """Leave the checkpoint to the finish of the batch; return whether that is possible."""
         return self._ended_by is None and commit_by_finish(self._chunk)
 
     def raise_end(self) -> None:
-        """Raise the Snooze or Cancel that an item raised, now that the items before it are committed."""
+        """Raise what ends the batch, now that the items before it are committed."""
         if self._ended_by is not None:
             raise self._ended_by[1]
 
@@ -79,8 +90,53 @@ class ChunkRun:
 
     def _is_over(self) -> bool:
         """Return whether to begin no more items."""
-        has_ended = self._ended_by is not None or self._broken_by is not None
-        return has_ended or time.monotonic() >= self._ends_at or self._claimed.stop_requested
+        return self._must_end() or time.monotonic() >= self._ends_at
+
+    def _must_end(self) -> bool:
+        return self._ended_by is not None or self._broken_by is not None or self._claimed.stop_requested
+
+    # ---------------------------------------------------------------------------------------------------- at the gate
+
+    def _next(self) -> int | None:
+        """Return the position of the next item; None if all have begun."""
+        return self._again.popleft() if self._again else next(self._positions, None)
+
+    def _seconds_to_wait(self) -> float | None:
+        """Return 0 if the next item may begin, else how long to wait before asking again; None: none in this chunk.
+
+        A chunk does not end before its first item, since there would be nothing to commit.
+        """
+        if self._must_end() or (self._begun and time.monotonic() >= self._ends_at):
+            return None
+        if (seconds := self._gate.closed_seconds) > MOST_WAITED_SECONDS:
+            self._ended_by = (len(self._chunk), Snooze(seconds))
+            return None
+        seconds = self._gate.take()
+        self._begun += not seconds
+        return min(seconds, _CHECK_SECONDS)
+
+    def _pass_gate(self) -> int | None:
+        """Wait until the next item may begin, and return its position; None if none begins in this chunk any more."""
+        with waiting_at(self._gate):
+            while seconds := self._seconds_to_wait():
+                time.sleep(seconds)
+        return self._after_gate(seconds)
+
+    async def _pass_gate_async(self) -> int | None:
+        """Async version of `_pass_gate`. One task of the chunk waits at the gate, the others wait for their turn."""
+        self._turn = self._turn or asyncio.Lock()
+        async with self._turn:
+            with waiting_at(self._gate):
+                while seconds := self._seconds_to_wait():
+                    await asyncio.sleep(seconds)
+            return self._after_gate(seconds)
+
+    def _after_gate(self, seconds: float | None) -> int | None:
+        if seconds is None:
+            return None
+        if (position := self._next()) is None:
+            self._gate.give_back()
+        return position
 
     def _record(self, position: int, error: BaseException, conn: AnyConnection | None) -> None:
         """Record what an item raised: its own failure, or an error that concerns the whole chunk.
@@ -95,10 +151,21 @@ class ChunkRun:
             self._broken_by = self._broken_by or self._lost_at(position, error)
         elif conn is not None and isinstance(error, CONFLICTS):
             self._broken_by = self._broken_by or error
-        elif not isinstance(error, Snooze | Cancel):
-            self._chunk.fail(position, error)
+        elif isinstance(error, Throttled):
+            self._throttle(position, error)
+        elif not isinstance(error, Cancel):
+            self._chunk.fail(position, error)  # of a Snooze: it runs later
         elif self._ended_by is None or position < self._ended_by[0]:
             self._ended_by = (position, error)
+
+    def _throttle(self, position: int, error: Throttled) -> None:
+        """Let all wait. Run the item again afterwards: in this chunk if that is soon, else in the next run."""
+        claimed = self._claimed
+        claimed.claim.runtime.throttle(claimed.queue, claimed.kind, claimed.row.key, error)
+        if error.scope != "key" and error.seconds <= MOST_WAITED_SECONDS:
+            self._again.append(position)
+        else:
+            self._chunk.fail(position, error)
 
     def _lost_at(self, position: int, error: BaseException) -> BaseException:
         """Return what breaks the chunk when its connection is lost: never the item's own error, which would be taken
@@ -127,14 +194,26 @@ class ChunkRun:
     def process(self, conn: psycopg.Connection[Any] | None = None) -> None:
         """Process items until the chunk is over."""
         call = self._caller(conn)
-        for position in self._positions:
+        if self._gate.is_open:
+            for position in self._positions:
+                try:
+                    if (result := call(position)) is not None:
+                        _refuse_coroutine(result)
+                except BaseException as error:
+                    self._record(position, error, conn)
+                if self._is_over():
+                    return
+                if not self._gate.is_open:
+                    break
+            else:
+                if not self._again:
+                    return
+        while (begun := self._pass_gate()) is not None:
             try:
-                if (result := call(position)) is not None:
+                if (result := call(begun)) is not None:
                     _refuse_coroutine(result)
             except BaseException as error:
-                self._record(position, error, conn)
-            if self._is_over():
-                return
+                self._record(begun, error, conn)
 
     def process_concurrently(self) -> None:
         """Process items in as many threads as the handler's concurrency."""
@@ -165,18 +244,29 @@ class ChunkRun:
         """Async version of `process`."""
         if self._handler.wants_conn:
             self._arguments["conn"] = conn
-        for position in self._positions:
-            try:
-                if conn is None:
-                    await self._handler.function(self._item(position), **self._arguments)
-                else:
-                    with self._cursor_of_success():
-                        async with conn.transaction():
-                            await self._handler.function(self._item(position), **self._arguments)
-            except BaseException as error:
-                self._record(position, error, conn)
-            if self._is_over():
-                return
+        if self._gate.is_open:
+            for position in self._positions:
+                await self._run_async(position, conn)
+                if self._is_over():
+                    return
+                if not self._gate.is_open:
+                    break
+            else:
+                if not self._again:
+                    return
+        while (begun := await self._pass_gate_async()) is not None:
+            await self._run_async(begun, conn)
+
+    async def _run_async(self, position: int, conn: psycopg.AsyncConnection[Any] | None) -> None:
+        try:
+            if conn is None:
+                await self._handler.function(self._item(position), **self._arguments)
+            else:
+                with self._cursor_of_success():
+                    async with conn.transaction():
+                        await self._handler.function(self._item(position), **self._arguments)
+        except BaseException as error:
+            self._record(position, error, conn)
 
     async def process_concurrently_async(self) -> None:
         """Process as many items concurrently as the handler's concurrency."""

@@ -68,6 +68,7 @@ class Keeper(DutyLoop):
     def follow_limits(self) -> None:
         """While batches run, read limits and throttles; refresh the shares of limits that are in use. At each tick."""
         permits = self.context.permits
+        permits.write_throttles(self.link)
         age_seconds = time.monotonic() - permits.read_at
         is_busy = any(lane.in_flight for lane in self.context.lanes)
         if is_busy and age_seconds >= (self.tick_seconds if permits.permits else _LIMITS_SECONDS):

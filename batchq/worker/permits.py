@@ -4,11 +4,15 @@ The share of a limit is leased, like a batch (batchq.take_shares), and refreshed
 a claim and an item ask nobody: they take from the share.
 """
 
+import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from batchq.batch.claimed import ClaimedBatch
+from batchq.common.log import get_logger
+from batchq.errors import Throttled
 from batchq.postgres.link import Link
 from batchq.postgres.statements import shares
 from batchq.postgres.statements.shares import Limit, Report, Share, Steering
@@ -22,6 +26,8 @@ RATES_VALID_SECONDS = 5.0
 WANTED_SECONDS = 2.0  # after its last use, a share returns to the others
 AS_MUCH_AS_POSSIBLE = 1e9
 MOST_WANTED = 1_000_000
+
+_log = get_logger()
 
 
 class Permit:
@@ -230,6 +236,7 @@ class Permits:
         self._queues = list(queues)
         self._lease_seconds = lease_seconds
         self._gates = gates
+        self._unwritten: deque[tuple[str, str | None, str | None, float]] = deque()  # throttles, until when (monotonic)
         self._in_flight = in_flight  # returns the batches that are claimed and have no outcome
         self._refreshed_at = float("-inf")
         self._turn = threading.Lock()  # of the threads that read and refresh
@@ -269,6 +276,8 @@ class Permits:
             with link.reading() as conn:
                 steering = shares.steering(conn, self._queues)
             self.read_at = asked_at
+            if self._unwritten:  # what was read is older
+                return
             self._gates.set_throttles({name: asked_at + seconds for name, seconds in steering.throttles.items()})
             if steering.limits != self.steering.limits:
                 self._change_limits(steering.limits)
@@ -291,6 +300,34 @@ class Permits:
         self.permits = permits
         self._gates.set_limits(permits)
         self._refreshed_at = float("-inf")
+
+    # ------------------------------------------------------------------------------------------------- throttles
+
+    def throttle(self, queue: str, kind: str, key: str | None, error: Throttled) -> None:
+        """Let what *error* names wait: in this process at once, elsewhere as soon as it is written."""
+        of_kind = None if error.scope == "queue" else kind
+        of_key = key if error.scope == "key" else None
+        if error.scope == "key" and key is None:
+            return
+        self._unwritten.append((queue, of_kind, of_key, time.monotonic() + error.seconds))
+        if of_key is None:
+            self._gates.close_for(queue, of_kind, error.seconds)
+            with self._turn:
+                throttles = {**self.steering.throttles, (queue, of_kind): error.seconds}
+                self.steering = self.steering._replace(throttles=throttles)
+                self.version += 1
+        _log.info("throttled", queue=queue, kind=of_kind, key=of_key, seconds=error.seconds)
+
+    def write_throttles(self, link: Link) -> None:
+        """Write the throttles of this process that others do not know yet."""
+        while self._unwritten:
+            queue, kind, key, until = throttle = self._unwritten[0]
+            seconds = until - time.monotonic()
+            if seconds > 0:
+                with link.transaction() as conn:
+                    shares.throttle(conn, queue, kind, key, seconds, self._worker_id)
+            with contextlib.suppress(ValueError):  # the other thread that writes was as fast
+                self._unwritten.remove(throttle)
 
     # --------------------------------------------------------------------------------------------------- shares
 

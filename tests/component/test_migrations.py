@@ -320,7 +320,7 @@ def write_everything(conn: Conn, taken: Taken) -> None:
     inputs.large_input(conn, "default", *taken)
     inputs.items_page(conn, "default", *taken, 0, 1)
     assert len(inputs.failed_page(conn, "default", *taken, 2, 10)) == 1
-    inputs.retryable_items(conn, "default", taken.id)
+    inputs.left_items(conn, "default", taken.id)
     assert requeue(conn, endings.Requeue(*taken, 1, False, '{"error": "no"}')) == {taken.id}
     for keep in (True, False):
         done = processing(conn, kind="done")

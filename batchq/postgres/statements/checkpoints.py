@@ -27,12 +27,13 @@ WITH mine AS (
     AND f.batch_id = mine.id
     AND f.item_index = ANY (%(recovered)s::integer[])
 ), failure AS (
-  SELECT item_index, error, retryable
-  FROM unnest(%(indexes)s::integer[], %(errors)s::text[], %(retryables)s::boolean[])
-    AS u(item_index, error, retryable)
+  SELECT item_index, error, retryable, pg_catalog.now() + delay_seconds * interval '1 second' AS run_at
+  FROM unnest(%(indexes)s::integer[], %(errors)s::text[], %(retryables)s::boolean[], %(delays)s::float8[])
+    AS u(item_index, error, retryable, delay_seconds)
 ), first_failures AS (
-  INSERT INTO batchq.failed_items (queue, batch_id, item_index, item, error, retryable, attempt)
-  SELECT mine.queue, mine.id, failure.item_index, slice.item, failure.error, failure.retryable, mine.attempt
+  INSERT INTO batchq.failed_items (queue, batch_id, item_index, item, error, retryable, attempt, run_at)
+  SELECT mine.queue, mine.id, failure.item_index, slice.item, failure.error, failure.retryable,
+    CASE WHEN failure.run_at IS NULL THEN mine.attempt ELSE 0 END, failure.run_at
   FROM mine
   CROSS JOIN LATERAL pg_catalog.jsonb_array_elements(pg_catalog.jsonb_path_query_array(mine.items, '$[$first to $last]',
     pg_catalog.jsonb_build_object('first', %(first_index)s::integer, 'last', %(last_index)s::integer)))
@@ -42,7 +43,8 @@ WITH mine AS (
   UPDATE batchq.failed_items f
   SET error = failure.error,
       retryable = failure.retryable,
-      attempt = mine.attempt,
+      attempt = CASE WHEN failure.run_at IS NULL THEN mine.attempt ELSE 0 END,
+      run_at = failure.run_at,
       failed_at = pg_catalog.now()
   FROM mine, failure
   WHERE %(first_index)s::integer IS NULL
@@ -71,11 +73,15 @@ RETURNING id
 
 
 class ItemFailure(NamedTuple):
-    """A failed item, without the item itself, which the table has. *error*: one line."""
+    """A failed item, without the item itself, which the table has. *error*: one line.
+
+    delay_seconds: of an item that was snoozed, which is no failure: how long until it runs again.
+    """
 
     item_index: int
     error: str
     retryable: bool
+    delay_seconds: float | None = None
 
 
 class Progress(NamedTuple):
@@ -128,4 +134,5 @@ def _failure_parameters(progress: Progress) -> dict[str, Any]:
         "indexes": [failure.item_index for failure in progress.failures],
         "errors": [failure.error for failure in progress.failures],
         "retryables": [failure.retryable for failure in progress.failures],
+        "delays": [failure.delay_seconds for failure in progress.failures],
     }

@@ -1,5 +1,6 @@
 """What a handler reads of its batch: large payloads and cursors, pages of items, failed items to run again."""
 
+from typing import NamedTuple
 from uuid import UUID
 
 from batchq.postgres.statements.running import Conn, fetch_all, fetch_one, fetch_one_or_none
@@ -39,7 +40,8 @@ def items_page(conn: Conn, queue: str, batch_id: int, token: UUID, first: int, c
 
 
 def failed_page(conn: Conn, queue: str, batch_id: int, token: UUID, attempt: int, count: int) -> list[tuple[int, str]]:
-    """Return index and JSON text of up to *count* items that failed in an attempt before *attempt*.
+    """Return index and JSON text of up to *count* items that failed in an attempt before *attempt*, or that were
+    snoozed until now.
 
     Returns none if the claim is lost: the attempts of a batch that was cancelled and retried count from 0, so that the
     items just tried would be returned again.
@@ -53,6 +55,7 @@ def failed_page(conn: Conn, queue: str, batch_id: int, token: UUID, attempt: int
           AND batch_id = %(id)s
           AND retryable
           AND attempt < %(attempt)s
+          AND (run_at IS NULL OR run_at <= now())
           AND EXISTS (SELECT 1
                       FROM batchq.batches_live b
                       WHERE b.queue = %(queue)s
@@ -65,19 +68,30 @@ def failed_page(conn: Conn, queue: str, batch_id: int, token: UUID, attempt: int
     )
 
 
-def retryable_items(conn: Conn, queue: str, batch_id: int) -> tuple[int, str | None]:
-    """Return how many failed items may recover in another attempt, and the first failed item's error."""
-    row: tuple[int, str | None] = fetch_one(
+class LeftItems(NamedTuple):
+    """The items of a batch that have not succeeded: how many may recover in another attempt, the first one's error, and
+    in how many seconds the first snoozed one runs again (None: there is none)."""
+
+    retryable: int
+    first_error: str | None
+    snoozed_seconds: float | None
+
+
+def left_items(conn: Conn, queue: str, batch_id: int) -> LeftItems:
+    """Return which items of a batch have not succeeded, of those that have run."""
+    row = fetch_one(
         conn,
         """
-        SELECT count(*) FILTER (WHERE retryable), (array_agg(error ORDER BY item_index))[1]
+        SELECT count(*) FILTER (WHERE retryable AND run_at IS NULL),
+          (array_agg(error ORDER BY run_at IS NOT NULL, item_index))[1],
+          date_part('epoch', min(run_at) - now())
         FROM batchq.failed_items
         WHERE queue = %(queue)s
           AND batch_id = %(id)s
         """,
         {"queue": queue, "id": batch_id},
     )
-    return row
+    return LeftItems._make(row)
 
 
 def status_of(conn: Conn, queue: str, batch_id: int) -> str | None:

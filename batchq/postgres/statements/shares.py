@@ -93,6 +93,15 @@ def take_shares(worker: str, lease_seconds: float, reports: Iterable[Report]) ->
     return TAKE_SHARES, {"worker": worker, "lease_seconds": lease_seconds, "reports": json.dumps(texts)}
 
 
+def throttle(conn: Conn, queue: str, kind: str | None, key: str | None, seconds: float, worker: str) -> None:
+    """Let a kind (None: a whole queue), or one key of it, wait everywhere for so many seconds."""
+    fetch_all(
+        conn,
+        "SELECT batchq.throttle(%(queue)s, %(kind)s, %(key)s, %(seconds)s, %(worker)s)",
+        {"queue": queue, "kind": kind, "key": key, "seconds": float(seconds), "worker": worker},
+    )
+
+
 def return_shares(conn: Conn, worker: str) -> None:
     """Return all shares of a worker that has stopped."""
     fetch_all(conn, "SELECT batchq.return_shares(%(worker)s)", {"worker": worker})
