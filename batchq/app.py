@@ -21,6 +21,23 @@ _MAX_KIND_BYTES = 200
 
 
 @dataclass(frozen=True)
+class DeclaredLimits:
+    """The limits of a kind as its code declares them; None: no limit. The columns of batchq.limits."""
+
+    max_running: int | None = None
+    per_second: float | None = None
+    items_per_second: float | None = None
+    burst_seconds: float = 1.0
+    max_running_per_key: int | None = None
+
+    @property
+    def are_any(self) -> bool:
+        """Whether there is a limit."""
+        limits = (self.max_running, self.per_second, self.items_per_second, self.max_running_per_key)
+        return any(limit is not None for limit in limits)
+
+
+@dataclass(frozen=True)
 class Handler:
     """A function and how to call it. Made by `App.handler` and `App.item_handler`."""
 
@@ -29,6 +46,7 @@ class Handler:
     timeout_seconds: float | None
     backoff: Backoff
     payload_model: type[BaseModel] | None
+    limits: DeclaredLimits
 
     @property
     def is_async(self) -> bool:
@@ -61,19 +79,27 @@ class App:
         payload: type[BaseModel] | None = None,
         timeout_seconds: float | None = None,
         backoff: Backoff | None = None,
+        max_running: int | None = None,
+        per_second: float | None = None,
+        burst_seconds: float = 1.0,
+        max_running_per_key: int | None = None,
     ) -> Callable[[Function], Function]:
         """Register a function of one argument, the batch, as the handler of *kind*; it stays a plain function.
 
         *payload*: a pydantic model, of which batch.payload is then an instance; a batch whose payload does not fit the
         model fails without a retry. *timeout_seconds*: timeout of an attempt, unless the batch has its own. *backoff*:
-        the waits between attempts.
+        the waits between attempts. *max_running*, *per_second*, *burst_seconds*, *max_running_per_key*: limits for all
+        workers together, in each queue; a number in batchq.limits is valid instead (see docs/limits.md).
         The return value (JSON) is stored as the batch's result. Raises ConfigError.
         """
         _check_kind(kind)
+        limits = _checked_limits(
+            kind, DeclaredLimits(max_running, per_second, None, burst_seconds, max_running_per_key)
+        )
 
         def register(function: Function) -> Function:
             _check_batch_argument(kind, function)
-            self.add(Handler(kind, function, timeout_seconds, backoff or Backoff(), payload))
+            self.add(Handler(kind, function, timeout_seconds, backoff or Backoff(), payload, limits))
             return function
 
         return register
@@ -89,6 +115,11 @@ class App:
         payload: type[BaseModel] | None = None,
         timeout_seconds: float | None = None,
         backoff: Backoff | None = None,
+        items_per_second: float | None = None,
+        max_running: int | None = None,
+        per_second: float | None = None,
+        burst_seconds: float = 1.0,
+        max_running_per_key: int | None = None,
     ) -> Callable[[Function], Function]:
         """Register a function that is called once for each item of a batch; its error fails that item only.
 
@@ -96,14 +127,18 @@ class App:
         the chunk's transaction, which has a savepoint for each item and commits with the checkpoint. *concurrency*: how
         many items of a batch run concurrently. *chunk_size*: maximum number of items per checkpoint, which is also
         written after about a second. *item*: a pydantic model; an item that does not fit the model fails without a
-        retry. The other options are those of `handler`. Raises ConfigError.
+        retry. *items_per_second*: for how many items it is called per second, in all workers together. The other
+        options are those of `handler`. Raises ConfigError.
         """
         _check_kind(kind)
+        limits = _checked_limits(
+            kind, DeclaredLimits(max_running, per_second, items_per_second, burst_seconds, max_running_per_key)
+        )
 
         def register(function: Function) -> Function:
             names = _check_item_arguments(kind, function, transactional)
             _check_numbers(kind, concurrency, chunk_size, transactional)
-            common = (kind, function, timeout_seconds, backoff or Backoff(), payload)
+            common = (kind, function, timeout_seconds, backoff or Backoff(), payload, limits)
             wants = ("batch" in names, "conn" in names)
             self.add(ItemHandler(*common, item, concurrency, transactional, chunk_size, *wants))
             return function
@@ -124,6 +159,21 @@ def _check_kind(kind: str) -> None:
     """Raise ConfigError for a kind that the table would refuse, such as the function in ``@app.handler`` without ()."""
     if not isinstance(kind, str) or not 1 <= len(kind.encode()) <= _MAX_KIND_BYTES:
         raise ConfigError(f"a kind is a text of 1 to {_MAX_KIND_BYTES} bytes, not {kind!r}")
+
+
+def _checked_limits(kind: str, limits: DeclaredLimits) -> DeclaredLimits:
+    """Return limits that the table would accept. Raises ConfigError for others."""
+    for name in ("max_running", "max_running_per_key"):
+        value = getattr(limits, name)
+        if value is not None and (type(value) is not int or not 0 <= value < 2**31):
+            raise ConfigError(f"{name} of {kind!r} is a whole number from 0 up, not {value!r}")
+    for name in ("per_second", "items_per_second"):
+        value = getattr(limits, name)
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0):
+            raise ConfigError(f"{name} of {kind!r} is a number from 0 up, not {value!r}")
+    if not isinstance(limits.burst_seconds, int | float) or not 0.001 <= limits.burst_seconds <= 3600:
+        raise ConfigError(f"burst_seconds of {kind!r} is a number from 0.001 to 3600, not {limits.burst_seconds!r}")
+    return limits
 
 
 def _check_arguments(kind: str, function: Callable[..., Any], expected: str) -> list[str]:

@@ -5,11 +5,14 @@ a claim and an item ask nobody: they take from the share.
 """
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+from batchq.app import DeclaredLimits, Handler
 from batchq.batch.claimed import ClaimedBatch
 from batchq.common.log import get_logger
 from batchq.errors import Throttled
@@ -357,6 +360,22 @@ class Permits:
         if self.permits:
             with link.transaction() as conn:
                 shares.return_shares(conn, self._worker_id)
+
+
+def declare_limits(link: Link, queues: Sequence[str], handlers: Mapping[str, Handler]) -> None:
+    """Write what the handlers declare, in place of what an earlier version declared, if there is anything to write."""
+    limits = {kind: _columns(handler.limits) for kind, handler in handlers.items()}
+    with link.reading() as conn:
+        is_needed = any(limits.values()) or shares.has_limits(conn, queues, list(limits))
+    if is_needed:
+        with link.transaction() as conn:
+            shares.declare_limits(conn, queues, limits)
+
+
+def _columns(limits: DeclaredLimits) -> dict[str, Any]:
+    """Return limits as JSON, which has no infinity: that becomes a text, which Postgres reads as float8."""
+    columns = dataclasses.asdict(limits) if limits.are_any else {}
+    return {name: str(value) if value == float("inf") else value for name, value in columns.items()}
 
 
 def _is_unpermitted(batch: ClaimedBatch, permit: Permit) -> bool:

@@ -22,6 +22,7 @@ from batchq.worker.lanes import Ended, Lane
 from batchq.worker.lifecycle import Services, StopReason
 from batchq.worker.loop_lane import LoopLane
 from batchq.worker.memory import collecting_seldom
+from batchq.worker.permits import declare_limits
 from batchq.worker.shutdown import Shutdown
 from batchq.worker.thread_lane import ThreadLane
 
@@ -52,6 +53,7 @@ class Worker:
         listen_dsn = settings.checked_listen_dsn()
         self._bell = Bell(listen_dsn, self.lifecycle.wake.set) if listen_dsn else None
         self._metrics: MetricsServer | None = None
+        self._handlers = app.handlers
         self._services = Services(self.lifecycle)
         self._drain = drain
 
@@ -88,6 +90,7 @@ class Worker:
     # --------------------------------------------------------------------------------------------- start and stop
 
     def _start(self) -> None:
+        declare_limits(self.claimer.link, self.settings.queues, self._handlers)
         self._metrics = self.serve_metrics()
         self.context.connections.open()
         for lane in self.lanes:

@@ -1,4 +1,4 @@
-"""Throttled and Snooze: what a handler or an item asks for is uncharged, holds for all that it names, and loses nothing."""
+"""Throttled and Snooze: what a handler or item asks for is uncharged, holds for all it names, and loses nothing."""
 
 import threading
 import time
@@ -43,8 +43,8 @@ class Once:
 def test_a_throttled_batch_is_not_charged_and_its_kind_waits(dsn: str, conn: psycopg.Connection, style: str) -> None:
     app = batchq.App()
     once = Once(batchq.Throttled(1.5))
-    register(app, style, "limited", lambda batch: once())
-    register(app, style, "other", lambda batch: None)
+    register(app, style, "limited", lambda _: once())
+    register(app, style, "other", lambda _: None)
     first, second = put(conn, "limited"), put(conn, "limited", delay_seconds=0.2)
     with running_worker(app, dsn, concurrency=1):
         wait_until(lambda: len(once.calls) >= 1, 10, "the first call")
@@ -62,8 +62,8 @@ def test_a_throttled_batch_is_not_charged_and_its_kind_waits(dsn: str, conn: psy
 def test_another_worker_waits_too(dsn: str, conn: psycopg.Connection) -> None:
     here, there = batchq.App(), batchq.App()
     once, calls = Once(batchq.Throttled(2)), Once(ValueError(), "never")
-    register(here, "def", "limited", lambda batch: once())
-    register(there, "def", "limited", lambda batch: calls())
+    register(here, "def", "limited", lambda _: once())
+    register(there, "def", "limited", lambda _: calls())
     with running_worker(here, dsn):
         put(conn, "limited")
         wait_until(lambda: len(once.calls) == 1, 10, "the call that is throttled")
@@ -79,8 +79,8 @@ def test_another_worker_waits_too(dsn: str, conn: psycopg.Connection) -> None:
 @pytest.mark.parametrize(("scope", "waits"), [("queue", {"limited", "other"}), ("kind", {"limited"})])
 def test_the_scope_says_what_waits(dsn: str, conn: psycopg.Connection, scope: str, waits: set[str]) -> None:
     app = batchq.App()
-    register(app, "def", "limited", lambda batch: (_ for _ in ()).throw(batchq.Throttled(3600, scope=scope)))
-    register(app, "def", "other", lambda batch: None)
+    register(app, "def", "limited", lambda _: (_ for _ in ()).throw(batchq.Throttled(3600, scope=scope)))
+    register(app, "def", "other", lambda _: None)
     put(conn, "limited")
     drain(app, dsn)
     put(conn, "limited")
@@ -97,7 +97,7 @@ def test_the_scope_says_what_waits(dsn: str, conn: psycopg.Connection, scope: st
 def test_with_the_scope_of_a_key_only_that_key_waits(dsn: str, conn: psycopg.Connection) -> None:
     app = batchq.App()
     once = Once(batchq.Throttled(3600, scope="key"))
-    register(app, "def", "limited", lambda batch: once())
+    register(app, "def", "limited", lambda _: once())
     first = put(conn, "limited", key="a")
     drain(app, dsn)
     for key in ("a", "b", None):

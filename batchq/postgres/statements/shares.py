@@ -1,7 +1,7 @@
 """What steers a worker: pauses, throttles and limits; and its shares of the limits."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, LiteralString, NamedTuple
 
 from batchq.postgres.statements.running import Conn, Statement, fetch_all
@@ -53,6 +53,34 @@ def steering(conn: Conn, queues: Sequence[str]) -> Steering:
         frozenset((queue, kind) for what, queue, kind, *_ in rows if what == "pause"),
         {(queue, kind): seconds for what, queue, kind, seconds, *_ in rows if what == "throttle"},
         tuple(Limit(queue, kind, *numbers) for what, queue, kind, _, *numbers in rows if what == "limit"),
+    )
+
+
+def has_limits(conn: Conn, queues: Sequence[str], kinds: Sequence[str]) -> bool:
+    """Return whether workers have declared a limit for any of these queues and kinds."""
+    return bool(
+        fetch_all(
+            conn,
+            """
+            SELECT 1
+            FROM batchq.limits_in_force
+            WHERE queue = ANY (%(queues)s)
+              AND kind = ANY (%(kinds)s)
+              AND is_declared
+            LIMIT 1
+            """,
+            {"queues": list(queues), "kinds": list(kinds)},
+        )
+    )
+
+
+def declare_limits(conn: Conn, queues: Sequence[str], limits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace what code declares for these queues and kinds. *limits*: columns of batchq.limits, by kind."""
+    declared = json.dumps([{"kind": kind, **columns} for kind, columns in limits.items() if columns])
+    fetch_all(
+        conn,
+        "SELECT batchq.declare_limits(%(queues)s, %(kinds)s, %(declared)s::jsonb)",
+        {"queues": list(queues), "kinds": list(limits), "declared": declared},
     )
 
 
