@@ -31,7 +31,8 @@ DEFAULTS: dict[str, Any] = {
 }
 _INFINITY = float("inf")
 
-_Texts = Iterator[tuple[str, str | None]]  # payload and items of each batch, as JSON
+# Payload and items of each batch, as JSON, and its key if each has its own.
+_Texts = Iterator[tuple[str, str | None]] | Iterator[tuple[str, str | None, str | None]]
 
 
 def enqueue(
@@ -96,13 +97,15 @@ def enqueue_many(
     items: Iterable[Any] | None = None,
     items_per_batch: int = 1000,
     payload: Any = None,
+    key: str | Callable[[Any], str | None] | None = None,
     **options: Any,
 ) -> int:
     """Insert many batches of *kind* by COPY, in one transaction (the caller's, if one is open); return how many.
 
     Either one batch for each of *payloads*, or *items* in batches of *items_per_batch*, all with the same *payload*.
-    Both may be generators: only the batch being written is held in memory. *options*: those of `enqueue`, except
-    unique_key. Raises as `enqueue` does; then nothing is inserted.
+    Both may be generators: only the batch being written is held in memory. *key*: the key of all batches, or a function
+    that returns the key of a payload. *options*: those of `enqueue`, except unique_key. Raises as `enqueue` does; then
+    nothing is inserted.
     """
     if (payloads is None) == (items is None):
         raise InvalidInput("enqueue_many takes either payloads or items")
@@ -110,17 +113,22 @@ def enqueue_many(
         raise InvalidInput(f"items_per_batch starts at 1, not {items_per_batch!r}")
     if "unique_key" in options:
         raise InvalidInput("enqueue_many has no unique_key; call enqueue for each")
-    texts = _payload_rows(payloads) if payloads is not None else item_rows(items or (), items_per_batch, payload)
-    given = _check_options(kind=kind, **(DEFAULTS | _known(options)))
+    if callable(key) and payloads is None:
+        raise InvalidInput("a function as the key takes a payload, so it needs payloads, not items")
+    texts: _Texts = item_rows(items or (), items_per_batch, payload)
+    if payloads is not None:
+        texts = _keyed_rows(payloads, key) if callable(key) else _payload_rows(payloads)
+    given = _check_options(kind=kind, **(DEFAULTS | _known(options) | {"key": None if callable(key) else key}))
+    names = ["payload", "items", "key"] if callable(key) else ["payload", "items"]
     with traces.sending(kind, given["queue"]) as trace_context:
         more = {} if trace_context is None else {"trace_context": trace_context}
         try:
-            return _insert_all(conn, inserts.copy_batches, given, more, texts)
+            return _insert_all(conn, inserts.copy_batches, given, more, names, texts)
         except psycopg.errors.FeatureNotSupported:
             # With row security, COPY is refused before it consumes a batch. After any other cause some may be consumed.
             if not inserts.has_row_security(conn):
                 raise
-            return _insert_all(conn, inserts.insert_batches, given, more, texts)
+            return _insert_all(conn, inserts.insert_batches, given, more, names, texts)
 
 
 def _insert_all(
@@ -128,11 +136,13 @@ def _insert_all(
     insert: Callable[[psycopg.Connection[Any], list[str], list[Any], _Texts], int],
     options: dict[str, Any],
     more: dict[str, Any],
+    names: list[str],
     texts: _Texts,
 ) -> int:
+    """Insert the rows of *texts*, whose columns are *names*, with what all share."""
     with conn.transaction():
         columns, same = _columns_and_values(conn, options)
-        return insert(conn, [*columns, *more, "payload", "items"], [*same, *more.values()], texts)
+        return insert(conn, [*columns, *more, *names], [*same, *more.values()], texts)
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +177,7 @@ def _check_list(name: str, values: object) -> None:
 
 def _check_options(**options: Any) -> dict[str, Any]:
     """Return the options. Raises InvalidInput for values that the database would misread instead of refusing them."""
-    for name in ("kind", "queue", "unique_key"):
+    for name in ("kind", "queue", "unique_key", "key"):
         _check_name(name, options.get(name))
     run_at = options["run_at"]
     if run_at is not None and (not isinstance(run_at, datetime) or run_at.tzinfo is None):
@@ -186,7 +196,7 @@ def _check_options(**options: Any) -> dict[str, Any]:
 
 def _check_name(name: str, value: object) -> None:
     """Raise InvalidInput for a name that is not a string, or that Postgres cannot store."""
-    if value is None and name == "unique_key":
+    if value is None and name in ("unique_key", "key"):
         return
     if not isinstance(value, str):
         raise InvalidInput(f"{name} must be a text, not {value!r}")
@@ -197,12 +207,22 @@ def _check_name(name: str, value: object) -> None:
 # ---------------------------------------------------------------------------------------------------------- by COPY
 
 
-def _payload_rows(payloads: Iterable[Any]) -> _Texts:
+def _payload_rows(payloads: Iterable[Any]) -> Iterator[tuple[str, str | None]]:
     _check_list("payloads", payloads)
     return ((_payload_text(payload), None) for payload in payloads)
 
 
-def item_rows(items: Iterable[Any], size: int, payload: Any) -> _Texts:
+def _keyed_rows(
+    payloads: Iterable[Any], key_of: Callable[[Any], str | None]
+) -> Iterator[tuple[str, str | None, str | None]]:
+    _check_list("payloads", payloads)
+    for payload in payloads:
+        key = key_of(payload)
+        _check_name("key", key)
+        yield _payload_text(payload), None, key
+
+
+def item_rows(items: Iterable[Any], size: int, payload: Any) -> Iterator[tuple[str, str | None]]:
     """Yield payload and items of each batch, as JSON texts."""
     _check_list("items", items)
     text = _payload_text(payload)

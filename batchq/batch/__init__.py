@@ -37,6 +37,11 @@ class Batch:
         return self._claimed.claim.queue
 
     @property
+    def key(self) -> str | None:
+        """Its key, if it has one: batches run key by key, in turn."""
+        return self._claimed.row.key
+
+    @property
     def payload(self) -> Any:
         """The payload: a JSON value, or an instance of the handler's payload model."""
         if self._payload is UNCHANGED:

@@ -56,7 +56,7 @@ class Claimer:
         self._steered: tuple[int, Pauses] = (0, frozenset())  # the version of the steering, and what is paused
         self._writable_at = time.monotonic()
         self._from_start = False  # recorded positions do not count
-        self._is_held_back = False  # something is ready and waits for a permit
+        self._looks_again = False  # a drain: something is ready that this round did not claim
 
     def run(self, drain: bool) -> None:
         """Claim until the worker stops or, with *drain*, until nothing is ready and all that was claimed is written."""
@@ -76,7 +76,7 @@ class Claimer:
             except Exception as error:
                 self.lifecycle.stopping.wait(self.outage.failed(error))
                 continue
-            if drain and all_written and not found and not self._is_held_back:
+            if drain and all_written and not found and not self._looks_again:
                 if self._from_start:
                     return
                 self._forget_positions()
@@ -124,7 +124,7 @@ class Claimer:
         self.permits.write_throttles(self.link)
         if self.permits.is_steered:
             self.steer()
-        self._is_held_back = False
+        self._looks_again = False
         self.sources.append(self.sources.pop(0))
         return sum(self.claim_from(source) for source in list(self.sources) if source.kinds and source.lane.room())
 
@@ -210,7 +210,7 @@ class Claimer:
             if source.is_held_back and not self.steer():
                 unreserve(source.permits, reserve(source.permits, self._room(source, 0)))  # notes what is wanted
                 self.permits.refresh(self.link, _ASK_AGAIN_SECONDS / 2)
-        self._is_held_back = self._is_held_back or source.is_held_back
+        self._looks_again = self._looks_again or source.is_held_back
         return all(permit.has_room() for permit in source.permits)
 
     def _has_keys(self, source: Source) -> bool:
@@ -227,7 +227,8 @@ class Claimer:
     def _claim_keyed(self, source: Source, claimed: int) -> int:
         """Claim ready batches with a key; return how many."""
         count = 0
-        if self.steer():
+        if self.steer():  # the sources may be others now
+            self._looks_again = True
             return 0
         for _ in range(_MOST_RANGES):
             room = self._room(source, claimed + count)

@@ -73,13 +73,16 @@ def insert_batches(
 ) -> int:
     """Like `copy_batches`, but by INSERT, a hundred rows at a time: COPY does not work with row security."""
     names = sql.SQL(", ").join(sql.Identifier(column) for column in columns)
-    values = sql.SQL(", ").join([*(sql.Literal(value) for value in same), sql.SQL("u.payload, u.items")])
-    statement = sql.SQL(
-        "INSERT INTO batchq.batches ({}) SELECT {} FROM unnest(%s::jsonb[], %s::jsonb[]) AS u(payload, items)"
-    ).format(names, values)
+    own = [sql.Identifier(column) for column in columns[len(same) :]]
+    statement = sql.SQL("INSERT INTO batchq.batches ({}) SELECT {} FROM unnest({}) AS u({})").format(
+        names,
+        sql.SQL(", ").join([*(sql.Literal(value) for value in same), *own]),
+        sql.SQL(", ").join([sql.SQL("%s::jsonb[]"), sql.SQL("%s::jsonb[]"), sql.SQL("%s::text[]")][: len(own)]),
+        sql.SQL(", ").join(own),
+    )
     rows, count = iter(texts), 0
     while block := list(islice(rows, 100)):
-        conn.execute(statement, [[payload for payload, _ in block], [items for _, items in block]])
+        conn.execute(statement, [list(column) for column in zip(*block, strict=True)])
         count += len(block)
     return count
 
