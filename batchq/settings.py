@@ -15,9 +15,30 @@ from batchq.errors import ConfigError
 from batchq.postgres.dsn import dsn_problems, not_a_dsn
 
 MAX_CONCURRENCY = 1000
+MAX_QUEUE_BYTES = 128
 # A statement that reads all days takes 5 locks for each. With max_locks_per_transaction = 64 and max_connections = 100
 # there is room for 6,400: for three such statements concurrently.
 MAX_KEEP_FINISHED_DAYS = 400
+
+
+class Queue(str):
+    """The name of a queue that a worker serves, and its *slots*, if it has slots of its own."""
+
+    slots: int | None = None
+
+    @classmethod
+    def read(cls, text: str) -> "Queue":
+        """Read ``NAME`` or ``NAME:SLOTS``. Raises ValueError for a name that looks like a mistake."""
+        name, colon, number = text.partition(":")
+        if not 1 <= len(name.encode()) <= MAX_QUEUE_BYTES:
+            raise ValueError(f"the name of a queue has 1 to 128 bytes, not {len(name.encode())}: {text!r}")
+        if "*" in name:
+            raise ValueError(f"{text!r} looks like a mistake: name each queue, since there are no patterns")
+        if colon and not (number.isascii() and number.isdigit() and 1 <= int(number[:9]) <= MAX_CONCURRENCY):
+            raise ValueError(f"{text!r} looks like a mistake: after the colon comes a number of slots, 1 to 1000")
+        queue = cls(name)
+        queue.slots = int(number) if colon else None
+        return queue
 
 
 class Settings(FileSettings):
@@ -41,7 +62,9 @@ class Settings(FileSettings):
         description="A direct connection (no pooler) for immediate notifications of new batches; see `batchq.bell`.",
     )
     queues: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("default",), description="The queues that a worker serves, in turn; separated by commas."
+        ("default",),
+        description="The queues that a worker serves, in turn; separated by commas. `mail:5` gives the queue `mail` 5 "
+        "slots of its own; the queues without a number share the others.",
     )
     concurrency: int = Field(
         8, ge=1, le=MAX_CONCURRENCY, description="How many `def` batches a worker runs concurrently, in threads."
@@ -121,9 +144,19 @@ class Settings(FileSettings):
     @field_validator("queues")
     @classmethod
     def _check_queues(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or any(not 1 <= len(name.encode()) <= 128 for name in value):
-            raise ValueError("needs at least one queue, each name 1 to 128 bytes long")
-        return tuple(dict.fromkeys(value))
+        if not value:
+            raise ValueError("needs at least one queue")
+        queues = [Queue.read(text) for text in value]
+        slots = {queue: queue.slots for queue in queues}
+        if clash := next((queue for queue in queues if queue.slots != slots[queue]), None):
+            raise ValueError(f"the queue {clash!r} is named twice, with different numbers of slots")
+        return tuple(dict.fromkeys(queues))
+
+    @property
+    def queue_slots(self) -> dict[str, int]:
+        """How many slots of its own each queue has that has any."""
+        named = {queue: queue.slots for queue in self.queues if isinstance(queue, Queue)}
+        return {queue: slots for queue, slots in named.items() if slots is not None}
 
     @field_validator("metrics_hosts", mode="before")
     @classmethod

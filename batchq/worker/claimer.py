@@ -47,7 +47,9 @@ class Claimer:
         self.lifecycle = context.lifecycle
         self.permits = context.permits
         self.link = link
-        self.sources = [Source(queue, lane) for queue in context.settings.queues for lane in context.lanes]
+        self.sources = [
+            Source(queue, lane) for queue in context.settings.queues for lane in context.lanes if lane.serves(queue)
+        ]
         self.outage = Outage("claimer", link)
         self.skipped = Skipped()
         self.polled_at = time.monotonic()

@@ -183,6 +183,6 @@ def _worker_row(context: Context) -> WorkerRow:
         os.getpid(),
         version("batchq"),
         list(context.settings.queues),
-        sorted(kind for lane in context.lanes for kind in lane.kinds),
+        sorted({kind for lane in context.lanes for kind in lane.kinds}),
         sum(lane.concurrency for lane in context.lanes),
     )

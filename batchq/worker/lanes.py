@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -27,18 +27,26 @@ Ended = Callable[["Lane", ClaimedBatch, Outcome], None]
 
 
 class Lane:
-    """What the lanes share. *ended* is called with each batch that is no longer in flight.
+    """What the lanes share. *ended* is called with each batch that is no longer in flight. *queues*: those that it
+    serves (None: all).
 
     Each counter has one writer: *claimed* the claimer's thread, *written* and *postponed* the finisher's, *run_count*
     whoever holds the lock.
     """
 
     def __init__(
-        self, handlers: Mapping[str, Handler], concurrency: int, ended: Ended, fair_queue: FairQueue | None = None
+        self,
+        handlers: Mapping[str, Handler],
+        concurrency: int,
+        ended: Ended,
+        fair_queue: FairQueue | None = None,
+        *,
+        queues: Sequence[str] | None = None,
     ) -> None:
         self.handlers = handlers
         self.kinds = sorted(handlers)
         self.concurrency = concurrency
+        self.queues = queues
         self.ended = ended
         self.fair_queue = fair_queue or FairQueue(concurrency, 0.0)
         self.prefetch = Prefetch(concurrency)
@@ -62,6 +70,10 @@ class Lane:
         """How many unwritten batches take room. Up to 1,000 postponed ones do not; the limit is there so that a worker
         whose outcomes are all refused stops claiming."""
         return self.unwritten - min(self.postponed, MOST_POSTPONED)
+
+    def serves(self, queue: str) -> bool:
+        """Return whether it runs batches of a queue."""
+        return self.queues is None or queue in self.queues
 
     def wanted(self) -> int:
         """Return how many batches to have claimed."""

@@ -5,7 +5,7 @@ else is read when somebody scrapes.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import psycopg
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -82,14 +82,17 @@ def buckets(run_times: list[int]) -> list[tuple[str, float]]:
 
 
 def serve_worker(
-    settings: Settings, throughput: Throughput, lanes: Mapping[str, Lane], claimer: Claimer, keeper: Keeper
+    settings: Settings, throughput: Throughput, lanes: Mapping[str, Sequence[Lane]], claimer: Claimer, keeper: Keeper
 ) -> MetricsServer:
     """Serve a worker's metrics, whether it polls, and whether its database accepts writes. Raises ConfigError."""
     throughput.sums = {}
     silent_seconds = 30 + 2 * settings.database_timeout_seconds
 
     def metrics() -> bytes:
-        slots = {style: (lane.concurrency, _busy_slots(lane)) for style, lane in lanes.items()}
+        slots = {
+            style: (sum(lane.concurrency for lane in alike), sum(map(_busy_slots, alike)))
+            for style, alike in lanes.items()
+        }
         with throughput.lock:
             return exposition(lambda: worker_metrics(throughput.sums or {}, slots, claimer.probe_seconds()))
 

@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 
 from batchq.app import Handler
@@ -40,13 +40,14 @@ class ThreadLane(Lane):
         ended: Ended,
         fair_queue: FairQueue | None = None,
         *,
+        queues: Sequence[str] | None = None,
         traced: bool = False,
     ) -> None:
-        super().__init__(handlers, concurrency, ended, fair_queue)
+        super().__init__(handlers, concurrency, ended, fair_queue, queues=queues)
         self._run = run_traced if traced else run
         self.waiting: deque[ClaimedBatch] = deque()
         self._wake = threading.Event()  # wakes the slot that stands by
-        self.fair_queue.on_advance = self._wake_slot
+        self.fair_queue.call_on_advance(self._wake_slot)
         self._standby_lock = threading.Lock()  # held by the slot that stands by
         self.awake = 0  # slots that are not idle, counted under the lock
         self.slow: set[ClaimedBatch] = set()  # running batches that were seen to take long

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from batchq.worker.bell import Bell
 from batchq.worker.checks import check_database, require_extras
 from batchq.worker.claimer import Claimer
 from batchq.worker.context import Context
+from batchq.worker.event_loop import EventLoop
 from batchq.worker.finisher import Finisher
 from batchq.worker.housekeeper import Housekeeper
 from batchq.worker.keeper import Keeper
@@ -108,7 +110,9 @@ class Worker:
             return None
         from batchq.worker.metrics import serve_worker
 
-        lanes = {"async def" if isinstance(lane, LoopLane) else "def": lane for lane in self.lanes}
+        lanes: dict[str, list[Lane]] = defaultdict(list)
+        for lane in self.lanes:
+            lanes["async def" if isinstance(lane, LoopLane) else "def"].append(lane)
         return serve_worker(self.settings, self.finisher.throughput, lanes, self.claimer, self.keeper)
 
     def _shut_down_interruptibly(self) -> bool:
@@ -158,15 +162,26 @@ class Worker:
 
 
 def _lanes(app: App, context: Context, ended: Ended) -> list[Lane]:
-    settings, connections = context.settings, context.connections
+    """Return a lane for each style of handlers and each queue that has slots of its own, and for all other queues."""
+    settings, connections, own = context.settings, context.connections, context.settings.queue_slots
     in_threads = {kind: handler for kind, handler in app.handlers.items() if not handler.is_async}
     in_loop = {kind: handler for kind, handler in app.handlers.items() if handler.is_async}
+    groups = [([queue], slots, slots) for queue, slots in own.items()]
+    if others := [queue for queue in settings.queues if queue not in own]:
+        groups.append((others, settings.concurrency, settings.async_concurrency))
+    traced = settings.traces
     lanes: list[Lane] = []
     if in_threads:
-        fair_queue = connections.fair_queue
-        lanes.append(ThreadLane(in_threads, settings.concurrency, ended, fair_queue, traced=settings.traces))
+        lanes += [
+            ThreadLane(in_threads, threads, ended, connections.fair_queue, queues=queues, traced=traced)
+            for queues, threads, _ in groups
+        ]
     if in_loop:
-        lanes.append(LoopLane(in_loop, settings.async_concurrency, ended, connections, traced=settings.traces))
+        loop, fair_queue = EventLoop(connections), connections.async_fair_queue
+        lanes += [
+            LoopLane(in_loop, tasks, ended, fair_queue, loop, queues=queues, traced=traced)
+            for queues, _, tasks in groups
+        ]
     return lanes
 
 

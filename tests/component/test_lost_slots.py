@@ -15,7 +15,7 @@ import structlog
 import batchq
 from batchq.settings import Settings
 from batchq.testing import running_worker
-from batchq.worker import liveness, loop_lane
+from batchq.worker import event_loop, liveness, loop_lane
 from batchq.worker.lifecycle import StopReason
 from batchq.worker.liveness import LIVENESS_FD, LivenessPings
 from tests.support.alone import run_alone
@@ -179,7 +179,7 @@ def test_a_worker_that_is_told_to_stop_is_not_replaced(dsn: str, conn: psycopg.C
 def test_what_waits_behind_a_blocked_event_loop_goes_back_and_nothing_more_is_claimed(
     dsn: str, conn: psycopg.Connection, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop_lane, "BLOCKED_SECONDS", 0.3)
+    monkeypatch.setattr(event_loop, "BLOCKED_SECONDS", 0.3)
     block = put(conn, "blocking", timeout_seconds=60)
     with running_worker(app, dsn, async_concurrency=10, lease_seconds=1, shutdown_seconds=30) as worker:
         [lane] = [lane for lane in worker.lanes if isinstance(lane, loop_lane.LoopLane)]
