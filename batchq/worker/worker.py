@@ -55,7 +55,6 @@ class Worker:
         listen_dsn = settings.checked_listen_dsn()
         self._bell = Bell(listen_dsn, self.lifecycle.wake.set) if listen_dsn else None
         self._metrics: MetricsServer | None = None
-        self._handlers = app.handlers
         self._services = Services(self.lifecycle)
         self._drain = drain
 
@@ -92,7 +91,8 @@ class Worker:
     # --------------------------------------------------------------------------------------------- start and stop
 
     def _start(self) -> None:
-        declare_limits(self.claimer.link, self.settings.queues, self._handlers)
+        handlers = {kind: handler for lane in self.lanes for kind, handler in lane.handlers.items()}
+        declare_limits(self.claimer.link, self.settings.queues, handlers)
         self._metrics = self.serve_metrics()
         self.context.connections.open()
         for lane in self.lanes:

@@ -25,6 +25,7 @@ LARGE_CLASSES = {
     "Verb": "everything that differs between verbs",
     "ClaimedBatch": "what the worker knows of a batch in flight; one object per batch is what the hot path affords",
     "Finisher": "the outcomes to write, in the states that they are in",
+    "Lane": "what it serves, what is in flight, and counters with one writer each",
     "ClaimedRow": "the columns that a claim returns",
     "Claimer": "a thread's whole state",
     "Source": "the tracks of batches without a key, the ring of those with one, and the permits",
