@@ -54,6 +54,7 @@ class Permit:
         self._lacked: dict[str, float] = {}  # the limits that held something back, and when
         self._used_at = float("-inf")  # when a token was last taken
         self._reported_at = time.monotonic()
+        self._promised = 0  # how many run at most, as last reported
         self._lock = threading.Lock()
 
     @property
@@ -153,10 +154,11 @@ class Permit:
             wanted_starts = self._wish("per_second", self.starts, now)
             wanted_items = self._wish("items_per_second", self.items, now)
             self._reported_at = now
+            self._promised = max(self.may_run, in_use)
             lacked = sorted(limit for limit, at in self._lacked.items() if now - at < WANTED_SECONDS)
             return Report(
-                self.limit.queue, self.limit.kind or "", self.may_run, wanted_running, self.starts.rate, wanted_starts,
-                self.items.rate, wanted_items, in_use, ",".join(lacked) or None,
+                self.limit.queue, self.limit.kind or "", self._promised, wanted_running, self.starts.rate,
+                wanted_starts, self.items.rate, wanted_items, in_use, ",".join(lacked) or None,
             )  # fmt: skip
 
     def _wish(self, limit: str, bucket: TokenBucket, now: float) -> float:
@@ -176,13 +178,13 @@ class Permit:
         has shrunk, and others wait for the rest."""
         burst_seconds = self.limit.burst_seconds
         with self._lock:
-            before = (self.may_run, self.starts.rate, self.items.rate)
-            self.may_run = share.running if share.running >= self.may_run else max(share.running, self._all_held())
+            before = (self._promised, self.starts.rate, self.items.rate)
+            self.may_run = share.running
             self.refreshed_at = asked_at
             for bucket, rate in ((self.starts, share.starts), (self.items, share.items)):
                 bucket.set_rate(rate, max(rate * burst_seconds, 1.0) if rate else 0.0)
                 bucket.valid_until = asked_at + RATES_VALID_SECONDS
-            after = (self.may_run, self.starts.rate, self.items.rate)
+            after = (max(self.may_run, self._all_held()), self.starts.rate, self.items.rate)
             return any(now < then for now, then in zip(after, before, strict=True))
 
 
