@@ -107,14 +107,12 @@ def number_text(number: float | str | None) -> str:
     if number is None:
         return "none"
     value = float(number)
-    if value >= _MOST_WHOLE:
-        return "infinity"
-    return f"{int(value):,}" if value.is_integer() else f"{value:.4g}"
+    return "infinity" if value >= _MOST_WHOLE else f"{value:.15g}"
 
 
 def use_text(used: float | str, limit: float | str | None) -> str:
     """Return how much of a limit is in use, as "3 of 10"; empty without a limit."""
-    return "" if limit is None else f"{number_text(used)} of {number_text(limit)}"
+    return "" if limit is None else f"{number_text(round(float(used), 2))} of {number_text(limit)}"
 
 
 def row_text(row: Mapping[str, Any]) -> str:
