@@ -46,8 +46,8 @@ from tests.support.waiting import wait_until
 from tests.support.web import PASSWORD, Site, served
 
 PATHS = ("/", "/batches", "/batches/1", "/workers", "/audit", "/limits", "/limits/set", "/live/overview",
-         "/static/live.js", "/healthz", "/readyz", "/verbs/cancel?id=1", "/bulk/cancel", "/nothing", "/static/../server.py",
-         "/login/")  # fmt: skip
+         "/static/live.js", "/healthz", "/readyz", "/verbs/cancel?id=1", "/bulk/cancel", "/nothing",
+         "/static/../server.py", "/login/")  # fmt: skip
 
 
 @pytest.fixture
@@ -574,8 +574,8 @@ def test_a_forged_form_sets_no_limit_and_a_read_only_page_has_none(conn: Conn, s
     with served(dsn, read_only=True) as read_only:
         assert read_only.client.get("/limits/set").status_code == 403
         shown = read_only.client.get("/limits")
-        token = read_only.web.guard.sessions.form_token(shown.cookies["batchq_session"])
-        assert "no actions" in read_only.post("/limits/set", token, **data).text
+        token = read_only.web.guard.sessions.form_token(read_only.client.cookies["batchq_session"])
+        assert "No actions" in read_only.post("/limits/set", token, **data).text
         assert "/limits/set" not in shown.text
     assert values(conn, "SELECT queue FROM batchq.limits") == []
 
