@@ -47,9 +47,11 @@ CREATE TABLE batchq.throttles (
 );
 COMMENT ON TABLE batchq.throttles IS
   'Pauses that handlers asked for by raising batchq.Throttled. They end by themselves; batchq.end_throttle ends one earlier.';
+COMMENT ON COLUMN batchq.throttles.queue IS 'Queue of the batches that wait.';
 COMMENT ON COLUMN batchq.throttles.kind IS 'Kind that waits; empty: all kinds of the queue.';
 COMMENT ON COLUMN batchq.throttles.key IS 'Key that waits; empty: batches with and without a key.';
 COMMENT ON COLUMN batchq.throttles.until IS 'Time when batches may begin again.';
+COMMENT ON COLUMN batchq.throttles.throttled_at IS 'Time of the latest request.';
 COMMENT ON COLUMN batchq.throttles.worker IS 'Worker whose handler asked for it: batchq.workers.id.';
 
 CREATE TABLE batchq.limit_shares (
@@ -114,6 +116,14 @@ LEFT JOIN (
 COMMENT ON VIEW batchq.limits_in_use IS
   'The limits of batchq.limits_in_force with what workers use of them now. Workers report it about once per second.';
 COMMENT ON COLUMN batchq.limits_in_use.kind IS 'Kind that is limited within the queue; null: all kinds of the queue together.';
+COMMENT ON COLUMN batchq.limits_in_use.queue IS 'Queue that is limited.';
+COMMENT ON COLUMN batchq.limits_in_use.max_running IS 'How many batches run at the same time; null: no limit.';
+COMMENT ON COLUMN batchq.limits_in_use.per_second IS 'How many batches begin per second; null: no limit.';
+COMMENT ON COLUMN batchq.limits_in_use.items_per_second IS 'For how many items per second an item handler is called; null: no limit.';
+COMMENT ON COLUMN batchq.limits_in_use.burst_seconds IS 'For how many seconds an unused rate can be made up for.';
+COMMENT ON COLUMN batchq.limits_in_use.max_running_per_key IS 'How many batches with the same key run at the same time; null: no limit.';
+COMMENT ON COLUMN batchq.limits_in_use.is_set IS 'Whether batchq.limits has a row for the queue and kind.';
+COMMENT ON COLUMN batchq.limits_in_use.is_declared IS 'Whether code declares a limit for the queue and kind.';
 COMMENT ON COLUMN batchq.limits_in_use.workers IS 'Workers that hold a share of the limit and have refreshed it in the last 5 s.';
 COMMENT ON COLUMN batchq.limits_in_use.running IS
   'Batches that run, to compare with max_running. Those of a dead worker count until its share expires.';
