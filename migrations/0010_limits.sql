@@ -46,10 +46,12 @@ CREATE TABLE batchq.throttles (
   PRIMARY KEY (queue, kind, key)
 );
 COMMENT ON TABLE batchq.throttles IS
-  'Pauses that handlers asked for by raising batchq.Throttled. They end by themselves; to end one earlier, delete its row.';
+  'Pauses that handlers asked for by raising batchq.Throttled. They end by themselves; batchq.end_throttle ends one earlier.';
+COMMENT ON COLUMN batchq.throttles.queue IS 'Queue of the batches that wait.';
 COMMENT ON COLUMN batchq.throttles.kind IS 'Kind that waits; empty: all kinds of the queue.';
 COMMENT ON COLUMN batchq.throttles.key IS 'Key that waits; empty: batches with and without a key.';
 COMMENT ON COLUMN batchq.throttles.until IS 'Time when batches may begin again.';
+COMMENT ON COLUMN batchq.throttles.throttled_at IS 'Time of the latest request.';
 COMMENT ON COLUMN batchq.throttles.worker IS 'Worker whose handler asked for it: batchq.workers.id.';
 
 CREATE TABLE batchq.limit_shares (
@@ -95,6 +97,40 @@ COMMENT ON VIEW batchq.limits_in_force IS
 COMMENT ON COLUMN batchq.limits_in_force.kind IS 'Kind that is limited within the queue; null: all kinds of the queue together.';
 COMMENT ON COLUMN batchq.limits_in_force.is_set IS 'Whether batchq.limits has a row for the queue and kind.';
 COMMENT ON COLUMN batchq.limits_in_force.is_declared IS 'Whether code declares a limit for the queue and kind.';
+
+CREATE VIEW batchq.limits_in_use AS
+SELECT f.*, coalesce(shares.workers, 0) AS workers, coalesce(shares.running, 0) AS running,
+  coalesce(shares.starts_per_second, 0) AS starts_per_second_shared, coalesce(shares.items_per_second, 0) AS items_per_second_shared,
+  (SELECT string_agg(DISTINCT r.reason, ', ') FROM unnest(string_to_array(shares.reasons, ',')) AS r(reason)) AS held_back_by
+FROM batchq.limits_in_force f
+LEFT JOIN (
+  SELECT s.queue, s.kind, count(*) FILTER (WHERE is_live) AS workers, sum(s.in_use) AS running,
+    sum(s.starts_per_second) FILTER (WHERE is_live) AS starts_per_second,
+    sum(s.items_per_second) FILTER (WHERE is_live) AS items_per_second,
+    string_agg(s.held_back_by, ',') FILTER (WHERE is_live) AS reasons
+  FROM batchq.limit_shares s
+  CROSS JOIN LATERAL (SELECT s.refreshed_at > now() - interval '5 seconds' AS is_live) age
+  WHERE s.refreshed_at > now() - (s.lease_seconds + 2) * interval '1 second'
+  GROUP BY s.queue, s.kind
+) shares ON shares.queue = f.queue AND shares.kind = coalesce(f.kind, '');
+COMMENT ON VIEW batchq.limits_in_use IS
+  'The limits of batchq.limits_in_force with what workers use of them now. Workers report it about once per second.';
+COMMENT ON COLUMN batchq.limits_in_use.kind IS 'Kind that is limited within the queue; null: all kinds of the queue together.';
+COMMENT ON COLUMN batchq.limits_in_use.queue IS 'Queue that is limited.';
+COMMENT ON COLUMN batchq.limits_in_use.max_running IS 'How many batches run at the same time; null: no limit.';
+COMMENT ON COLUMN batchq.limits_in_use.per_second IS 'How many batches begin per second; null: no limit.';
+COMMENT ON COLUMN batchq.limits_in_use.items_per_second IS 'For how many items per second an item handler is called; null: no limit.';
+COMMENT ON COLUMN batchq.limits_in_use.burst_seconds IS 'For how many seconds an unused rate can be made up for.';
+COMMENT ON COLUMN batchq.limits_in_use.max_running_per_key IS 'How many batches with the same key run at the same time; null: no limit.';
+COMMENT ON COLUMN batchq.limits_in_use.is_set IS 'Whether batchq.limits has a row for the queue and kind.';
+COMMENT ON COLUMN batchq.limits_in_use.is_declared IS 'Whether code declares a limit for the queue and kind.';
+COMMENT ON COLUMN batchq.limits_in_use.workers IS 'Workers that hold a share of the limit and have refreshed it in the last 5 s.';
+COMMENT ON COLUMN batchq.limits_in_use.running IS
+  'Batches that run, to compare with max_running. Those of a dead worker count until its share expires.';
+COMMENT ON COLUMN batchq.limits_in_use.starts_per_second_shared IS 'Part of per_second that workers hold as their shares.';
+COMMENT ON COLUMN batchq.limits_in_use.items_per_second_shared IS 'Part of items_per_second that workers hold as their shares.';
+COMMENT ON COLUMN batchq.limits_in_use.held_back_by IS
+  'Columns of batchq.limits that held back batches or items in the last seconds, separated by commas; null: none.';
 
 -- Max-min fairness ("water-filling"; Bertsekas and Gallager, Data Networks, section 6.5.2): who wants less than an equal part gets
 -- all that it wants, and the others share the rest equally.
@@ -219,9 +255,11 @@ CREATE FUNCTION batchq.set_limit(queue text DEFAULT 'default', kind text DEFAULT
   per_second float8 DEFAULT NULL, items_per_second float8 DEFAULT NULL, burst_seconds float8 DEFAULT 1,
   max_running_per_key integer DEFAULT NULL, reason text DEFAULT NULL, actor text DEFAULT NULL) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE details jsonb;
+DECLARE
+  details    jsonb;
+  is_removed constant boolean := num_nonnulls(max_running, per_second, items_per_second, max_running_per_key) = 0;
 BEGIN
-  IF num_nonnulls(max_running, per_second, items_per_second, max_running_per_key) = 0 THEN
+  IF is_removed THEN
     DELETE FROM batchq.limits l WHERE l.queue = set_limit.queue AND l.kind IS NOT DISTINCT FROM set_limit.kind;
   ELSE
     INSERT INTO batchq.limits AS l (queue, kind, max_running, per_second, items_per_second, burst_seconds, max_running_per_key)
@@ -235,11 +273,34 @@ BEGIN
                         excluded.max_running_per_key);
   END IF;
   IF NOT FOUND THEN RETURN false; END IF;
-  details := jsonb_strip_nulls(jsonb_build_object('max_running', max_running, 'per_second', per_second::text,
-    'items_per_second', items_per_second::text, 'burst_seconds', burst_seconds::text, 'max_running_per_key', max_running_per_key));
+  details := CASE WHEN is_removed THEN '{"removed": true}' ELSE jsonb_strip_nulls(jsonb_build_object('max_running', max_running,
+    'per_second', per_second::text, 'items_per_second', items_per_second::text, 'burst_seconds', burst_seconds::text,
+    'max_running_per_key', max_running_per_key)) END;
   PERFORM batchq.note_verb('set_limit', 0, NULL, queue, kind, details, reason, actor);
   RETURN true;
 END $$;
 COMMENT ON FUNCTION batchq.set_limit IS
   'Sets the limits of a queue, or of a kind within it: all of them, so that one that is not given is removed, and without any, the '
   'row is deleted. Returns whether anything changed.';
+
+CREATE FUNCTION batchq.end_throttle(queue text DEFAULT NULL, kind text DEFAULT NULL, key text DEFAULT NULL,
+  reason text DEFAULT NULL, actor text DEFAULT NULL) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE was_throttled boolean;
+BEGIN
+  IF queue IS NULL THEN
+    RAISE EXCEPTION 'batchq.end_throttle takes a queue'
+      USING HINT = 'SELECT queue, kind, key, until FROM batchq.throttles lists the throttles; kind and key are those of its row';
+  END IF;
+  DELETE FROM batchq.throttles t
+  WHERE t.queue = end_throttle.queue AND t.kind = coalesce(end_throttle.kind, '') AND t.key = coalesce(end_throttle.key, '')
+  RETURNING t.until > now() INTO was_throttled;
+  IF was_throttled IS NOT TRUE THEN RETURN false; END IF;
+  PERFORM batchq.note_verb('end_throttle', 0, NULL, queue, kind, jsonb_strip_nulls(jsonb_build_object('key', key)), reason, actor);
+  RETURN true;
+END $$;
+COMMENT ON FUNCTION batchq.end_throttle IS
+  'Ends a throttle before its time: that of a kind in a queue, of the whole queue (kind null), or of a key. Workers follow within '
+  'two seconds. Returns whether there was one.';
+COMMENT ON COLUMN batchq.audit.verb IS
+  'cancel, retry, snooze, set_priority, move, pause, resume, drain_worker, set_limit or end_throttle.';

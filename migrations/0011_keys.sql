@@ -596,11 +596,11 @@ FROM (VALUES
                         'ready_of_keys,has_keyed}'),
   ('viewer', 'SELECT', '{batches,batches_live,batches_finished,failed_items,workers,throughput_minutes,pauses,positions,'
                        'migrations,audit,status,queues,throughput,failures,duties,finished_default,'
-                       'limits,declared_limits,limits_in_force,limit_shares,throttles}'),
+                       'limits,declared_limits,limits_in_force,limits_in_use,limit_shares,throttles}'),
   ('viewer', 'EXECUTE', '{shown_status,count_live,count_failed,latest_failures,run_time_percentiles,'
                         'sum_counts,add_counts,busy_queues,waiting_levels,newest_live,ids_given_twice,duty_statements,'
                         'keyed_queues}'),
-  ('operator', 'EXECUTE', '{cancel,retry,retry_items,snooze,set_priority,move,pause,resume,drain_worker,bulk,set_limit}'),
+  ('operator', 'EXECUTE', '{cancel,retry,retry_items,snooze,set_priority,move,pause,resume,drain_worker,bulk,set_limit,end_throttle}'),
   ('operator', 'INSERT, UPDATE, DELETE', '{limits}'), ('operator', 'DELETE', '{throttles}')
 ) AS granted(duty, privilege, objects)
 CROSS JOIN unnest(objects) AS object;

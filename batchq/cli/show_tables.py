@@ -9,7 +9,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from batchq.cli.rate import clock
 from batchq.common.terminal import block, line, styled
+from batchq.operate.limits import name_text, number_text, origin_text, use_text
 
 _Row = dict[str, Any]
 _STYLES = {
@@ -23,6 +25,7 @@ _STYLES = {
     "cancelled": "magenta",
 }
 _UNBROKEN = ("ID", "Status", "Items", "Attempt", "Age", "Oldest wait", "Time", "Action", "Until", "Paused since")
+LIMIT_COLUMNS = ("Running", "Per second", "Items per second", "Per key", "Burst seconds")
 _COUNTED = ("ready", "scheduled", "processing", "stalled", "failed")
 
 
@@ -101,8 +104,14 @@ def state_of(worker: _Row) -> str:
     return "stopping" if worker["stopping"] else ""
 
 
+def held_back(row: _Row) -> str:
+    """Return how many ready batches of a queue are held back, and by which limits; empty if none is."""
+    return f"{_count(row, 'held_back')} by {row['held_back_by']}" if row["held_back"] else ""
+
+
 def _count(row: _Row, name: str) -> int | str:
-    return f"~{row[name]:,}" if name in row["estimated"] else row[name]
+    is_estimate = ("ready" if name == "held_back" else name) in row["estimated"]
+    return f"~{row[name]:,}" if is_estimate else row[name]
 
 
 def _fact(value: Any) -> str:
@@ -129,24 +138,31 @@ def pause_line(row: _Row) -> str:
     return line(" in ".join(filter(None, (kind, queue))) + until)
 
 
+def throttle_line(row: _Row) -> str:
+    """Return what is throttled, and for how long."""
+    key = f" key {row['key']}" if row["key"] else ""
+    return line(f"{name_text(row['queue'], row['kind'])}{key} for {clock(row['seconds_left'])}")
+
+
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
 def overview(status: _Row) -> RenderableType:
-    """Return queues, pauses, workers and batches."""
+    """Return queues, pauses, limits, throttles, workers and batches."""
     parts = [_queue_table(status["queues"]), _worker_table(status["workers"]), _batch_table(status["batches"])]
-    if status["pauses"]:
-        parts.insert(1, pause_table(status["pauses"]))
+    shown = (("pauses", pause_table), ("limits", limit_table), ("throttles", throttle_table))
+    parts[1:1] = [made(status[name]) for name, made in shown if status[name]]
     return Group(*(part for shown in parts for part in (shown, Text())))
 
 
 def _queue_table(rows: list[_Row]) -> RenderableType:
     if not rows:
         return Text("no batches yet", style="dim")
-    columns = ("Queue", "Kind", *map(str.capitalize, _COUNTED), "Oldest wait", "Per second", "Workers")
+    columns = ("Queue", "Kind", *map(str.capitalize, _COUNTED), "Oldest wait", "Per second", "Workers", "Held back")
     cells = [
         [row["queue"], row["kind"], *(_count(row, name) for name in _COUNTED),
-         short(row["oldest_wait"]), row["finished_per_second"], workers_of(row)]
+         short(row["oldest_wait"]), row["finished_per_second"], workers_of(row),
+         held_back(row)]
         for row in rows
     ]  # fmt: skip
     return table("Queues", columns, cells)
@@ -179,6 +195,35 @@ def pause_table(rows: list[_Row]) -> RenderableType:
         for row in rows
     ]  # fmt: skip
     return table("Pauses", ("Queue", "Kind", "Until", "Paused since", "Reason", "Actor"), cells)
+
+
+def limit_cells(row: _Row) -> list[str]:
+    """Return the cells of LIMIT_COLUMNS: what is in use of each number, as "3 of 10"."""
+    return [
+        use_text(row["running"], row["max_running"]),
+        use_text(row["starts_per_second_shared"], row["per_second"]),
+        use_text(row["items_per_second_shared"], row["items_per_second"]),
+        "" if row["max_running_per_key"] is None else number_text(row["max_running_per_key"]),
+        number_text(row["burst_seconds"]),
+    ]
+
+
+def limit_table(rows: list[_Row]) -> RenderableType:
+    """Return the limits in force, and what is in use of them."""
+    cells = [
+        [row["queue"], row["kind"] or "(all)", *limit_cells(row), origin_text(row), row["held_back_by"]] for row in rows
+    ]
+    return table("Limits", ("Queue", "Kind", *LIMIT_COLUMNS, "Origin", "Holds back by"), cells)
+
+
+def throttle_table(rows: list[_Row]) -> RenderableType:
+    """Return the throttles, and how long they last."""
+    cells = [
+        [row["queue"], row["kind"] or "(all)", row["key"] or "(all)", clock(row["seconds_left"]),
+         to_the_second(row["throttled_at"]), row["worker"]]
+        for row in rows
+    ]  # fmt: skip
+    return table("Throttles", ("Queue", "Kind", "Key", "Time left", "Throttled since", "Worker"), cells)
 
 
 def audit_table(rows: list[_Row]) -> RenderableType:

@@ -19,6 +19,7 @@ from batchq.cli import show_tables
 from batchq.cli.rate import Rate, clock
 from batchq.cli.show_tables import attempts, colored, first_line, processed, short, to_the_second
 from batchq.common.terminal import one_line, styled
+from batchq.operate.limits import origin_text
 
 Row = dict[str, Any]
 Rows = dict[str, list[Row]]
@@ -57,6 +58,10 @@ def _alarming(number: int) -> Text:
     return Text(str(number), style="bold red" if number else "", justify="right")
 
 
+def _limit_column(title: str, number: int) -> _Column:
+    return _Column(title, lambda row: show_tables.limit_cells(row)[number])
+
+
 _QUEUE_AND_KIND = (_field("queue"), _field("kind"))
 _ATTEMPT = _Column("Attempt", lambda row: row["attempt"], attempts)
 TABLES: dict[str, tuple[_Column, ...]] = {
@@ -68,6 +73,7 @@ TABLES: dict[str, tuple[_Column, ...]] = {
         _Column("Oldest wait", lambda row: length(row["oldest_wait"]), lambda row: short(row["oldest_wait"])),
         _field("finished_per_second", "Per second"),
         _Column("Workers", lambda row: row["workers"], show_tables.workers_of),
+        _Column("Held back", lambda row: row["held_back"], show_tables.held_back),
     ),
     "running": (
         _field("id", "ID"),
@@ -94,6 +100,13 @@ TABLES: dict[str, tuple[_Column, ...]] = {
         _field("in_hand", "Claimed"),
         _Column("Started", lambda row: to_the_second(row["started_at"])),
         _Column("State", lambda row: row["stopping"], show_tables.state_of),
+    ),
+    "limits": (
+        _field("queue"),
+        _Column("Kind", lambda row: row["kind"], lambda row: row["kind"] or "(all)"),
+        *(_limit_column(title, number) for number, title in enumerate(show_tables.LIMIT_COLUMNS)),
+        _Column("Origin", origin_text),
+        _field("held_back_by", "Holds back by"),
     ),
 }
 
@@ -135,6 +148,7 @@ class Top(App[None]):
         Binding("2", "tab('running')", "Running"),
         Binding("3", "tab('failures')", "Failures"),
         Binding("4", "tab('workers')", "Workers"),
+        Binding("5", "tab('limits')", "Limits"),
         Binding("s", "sort", "Sort by next column"),
         Binding("r", "reverse", "Reverse"),
         Binding("p", "pause", "Pause display"),
@@ -143,9 +157,10 @@ class Top(App[None]):
     def __init__(self, read: Callable[[], Rows], show: Callable[[int], Any], every_seconds: float | None) -> None:
         super().__init__()
         self._read, self._show, self._every_seconds = read, show, every_seconds
-        self.rows: Rows = {name: [] for name in (*TABLES, "pauses")}
+        self.rows: Rows = {name: [] for name in (*TABLES, "pauses", "throttles")}
         self._sorting: dict[str, tuple[int, bool]] = {
-            "queues": (0, False), "running": (0, True), "failures": (0, True), "workers": (0, False)
+            "queues": (0, False), "running": (0, True), "failures": (0, True), "workers": (0, False),
+            "limits": (0, False),
         }  # fmt: skip
         self._rates: defaultdict[int, Rate] = defaultdict(Rate)
         self._is_paused = False
@@ -293,7 +308,9 @@ def _summary(rows: Rows) -> str:
     counts = "  ".join(f"{name} {number:,}" for name, number in total.items())
     text = f"{counts}  finished {rate:,.1f}/s  workers {len(rows['workers'])}"
     pauses = "; ".join(show_tables.pause_line(row) for row in rows["pauses"])
-    return f"{text}  PAUSED: {pauses}" if pauses else text
+    throttles = "; ".join(show_tables.throttle_line(row) for row in rows["throttles"])
+    parts = (text, f"PAUSED: {pauses}" if pauses else "", f"THROTTLED: {throttles}" if throttles else "")
+    return "  ".join(filter(None, parts))
 
 
 def run(every_seconds: float | None, read: Callable[[], Rows], show: Callable[[int], Any]) -> None:

@@ -28,6 +28,10 @@ from batchq.postgres.transactions import transaction
 _EXIT_LEFT_OUT, _EXIT_INTERRUPTED = 1, 130
 _REPORT_SECONDS = 5.0
 _FILTERS = ("queue", "kind", "status", "error_like", "older_than_seconds")
+_NEEDED = {
+    "resume": "--queue, --kind, or both, as the pause had them; batchq pause lists the pauses",
+    "end_throttle": "--queue, and --kind and --key as the throttle has them; batchq limit lists the throttles",
+}
 _NO_BATCH = "there is no such batch"
 
 
@@ -69,9 +73,7 @@ def _on_queue(options: Namespace, verb: Verb, change: dict[str, Any]) -> int:
     if options.queue is None and options.kind is None:
         if verb.name == "pause":
             return _list_pauses(options)
-        raise InvalidInput(
-            f"{verb.command} needs --queue, --kind, or both, as the pause had them; batchq pause lists the pauses"
-        )
+        raise InvalidInput(f"{verb.command} needs {_NEEDED[verb.name]}")
     target = {"queue": options.queue, "kind": options.kind}
     with database(options) as conn:
         is_changed = verb.do(conn, target, change, options.reason, options.actor)
@@ -238,9 +240,7 @@ def add_arguments(parser: ArgumentParser, verb: Verb, variants: list[Verb]) -> N
             variant.option, dest="variants", action="append_const", const=variant.name, help=variant.help
         )
     parser.add_argument("--reason", default=verb.default_reason, help="reason to record in batchq.audit")
-    parser.add_argument(
-        "--actor", default=_user_name(), help="name to record in batchq.audit (default: your user name)"
-    )
+    parser.add_argument("--actor", default=user_name(), help="name to record in batchq.audit (default: your user name)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -264,7 +264,7 @@ def _add_filters(parser: ArgumentParser, verb: Verb) -> None:
     group.add_argument(
         "--older-than",
         dest="older_than_seconds",
-        type=_reader(period_seconds),
+        type=reader(period_seconds),
         metavar="TIME",
         help="only batches that finished or, while live, were inserted this long ago: 90s, 15m, 2h, 3d",
     )
@@ -277,18 +277,19 @@ def _add_filters(parser: ArgumentParser, verb: Verb) -> None:
 
 def _add_argument(parser: ArgumentParser, argument: Argument) -> None:
     if argument.type != "time":
-        read = _reader(argument.read)
+        read = reader(argument.read)
         parser.add_argument(
-            "--to", dest=argument.name, type=read, required=argument.is_required, metavar="TO", help=argument.help
-        )
+            argument.option, dest=argument.name, type=read, required=argument.is_required,
+            metavar=argument.option.lstrip("-").upper(), help=argument.help,
+        )  # fmt: skip
         return
     group = parser.add_mutually_exclusive_group(required=argument.is_required)
-    group.add_argument("--for", dest="delay_seconds", type=_reader(period_seconds), metavar="TIME", help=argument.help)
+    group.add_argument("--for", dest="delay_seconds", type=reader(period_seconds), metavar="TIME", help=argument.help)
     group.add_argument("--until", metavar="TIMESTAMP", help="end, as a timestamp: '2030-01-01 06:00+00'")
 
 
-def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return *read* as argparse wants it: argparse prints the text of this error only."""
+def reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return *read* as argparse wants it: argparse prints the text of its ArgumentTypeError only."""
 
     def checked(text: str) -> Any:
         try:
@@ -299,7 +300,8 @@ def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return checked
 
 
-def _user_name() -> str | None:
+def user_name() -> str | None:
+    """Return who runs the command; None where the system does not know."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

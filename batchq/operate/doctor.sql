@@ -207,6 +207,80 @@ WHERE ready > 0
 ORDER BY ready DESC
 LIMIT 10
 
+-- name: limit_that_nothing_can_pass
+WITH waiting AS MATERIALIZED (
+  SELECT queue, kind, ready, processing FROM batchq.queues WHERE ready + processing > 0
+)
+SELECT 'warning',
+  CASE WHEN n.column_name = 'max_running_per_key' THEN format('%%s of %%s is 0: its batches with a key never run', n.column_name, f.name)
+       ELSE format('%%s of %%s is 0 while %%s batches are ready and %%s are processing', n.column_name, f.name, w.ready, w.processing) END,
+  format('batchq limit %%s --%%s N raises it; to pause on purpose, batchq pause is clearer', f.flags, replace(n.column_name, '_', '-'))
+FROM (
+  SELECT *, CASE WHEN kind IS NULL THEN format('queue %%s', queue) ELSE format('kind %%s in queue %%s', kind, queue) END AS name,
+    format('--queue %%L', queue) || coalesce(format(' --kind %%L', nullif(kind, '')), '') AS flags
+  FROM batchq.limits_in_force
+) f
+CROSS JOIN LATERAL (VALUES ('max_running', f.max_running::float8), ('per_second', f.per_second), ('items_per_second', f.items_per_second),
+                           ('max_running_per_key', f.max_running_per_key)) AS n(column_name, number)
+CROSS JOIN LATERAL (SELECT coalesce(sum(ready), 0) AS ready, coalesce(sum(processing), 0) AS processing
+                    FROM waiting WHERE queue = f.queue AND (f.kind IS NULL OR kind = f.kind)) w
+WHERE n.number = 0
+  AND (n.column_name = 'max_running_per_key' OR w.ready > 0 OR (n.column_name = 'items_per_second' AND w.processing > 0))
+ORDER BY w.ready DESC
+LIMIT 10
+
+-- name: limit_without_a_use
+SELECT 'note',
+  format('the limit of %%s limits nothing: no live worker serves it, and it has no batches',
+         CASE WHEN l.kind IS NULL THEN format('queue %%s', l.queue) ELSE format('kind %%s in queue %%s', l.kind, l.queue) END),
+  format('if the name is a mistake: batchq limit --queue %%L%%s --remove', l.queue, coalesce(format(' --kind %%L', nullif(l.kind, '')), ''))
+FROM batchq.limits l
+WHERE NOT EXISTS (SELECT 1 FROM batchq.workers w WHERE w.heartbeat_at > now() - interval '1 minute' AND l.queue = ANY (w.queues)
+                    AND (l.kind IS NULL OR l.kind = ANY (w.kinds)))
+  AND NOT EXISTS (SELECT 1 FROM batchq.queues q WHERE q.queue = l.queue AND (l.kind IS NULL OR q.kind = l.kind))
+ORDER BY l.queue, l.kind
+LIMIT 10
+
+-- name: held_up_by_a_limit
+SELECT 'warning',
+  format('kind %%s in queue %%s: %%s ready batches are held back by %%s; the oldest has waited for %%s', kind, queue, held_back,
+         held_back_by, date_trunc('second', oldest_wait)),
+  'batchq limit shows what is in use; raise the limit, or cancel batches that are no longer wanted'
+FROM batchq.queues
+WHERE held_back > 0
+  AND oldest_wait > interval '1 hour'
+ORDER BY oldest_wait DESC
+LIMIT 10
+
+-- name: long_throttle
+SELECT 'warning',
+  format('%%s of queue %%s%%s is throttled until %%s, at the request of a handler of worker %%s',
+         CASE kind WHEN '' THEN 'every kind' ELSE format('kind %%s', kind) END, queue,
+         CASE key WHEN '' THEN '' ELSE format(', key %%s,', key) END, until, coalesce(worker, '(unknown)')),
+  format('check the seconds that the handler passes to batchq.Throttled; to end it now: batchq unthrottle --queue %%L%%s%%s', queue,
+         CASE kind WHEN '' THEN '' ELSE format(' --kind %%L', kind) END, CASE key WHEN '' THEN '' ELSE format(' --key %%L', key) END)
+FROM batchq.throttles
+WHERE until > now() + interval '1 day'
+ORDER BY until DESC
+LIMIT 10
+
+-- name: limit_that_differs_from_code
+SELECT 'note',
+  format('%%s of kind %%s in queue %%s: %%s is set, and code declares %%s; the number that is set holds', n.column_name, l.kind, l.queue,
+         n.of_table, n.of_code),
+  CASE WHEN n.column_name = 'burst_seconds' THEN format('to follow the code: batchq limit --queue %%L --kind %%L --burst-seconds %%s', l.queue, l.kind, n.of_code)
+       ELSE format('to follow the code: batchq limit --queue %%L --kind %%L --%%s none', l.queue, l.kind, replace(n.column_name, '_', '-')) END
+FROM batchq.limits l
+JOIN batchq.declared_limits d ON d.queue = l.queue AND d.kind = l.kind
+CROSS JOIN LATERAL (VALUES
+  ('max_running', l.max_running::float8, d.max_running::float8), ('per_second', l.per_second, d.per_second),
+  ('items_per_second', l.items_per_second, d.items_per_second), ('burst_seconds', l.burst_seconds, d.burst_seconds),
+  ('max_running_per_key', l.max_running_per_key, d.max_running_per_key)
+) AS n(column_name, of_table, of_code)
+WHERE n.of_table <> n.of_code
+ORDER BY l.queue, l.kind, n.column_name
+LIMIT 10
+
 -- name: stalled
 SELECT 'warning',
   format('batch %%s of kind %%s: the lease of %%s expired at %%s', id, kind, claimed_by, lease_expires_at),

@@ -2,6 +2,9 @@
 
 The command line, the web UI, bulk and the reference are made from VERBS. A new verb needs an entry here and a SQL
 function that is granted to operators; for bulk, batchq.bulk must know the function, too.
+
+Limits are set with several numbers, and each may be left as it is or removed, which a verb with one argument cannot
+express. So batchq.set_limit has a command and a page of its own: batchq.cli.commands.limit, batchq.web.limits.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +18,7 @@ from batchq.postgres.statements.views import STORED_STATUS
 
 _MOST_MINUTES = 525_600
 _MOST_QUEUE_BYTES = 128
+_MOST_KEY_BYTES = 500
 _FINISHED = ("failed", "cancelled", "completed")
 
 
@@ -39,14 +43,20 @@ def _queue_name(text: str) -> str:
     return text
 
 
+def _key(text: str) -> str:
+    if not 1 <= len(text.encode()) <= _MOST_KEY_BYTES:
+        raise ValueError(f"a key must have 1 to {_MOST_KEY_BYTES} bytes")
+    return text
+
+
 @dataclass(frozen=True)
 class Argument:
     """What a verb needs besides its target.
 
     A time is a field of minutes in a form, and `--for` or `--until` on the command line. Any other argument has one
-    *name*: in forms, in batchq.bulk's *change* and in the verb's SQL function; on the command line it is `--to`.
+    *name*: in forms, in batchq.bulk's *change* and in the verb's SQL function; on the command line it is *option*.
 
-    read: parses the text of a form or of `--to`; raises ValueError. suggested: what a form shows at first.
+    read: parses the text of a form or of *option*; raises ValueError. suggested: what a form shows at first.
     """
 
     type: Literal["number", "text", "time"]
@@ -56,6 +66,7 @@ class Argument:
     read: Callable[[str], Any]
     suggested: str = ""
     is_required: bool = True
+    option: str = "--to"
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -236,6 +247,26 @@ _ALL = (
         done="resumed",
         unchanged="no matching pause",
         help="end a pause",
+    ),
+    _verb(
+        "queue",
+        "end_throttle",
+        "End throttle",
+        explanation="Workers begin these batches again, before the time that the handler asked for. Queue, kind and "
+        "key are those of the throttle.",
+        done="throttle ended",
+        unchanged="no matching throttle",
+        command="unthrottle",
+        help="end a throttle before its time; batchq limit lists the throttles",
+        argument=Argument(
+            "text",
+            "key",
+            "Key",
+            "key that is throttled (default: the throttle of the kind or queue)",
+            _key,
+            is_required=False,
+            option="--key",
+        ),
     ),
     _verb(
         "worker",

@@ -47,7 +47,7 @@ def number(value: float | None) -> str:
 def count(row: dict[str, Any], name: str) -> str:
     """Return a count of batchq.queues; an estimate is marked with ~ (about) or ≥ (at least)."""
     text = number(row[name])
-    if name not in row["estimated"]:
+    if ("ready" if name == "held_back" else name) not in row["estimated"]:
         return text
     return f"≥\N{NARROW NO-BREAK SPACE}{text}" if name == "failed" else f"~{text}"
 

@@ -10,8 +10,17 @@ from batchq.common.exposition import MOST_PAIRS, OTHER
 STATES = ("ready", "scheduled", "processing")
 
 
-def queue_metrics(queues: Iterable[Mapping[str, Any]], workers: int) -> Iterator[Metric]:
-    """Yield the metrics of rows of batchq.queues, and of the number of live *workers*."""
+_IN_USE = {
+    "max_running": "running",
+    "per_second": "starts_per_second_shared",
+    "items_per_second": "items_per_second_shared",
+}
+
+
+def queue_metrics(
+    queues: Iterable[Mapping[str, Any]], workers: int, limits: Iterable[Mapping[str, Any]]
+) -> Iterator[Metric]:
+    """Yield the metrics of rows of batchq.queues, of the number of live *workers*, and of rows of limits_in_use."""
     depth = GaugeMetricFamily(
         "batchq_queue_depth", "Live batches; large counts are estimates.", labels=("queue", "kind", "state")
     )
@@ -21,14 +30,38 @@ def queue_metrics(queues: Iterable[Mapping[str, Any]], workers: int) -> Iterator
         "oldest_wait_seconds": _gauge("batchq_oldest_wait_seconds", "How long the oldest ready batch has waited."),
         "workers": _gauge("batchq_serving_workers", "Live workers that serve the queue and handle the kind."),
     }
+    held_back = GaugeMetricFamily(
+        "batchq_held_back", "Ready batches that a limit or a throttle holds back.", labels=("queue", "kind", "by")
+    )
     for row in bounded_rows(queues):
         labels = (row["queue"], row["kind"])
         for state in STATES:
             depth.add_metric((*labels, state), row[state])
         for name, family in gauges.items():
             family.add_metric(labels, row[name] or 0)
-    yield from (depth, *gauges.values())
+        for limit in _names(row):
+            held_back.add_metric((*labels, limit), row["held_back"])
+    yield from (depth, *gauges.values(), held_back, *_limit_metrics(limits))
     yield GaugeMetricFamily("batchq_workers", "Live workers.", value=workers)
+
+
+def _limit_metrics(limits: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
+    # Limits beyond the first 200 are left out: unlike batches, they cannot be added up.
+    labels = ("queue", "kind", "limit")
+    number = GaugeMetricFamily("batchq_limit", "Limits in force; kind is empty for a whole queue.", labels=labels)
+    in_use = GaugeMetricFamily(
+        "batchq_limit_in_use", "What workers use of the limits, or hold of a rate.", labels=labels
+    )
+    for row in list(limits)[:MOST_PAIRS]:
+        for limit, used in _IN_USE.items():
+            if row[limit] is not None:
+                number.add_metric((row["queue"], row["kind"] or "", limit), row[limit])
+                in_use.add_metric((row["queue"], row["kind"] or "", limit), row[used])
+    yield from (number, in_use)
+
+
+def _names(row: Mapping[str, Any]) -> list[str]:
+    return row["held_back_by"].split(", ") if row["held_back_by"] else []
 
 
 def _gauge(name: str, text: str) -> GaugeMetricFamily:
@@ -42,6 +75,7 @@ def bounded_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if not rest:
         return found
     other: dict[str, Any] = {"queue": OTHER[0], "kind": OTHER[1]}
-    other |= {name: sum(row[name] for row in rest) for name in (*STATES, "stalled", "failed")}
+    other |= {name: sum(row[name] for row in rest) for name in (*STATES, "stalled", "failed", "held_back")}
     other |= {name: max(row[name] or 0 for row in rest) for name in ("oldest_wait_seconds", "workers")}
+    other["held_back_by"] = ", ".join(sorted({name for row in rest for name in _names(row)}))
     return [*found[:MOST_PAIRS], other]

@@ -8,12 +8,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from batchq.operate.limits import number_text, origin_text, use_text
 from batchq.operate.verbs import VERBS, Verb
 from batchq.web import bulk, charts, formats, reads
 from batchq.web.guard import guard_of
 from batchq.web.reads import HIGHEST_ID, MOST_CHARACTERS, MOST_ROWS, PAGE_ROWS, Reader, Row
 
 _STATUSES = ("ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
+_DONE = {name: verb.title.lower() for name, verb in VERBS.items()} | {"set_limit": "change limit"}
 _MOST_FAILURES = 12
 _MOST_FILTER_CHARACTERS = 300
 
@@ -32,6 +34,7 @@ def _environment() -> Environment:
         "processed": formats.processed, "query": lambda given: formats.query(**given), "as_it_is": _as_it_is,
     }  # fmt: skip
     made.globals |= {"count": formats.count, "link": formats.query, "statuses": _STATUSES}
+    made.globals |= {"use": use_text, "number_text": number_text, "origin": origin_text}
     return made
 
 
@@ -56,7 +59,7 @@ class Pages:
             path=request.url.path,
             has_login=bool(guard.settings.secrets),
             form_token=guard.sessions.form_token(request.scope["session"]),
-            done=VERBS.get(request.query_params.get("said", "")),
+            done=_DONE.get(request.query_params.get("said", "")),
             **values,
         )
         return HTMLResponse(text, code)
@@ -69,11 +72,13 @@ class Pages:
         return self._templates.get_template(template).render(read_only=self.read_only, **values)
 
     def live_part(self, name: str) -> str:
-        """Return the live part of a page: overview, workers, or batch/ID. Raises HTTPException 404."""
+        """Return the live part of a page: overview, workers, limits, or batch/ID. Raises HTTPException 404."""
         if name == "overview":
             return self._render("overview_live.html", **self._overview_values())
         if name == "workers":
             return self._render("workers_live.html", workers=self._workers())
+        if name == "limits":
+            return self._render("limits_live.html", **self._limit_values())
         return self._render("batch_live.html", **self._batch_values(_batch_id(name.removeprefix("batch/"))))
 
     def _overview_values(self) -> dict[str, Any]:
@@ -92,6 +97,9 @@ class Pages:
     def _workers(self) -> list[Row]:
         return self._reader.read("workers", limit=MOST_ROWS)
 
+    def _limit_values(self) -> dict[str, Any]:
+        return {"limits": self._reader.read("limits", limit=MOST_ROWS), "throttles": self._reader.read("throttles")}
+
     def _batch_values(self, batch_id: int) -> dict[str, Any]:
         """Read a batch, except its payload, cursor, result and items. Raises HTTPException 404."""
         found = self._reader.read("batch", id=batch_id)
@@ -108,6 +116,10 @@ class Pages:
     def workers(self, request: Request) -> HTMLResponse:
         """Show the workers."""
         return self.page(request, "workers.html", live="workers", workers=self._workers())
+
+    def limits(self, request: Request) -> HTMLResponse:
+        """Show the limits in force, what is in use of them, and the throttles."""
+        return self.page(request, "limits.html", live="limits", **self._limit_values())
 
     def batches(self, request: Request) -> Response:
         """List batches by filters, the newest first; or redirect to one, by its id."""

@@ -10,7 +10,7 @@ SELECT max(version) FROM batchq.migrations
 -- name: queues
 SELECT q.queue, q.kind, q.ready, q.scheduled, q.processing, q.stalled, q.failed,
        extract(epoch FROM q.oldest_wait)::float8 AS oldest_wait_seconds,
-       q.finished_per_second::float8, q.workers, q.estimated,
+       q.finished_per_second::float8, q.workers, q.estimated, q.held_back, q.held_back_by,
        EXISTS (SELECT 1 FROM batchq.pauses p
                WHERE (p.queue IS NULL OR p.queue = q.queue)
                  AND (p.kind IS NULL OR p.kind = q.kind)
@@ -54,6 +54,22 @@ SELECT queue, kind, to_char(until AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') A
 FROM batchq.pauses
 WHERE until IS NULL OR until > now()
 ORDER BY queue NULLS FIRST, kind NULLS FIRST
+LIMIT 200
+
+-- name: limits
+SELECT queue, kind, max_running, per_second, items_per_second, burst_seconds, max_running_per_key, is_set, is_declared,
+       workers, running, starts_per_second_shared, items_per_second_shared, held_back_by
+FROM batchq.limits_in_use
+ORDER BY queue, kind NULLS FIRST
+LIMIT %(limit)s
+
+-- name: throttles
+SELECT queue, nullif(kind, '') AS kind, nullif(key, '') AS key, worker,
+       extract(epoch FROM until - now())::float8 AS left_seconds,
+       extract(epoch FROM now() - throttled_at)::float8 AS throttled_seconds
+FROM batchq.throttles
+WHERE until > now()
+ORDER BY queue, kind, key
 LIMIT 200
 
 -- name: audit

@@ -23,6 +23,7 @@ from batchq.web.actions import Actions
 from batchq.web.connections import protocol_of
 from batchq.web.forms import Login
 from batchq.web.guard import Guard, guard_of
+from batchq.web.limits import Limits
 from batchq.web.live import EVERY_SECONDS, Live
 from batchq.web.pages import Pages
 from batchq.web.reads import READ_SECONDS, Reader
@@ -63,11 +64,15 @@ class Web:
 
     def _routes(self) -> list[Route]:
         pages, login, actions = self._pages, Login(self._pages), Actions(self.reader, self._pages)
+        limits = Limits(self.reader, pages)
         return [
             Route("/", pages.overview),
             Route("/batches", pages.batches),
             Route("/batches/{id}", pages.batch),
             Route("/workers", pages.workers),
+            Route("/limits", pages.limits),
+            Route("/limits/set", limits.ask, methods=["GET"]),
+            Route("/limits/set", limits.do, methods=["POST"]),
             Route("/audit", pages.audit),
             Route("/live/{name:path}", self._live),
             Route("/verbs/{verb}", actions.ask, methods=["GET"]),
@@ -139,8 +144,9 @@ class Web:
             return PlainTextResponse("the extra is not installed; run pip install 'batchq[metrics]'\n", 501)
         queues = self.reader.read("queues", limit=_MOST_SCRAPED)
         workers = self.reader.read("workers", limit=_MOST_SCRAPED)
+        limits = self.reader.read("limits", limit=_MOST_SCRAPED)
         live = sum(row["state"] != "gone" for row in workers)
-        return Response(exposition(lambda: queue_metrics(queues, live)), media_type=CONTENT_TYPE)
+        return Response(exposition(lambda: queue_metrics(queues, live, limits)), media_type=CONTENT_TYPE)
 
 
 def _healthz(_: Request) -> Response:

@@ -20,7 +20,16 @@ from tests.support.steps import step
 from tests.support.waiting import wait_until
 
 COMMANDS = ("migrate", "check", "demo", "worker", "workers", "enqueue", "status", "monitor", "show", "watch", "logs")
-COMMANDS += ("top", "web", "doctor", "prune", "audit", "roles", *dict.fromkeys(verb.command for verb in VERBS.values()))
+COMMANDS += (
+    "top",
+    "web",
+    "doctor",
+    "limit",
+    "prune",
+    "audit",
+    "roles",
+    *dict.fromkeys(verb.command for verb in VERBS.values()),
+)
 TODAY = "(now() AT TIME ZONE 'UTC')::date"
 
 

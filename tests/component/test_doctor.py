@@ -201,6 +201,87 @@ def test_batches_in_trouble_are_named(dsn: str, conn: Conn, tmp_path: Path) -> N
     assert any(line.startswith("warning   poisoned: ") for line in shown.out.splitlines())
 
 
+def limit(conn: Conn, **given: Any) -> None:
+    """Set a limit of the queue default."""
+    named = ", ".join(f"{name} => %s" for name in given)
+    conn.execute(f"SELECT batchq.set_limit({named})".encode(), list(given.values()))
+
+
+def test_a_limit_that_nothing_can_pass_is_named(dsn: str, conn: Conn) -> None:
+    check = "limit_that_nothing_can_pass"
+    limit(conn, kind="work", max_running=0, per_second=1)
+    assert found(dsn, check).severity == "ok", "nothing waits"
+    insert(conn)
+    finding = found(dsn, check)
+    assert (finding.severity, finding.evidence) == (
+        "warning", "max_running of kind work in queue default is 0 while 1 batches are ready and 0 are processing"
+    )  # fmt: skip
+    assert finding.remedy.startswith("batchq limit --queue 'default' --kind 'work' --max-running N raises it")
+    limit(conn, kind="work", max_running=1)
+    limit(conn, items_per_second=0)
+    processing(conn, kind="items")
+    assert "items_per_second of queue default is 0 while" in found(dsn, check).evidence
+    limit(conn, max_running_per_key=0)
+    assert "batches with a key never run" in found(dsn, check).evidence
+
+
+def test_a_limit_of_what_nobody_knows_is_a_note(dsn: str, conn: Conn) -> None:
+    limit(conn, kind="wrok", max_running=1)
+    limit(conn, queue="mial", max_running=1)
+    evidence = " ".join(f.evidence for f in doctor.findings(dsn) if f.check == "limit_without_a_use")
+    assert ("kind wrok in queue default" in evidence, "queue mial" in evidence) == (True, True)
+    finding = found(dsn, "limit_without_a_use")
+    assert (finding.severity, "batchq limit --queue 'default' --kind 'wrok' --remove" in finding.remedy) == (
+        "note",
+        True,
+    )
+    insert(conn, kind="wrok")
+    insert(conn, queue="mial")
+    assert found(dsn, "limit_without_a_use").severity == "ok"
+
+
+def test_a_queue_that_a_limit_holds_up_for_long_is_named(dsn: str, conn: Conn) -> None:
+    limit(conn, max_running=1)
+    batch_id = insert(conn)
+    conn.execute(
+        "INSERT INTO batchq.limit_shares (queue, worker, lease_seconds, held_back_by, refreshed_at) "
+        "VALUES ('default', 'a', 15, 'max_running', now() + interval '1 minute')"
+    )
+    assert found(dsn, "held_up_by_a_limit").severity == "ok", "not for long"
+    conn.execute("UPDATE batchq.batches SET run_at = now() - interval '2 hours' WHERE id = %s", [batch_id])
+    finding = found(dsn, "held_up_by_a_limit")
+    assert finding.severity == "warning"
+    assert "1 ready batches are held back by max_running; the oldest has waited for 02:00:0" in finding.evidence
+
+
+def test_a_throttle_of_more_than_a_day_is_named(dsn: str, conn: Conn) -> None:
+    conn.execute("SELECT batchq.throttle('mail', 'send', 'acme', 80000, 'w1')")
+    assert found(dsn, "long_throttle").severity == "ok"
+    conn.execute("SELECT batchq.throttle('mail', 'send', 'acme', 90000, 'w1')")
+    finding = found(dsn, "long_throttle")
+    assert (finding.severity, "kind send of queue mail, key acme, is throttled until" in finding.evidence) == (
+        "warning", True
+    )  # fmt: skip
+    assert finding.remedy.endswith("batchq unthrottle --queue 'mail' --kind 'send' --key 'acme'")
+
+
+def test_a_number_that_differs_from_the_codes_is_a_note(dsn: str, conn: Conn) -> None:
+    check = "limit_that_differs_from_code"
+    declared = """[{"kind": "work", "max_running": 8, "per_second": 4, "burst_seconds": 2}]"""
+    conn.execute("SELECT batchq.declare_limits('{default}', '{work}', %s)", [declared])
+    limit(conn, kind="work", max_running=8, burst_seconds=2)
+    assert found(dsn, check).severity == "ok", "the same, and one that only code has"
+    limit(conn, kind="work", max_running=3, burst_seconds=2)
+    finding = found(dsn, check)
+    assert (finding.severity, finding.evidence) == (
+        "note",
+        "max_running of kind work in queue default: 3 is set, and code declares 8; the number that is set holds",
+    )
+    assert finding.remedy == "to follow the code: batchq limit --queue 'default' --kind 'work' --max-running none"
+    limit(conn, kind="work", per_second=4)
+    assert found(dsn, check).remedy.endswith("--burst-seconds 2")
+
+
 def test_connections_near_a_limit_are_told(dsn: str, admin: Conn) -> None:
     database = admin.info.dbname
     admin.execute(f'ALTER DATABASE "{database}" CONNECTION LIMIT 2')

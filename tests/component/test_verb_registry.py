@@ -21,7 +21,7 @@ from tests.support.web import served
 
 STORED = ("live", "pending", "processing", "failed", "cancelled", "completed")
 TARGETS = {"batch": {"batch_id"}, "queue": {"queue", "kind"}, "worker": {"worker_id"}}
-GIVEN = {"priority": 3, "to_queue": "slow", "delay_seconds": 60}
+GIVEN = {"priority": 3, "to_queue": "slow", "delay_seconds": 60, "key": "acme"}
 each_verb = pytest.mark.parametrize("verb", VERBS.values(), ids=lambda verb: verb.name)
 each_in_bulk = pytest.mark.parametrize(
     "verb", [verb for verb in VERBS.values() if verb.statuses], ids=lambda verb: verb.name
@@ -67,7 +67,7 @@ def test_the_function_of_a_verb_has_its_arguments(conn: Conn, verb: Verb) -> Non
 
 def test_an_operator_may_call_the_functions_of_the_registry_and_bulk(conn: Conn) -> None:
     granted = values(conn, "SELECT object FROM batchq.duties WHERE duty = 'operator' AND privilege = 'EXECUTE'")
-    assert set(granted) == {verb.function for verb in VERBS.values()} | {"bulk"}
+    assert set(granted) == {verb.function for verb in VERBS.values()} | {"bulk", "set_limit"}
 
 
 @pytest.mark.parametrize("status", STORED)
@@ -105,7 +105,7 @@ def test_the_command_of_a_verb_has_its_options(verb: Verb) -> None:
     options = {name: action for action in parser._actions for name in action.option_strings}
     expected = {"--reason", "--actor", "--json"} | ({verb.option} if verb.option else set())
     if verb.argument:
-        expected |= {"--for", "--until"} if verb.argument.type == "time" else {"--to"}
+        expected |= {"--for", "--until"} if verb.argument.type == "time" else {verb.argument.option}
     if verb.statuses:
         expected |= {"--status", "--dry-run", "--fast"}
         assert options["--status"].choices == verb.statuses

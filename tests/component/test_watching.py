@@ -284,7 +284,7 @@ def test_top_says_that_the_database_is_away_and_goes_on() -> None:
         screen = top_screen.Top(look, str, 0.05)
         async with screen.run_test() as pilot:
             await until(pilot, lambda: "the database is unavailable, retrying: gone away" in str(screen.state.render()))
-            answers.append({name: [] for name in (*top_screen.TABLES, "pauses")})
+            answers.append({name: [] for name in (*top_screen.TABLES, "pauses", "throttles")})
             await until(pilot, lambda: "ready 0" in str(screen.state.render()))
 
     asyncio.run(act())

@@ -285,6 +285,28 @@ def test_what_the_steering_page_shows_runs(dsn: str, tmp_path: Path) -> None:
     assert verbs.keys() >= {"cancel", "snooze", "set_priority", "move", "pause", "resume"}
 
 
+def test_what_the_page_about_limits_shows_runs(dsn: str, tmp_path: Path) -> None:
+    with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn:
+        conn.execute("SELECT batchq.throttle('mail', 'send_receipt', key, 60) FROM (VALUES (NULL), ('acme')) v(key)")
+    limits = "SELECT queue || coalesce(' ' || kind, ''), max_running FROM batchq.limits"
+    for block in blocks("docs/limits.md"):
+        if block.language == "sql":
+            run_sql(dsn, block)
+        elif block.language == "bash":
+            run(["bash", "-euo", "pipefail", "-c", block.text], dsn, tmp_path, block)
+        else:
+            (tmp_path / "tasks.py").write_text(block.text)
+            run(["batchq", "worker", "tasks:app", "--drain"], dsn, tmp_path, block)
+        if "INSERT INTO batchq.limits" in block.text:
+            assert counts(dsn, limits) == {"mail send_receipt": 10, "bulk check_site": None}
+    assert counts(dsn, limits) == {"bulk check_site": None}
+    assert counts(dsn, "SELECT kind, max_running FROM batchq.declared_limits") == {
+        "send_receipt": 10,
+        "check_site": None,
+    }
+    assert counts(dsn, "SELECT queue, 1 FROM batchq.throttles") == {}
+
+
 def test_what_the_monitoring_page_shows_runs(dsn: str, tmp_path: Path) -> None:
     workers, tasks, traced, enqueues, sql = blocks("docs/monitoring.md")
     (tmp_path / "tasks.py").write_text(tasks.text)

@@ -44,9 +44,21 @@ MEMBERS = {
     "Settings": ("load",),
     "Worker": ("run", "stop", "stop_now"),
 }  # fmt: skip
-RELATIONS = ("batches", "failed_items", "status", "queues", "failures", "throughput", "workers", "pauses", "audit")
+RELATIONS = (
+    "batches",
+    "failed_items",
+    "status",
+    "queues",
+    "failures",
+    "throughput",
+    "workers",
+    "pauses",
+    "limits",
+    "limits_in_use",
+)
+RELATIONS += ("throttles", "audit")
 FUNCTIONS = (
-    *dict.fromkeys(verb.function for verb in VERBS.values()), "bulk",
+    *dict.fromkeys(verb.function for verb in VERBS.values()), "bulk", "set_limit",
     "prune", "create_finished_partitions", "bell", "give_replica_identities", "newest_live",
     "grant_duty", "duty_statements", "shown_status",
 )  # fmt: skip

@@ -192,20 +192,25 @@ def test_labels_are_limited() -> None:
     assert len(shown) == MOST_PAIRS + 1
     assert (shown["other", "other"].ends, shown["other", "other"].items) == ({"completed": 30}, 60)
     row = {"ready": 1, "scheduled": 0, "processing": 0, "stalled": 0, "failed": 0, "workers": 1}
+    row |= {"held_back": 1, "held_back_by": "max_running"}
     rows = [
         row | {"queue": "q", "kind": str(number), "oldest_wait_seconds": number} for number in range(MOST_PAIRS + 30)
     ]
     other = bounded_rows(rows)[-1]
     assert (other["kind"], other["ready"], other["oldest_wait_seconds"]) == ("other", 30, MOST_PAIRS + 29)
+    assert (other["held_back"], other["held_back_by"]) == (30, "max_running")
     assert len(bounded_rows(rows)) == MOST_PAIRS + 1
 
 
 def test_hostile_labels_stay_one_label_each() -> None:
     kind = 'a"} 1\nbatchq_fake{x="'
     row = {"queue": "\\", "kind": kind, "ready": 3, "scheduled": 0, "processing": 0, "stalled": 0, "failed": 0}
-    text = exposition(lambda: queue_metrics([row | {"oldest_wait_seconds": None, "workers": 0}], 1)).decode()
+    row |= {"oldest_wait_seconds": None, "workers": 0, "held_back": 0, "held_back_by": None}
+    limit = {"queue": "\\", "kind": kind, "max_running": 4, "per_second": None, "items_per_second": None, "running": 1}
+    text = exposition(lambda: queue_metrics([row], 1, [limit])).decode()
     shown = samples(text)
     assert shown[labelled("batchq_queue_depth", queue="\\", kind=kind, state="ready")] == 3
+    assert shown[labelled("batchq_limit", queue="\\", kind=kind, limit="max_running")] == 4
     assert not [name for name, _ in shown if "fake" in name]
     assert exposition(lambda: worker_metrics({}, {}))
 
@@ -221,6 +226,25 @@ def test_the_page_shows_the_queues(conn: Conn, dsn: str) -> None:
     assert shown[labelled("batchq_oldest_wait_seconds", queue="default", kind="work")] >= 0
     assert shown[labelled("batchq_serving_workers", queue="default", kind="work")] == 0
     assert shown[labelled("batchq_workers")] == 0
+
+
+def test_the_page_shows_the_limits_and_what_they_hold_back(conn: Conn, dsn: str) -> None:
+    insert(conn)
+    conn.execute("SELECT batchq.set_limit('default', 'work', max_running => 10, per_second => 50)")
+    conn.execute("SELECT batchq.set_limit('mail', items_per_second => 'infinity')")
+    conn.execute(
+        "INSERT INTO batchq.limit_shares (queue, kind, worker, in_use, starts_per_second, lease_seconds, held_back_by) "
+        "VALUES ('default', 'work', 'a', 3, 48, 15, 'max_running,per_second')"
+    )
+    with served(dsn) as site:
+        shown = samples(site.client.get("/metrics").text)
+    of_kind, of_queue = {"queue": "default", "kind": "work"}, {"queue": "mail", "kind": ""}
+    for limit, number, in_use in (("max_running", 10, 3), ("per_second", 50, 48)):
+        assert shown[labelled("batchq_limit", **of_kind, limit=limit)] == number
+        assert shown[labelled("batchq_limit_in_use", **of_kind, limit=limit)] == in_use
+        assert shown[labelled("batchq_held_back", **of_kind, by=limit)] == 1
+    assert shown[labelled("batchq_limit", **of_queue, limit="items_per_second")] == float("inf")
+    assert labelled("batchq_limit", **of_queue, limit="max_running") not in shown
 
 
 if __name__ == "__main__":

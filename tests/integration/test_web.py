@@ -45,9 +45,9 @@ from tests.support.steps import step
 from tests.support.waiting import wait_until
 from tests.support.web import PASSWORD, Site, served
 
-PATHS = ("/", "/batches", "/batches/1", "/workers", "/audit", "/live/overview", "/static/live.js",
-         "/healthz", "/readyz", "/verbs/cancel?id=1", "/bulk/cancel", "/nothing", "/static/../server.py",
-         "/login/")  # fmt: skip
+PATHS = ("/", "/batches", "/batches/1", "/workers", "/audit", "/limits", "/limits/set", "/live/overview",
+         "/static/live.js", "/healthz", "/readyz", "/verbs/cancel?id=1", "/bulk/cancel", "/nothing",
+         "/static/../server.py", "/login/")  # fmt: skip
 
 
 @pytest.fixture
@@ -265,7 +265,8 @@ def test_every_answer_has_the_headers_that_keep_it_apart(closed_site: Site, site
 
 def test_no_page_has_a_style_or_script_of_its_own(conn: Conn, site: Site) -> None:
     batch_id = finished(conn, "failed", error='{"error": "no", "traceback": "at"}')
-    for path in ("/", "/batches", f"/batches/{batch_id}", "/workers", "/audit", f"/verbs/retry?id={batch_id}"):
+    paths = ("/", "/batches", f"/batches/{batch_id}", "/workers", "/limits", "/limits/set", "/audit")
+    for path in (*paths, f"/verbs/retry?id={batch_id}"):
         page = Reading(site.client.get(path).text)
         assert "style" not in page.tags
         names = [name for name, _ in page.attributes]
@@ -322,7 +323,10 @@ def test_hostile_texts_are_shown_as_text(conn: Conn, site: Site) -> None:
         conn.execute(
             *workers.heartbeat(WorkerRow(HOSTILE, HOSTILE, 1, HOSTILE, [HOSTILE], [HOSTILE], 8), 3, stopping=False)
         )
-    for path in ("/", "/batches", f"/batches/{batch_id}", "/workers", "/audit", f"/verbs/cancel?id={batch_id}"):
+    conn.execute("SELECT batchq.set_limit(%s, %s, max_running => 1)", [HOSTILE] * 2)
+    conn.execute("SELECT batchq.throttle(%s, %s, %s, 60, %s)", [HOSTILE] * 4)
+    paths = ("/", "/batches", f"/batches/{batch_id}", "/workers", "/limits", "/audit", f"/verbs/cancel?id={batch_id}")
+    for path in paths:
         answer = site.client.get(path)
         assert answer.status_code == 200
         page = Reading(answer.text)
@@ -338,6 +342,7 @@ def test_hostile_texts_are_shown_as_text(conn: Conn, site: Site) -> None:
         "drain_worker?worker=<script>x</script>",
     ):
         assert "<script>x" not in site.client.get(f"/verbs/{form}").text
+    assert "<script>x" not in site.client.get("/limits/set?queue=<script>x&kind=<script>x&max_running=<script>x").text
     assert "<script>x" not in site.client.get("/batches?kind=<script>x</script>&error=<script>x").text
 
 
@@ -502,6 +507,89 @@ def test_queues_are_paused_and_resumed_and_workers_drained(conn: Conn, site: Sit
     assert values(conn, "SELECT queue FROM batchq.pauses") == []
     site.do("drain_worker", "?worker=host-1-abc", worker="host-1-abc")
     assert "draining" in site.client.get("/workers").text
+
+
+def test_the_pages_of_limits_show_what_is_in_use_and_what_is_held_back(conn: Conn, site: Site) -> None:
+    assert "Nothing is limited." in site.client.get("/limits").text
+    insert(conn)
+    conn.execute("SELECT batchq.set_limit('default', 'work', max_running => 10, per_second => 50)")
+    conn.execute(
+        "INSERT INTO batchq.limit_shares (queue, kind, worker, in_use, starts_per_second, lease_seconds, held_back_by) "
+        "VALUES ('default', 'work', 'a', 3, 48, 15, 'max_running')"
+    )
+    conn.execute("SELECT batchq.throttle('default', 'work', 'acme', 90, 'worker-1')")
+    shown = Reading(site.client.get("/limits").text).text
+    for text in ("3 of 10", "48 of 50", "set", "max_running", "acme", "worker-1", "1 min 30 s"):
+        assert text in shown, text
+    assert "1 by max_running" in Reading(site.client.get("/").text).text
+
+
+def test_a_limit_is_set_changed_and_removed_by_its_form(conn: Conn, site: Site) -> None:
+    ask = "/limits/set?queue=mail&kind=send"
+
+    def send(**fields: object) -> httpx.Response:
+        return site.post("/limits/set", site.form_token(ask), queue="mail", kind="send", **fields)
+
+    answer = send(max_running=5, per_second="2.5", reason="their API", actor="ann")
+    assert (answer.status_code, answer.headers["location"]) == (303, "/limits?said=set_limit")
+    assert "Done: change limit" in site.client.get(answer.headers["location"]).text
+    step("the form has what is set, and what it leaves empty is removed")
+    asked = site.client.get(ask).text
+    assert ('name="max_running" value="5"' in asked, 'name="per_second" value="2.5"' in asked) == (True, True)
+    send(max_running=7, burst_seconds=2)
+    numbers = "SELECT queue, kind, max_running, per_second, burst_seconds FROM batchq.limits"
+    assert conn.execute(numbers).fetchall() == [("mail", "send", 7, None, 2)]
+    send(max_running=7, remove="yes")
+    assert conn.execute(numbers).fetchall() == []
+    noted = conn.execute("SELECT verb, queue, kind, reason, actor FROM batchq.audit ORDER BY id").fetchall()
+    assert noted[0] == ("set_limit", "mail", "send", "their API", "ann")
+    assert [row[4] for row in noted] == ["ann", "web", "web"]
+
+
+def test_a_limit_that_cannot_be_set_is_said_and_the_form_keeps_what_was_written(conn: Conn, site: Site) -> None:
+    problems: list[tuple[dict[str, object], str]] = [
+        ({"queue": "mail"}, "give at least one number that limits something"),
+        ({"queue": "mail", "burst_seconds": 3}, "give at least one number that limits something"),
+        ({"max_running": 1}, "give the queue"),
+        ({"queue": "mail", "max_running": -1}, "max_running must be a whole number"),
+        ({"queue": "mail", "per_second": "nan"}, "per_second must be a number"),
+        ({"queue": "mail", "per_second": 1, "burst_seconds": 0}, "burst_seconds must be a number from 0.001 to 3600"),
+        ({"queue": "m" * 129, "max_running": 1}, "limits_queue_is_named"),
+    ]
+    for fields, said in problems:
+        answer = site.post("/limits/set", site.form_token("/limits/set"), **fields)
+        assert (answer.status_code, said in unescape(answer.text)) == (409, True), (fields, answer.text)
+        for name, text in fields.items():
+            assert f'name="{name}" value="{text}"' in answer.text
+    assert values(conn, "SELECT queue FROM batchq.limits") == []
+    assert site.client.get("/limits/set?queue=a%00b").status_code == 200
+
+
+def test_a_forged_form_sets_no_limit_and_a_read_only_page_has_none(conn: Conn, site: Site, dsn: str) -> None:
+    form_token = site.form_token("/limits/set")
+    data = {"queue": "mail", "max_running": "1"}
+    for given, headers in ((form_token, {"Origin": "http://evil.example"}), ("0" * 64, {"Origin": site.url})):
+        answer = site.client.post("/limits/set", data={**data, "form_token": given}, headers=headers)
+        assert answer.status_code == 403
+    with served(dsn, read_only=True) as read_only:
+        assert read_only.client.get("/limits/set").status_code == 403
+        shown = read_only.client.get("/limits")
+        token = read_only.web.guard.sessions.form_token(read_only.client.cookies["batchq_session"])
+        assert "No actions" in read_only.post("/limits/set", token, **data).text
+        assert "/limits/set" not in shown.text
+    assert values(conn, "SELECT queue FROM batchq.limits") == []
+
+
+def test_a_throttle_is_ended_from_the_page(conn: Conn, site: Site) -> None:
+    conn.execute("SELECT batchq.throttle('mail', 'send', 'acme', 90)")
+    [address] = re.findall(r'href="(/verbs/end_throttle[^"]*)"', unescape(site.client.get("/limits").text))
+    asked = site.client.get(address).text
+    for name, text in (("queue", "mail"), ("kind", "send"), ("key", "acme")):
+        assert f'name="{name}" value="{text}"' in asked
+    site.do("end_throttle", queue="mail", kind="send", key="acme", reason="they recovered")
+    assert values(conn, "SELECT key FROM batchq.throttles") == []
+    assert values(conn, "SELECT reason FROM batchq.audit") == ["they recovered"]
+    assert site.do("end_throttle", kind="send").status_code == 409
 
 
 def test_what_cannot_be_done_is_said(conn: Conn, site: Site) -> None:

@@ -11,7 +11,7 @@ from batchq.cli.arguments import add_command, add_filters, natural
 from batchq.cli.connections import linked, patiently
 from batchq.common.terminal import console, put_json, show
 from batchq.postgres.link import Link
-from batchq.postgres.statements import verbs, views
+from batchq.postgres.statements import limits, verbs, views
 
 _STATUSES = ("ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
 
@@ -46,5 +46,7 @@ def _read(link: Link, options: Namespace) -> dict[str, Any]:
             "queues": views.queue_rows(conn, options.queue, options.kind),
             "workers": views.worker_objects(conn),
             "pauses": verbs.pause_rows(conn),
+            "limits": limits.limit_rows(conn, options.queue, options.kind),
+            "throttles": limits.throttle_rows(conn, options.queue, options.kind),
             "batches": views.status_rows(conn, options.queue, options.kind, options.status, options.limit),
         }

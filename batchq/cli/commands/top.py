@@ -13,7 +13,7 @@ from batchq.cli.connections import linked
 from batchq.common.terminal import console, put_json, show
 from batchq.errors import ConfigError
 from batchq.postgres.link import Link
-from batchq.postgres.statements import verbs, views
+from batchq.postgres.statements import limits, verbs, views
 
 _MAX_ROWS = 200
 
@@ -66,6 +66,8 @@ def read_tables(conn: psycopg.Connection[Any], options: Namespace) -> dict[str, 
         "failures": views.failed_rows(conn, options.queue, options.kind, _MAX_ROWS),
         "workers": views.worker_objects(conn),
         "pauses": verbs.pause_rows(conn),
+        "limits": limits.limit_rows(conn, options.queue, options.kind),
+        "throttles": limits.throttle_rows(conn, options.queue, options.kind),
     }
 
 
