@@ -88,7 +88,8 @@ SELECT coalesce(l.queue, d.queue) AS queue, coalesce(l.kind, d.kind) AS kind,
   coalesce(l.max_running, d.max_running) AS max_running,
   coalesce(l.per_second, d.per_second) AS per_second,
   coalesce(l.items_per_second, d.items_per_second) AS items_per_second,
-  coalesce(l.burst_seconds, d.burst_seconds) AS burst_seconds,
+  CASE WHEN d.queue IS NULL OR num_nonnulls(l.per_second, l.items_per_second) > 0 THEN l.burst_seconds
+       ELSE d.burst_seconds END AS burst_seconds,
   coalesce(l.max_running_per_key, d.max_running_per_key) AS max_running_per_key,
   l.queue IS NOT NULL AS is_set, d.queue IS NOT NULL AS is_declared
 FROM batchq.limits l FULL JOIN batchq.declared_limits d ON d.queue = l.queue AND d.kind = l.kind;
