@@ -25,6 +25,7 @@ _STYLES = {
     "cancelled": "magenta",
 }
 _UNBROKEN = ("ID", "Status", "Items", "Attempt", "Age", "Oldest wait", "Time", "Action", "Until", "Paused since")
+_KEY_COLUMNS = ("Queue", "Key", "Waiting", "Scheduled", "Running", "Oldest wait")
 LIMIT_COLUMNS = ("Running", "Per second", "Items per second", "Per key", "Burst seconds")
 _COUNTED = ("ready", "scheduled", "processing", "stalled", "failed")
 
@@ -39,6 +40,20 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     for row in made_rows:
         made.add_row(*(cell if isinstance(cell, Text | ProgressBar) else styled(cell) for cell in row))
     return made
+
+
+def key_table(rows: Iterable[_Row]) -> Table:
+    """Return keys and what waits and runs of them; a count with a plus sign is a lower bound."""
+    cells = [
+        [row["queue"], row["key"], _at_least(row, "waiting"), _at_least(row, "scheduled"), row["running"],
+         short(row["oldest_wait"])]
+        for row in rows
+    ]  # fmt: skip
+    return table("Keys", _KEY_COLUMNS, cells)
+
+
+def _at_least(row: _Row, name: str) -> Any:
+    return f"{row[name]:,}+" if row["is_estimate"] and row[name] else row[name]
 
 
 # ------------------------------------------------------------------------------------------------------------- cells

@@ -27,7 +27,7 @@ from batchq.postgres.transactions import transaction
 
 _EXIT_LEFT_OUT, _EXIT_INTERRUPTED = 1, 130
 _REPORT_SECONDS = 5.0
-_FILTERS = ("queue", "kind", "status", "error_like", "older_than_seconds")
+_FILTERS = ("queue", "kind", "key", "status", "error_like", "older_than_seconds")
 _NEEDED = {
     "resume": "--queue, --kind, or both, as the pause had them; batchq pause lists the pauses",
     "end_throttle": "--queue, and --kind and --key as the throttle has them; batchq limit lists the throttles",
@@ -255,6 +255,7 @@ def _add_filters(parser: ArgumentParser, verb: Verb) -> None:
     group = parser.add_argument_group("in bulk", "instead of ids: all batches that match, in steps; Ctrl-C stops it")
     group.add_argument("--queue", help="only batches of this queue")
     group.add_argument("--kind", help="only batches of this kind")
+    group.add_argument("--key", help="only batches with this key")
     group.add_argument(
         "--status", choices=verb.statuses, help=f"only batches with this status (default: {verb.statuses[0]})"
     )

@@ -70,10 +70,10 @@ def shown_status(given: dict[str, str]) -> str:
 
 def asked(verb: Verb, form: dict[str, str]) -> Job:
     """Return what a form asks for. Raises Refused."""
-    names = ("queue", "kind", "error", "older")
+    names = ("queue", "kind", "key", "error", "older")
     given = {name: text for name in names if (text := form.get(name, "").strip()[:_MOST_FILTER_CHARACTERS])}
     if not given and form.get("all") != "yes":
-        raise Refused("no batches selected; give a queue, a kind, an error or an age, or tick the box for all")
+        raise Refused("no batches selected; give a queue, a kind, a key, an error or an age, or tick the box for all")
     given["status"] = form.get("status") or verb.statuses[0]
     with refusals():
         return Job(given, Bulk(verb.name, _filter(given), change_of(verb, form), *why(form)))
@@ -94,7 +94,7 @@ def take_step(reader: Reader, job: Job) -> None:
 
 
 def _filter(given: dict[str, str]) -> dict[str, str | float]:
-    found: dict[str, str | float] = {name: given[name] for name in ("queue", "kind", "status") if name in given}
+    found: dict[str, str | float] = {name: given[name] for name in ("queue", "kind", "key", "status") if name in given}
     if "error" in given:
         found["error_like"] = f"%{_literal(given['error'])}%"
     if "older" in given:

@@ -19,7 +19,7 @@ from batchq.enqueue import enqueue, enqueue_many
 from batchq.errors import InvalidInput
 
 _A_DAY_SECONDS = 86_400
-_COLUMNS = ("queue", "priority", "delay_seconds", "max_attempts", "max_failed_items", "timeout_seconds")
+_COLUMNS = ("queue", "key", "priority", "delay_seconds", "max_attempts", "max_failed_items", "timeout_seconds")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -33,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
     source.add_argument("--lines", metavar="FILE", help="file with one item per line, as text; - is standard input")
     add("--items-per-batch", type=int, default=1000, metavar="N", help="maximum number of items (default: 1000)")
     add("--queue", default="default", help="queue (default: default)")
+    add("--key", help="key, such as a customer: batches run key by key, in turn (default: none)")
     add("--priority", type=int, default=0, metavar="N", help="priority, lower runs first (default: 0)")
     add("--delay-seconds", type=float, default=0, metavar="N", help="seconds until the batch is ready (default: 0)")
     unique = "insert nothing while a pending or processing batch of this kind has this key"

@@ -61,6 +61,22 @@ def status_rows(
     )
 
 
+def key_rows(conn: Conn, queue: str | None, limit: int) -> list[dict[str, Any]]:
+    """Return rows of batchq.keys, the longest waiting first, as JSON objects."""
+    return fetch_json(
+        conn,
+        """
+        SELECT to_jsonb(k)
+        FROM (SELECT * FROM batchq.keys OFFSET 0) k
+        WHERE %(queue)s::text IS NULL
+           OR k.queue = %(queue)s
+        ORDER BY k.oldest_wait DESC NULLS LAST, k.queue, k.key
+        LIMIT %(limit)s
+        """,
+        {"queue": queue, "limit": limit},
+    )
+
+
 def status_row(conn: Conn, batch_id: int) -> dict[str, Any] | None:
     """Return a batch's row of batchq.status as a JSON object."""
     found = fetch_json(

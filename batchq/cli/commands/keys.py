@@ -1,0 +1,30 @@
+"""``batchq keys``: the keys that have live batches, and how many wait and run of each."""
+
+from argparse import Namespace
+from typing import Any
+
+from batchq.cli import show_tables
+from batchq.cli.arguments import add_command
+from batchq.cli.connections import database
+from batchq.common.terminal import put, put_json, show
+from batchq.postgres.statements import views
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command."""
+    parser = add_command(subparsers, "keys", _run, "show the keys that have live batches, the longest waiting first")
+    parser.add_argument("--queue", help="show only this queue")
+    parser.add_argument("--limit", type=int, default=20, metavar="N", help="maximum number of keys (default: 20)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run(options: Namespace) -> int:
+    with database(options) as conn:
+        rows = views.key_rows(conn, options.queue, options.limit)
+    if options.json:
+        put_json(rows)
+    elif rows:
+        show(show_tables.key_table(rows))
+    else:
+        put("no key has live batches")
+    return 0
