@@ -176,7 +176,7 @@ WHERE NOT EXISTS (SELECT 1 FROM page)
 
 -- name: batch
 SELECT s.id, s.queue, s.kind, s.status, s.items_total, s.items_done, s.items_failed, s.attempt, s.max_attempts,
-       s.priority, s.claimed_by, s.unique_key, b.max_failed_items, b.timeout_seconds,
+       s.priority, s.claimed_by, s.unique_key, s.key, b.max_failed_items, b.timeout_seconds,
        extract(epoch FROM s.running_time)::float8 AS running_seconds,
        CASE WHEN isfinite(s.created_at) THEN extract(epoch FROM now() - s.created_at)::float8 END AS age_seconds,
        CASE WHEN isfinite(s.next_run_at) THEN extract(epoch FROM s.next_run_at - now())::float8 END AS due_in_seconds,
