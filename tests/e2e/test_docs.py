@@ -285,6 +285,12 @@ def test_what_the_steering_page_shows_runs(dsn: str, tmp_path: Path) -> None:
     assert verbs.keys() >= {"cancel", "snooze", "set_priority", "move", "pause", "resume"}
 
 
+ENQUEUES = """import os, batchq, psycopg
+conn = psycopg.connect(os.environ["BATCHQ_DSN"], autocommit=True)
+orders = [{"customer": "customer 13"}]
+"""
+
+
 def test_what_the_page_about_limits_shows_runs(dsn: str, tmp_path: Path) -> None:
     with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn:
         conn.execute("SELECT batchq.throttle('mail', 'send_receipt', key, 60) FROM (VALUES (NULL), ('acme')) v(key)")
@@ -294,9 +300,11 @@ def test_what_the_page_about_limits_shows_runs(dsn: str, tmp_path: Path) -> None
             run_sql(dsn, block)
         elif block.language == "bash":
             run(["bash", "-euo", "pipefail", "-c", block.text], dsn, tmp_path, block)
-        else:
+        elif "batchq.App()" in block.text:
             (tmp_path / "tasks.py").write_text(block.text)
             run(["batchq", "worker", "tasks:app", "--drain"], dsn, tmp_path, block)
+        else:
+            run([sys.executable, "-c", ENQUEUES + block.text], dsn, tmp_path, block)
         if "INSERT INTO batchq.limits" in block.text:
             assert counts(dsn, limits) == {"mail send_receipt": 10, "bulk check_site": None}
     assert counts(dsn, limits) == {"bulk check_site": None}
@@ -305,6 +313,10 @@ def test_what_the_page_about_limits_shows_runs(dsn: str, tmp_path: Path) -> None
         "check_site": None,
     }
     assert counts(dsn, "SELECT queue, 1 FROM batchq.throttles") == {}
+    assert counts(dsn, "SELECT coalesce(key, ''), count(*) FROM batchq.batches GROUP BY 1") == {
+        "customer 12": 2,
+        "customer 13": 1,
+    }
 
 
 def test_what_the_monitoring_page_shows_runs(dsn: str, tmp_path: Path) -> None:
