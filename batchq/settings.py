@@ -1,6 +1,7 @@
 """Settings: from ``BATCHQ_*`` in the environment, from ``.env``, or from the flags of the command line."""
 
 import os
+import re
 from typing import Annotated, Any, Literal, Self
 
 from psycopg import ProgrammingError
@@ -30,14 +31,21 @@ class Queue(str):
     def read(cls, text: str) -> "Queue":
         """Read ``NAME`` or ``NAME:SLOTS``. Raises ValueError for a name that looks like a mistake."""
         name, colon, number = text.partition(":")
+        if colon:
+            name = name.strip()
+        if colon and not name:
+            raise ValueError(f"{text!r} looks like a mistake: before the colon comes the name of a queue")
         if not 1 <= len(name.encode()) <= MAX_QUEUE_BYTES:
-            raise ValueError(f"the name of a queue has 1 to 128 bytes, not {len(name.encode())}: {text!r}")
+            raise ValueError(
+                f"the name of a queue has 1 to {MAX_QUEUE_BYTES} bytes, not {len(name.encode())}: {text!r}"
+            )
         if "*" in name:
             raise ValueError(f"{text!r} looks like a mistake: name each queue, since there are no patterns")
-        if colon and not (number.isascii() and number.isdigit() and 1 <= int(number[:9]) <= MAX_CONCURRENCY):
+        digits = number.strip()
+        if colon and not (re.fullmatch("[0-9]{1,4}", digits) and 1 <= int(digits) <= MAX_CONCURRENCY):
             raise ValueError(f"{text!r} looks like a mistake: after the colon comes a number of slots, 1 to 1000")
         queue = cls(name)
-        queue.slots = int(number) if colon else None
+        queue.slots = int(digits) if colon else None
         return queue
 
 
