@@ -13,10 +13,13 @@ ROOT = Path(__file__).parents[3]
 STATEMENTS = {file: file.read_text() for file in sorted((ROOT / "batchq/postgres/statements").glob("*.py"))}
 MIGRATE = "batchq/postgres/migrate.py"
 POSITIONS, KEEPER, RESCUE = (f"batchq/worker/{name}.py" for name in ("positions", "keeper", "rescue"))
-TABLES, PARTITIONS, PLACES_OF_READING, VERBS, BULK, VIEWS_SQL = (
+TABLES, PARTITIONS, PLACES_OF_READING, VERBS, BULK, VIEWS_SQL, LIMITS_SQL, KEYS_SQL, KEY_VIEWS_SQL = (
     f"migrations/{name}.sql"
-    for name in ("0001_batches", "0002_partitions", "0003_positions", "0005_verbs", "0006_bulk", "0008_views")
-)
+    for name in (
+        "0001_batches", "0002_partitions", "0003_positions", "0005_verbs", "0006_bulk", "0008_views", "0010_limits",
+        "0011_keys", "0012_key_views",
+    )
+)  # fmt: skip
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
     f"component/test_{name}.py" for name in ("claim", "leases", "retention", "migrations", "batch_process", "items")
 )
@@ -28,6 +31,10 @@ ENDING = "component/test_ending.py"
 FLAT = "component/test_flat.py"
 LOOKS, FINISHER, VIEWS = (f"component/test_{name}.py" for name in ("looks", "finisher", "views"))
 BULK_ACTIONS = "component/test_bulk_verbs.py"
+PERMITS_TEST, KEYS_TEST, THROTTLED_TEST = (f"component/test_{name}.py" for name in ("permits", "keys", "throttled"))
+PERMITS, KEY_RING, BUCKET, ITEMS_FILE = (
+    f"batchq/worker/{n}.py" for n in ("permits", "key_ring", "token_bucket", "items")
+)
 CONNECTIONS = "foundation/test_db_connection.py"
 POOL, SESSIONS, STUCK, ODD, ENCODINGS, LOG_INS = (
     f"component/test_{name}.py" for name in ("pool", "sessions", "stuck_rows", "odd_settings", "encodings", "log_ins")
@@ -113,6 +120,92 @@ def of(
 
 
 MUTANTS = [
+    # ---------------------------------------------------------------------------------------------- limits and keys
+    *of(
+        "CREATE FUNCTION batchq.take_shares(",
+        PERMITS_TEST,
+        [
+            ("interval '5 seconds'", "interval '1 hour'", "a dead worker's rate comes back"),
+            (
+                "AND s.refreshed_at < now() - (s.lease_seconds + 2) * interval '1 second';",
+                "AND s.refreshed_at < now() - (s.lease_seconds + 99) * interval '1 second';",
+                "a dead worker's share comes back",
+            ),
+            (
+                "greatest(running, report.running)",
+                "running",
+                "a share that shrinks counts at its old size until it is confirmed",
+            ),
+            ("coalesce(sum(s.running), 0) AS running", "0 AS running", "what others hold is not given twice"),
+        ],
+        LIMITS_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.grant_part(",
+        PERMITS_TEST,
+        [
+            ("greatest(0, total - held_by_others)", "total", "no more than the limit is given"),
+            (
+                "greatest(batchq.fair_part(total, wanted, wanted_by_others), least(least_part, total))",
+                "total",
+                "who comes later gets a part",
+            ),
+            ("CASE WHEN part < least(least_part, total, wanted) THEN 0 ELSE part END", "part", "a part is of use"),
+        ],
+        LIMITS_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.ready_of_keys(",
+        KEYS_TEST,
+        [
+            (
+                "CONTINUE WHEN is_limited AND NOT batchq.lock_key(in_queue, head.key);",
+                "",
+                "two claims of one key exclude each other",
+            ),
+            ("SECURITY DEFINER", "STABLE SECURITY DEFINER", "a claim counts with a snapshot newer than its lock"),
+        ],
+        KEYS_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.ready_of_key(",
+        KEYS_TEST,
+        [
+            ("room := least(room, per_queue - running);", "room := least(room, per_queue);", "a limit of all kinds"),
+            ("free[number] := free[number] - one.running;", "NULL;", "what runs of a key counts"),
+            ("IF per_queue = 1 THEN RETURN; END IF;", "", "what has begun keeps its key"),
+            ("ORDER BY b.priority, b.run_at, b.id\n    LIMIT room", "ORDER BY b.id\n    LIMIT room", "order in a key"),
+            ("AND b.run_at <= now()\n", "", "what is scheduled does not run before its time"),
+        ],
+        KEYS_SQL,
+    ),
+    *of(
+        "    def reserve(self, wanted: int)",
+        PERMITS_TEST,
+        [("self.held += granted", "pass", "what runs counts")],
+        PERMITS,
+    ),
+    *of(
+        "    def _room_to_run(self)",
+        PERMITS_TEST,
+        [
+            ("if is_fresh else 0", "", "a claim needs a fresh share"),
+            ("self.may_run - self._all_held()", "self.may_run - self.held", "what was claimed before the limit counts"),
+        ],
+        PERMITS,
+    ),
+    *of(
+        "    def set_rate(self",
+        PERMITS_TEST,
+        [("self._tokens = min(self._tokens, capacity)", "pass", "a smaller share has a smaller burst")],
+        BUCKET,
+    ),
+    *of(
+        "    def _record(self, position",
+        (THROTTLED_TEST, ITEMS),
+        [("elif isinstance(error, Throttled):", "elif False:", "a throttled item makes its kind wait")],
+        ITEMS_FILE,
+    ),
     # ------------------------------------------------------------------------------------------------------ claim
     *of(
         "CLAIM: LiteralString",
@@ -174,7 +267,7 @@ MUTANTS = [
         ],
     ),
     *of(
-        "CREATE FUNCTION batchq.has_ready",
+        "CREATE OR REPLACE FUNCTION batchq.has_ready",
         (LOOKS, CLAIM, POSITION),
         [
             ("b.queue = in_queue", "true", "looks are of one queue"),
@@ -184,7 +277,7 @@ MUTANTS = [
             ("AND b.run_at <= now()", "", "what is scheduled is not ready"),
             ("AND b.kind = ANY (kinds)", "", "what no handler knows is not ready"),
         ],
-        PLACES_OF_READING,
+        KEYS_SQL,
     ),
     *of(
         "READY_BETWEEN: LiteralString",
@@ -220,16 +313,16 @@ MUTANTS = [
         TABLES,
     ),
     *of(
-        "CREATE FUNCTION batchq.newest_live(",
+        "CREATE OR REPLACE FUNCTION batchq.newest_live(",
         FLAT,
         [
             ("AND (b.run_at, b.id) >= (w.at, w.id)", "", "views begin after the dead"),
             ("AND b.lease_expires_at >= q.at", "", "views begin after the dead leases"),
         ],
-        VIEWS_SQL,
+        KEYS_SQL,
     ),
     *of(
-        "CREATE FUNCTION batchq.count_live(",
+        "CREATE OR REPLACE FUNCTION batchq.count_live(",
         (FLAT, VIEWS),
         [
             (
@@ -253,7 +346,7 @@ MUTANTS = [
                 "counts are exact up to the bound",
             ),
         ],
-        VIEWS_SQL,
+        KEYS_SQL,
     ),
     # ------------------------------------------------------------------------------------------- input, checkpoint
     *of("def large_input(", (CLAIM, LEASES), [("AND claim_token = %(token)s", "", "input is for who has the batch")]),
@@ -699,10 +792,10 @@ MUTANTS = [
         PARTITIONS,
     ),
     *of(
-        "CREATE FUNCTION batchq.bulk(",
+        "CREATE OR REPLACE FUNCTION batchq.bulk(",
         ODD,
         [("older_than::numeric)", "older_than)", "a caller's settings change no age")],
-        BULK,
+        KEY_VIEWS_SQL,
     ),
     # ------------------------------------------------------------------------------------------------------- verbs
     *of(
@@ -753,7 +846,7 @@ MUTANTS = [
         VERBS,
     ),
     *of(
-        "CREATE FUNCTION batchq.revive(",
+        "CREATE OR REPLACE FUNCTION batchq.revive(",
         BULK_ACTIONS,
         [
             ("AND f.status = from_status", "", "a bulk action keeps to its filter"),
@@ -767,22 +860,22 @@ MUTANTS = [
             ("ON CONFLICT DO NOTHING", "", "a key that is taken stops no other batch"),
             ("attempt = 0, retryable = true", "retryable = true", "a retry runs the failed items"),
             (
-                "retryable = true WHERE f.queue = in_queue AND f.batch_id = ANY (done);",
+                "retryable = true, run_at = NULL WHERE f.queue = in_queue AND f.batch_id = ANY (done);",
                 "retryable = true;",
                 "other batches' failed items stay",
             ),
         ],
-        VERBS,
+        KEYS_SQL,
     ),
     *of(
-        "CREATE FUNCTION batchq.cancel_live(",
+        "CREATE OR REPLACE FUNCTION batchq.cancel_live(",
         BULK_ACTIONS,
         [
             ("AND b.status = ANY (statuses)", "", "a bulk action keeps to its filter"),
             ("b.queue = in_queue AND b.id = ANY (ids)", "b.queue = in_queue", "a cancel takes no other batch"),
             ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "bulk actions wait for no row"),
         ],
-        VERBS,
+        KEYS_SQL,
     ),
     *of(
         "CREATE FUNCTION batchq.change_pending(",
@@ -799,15 +892,15 @@ MUTANTS = [
         VERBS,
     ),
     *of(
-        "CREATE FUNCTION batchq.move_pending(",
+        "CREATE OR REPLACE FUNCTION batchq.move_pending(",
         (BULK_ACTIONS, ACTIONS),
         [
             ("f.queue = in_queue AND f.batch_id = ANY (ids)", "f.queue = in_queue", "other batches' failed items stay"),
         ],
-        VERBS,
+        KEYS_SQL,
     ),
     *of(
-        "CREATE FUNCTION batchq.bulk(",
+        "CREATE OR REPLACE FUNCTION batchq.bulk(",
         BULK_ACTIONS,
         [
             (
@@ -817,7 +910,7 @@ MUTANTS = [
             ),
             ("OR b.queue <> change ->> 'to_queue'));", "));", "what is as wanted is not left out"),
         ],
-        BULK,
+        KEY_VIEWS_SQL,
     ),
     # ------------------------------------------------------------------------------------------------------ tables
     *of(
