@@ -22,8 +22,9 @@ from batchq.postgres.statements.shares import Limit, Report, Share, Steering
 from batchq.worker.gates import Gates
 from batchq.worker.token_bucket import TokenBucket, take_from_all
 
-# A share of running batches expires on the server after the lease and 2 s more. A claim and a lease renewal give a
-# batch a whole lease, so both need a refresh that is more recent than those 2 s, less the time of a statement.
+# A share of running batches expires on the server after the lease and 2 s more. A claim gives a batch a whole lease, so
+# it needs a refresh that is more recent than those 2 s, less the time of a statement. So does a lease renewal, which
+# the keeper makes right after the refresh.
 FRESH_SECONDS = 1.0
 RATES_VALID_SECONDS = 5.0
 WANTED_SECONDS = 2.0  # after its last use, a share returns to the others
