@@ -219,7 +219,7 @@ FROM (VALUES
                         'sum_counts,add_counts,busy_queues,waiting_levels,newest_live,ids_given_twice,duty_statements,'
                         'keyed_queues,count_keys}'),
   ('operator', 'EXECUTE', '{cancel,retry,retry_items,snooze,set_priority,move,pause,resume,drain_worker,bulk,set_limit,end_throttle}'),
-  ('operator', 'INSERT, UPDATE, DELETE', '{limits}'), ('operator', 'DELETE', '{throttles}')
+  ('operator', 'INSERT, UPDATE, DELETE', '{limits}')
 ) AS granted(duty, privilege, objects)
 CROSS JOIN unnest(objects) AS object;
 

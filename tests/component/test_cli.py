@@ -1,6 +1,7 @@
 """The command line: each command as a process of its own, its output, its exit code, its one-line errors."""
 
 import json
+import re
 import select
 import signal
 from pathlib import Path
@@ -51,7 +52,7 @@ def nowhere(tmp_path: Path) -> CommandLine:
 def test_help_names_every_command(nowhere: CommandLine) -> None:
     ended = nowhere("--help")
     assert ended.code == 0
-    listed = [line.split()[0] for line in ended.out.splitlines() if line.startswith("    ")]
+    listed = [line.split()[0] for line in ended.out.splitlines() if re.match(r"    \S", line)]
     assert set(COMMANDS) == set(listed)
 
 

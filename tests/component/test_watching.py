@@ -271,6 +271,31 @@ def test_top_shows_each_table_sorts_pauses_and_opens_a_batch(conn: Conn, dsn: st
     on_screen(dsn, act)
 
 
+def test_top_shows_limits_what_is_held_back_and_throttles(conn: Conn, dsn: str) -> None:
+    put(conn, "good")
+    conn.execute("SELECT batchq.set_limit('default', 'good', max_running => 10), batchq.set_limit(per_second => 50)")
+    conn.execute("SELECT batchq.throttle('mail', 'send', 'acme', 600)")
+    conn.execute(
+        "INSERT INTO batchq.limit_shares (queue, kind, worker, in_use, lease_seconds, held_back_by, refreshed_at) "
+        "VALUES ('default', 'good', 'a', 3, 15, 'max_running', now() + interval '1 minute')"
+    )
+
+    async def act(screen: top_screen.Top, pilot: Any) -> None:
+        await until(pilot, lambda: screen.table("queues").row_count == 1)
+        assert cells(screen.table("queues"))[0][-1] == "1 by max_running"
+        assert "THROTTLED: kind send in queue mail key acme for " in str(screen.state.render())
+        await pilot.press("5")
+        assert screen.query_one(TabbedContent).active == "limits"
+        rows = {row[1]: row[2:] for row in cells(screen.table("limits"))}
+        assert rows["good"] == ["3 of 10", "", "", "", "1", "set", "max_running"]
+        assert rows["(all)"][:2] == ["", "0 of 50"]
+        for _ in top_screen.TABLES["limits"]:
+            await pilot.press("s")
+        assert screen.table("limits").row_count == 2, "all sort"
+
+    on_screen(dsn, act)
+
+
 def test_top_says_that_the_database_is_away_and_goes_on() -> None:
     answers: list[top_screen.Rows | Exception] = [OSError("gone away")]
 
