@@ -241,6 +241,25 @@ def test_a_batch_that_has_begun_keeps_its_key_until_it_ends(dsn: str, conn: Conn
     assert len(recorder.of("k")) == 3
 
 
+def test_with_a_limit_of_one_for_the_queue_a_batch_that_has_begun_keeps_its_key_from_all_kinds(
+    dsn: str, conn: Conn
+) -> None:
+    limit(conn, 1)
+    recorder = Recorder()
+
+    def work(batch: batchq.Batch) -> None:
+        recorder(batch)
+        raise batchq.Snooze(3600)
+
+    app = app_of(work)
+    app.handler("other")(recorder)
+    first = put(conn, "work", key="k")
+    drain(app, dsn)
+    put(conn, "other", key="k")
+    drain(app, dsn)
+    assert recorder.of("k") == [first]
+
+
 def test_a_failed_batch_frees_its_key(dsn: str, conn: Conn) -> None:
     limit(conn, 1)
     recorder = Recorder()

@@ -170,6 +170,7 @@ def test_a_worker_that_was_away_for_too_long_claims_nothing_and_its_batches_coun
 def test_a_claim_needs_a_refresh_that_is_recent(conn: Conn, workers: list[OneWorker]) -> None:
     limit(conn, max_running=5)
     assert workers[0].ask(2) == 2
+    workers[0].give_back(1)
     workers[0].permit.refreshed_at -= permits_module.FRESH_SECONDS
     assert reserve([workers[0].permit], 1) == 0
 
@@ -335,6 +336,14 @@ def test_a_bucket_begins_empty_and_ends_when_its_share_does() -> None:
     assert bucket.available() == 0
     assert bucket.usage() == (1, True)
     assert bucket.usage() == (0, False)
+
+
+def test_a_smaller_rate_has_a_smaller_burst_at_once() -> None:
+    clock = Clock()
+    bucket = TokenBucket(10, 10, clock.monotonic)
+    clock.now += 5
+    bucket.set_rate(1, 1)
+    assert bucket.available() == 1
 
 
 def test_of_several_buckets_a_token_is_taken_from_all_or_none() -> None:

@@ -1,0 +1,62 @@
+"""Tries limits on a private server: ``python -m tests.instruments.limits running items ordered keys throttled``."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import psycopg
+
+from batchq.postgres import embedded
+from batchq.postgres.migrate import migrate
+from tests.instruments.limits import works
+from tests.instruments.limits.works import Place
+
+WORKS = ("running", "items", "ordered", "keys", "throttled")
+
+
+def main() -> int:
+    """Run what is asked for, print what was seen; return 1 if anything must not be."""
+    parser = argparse.ArgumentParser(prog="python -m tests.instruments.limits", description=__doc__)
+    parser.add_argument("works", nargs="*", help=f"of {', '.join(WORKS)} (default: all)")
+    parser.add_argument("--minutes", type=float, default=1, help="of running and items (default: 1)")
+    parser.add_argument(
+        "--scale", type=float, default=0.1, help="of ordered and keys; 1: 100,000 batches, 100,000 keys"
+    )
+    options = parser.parse_args()
+    faults = 0
+    with tempfile.TemporaryDirectory(prefix="batchq-limits-") as directory:
+        Path(directory).chmod(0o755)
+        with embedded.start(Path(directory) / "data") as server:
+            dsn = server.dsn()
+            migrate(dsn)
+            with psycopg.connect(dsn, autocommit=True) as conn:
+                conn.execute("ALTER SYSTEM SET max_connections = 200")
+            place = Place(dsn, dsn, lambda: server.restart(immediate=True))
+            for name in options.works or WORKS:
+                seen = run(name, place, options.minutes, options.scale)
+                faults += len(seen.faults)
+                print(
+                    f"{'FAULT' if seen.faults else 'ok'}: {name}: {seen.figures} {'; '.join(seen.faults)}", flush=True
+                )
+    return 1 if faults else 0
+
+
+def run(name: str, place: Place, minutes: float, scale: float) -> works.Seen:
+    """Run one of the works."""
+    match name:
+        case "running":
+            return works.running(place, seconds=60 * minutes, fault_every_seconds=25)
+        case "items":
+            return works.items(place, seconds=60 * minutes)
+        case "ordered":
+            return works.ordered(place, batches=int(100_000 * scale), workers=8, kill_every_seconds=8)
+        case "keys":
+            return works.keys(place, small_keys=int(100_000 * scale), hot_batches=int(1_000_000 * scale))
+        case "throttled":
+            return works.throttled(place)
+    sys.exit(f"there is no work {name!r}; there are {', '.join(WORKS)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

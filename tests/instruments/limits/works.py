@@ -1,0 +1,314 @@
+"""What is tried, and its verdict: each function fills a database, runs workers, breaks them, and tells what it saw."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+
+from tests.instruments.limits.apps import NAP_SECONDS
+from tests.support.processes import Process, Processes
+from tests.support.waiting import wait_until
+
+APP = "tests.instruments.limits.apps:app"
+TABLES = """
+DROP TABLE IF EXISTS spans, calls;
+CREATE TABLE spans (batch_id bigint, attempt integer, key text, pid integer,
+  began_at timestamptz DEFAULT clock_timestamp(), ended_at timestamptz, PRIMARY KEY (batch_id, attempt));
+CREATE TABLE calls (item bigint, pid integer, at timestamptz DEFAULT clock_timestamp());
+TRUNCATE batchq.batches;
+DELETE FROM batchq.limits;
+"""
+MOST_AT_ONCE = """
+SELECT coalesce(max(n), 0) FROM (
+  SELECT sum(d) OVER (ORDER BY at, d) AS n
+  FROM (SELECT began_at AS at, 1 AS d FROM spans WHERE ended_at IS NOT NULL
+        UNION ALL SELECT ended_at, -1 FROM spans WHERE ended_at IS NOT NULL) e) s
+"""
+# Seconds of work in each second since the first, of batches that ended.
+BUSY = """
+SELECT second, coalesce(sum(extract(epoch FROM
+  least(s.ended_at, t.at + interval '1 s') - greatest(s.began_at, t.at))), 0)::float8
+FROM (SELECT second, (SELECT min(began_at) FROM spans) + second * interval '1 s' AS at
+      FROM generate_series(0, %(seconds)s) AS second) t
+LEFT JOIN spans s ON s.ended_at > t.at AND s.began_at < t.at + interval '1 s'
+GROUP BY second ORDER BY second
+"""
+# Of each key: a batch began while another had not ended, or one ended out of its order.
+OUT_OF_ORDER = """
+WITH events AS (
+  SELECT key, batch_id, began_at AS at, 'b' AS what FROM spans
+  UNION ALL SELECT key, batch_id, ended_at, 'e' FROM spans WHERE ended_at IS NOT NULL
+), pairs AS (
+  SELECT *, lag(batch_id) OVER w AS last_id, lag(what) OVER w AS last FROM events
+  WINDOW w AS (PARTITION BY key ORDER BY at, what DESC)
+)
+SELECT count(*) FILTER (WHERE what = 'b' AND last = 'b' AND last_id <> batch_id)
+  + count(*) FILTER (WHERE what = 'b' AND last = 'e' AND batch_id <= last_id)
+  + count(*) FILTER (WHERE what = 'e' AND (last_id <> batch_id OR last <> 'b'))
+FROM pairs
+"""
+ENDED_TWICE = "SELECT count(*) - count(DISTINCT batch_id) FROM spans WHERE ended_at IS NOT NULL"
+LAST_FIRST_CLAIM = """
+SELECT max(first)
+FROM (SELECT min(claimed_at) AS first FROM batchq.batches_finished WHERE key <> 'hot' GROUP BY key) f
+"""
+MANY_ITEMS = """
+INSERT INTO batchq.batches (kind, items)
+SELECT 'items', (SELECT jsonb_agg(n) FROM generate_series(1, 1000) n) FROM generate_series(1, %s)
+"""
+HOT = "INSERT INTO batchq.batches (kind, key) SELECT 'plain', 'hot' FROM generate_series(1, %s)"
+SMALL = "INSERT INTO batchq.batches (kind, key) SELECT 'plain', 'c' || mod(n, %s) FROM generate_series(1, %s) n"
+FEW_ITEMS = "INSERT INTO batchq.batches (kind, items, priority) SELECT 'throttled', to_jsonb(ARRAY[99, 100, 101]), -1"
+LIVE = "SELECT EXISTS (SELECT 1 FROM batchq.batches_live)"
+GRACE_SECONDS = 1.5  # until a share that came back is in use again
+
+
+@dataclass
+class Seen:
+    """What was seen: figures for people, and what must not be."""
+
+    figures: dict[str, Any] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def must(self, is_so: bool, otherwise: str) -> None:
+        """Note a fault unless it is so."""
+        if not is_so:
+            self.faults.append(otherwise)
+
+
+@dataclass
+class Place:
+    """A migrated database, a way to make processes for it, and one to restart its server (None: it stays up)."""
+
+    dsn: str
+    workers_dsn: str
+    restart: Callable[[], None] | None = None
+
+    def connect(self) -> psycopg.Connection[Any]:
+        """Return a connection of the run's own."""
+        return psycopg.connect(self.dsn, autocommit=True)
+
+    def processes(self) -> Processes:
+        """Return the worker processes of one run."""
+        return Processes(self.workers_dsn, APP, self.dsn)
+
+
+def value(conn: psycopg.Connection[Any], query: str, parameters: Any = None) -> Any:
+    """Return the one value of *query*."""
+    row = conn.execute(query.encode(), parameters).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def running(
+    place: Place, *, seconds: float, fault_every_seconds: float, lease_seconds: float = 4, seed: int = 1
+) -> Seen:
+    """max_running = 10 over 4 processes of 8 slots, with kills, SIGSTOP and restarts of the server."""
+    seen, rng, limit = Seen(), random.Random(seed), 10
+    with place.connect() as conn:
+        conn.execute(TABLES.encode())
+        conn.execute("INSERT INTO batchq.limits (kind, max_running) VALUES ('running', %s)", [limit])
+        count = int(seconds * limit / NAP_SECONDS) + 100
+        conn.execute(
+            "INSERT INTO batchq.batches (kind, max_attempts) SELECT 'running', 1000 FROM generate_series(1, %s)",
+            [count],
+        )
+    with place.processes() as processes:
+        fleet = [processes.worker(lease_seconds=lease_seconds) for _ in range(4)]
+        began_at, faults = time.monotonic(), list[tuple[str, float]]()
+        hurt_until = 0.0
+        while time.monotonic() - began_at < seconds:
+            time.sleep(0.2)
+            if time.monotonic() - began_at > (faults[-1][1] if faults else 2) + fault_every_seconds:
+                name = rng.choice(["kill", "freeze", "restart"] if place.restart else ["kill", "freeze"])
+                faults.append((name, time.monotonic() - began_at))
+                _hurt(place, processes, fleet, name, rng, lease_seconds)
+                hurt_until = time.monotonic() - began_at + lease_seconds + 2
+        for process in fleet:
+            process.stop()
+    with place.connect() as conn:
+        seen.figures["most at once"] = most = value(conn, MOST_AT_ONCE)
+        busy = [row[1] for row in conn.execute(BUSY.encode(), {"seconds": int(seconds) - 4}).fetchall()]
+        doubled = value(conn, ENDED_TWICE)
+    calm = [work for second, work in enumerate(busy) if second > 3 and not _is_hurt(second, faults, lease_seconds)]
+    seen.figures |= {
+        "busy in the mean, outside the seconds after a fault": round(sum(calm) / max(len(calm), 1), 2),
+        "calm seconds": len(calm),
+        "faults": [f"{name} at {at:.0f} s" for name, at in faults],
+        "by second": [round(work, 1) for work in busy],
+        "last share back by": round(hurt_until, 1),
+    }
+    seen.must(most <= limit, f"{most} at once, over the limit of {limit}")
+    seen.must(doubled == 0, f"{doubled} batches ended twice")
+    seen.must(bool(calm) and sum(calm) / len(calm) >= 0.95 * limit, "not fully used outside the seconds after a fault")
+    return seen
+
+
+def _is_hurt(second: int, faults: list[tuple[str, float]], lease_seconds: float) -> bool:
+    return any(at - 1 <= second <= at + 2 * lease_seconds + 4 + GRACE_SECONDS for _, at in faults)
+
+
+def _hurt(
+    place: Place, processes: Processes, fleet: list[Process], name: str, rng: random.Random, lease_seconds: float
+) -> None:
+    number = rng.randrange(len(fleet))
+    if name == "restart" and place.restart:
+        place.restart()
+    elif name == "kill":
+        fleet[number].kill()
+        fleet[number] = processes.worker(lease_seconds=lease_seconds)
+    else:
+        fleet[number].freeze()
+        time.sleep(lease_seconds + 3)
+        fleet[number].thaw()
+
+
+def items(place: Place, *, seconds: float, workers: int = 3) -> Seen:
+    """items_per_second = 50 over several processes, batches of 1,000 items."""
+    seen, rate = Seen(), 50
+    with place.connect() as conn:
+        conn.execute(TABLES.encode())
+        conn.execute("INSERT INTO batchq.limits (kind, items_per_second) VALUES ('items', %s)", [rate])
+        conn.execute(MANY_ITEMS.encode(), [120 * workers])
+    with place.processes() as processes:
+        fleet = [processes.worker() for _ in range(workers)]
+        time.sleep(seconds)
+        for process in fleet:
+            process.stop()
+    with place.connect() as conn:
+        times = [row[0] for row in conn.execute(
+            "SELECT extract(epoch FROM at - min(at) OVER ())::float8 FROM calls ORDER BY at").fetchall()]  # fmt: skip
+        pids = value(conn, "SELECT count(DISTINCT pid) FROM calls")
+    steady = [at for at in times if 3 <= at <= times[-1] - 1.5]
+    tens = [sum(start <= at < start + 10 for at in steady) / 10 for start in range(3, int(steady[-1]) - 10)]
+    ones = [sum(start / 10 <= at < start / 10 + 1 for at in times) for start in range(int(10 * times[-1]))]
+    seen.figures = {
+        "least and most per second, over any 10 s": (min(tens), max(tens)),
+        "most in any second": max(ones),
+        "in the second after 2 s": sum(2 <= at < 3 for at in times),
+        "processes": pids,
+    }
+    seen.must(min(tens) >= 49, f"{min(tens)} a second over 10 s is too few")
+    seen.must(max(tens) <= 50.2, f"{max(tens)} a second over 10 s is too many")
+    seen.must(max(ones) <= 2 * rate, f"{max(ones)} in one second is over the rate and the burst")
+    seen.must(sum(2 <= at < 3 for at in times) >= 45, "not at the rate after 2 s")
+    seen.must(pids == workers or workers > 1, f"{pids} processes took part")
+    return seen
+
+
+def ordered(place: Place, *, batches: int, workers: int, kill_every_seconds: float, seed: int = 1) -> Seen:
+    """50 keys with a limit of one; a tenth of the batches fails once; kills."""
+    seen, rng = Seen(), random.Random(seed)
+    with place.connect() as conn:
+        conn.execute(TABLES.encode())
+        conn.execute("INSERT INTO batchq.limits (kind, max_running_per_key) VALUES ('ordered', 1)")
+        conn.execute(
+            "INSERT INTO batchq.batches (kind, key, max_attempts) SELECT 'ordered', 'k' || mod(n, 50), 1000 "
+            "FROM generate_series(1, %s) n", [batches],
+        )  # fmt: skip
+        with place.processes() as processes:
+            fleet = [processes.worker(lease_seconds=3) for _ in range(workers)]
+            began_at = killed_at = time.monotonic()
+            kills = 0
+            while value(conn, LIVE):
+                time.sleep(0.2)
+                if time.monotonic() - killed_at > kill_every_seconds:
+                    killed_at, number = time.monotonic(), rng.randrange(workers)
+                    fleet[number].kill()
+                    fleet[number] = processes.worker(lease_seconds=3)
+                    kills += 1
+            took = time.monotonic() - began_at
+            for process in fleet:
+                process.stop()
+        faults = value(conn, OUT_OF_ORDER)
+        done = value(conn, "SELECT count(DISTINCT batch_id) FROM spans WHERE ended_at IS NOT NULL")
+        ends = value(conn, "SELECT count(*) FROM spans WHERE ended_at IS NOT NULL")
+        first = value(conn, "SELECT min(id) FROM batchq.batches")
+    seen.figures = {"batches": done, "kills": kills, "per second": round(batches / took), "first id": first}
+    seen.must(faults == 0, f"{faults} faults of order")
+    seen.must(done == ends == batches, f"{done} done, {ends} ends, of {batches}")
+    return seen
+
+
+def keys(place: Place, *, small_keys: int, hot_batches: int, rounds: int = 1) -> Seen:
+    """Many keys with 10 batches each and one with many; beside it the same number without keys, in alternation."""
+    seen = Seen()
+    total = 10 * small_keys + hot_batches
+    rates: dict[str, list[float]] = {"keyed": [], "plain": []}
+    for _ in range(rounds):
+        for name in ("plain", "keyed"):
+            with place.connect() as conn:
+                conn.execute(TABLES.encode())
+                if name == "plain":
+                    conn.execute(
+                        "INSERT INTO batchq.batches (kind) SELECT 'plain' FROM generate_series(1, %s)", [total]
+                    )
+                else:
+                    conn.execute(HOT.encode(), [hot_batches])
+                    conn.execute(SMALL.encode(), [small_keys, 10 * small_keys])
+                conn.execute("VACUUM ANALYZE batchq.batches_live")
+                rates[name].append(total / _drain(place, conn))
+                if name == "keyed":
+                    _judge_turns(conn, seen, small_keys)
+    ratio = sum(rates["keyed"]) / sum(rates["plain"])
+    seen.figures |= {name: [round(rate) for rate in found] for name, found in rates.items()} | {
+        "ratio": round(ratio, 2)
+    }
+    seen.must(ratio >= 0.6, f"with keys {ratio:.2f} of the rate without")
+    return seen
+
+
+def _drain(place: Place, conn: psycopg.Connection[Any]) -> float:
+    with place.processes() as processes:
+        worker = processes.worker()
+        while value(conn, LIVE):
+            time.sleep(0.2)
+        worker.stop()
+    span = "SELECT extract(epoch FROM max(finished_at) - min(claimed_at))::float8 FROM batchq.batches_finished"
+    return float(value(conn, span))
+
+
+def _judge_turns(conn: psycopg.Connection[Any], seen: Seen, small_keys: int) -> None:
+    """The first batch of every small key must begin in the first round, but for the claims in flight."""
+    last_first = value(conn, LAST_FIRST_CLAIM)
+    before = value(conn, "SELECT count(*) FROM batchq.batches_finished WHERE claimed_at <= %s", [last_first])
+    seen.figures["batches claimed until every small key had its first"] = before
+    seen.must(
+        before <= 1.2 * small_keys + 3000, f"{before} batches were claimed before every key of {small_keys} had one"
+    )
+
+
+def throttled(place: Place) -> Seen:
+    """One of 3 processes is throttled for 3 s: who begins within them, and when do they go on?"""
+    seen = Seen()
+    with place.connect() as conn:
+        conn.execute(TABLES.encode())
+        conn.execute("INSERT INTO batchq.limits (kind, items_per_second) VALUES ('throttled', 10000)")
+        conn.execute(
+            "INSERT INTO batchq.batches (kind, items) "
+            "SELECT 'throttled', (SELECT jsonb_agg(i) FROM generate_series(n * 1000, n * 1000 + 299) i) "
+            "FROM generate_series(1, 24) n"
+        )
+        with place.processes() as processes:
+            fleet = [processes.worker(concurrency=2) for _ in range(3)]
+            time.sleep(2)
+            conn.execute(FEW_ITEMS.encode())
+            wait_until(lambda: value(conn, "SELECT count(*) FROM calls WHERE item = 100") == 2, 60, "it to go on")
+            wait_until(lambda: not value(conn, LIVE), 60, "the end")
+            for process in fleet:
+                process.stop()
+        at = "(SELECT min(at) FROM calls WHERE item = 100)"
+        late = value(conn, f"SELECT coalesce(max(extract(epoch FROM at - {at})), 0)::float8 FROM calls "
+                           f"WHERE at > {at} AND at < {at} + interval '2.5 s'")  # fmt: skip
+        again = value(
+            conn, f"SELECT extract(epoch FROM min(at) - {at})::float8 FROM calls WHERE at > {at} + interval '2.5 s'"
+        )
+        done = value(conn, "SELECT count(DISTINCT item) FROM calls")
+    seen.figures = {"last call of another process, seconds after": round(late, 2), "goes on after": round(again, 2)}
+    seen.must(late < 1.0, f"a call began {late:.2f} s after")
+    seen.must(2.9 <= again < 4.5, f"it went on after {again:.2f} s")
+    seen.must(done == 24 * 300 + 3, f"{done} items were called")
+    return seen
