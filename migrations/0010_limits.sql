@@ -157,6 +157,8 @@ RETURNS float8 LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp 
 DECLARE part float8;
 BEGIN
   IF total IS NULL OR total <= 0 OR wanted <= 0 THEN RETURN 0; END IF;
+  -- As many as can hold such a part share all, so that nothing is left that is too small for one more.
+  least_part := CASE WHEN total = 'infinity' THEN least_part ELSE total / greatest(1, floor(total / least_part)) END;
   part := least(greatest(0, total - held_by_others), wanted,
                 greatest(batchq.fair_part(total, wanted, wanted_by_others), least(least_part, total)));
   RETURN CASE WHEN part < least(least_part, total, wanted) THEN 0 ELSE part END;

@@ -158,7 +158,7 @@ class Claimer:
 
         Read before a claim, or while there are any: an idle worker reads nothing.
         """
-        if time.monotonic() - self.permits.read_at >= STEERING_SECONDS:
+        if self.permits.is_outdated(STEERING_SECONDS):
             self.permits.read(self.link)
         version, paused = self._steered
         if self.permits.version == version:
@@ -167,6 +167,7 @@ class Claimer:
         if self._steered[1] != paused:
             names = [f"{queue or '*'}/{kind or '*'}" for queue, kind in sorted(self._steered[1], key=str)]
             _log.info("pauses changed", paused=names)
+        self.context.heed_throttles()
         self._arrange_sources()
         return True
 

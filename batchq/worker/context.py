@@ -51,7 +51,14 @@ class Context:
 
     def _throttle(self, queue: str, kind: str, key: str | None, error: Throttled) -> None:
         self.permits.throttle(queue, kind, key, error)
+        self.heed_throttles()
         self.lifecycle.wake.set()  # the claimer writes it
+
+    def heed_throttles(self) -> None:
+        """Let no batch begin of what is throttled, also of those that are claimed."""
+        throttled = frozenset(self.permits.steering.throttles)
+        for lane in self.lanes:
+            lane.throttled = throttled
 
     def _in_flight(self) -> set[ClaimedBatch]:
         return {batch for lane in self.lanes for batch in lane.list_in_flight()}

@@ -73,6 +73,7 @@ class Keeper(DutyLoop):
         is_busy = any(lane.in_flight for lane in self.context.lanes)
         if is_busy and age_seconds >= (self.tick_seconds if permits.permits else _LIMITS_SECONDS):
             permits.read(self.link)
+            self.context.heed_throttles()
         if permits.permits:
             permits.refresh(self.link, self.tick_seconds / 2)
 

@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from types import FrameType
 
@@ -53,6 +53,7 @@ class Lane:
         self.lock = threading.Lock()  # of what is in flight and what is given up
         self.in_flight: set[ClaimedBatch] = set()
         self.given_up: dict[ClaimedBatch, float] = {}  # out of flight, but still running; since when
+        self.throttled: Set[tuple[str, str | None]] = frozenset()  # queues and kinds of which no batch begins
         self.claimed = 0
         self.written = 0
         self.postponed = 0  # not written, because their rows are locked or refused
@@ -111,6 +112,9 @@ class Lane:
             self.in_flight.update(batches)
         self.begin(batches)
 
+    def _is_throttled(self, batch: ClaimedBatch) -> bool:
+        return (batch.queue, batch.kind) in self.throttled or (batch.queue, None) in self.throttled
+
     def list_in_flight(self) -> list[ClaimedBatch]:
         """Return the batches in flight."""
         with self.lock:
@@ -118,11 +122,13 @@ class Lane:
 
     def mark_running(self, batch: ClaimedBatch) -> bool:
         """Mark a batch as running; return False if it was taken out of flight while it waited, or if it is released
-        because too many per second would begin."""
+        because it is throttled, or too many per second would begin."""
         with self.lock:
             if batch not in self.in_flight:
                 return False
-            if not batch.claim.permits or permits.begin(batch.claim.permits):
+            if not (self.throttled and self._is_throttled(batch)) and (
+                not batch.claim.permits or permits.begin(batch.claim.permits)
+            ):
                 batch.begun_at = time.monotonic()
                 return True
         self.end(batch, RELEASED)

@@ -275,6 +275,12 @@ class Permits:
         closed = {name for name, permit in self.permits.items() if permit.is_closed}
         return frozenset({*self.steering.pauses, *self.steering.throttles, *closed})
 
+    def is_outdated(self, most_seconds: float) -> bool:
+        """Return whether what steers the worker was read longer ago than that, or a throttle has ended since."""
+        now = time.monotonic()
+        has_ended = any(until <= now for until in self.steering.throttles.values())
+        return has_ended or now - self.read_at >= most_seconds
+
     def read(self, link: Link) -> None:
         """Read what steers the worker, in one message."""
         with self._turn:
@@ -284,7 +290,9 @@ class Permits:
             self.read_at = asked_at
             if self._unwritten:  # what was read is older
                 return
-            self._gates.set_throttles({name: asked_at + seconds for name, seconds in steering.throttles.items()})
+            throttles = {name: asked_at + seconds for name, seconds in steering.throttles.items()}
+            steering = steering._replace(throttles=throttles)
+            self._gates.set_throttles(throttles)
             if steering.limits != self.steering.limits:
                 self._change_limits(steering.limits)
             self.version += self._known(steering) != self._known(self.steering)
@@ -319,7 +327,8 @@ class Permits:
         if of_key is None:
             self._gates.close_for(queue, of_kind, error.seconds)
             with self._turn:
-                throttles = {**self.steering.throttles, (queue, of_kind): error.seconds}
+                until = time.monotonic() + error.seconds
+                throttles = {**self.steering.throttles, (queue, of_kind): until}
                 self.steering = self.steering._replace(throttles=throttles)
                 self.version += 1
         _log.info("throttled", queue=queue, kind=of_kind, key=of_key, seconds=error.seconds)

@@ -25,6 +25,7 @@ COMMANDS += (
     "top",
     "web",
     "doctor",
+    "keys",
     "limit",
     "prune",
     "audit",

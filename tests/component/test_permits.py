@@ -278,11 +278,13 @@ def test_rates_add_up_to_the_limit_and_a_dead_workers_rate_is_back_after_five_se
 
 
 def test_of_a_slow_rate_one_worker_has_all_and_the_others_nothing(conn: Conn, workers: list[OneWorker]) -> None:
-    limit(conn, per_second=0.5)
-    for _ in range(3):
-        for one in workers:
-            one.ask(10)
-    assert sorted(one.permit.starts.rate for one in workers) == [0, 0, 0, 0.5]
+    for rate, rates in ((0.5, [0, 0, 0, 0.5]), (1.5, [0, 0, 0, 1.5]), (2.5, [0, 0, 1.25, 1.25])):
+        limit(conn, per_second=rate)
+        conn.execute("DELETE FROM batchq.limit_shares")
+        for _ in range(3):
+            for one in workers:
+                one.ask(10)
+        assert sorted(one.permit.starts.rate for one in workers) == pytest.approx(rates)
 
 
 def test_a_batch_takes_its_token_when_it_begins_and_none_if_it_does_not(conn: Conn, workers: list[OneWorker]) -> None:

@@ -33,7 +33,7 @@ INSERT_BATCH_WITH: dict[tuple[str, ...], LiteralString] = {
 
 def insert_batch(parameters: dict[str, Any], trace_context: str | None) -> Statement:
     """Return the statement that inserts a batch, and returns its id unless a live batch has its unique_key."""
-    more = {"trace_context": trace_context, "key": parameters["key"]}
+    more = {"trace_context": trace_context, "key": parameters.get("key")}
     given = tuple(name for name, value in more.items() if value is not None)
     return INSERT_BATCH_WITH[given], parameters | more
 

@@ -150,7 +150,11 @@ MUTANTS = [
                 "total",
                 "who comes later gets a part",
             ),
-            ("CASE WHEN part < least(least_part, total, wanted) THEN 0 ELSE part END", "part", "a part is of use"),
+            (
+                "total / greatest(1, floor(total / least_part)) END;",
+                "least_part END;",
+                "nothing is left that is too small for one more",
+            ),
         ],
         LIMITS_SQL,
     ),
@@ -163,7 +167,6 @@ MUTANTS = [
                 "",
                 "two claims of one key exclude each other",
             ),
-            ("SECURITY DEFINER", "STABLE SECURITY DEFINER", "a claim counts with a snapshot newer than its lock"),
         ],
         KEYS_SQL,
     ),
@@ -171,6 +174,11 @@ MUTANTS = [
         "CREATE FUNCTION batchq.ready_of_key(",
         KEYS_TEST,
         [
+            (
+                "LANGUAGE plpgsql SET",
+                "LANGUAGE plpgsql STABLE SET",
+                "a claim counts with a snapshot newer than its lock",
+            ),
             ("room := least(room, per_queue - running);", "room := least(room, per_queue);", "a limit of all kinds"),
             ("free[number] := free[number] - one.running;", "NULL;", "what runs of a key counts"),
             ("IF per_queue = 1 THEN RETURN; END IF;", "", "what has begun keeps its key"),

@@ -16,7 +16,7 @@ from tests.support.roles import role_for
 from tests.support.steps import step
 
 Conn = psycopg.Connection
-NAMES = ("migrations", "partitions", "positions", "throughput")
+NAMES = ("migrations", "limits", "partitions", "positions", "throughput")
 
 
 @pytest.fixture
