@@ -313,6 +313,7 @@ def test_what_the_page_about_limits_shows_runs(dsn: str, tmp_path: Path) -> None
         "check_site": None,
     }
     assert counts(dsn, "SELECT queue, 1 FROM batchq.throttles") == {}
+    assert counts(dsn, "SELECT key, count(*) FROM batchq.batches GROUP BY 1") == {"customer 12": 2, "customer 13": 1}
     assert counts(dsn, "SELECT coalesce(key, ''), count(*) FROM batchq.batches GROUP BY 1") == {
         "customer 12": 2,
         "customer 13": 1,
