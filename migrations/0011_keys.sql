@@ -1,7 +1,7 @@
 -- Keys: batches with a key are claimed key by key, in turn. A limit per key (batchq.limits.max_running_per_key) is kept by a lock on
 -- the key, and by a count in a statement that begins after the lock was taken. INSERT takes no lock that another INSERT waits for.
 ALTER TABLE batchq.batches ADD COLUMN key text COLLATE "C";  -- so that keys are compared as Python compares them
-ALTER TABLE batchq.batches ADD CONSTRAINT batches_key_fits CHECK (octet_length(key) BETWEEN 1 AND 500);
+ALTER TABLE batchq.batches ADD CONSTRAINT batches_key_fits CHECK (key IS NULL OR octet_length(key) BETWEEN 1 AND 500);
 COMMENT ON COLUMN batchq.batches.key IS
   'Optional key, such as a customer: batches with a key are claimed key by key, in turn, so that no key waits for another. See '
   'batchq.limits.max_running_per_key. Within a key, the lowest priority number comes first, then the earliest run_at.';
@@ -13,7 +13,7 @@ COMMENT ON COLUMN batchq.batches.claimed_at IS
 DROP INDEX batchq.batches_live_ready;
 CREATE INDEX batches_live_ready ON batchq.batches_live (queue, priority, run_at, id) WHERE status = 'pending' AND key IS NULL;
 CREATE INDEX batches_live_keyed ON batchq.batches_live (queue, key, priority, run_at, id)
-  WHERE status = 'pending' AND key IS NOT NULL;
+  WHERE key IS NOT NULL AND status = 'pending';
 CREATE INDEX batches_live_key_begun ON batchq.batches_live (queue, key, lease_expires_at)
   WHERE key IS NOT NULL AND claimed_at IS NOT NULL;
 
