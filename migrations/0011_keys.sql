@@ -139,13 +139,23 @@ DECLARE
   began_at      timestamptz;
   visited       integer := 0;
   per_kind_now  integer[] := per_kind;
+  known_keys    constant text[] := ARRAY(SELECT k FROM jsonb_object_keys(positions) k ORDER BY k COLLATE "C");
+  next_known    text;
   at            jsonb;
   head          record;
   found         record;
 BEGIN
   WHILE visited < most_keys AND most > 0 LOOP
     began_at := clock_timestamp();
-    IF until_key IS NULL THEN
+    -- A key with a position is not searched for: its dead entries would be in the way.
+    next_known := (SELECT min(k COLLATE "C") FROM unnest(known_keys) k
+                   WHERE k COLLATE "C" > after_key AND (until_key IS NULL OR k COLLATE "C" <= until_key));
+    IF next_known IS NOT NULL THEN
+      SELECT b.key, b.id, b.kind, b.priority, b.run_at INTO head FROM batchq.batches_live b
+      WHERE b.queue = in_queue AND b.status = 'pending' AND b.key > after_key AND b.key < next_known
+      ORDER BY b.key, b.priority, b.run_at, b.id LIMIT 1;
+      head.key := coalesce(head.key, next_known);
+    ELSIF until_key IS NULL THEN
       SELECT b.key, b.id, b.kind, b.priority, b.run_at INTO head FROM batchq.batches_live b
       WHERE b.queue = in_queue AND b.status = 'pending' AND b.key > after_key
       ORDER BY b.key, b.priority, b.run_at, b.id LIMIT 1;

@@ -5,6 +5,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from statistics import median
 from typing import Any
 from uuid import uuid4
 
@@ -15,13 +16,20 @@ import batchq
 from batchq.errors import InvalidInput
 from batchq.postgres.statements import claims
 from batchq.testing import running_worker
+from batchq.worker.key_ring import MOST_KEYS, KeyRing, Visited
 from tests.support.alone import run_alone
 from tests.support.batches import drain, look, put, values
+from tests.support.databases import holding_snapshot
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 
 Conn = psycopg.Connection[Any]
 AT_ONCE = batchq.Backoff(0, 0)
+CLAIM_ALL = """
+UPDATE batchq.batches_live
+SET status = 'processing', attempt = 1, claimed_by = 'w', claim_token = gen_random_uuid(), claimed_at = now(),
+  lease_expires_at = now() + interval '1 hour'
+"""
 
 
 class Recorder:
@@ -341,6 +349,57 @@ def test_a_claim_counts_with_a_snapshot_that_is_newer_than_its_lock(dsn: str, co
         holder.rollback()
         thread.join()
     assert found == []
+
+
+# --------------------------------------------------------------------------------------------------- beside the dead
+
+
+def visit(conn: Conn, ring: KeyRing, room: int) -> int:
+    """Make one claim as a worker does; return the buffers that finding the batches took."""
+    keys = ring.next_range()
+    assert keys is not None
+    statement, given = claims.ready_of_keys(
+        "default", ["work"], [None], None, *keys, MOST_KEYS, room, ring.per_turn(room), ring.positions()
+    )
+    before = buffers(conn)
+    rows = [Visited._make(row) for row in conn.execute(statement, given).fetchall()]
+    spent = buffers(conn) - before
+    ring.visited(rows)
+    take(conn, [batch_id for row in rows for batch_id in row.ids or ()])
+    return spent
+
+
+def buffers(conn: Conn) -> int:
+    """Return how many buffers this session's statements have read of the live table and its indexes so far."""
+    conn.execute("SELECT pg_stat_force_next_flush()")
+    query = (
+        "SELECT heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read FROM pg_statio_all_tables "
+        "WHERE relid = 'batchq.batches_live'::regclass"
+    )
+    return int(values(conn, query)[0])
+
+
+def test_claims_of_a_key_do_not_read_its_dead_entries(dsn: str, conn: Conn) -> None:
+    batchq.enqueue_many(conn, "work", [{}] * 30_000, key="hot")
+    ring = KeyRing()
+    with holding_snapshot(dsn):
+        spent = [visit(conn, ring, 1000) for _ in range(48)]
+    assert values(conn, "SELECT count(*) FROM batchq.batches_live WHERE status = 'processing'")[0] > 20_000
+    assert ring.positions().keys() == {"hot"}
+    step("%s", spent)
+    assert median(spent[-24::2]) + median(spent[-23::2]) < 550, "what is live becomes less, what is dead more"
+
+
+def test_a_range_of_keys_without_a_live_batch_is_read_again_after_a_pause(dsn: str, conn: Conn) -> None:
+    batchq.enqueue_many(conn, "work", list(range(30_000)), key=lambda number: f"k{number // 10:05}")
+    ring = KeyRing()
+    with holding_snapshot(dsn):
+        conn.execute(CLAIM_ALL)
+        put(conn, "work", key="a")
+        while ring.parts[0].due_at == 0 and ring.next_range() is not None:
+            visit(conn, ring, 100)
+    assert ring.next_range() is None, "all that is left is dead"
+    assert ring.has_keys, "it will be read again"
 
 
 if __name__ == "__main__":
