@@ -33,23 +33,17 @@ _decoder = json.JSONDecoder()
 LeftToFinish = Literal["all", "completion", "last chunk", "nothing"]
 
 
-class Gate(Protocol):
+class _Gate(Protocol):
     """What says when the next item of a kind may begin; see `batchq.worker.gates`."""
 
     is_open: bool
 
     @property
-    def closed_seconds(self) -> float:
-        """For how long nothing begins."""
+    def closed_seconds(self) -> float: ...
 
-    def take(self) -> float:
-        """Take what the next item needs. Return 0, or after how many seconds to ask again."""
+    def take(self) -> float: ...
 
-    def give_back(self) -> None:
-        """Give back what no item needs."""
-
-    def close_for(self, seconds: float) -> None:
-        """Let nothing begin for so long."""
+    def give_back(self) -> None: ...
 
 
 class _OpenGate:
@@ -64,11 +58,8 @@ class _OpenGate:
     def give_back(self) -> None:
         pass
 
-    def close_for(self, seconds: float) -> None:
-        pass
 
-
-def _open_gate(queue: str, kind: str) -> Gate:  # noqa: ARG001
+def _open_gate(queue: str, kind: str) -> _Gate:  # noqa: ARG001
     return _OpenGate()
 
 
@@ -88,7 +79,7 @@ class Runtime:
     stopping: threading.Event
     keep_completed: bool = True
     conflicts: Conflicts = field(default_factory=Conflicts)
-    gate: Callable[[str, str], Gate] = _open_gate
+    gate: Callable[[str, str], _Gate] = _open_gate
     throttle: Callable[[str, str, str | None, Throttled], None] = _throttle_nobody
 
 
