@@ -136,66 +136,84 @@ DECLARE
   leases_after  constant timestamptz := coalesce(
     (SELECT p.at FROM batchq.positions p WHERE p.index = 'lease' AND p.queue = in_queue), '-infinity');
   first_at      constant timestamptz := clock_timestamp();
+  known_keys    constant text[] := ARRAY(SELECT k FROM jsonb_object_keys(positions) k ORDER BY k COLLATE "C");
+  -- The first text after all keys of a range: chr(1) is the least letter that a text may have.
+  end_of_range  constant text := coalesce(until_key || chr(1),
+    CASE WHEN getdatabaseencoding() = 'UTF8' THEN repeat(chr(1114111), 126) ELSE repeat(chr(255), 501) END);
   began_at      timestamptz;
   visited       integer := 0;
   per_kind_now  integer[] := per_kind;
-  known_keys    constant text[] := ARRAY(SELECT k FROM jsonb_object_keys(positions) k ORDER BY k COLLATE "C");
-  next_known    text;
-  at            jsonb;
+  next_known    integer := 1;
+  stop_key      text;
+  is_known      boolean;
   head          record;
   found         record;
+  at            jsonb;
+  slow_rows     integer := 0;
 BEGIN
-  WHILE visited < most_keys AND most > 0 LOOP
+  LOOP
+    -- A key with a position is not searched for, since its dead entries would be in the way: the search ends before it.
+    WHILE known_keys[next_known] COLLATE "C" <= after_key LOOP
+      next_known := next_known + 1;
+    END LOOP;
+    is_known := coalesce(known_keys[next_known] COLLATE "C" < end_of_range, false);
+    stop_key := CASE WHEN is_known THEN known_keys[next_known] ELSE end_of_range END;
     began_at := clock_timestamp();
-    -- A key with a position is not searched for: its dead entries would be in the way.
-    next_known := (SELECT min(k COLLATE "C") FROM unnest(known_keys) k
-                   WHERE k COLLATE "C" > after_key AND (until_key IS NULL OR k COLLATE "C" <= until_key));
-    IF next_known IS NOT NULL THEN
-      SELECT b.key, b.id, b.kind, b.priority, b.run_at INTO head FROM batchq.batches_live b
-      WHERE b.queue = in_queue AND b.status = 'pending' AND b.key > after_key AND b.key < next_known
-      ORDER BY b.key, b.priority, b.run_at, b.id LIMIT 1;
-      head.key := coalesce(head.key, next_known);
-    ELSIF until_key IS NULL THEN
-      SELECT b.key, b.id, b.kind, b.priority, b.run_at INTO head FROM batchq.batches_live b
-      WHERE b.queue = in_queue AND b.status = 'pending' AND b.key > after_key
-      ORDER BY b.key, b.priority, b.run_at, b.id LIMIT 1;
-    ELSE
-      SELECT b.key, b.id, b.kind, b.priority, b.run_at INTO head FROM batchq.batches_live b
-      WHERE b.queue = in_queue AND b.status = 'pending' AND b.key > after_key AND b.key <= until_key
-      ORDER BY b.key, b.priority, b.run_at, b.id LIMIT 1;
-    END IF;
-    after_key := head.key;
-    EXIT WHEN head.key IS NULL;
-    visited := visited + 1;
-    CONTINUE WHEN is_limited AND NOT batchq.lock_key(in_queue, head.key);
-    IF any_throttled THEN
-      per_kind_now := ARRAY(
-        SELECT CASE WHEN EXISTS (SELECT 1 FROM batchq.throttles t WHERE t.queue = in_queue AND t.kind IN ('', u.kind)
-                                 AND t.key = head.key AND t.until > now()) THEN 0 ELSE u.most END
-        FROM unnest(of_kinds, per_kind) WITH ORDINALITY AS u(kind, most, number) ORDER BY u.number);
-    END IF;
-    key := head.key;
-    at := positions -> head.key;
-    IF per_turn = 1 AND at IS NULL AND NOT is_limited AND NOT any_throttled AND head.run_at <= now() AND head.kind = ANY (of_kinds) THEN
-      ids := ARRAY[head.id];
-      last_priority := head.priority;
-      last_run_at := date_part('epoch', head.run_at);
-      last_id := head.id;
-    ELSE
-      found := batchq.ready_of_key(in_queue, head.key, of_kinds, per_kind_now, per_queue, least(per_turn, most),
-        coalesce((at ->> 0)::smallint, '-32768'::smallint), coalesce((at ->> 1)::float8, '-infinity'), coalesce((at ->> 2)::bigint, 0),
-        leases_after);
-      ids := found.ids;
-      last_priority := found.last_priority;
-      last_run_at := found.last_run_at;
-      last_id := found.last_id;
-    END IF;
-    most := most - cardinality(ids);
-    seconds := extract(epoch FROM clock_timestamp() - began_at);
-    CONTINUE WHEN ids = '{}' AND seconds < 0.002;
-    RETURN NEXT;
+    FOR head IN
+      WITH RECURSIVE heads AS (
+        (SELECT b.key, b.id, b.kind, b.priority, b.run_at FROM batchq.batches_live b
+         WHERE b.queue = in_queue AND b.status = 'pending' AND b.key > after_key AND b.key < stop_key
+         ORDER BY b.key, b.priority, b.run_at, b.id LIMIT 1)
+        UNION ALL
+        SELECT n.key, n.id, n.kind, n.priority, n.run_at
+        FROM heads h CROSS JOIN LATERAL (
+          SELECT b.key, b.id, b.kind, b.priority, b.run_at FROM batchq.batches_live b
+          WHERE b.queue = in_queue AND b.status = 'pending' AND b.key > h.key AND b.key < stop_key
+          ORDER BY b.key, b.priority, b.run_at, b.id LIMIT 1) n
+      )
+      SELECT h.key, h.id, h.kind, h.priority, h.run_at FROM heads h
+      UNION ALL
+      SELECT stop_key, NULL, NULL, NULL, NULL WHERE is_known
+    LOOP
+      EXIT WHEN visited = most_keys OR most <= 0;
+      after_key := head.key;
+      visited := visited + 1;
+      seconds := extract(epoch FROM clock_timestamp() - began_at);
+      -- The heads come up to 50 at a time, so any of these may be the one that was expensive to find.
+      slow_rows := CASE WHEN seconds >= 0.002 THEN 50 ELSE slow_rows - 1 END;
+      began_at := clock_timestamp();
+      CONTINUE WHEN is_limited AND NOT batchq.lock_key(in_queue, head.key);
+      IF any_throttled THEN
+        per_kind_now := ARRAY(
+          SELECT CASE WHEN EXISTS (SELECT 1 FROM batchq.throttles t WHERE t.queue = in_queue AND t.kind IN ('', u.kind)
+                                   AND t.key = head.key AND t.until > now()) THEN 0 ELSE u.most END
+          FROM unnest(of_kinds, per_kind) WITH ORDINALITY AS u(kind, most, number) ORDER BY u.number);
+      END IF;
+      key := head.key;
+      IF per_turn = 1 AND NOT is_limited AND NOT any_throttled AND head.run_at <= now() AND head.kind = ANY (of_kinds) THEN
+        ids := ARRAY[head.id];
+        last_priority := head.priority;
+        last_run_at := date_part('epoch', head.run_at);
+        last_id := head.id;
+        seconds := CASE WHEN slow_rows > 0 THEN 0.002 ELSE 0 END;
+      ELSE
+        at := CASE WHEN head.id IS NULL THEN positions -> head.key END;
+        found := batchq.ready_of_key(in_queue, head.key, of_kinds, per_kind_now, per_queue, least(per_turn, most),
+          coalesce((at ->> 0)::smallint, '-32768'::smallint), coalesce((at ->> 1)::float8, '-infinity'),
+          coalesce((at ->> 2)::bigint, 0), leases_after);
+        ids := found.ids;
+        last_priority := found.last_priority;
+        last_run_at := found.last_run_at;
+        last_id := found.last_id;
+        seconds := extract(epoch FROM clock_timestamp() - began_at);
+        began_at := clock_timestamp();
+      END IF;
+      most := most - cardinality(ids);
+      IF ids <> '{}' OR seconds >= 0.002 THEN RETURN NEXT; END IF;
+    END LOOP;
+    EXIT WHEN visited = most_keys OR most <= 0 OR NOT is_known;
   END LOOP;
-  key := after_key;
+  key := CASE WHEN visited = most_keys OR most <= 0 THEN after_key END;
   ids := NULL;
   last_id := visited;
   seconds := extract(epoch FROM clock_timestamp() - first_at);
