@@ -29,7 +29,6 @@ class TokenBucket:
         with self._lock:
             self._fill()
             self.rate, self.capacity = rate, capacity
-            self._tokens = min(self._tokens, capacity)
 
     def available(self) -> float:
         """Return how many tokens there are."""

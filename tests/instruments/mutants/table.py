@@ -174,11 +174,6 @@ MUTANTS = [
         "CREATE FUNCTION batchq.ready_of_key(",
         KEYS_TEST,
         [
-            (
-                "LANGUAGE plpgsql SET",
-                "LANGUAGE plpgsql STABLE SET",
-                "a claim counts with a snapshot newer than its lock",
-            ),
             ("room := least(room, per_queue - running);", "room := least(room, per_queue);", "a limit of all kinds"),
             ("free[number] := free[number] - one.running;", "NULL;", "what runs of a key counts"),
             ("IF per_queue = 1 THEN RETURN; END IF;", "", "what has begun keeps its key"),
@@ -203,9 +198,9 @@ MUTANTS = [
         PERMITS,
     ),
     *of(
-        "    def set_rate(self",
+        "    def _fill(self)",
         PERMITS_TEST,
-        [("self._tokens = min(self._tokens, capacity)", "pass", "a smaller share has a smaller burst")],
+        [(", self.capacity)", ", 1e9)", "no more than a burst begins at once")],
         BUCKET,
     ),
     *of(
