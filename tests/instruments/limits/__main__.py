@@ -5,8 +5,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import psycopg
-
 from batchq.postgres import embedded
 from batchq.postgres.migrate import migrate
 from tests.instruments.limits import works
@@ -27,11 +25,9 @@ def main() -> int:
     faults = 0
     with tempfile.TemporaryDirectory(prefix="batchq-limits-") as directory:
         Path(directory).chmod(0o755)
-        with embedded.start(Path(directory) / "data") as server:
+        with embedded.start(Path(directory) / "data", {"max_connections": "300"}) as server:
             dsn = server.dsn()
             migrate(dsn)
-            with psycopg.connect(dsn, autocommit=True) as conn:
-                conn.execute("ALTER SYSTEM SET max_connections = 200")
             place = Place(dsn, dsn, lambda: server.restart(immediate=True))
             for name in options.works or WORKS:
                 seen = run(name, place, options.minutes, options.scale)
