@@ -243,7 +243,14 @@ def exported() -> set[str]:
     counts, row = Counts(ends={"completed": 1}), dict.fromkeys((*STATES, "stalled", "failed", "workers"), 1)
     families = [
         *worker_metrics({("q", "k"): counts}, {"def": (8, 1)}),
-        *queue_metrics([{"queue": "q", "kind": "k", "oldest_wait_seconds": 1} | row], 1),
+        *queue_metrics(
+            [
+                {"queue": "q", "kind": "k", "oldest_wait_seconds": 1, "held_back": 1, "held_back_by": "max_running"}
+                | row
+            ],
+            1,
+            [{"queue": "q", "kind": "k", "max_running": 1, "running": 1, "per_second": None, "items_per_second": None}],
+        ),
     ]
     return {sample.name for family in families for sample in family.samples}
 
@@ -263,7 +270,7 @@ def test_the_scaler_looks_at_what_is_ready_in_a_queue_that_the_workers_serve() -
     [scaler] = [each for each in objects(FOLDER / "kubernetes.yaml") if each["kind"] == "HorizontalPodAutoscaler"]
     [metric] = every(scaler, "metric")
     assert metric == {"name": "batchq_queue_depth", "selector": {"matchLabels": {"queue": "default", "state": "ready"}}}
-    [depth] = [family for family in queue_metrics([], 0) if family.name == metric["name"]]
+    [depth] = [family for family in queue_metrics([], 0, []) if family.name == metric["name"]]
     assert {"queue", "state"} <= set(depth._labelnames)
     assert "ready" in STATES
     assert Settings.model_fields["queues"].default == ("default",)

@@ -266,15 +266,15 @@ def test_the_keyboard_goes_everywhere_in_order_and_shows_where_it_is(conn: Conn,
     page.evaluate("document.activeElement.blur(); document.body.focus()")
     page.goto(f"{site.url}/batches/{batch_id}")
     names = []
-    for _ in range(10):
+    for _ in range(11):
         page.keyboard.press("Tab")
         names.append(page.evaluate("document.activeElement.textContent.trim() || document.activeElement.id"))
         style = page.evaluate(
             "(s => s.outlineStyle + parseFloat(s.outlineWidth))(getComputedStyle(document.activeElement))"
         )
         assert style.startswith("solid"), (names[-1], style)
-    assert names[:6] == ["Skip to content", "batchq", "Overview", "Batches", "Workers", "Audit"]
-    assert names[6:] == ["find-id", "Live", "Cancel", "Traceback"]
+    assert names[:7] == ["Skip to content", "batchq", "Overview", "Batches", "Workers", "Limits", "Audit"]
+    assert names[7:] == ["find-id", "Live", "Cancel", "Traceback"]
     step("the skip link skips")
     page.goto(f"{site.url}/batches/{batch_id}")
     page.keyboard.press("Tab")
