@@ -100,7 +100,7 @@ def test_a_function_as_the_key_needs_payloads(conn: Conn) -> None:
         batchq.enqueue_many(conn, "work", items=[1], key=lambda _: "a")
 
 
-def test_enqueueing_for_the_same_keys_waits_for_nobody(dsn: str, conn: Conn) -> None:
+def test_enqueueing_for_the_same_keys_waits_for_nobody(dsn: str, admin_dsn: str, conn: Conn) -> None:
     limit(conn, 1)
     put(conn, "work", key="old")
     with ExitStack() as stack:
@@ -110,7 +110,8 @@ def test_enqueueing_for_the_same_keys_waits_for_nobody(dsn: str, conn: Conn) -> 
         for key, other in (("old", "new"), ("new", "old")):
             put(first, "work", key=key)
             put(second, "work", key=other)
-        conn.execute("UPDATE batchq.limits SET max_running_per_key = 2")
+        with psycopg.connect(admin_dsn) as another:
+            another.execute("UPDATE batchq.limits SET max_running_per_key = 2")
         first.commit()
         second.commit()
     assert values(conn, "SELECT count(*) FROM batchq.batches") == [5]
