@@ -31,6 +31,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.is_open = True
+        self._lock = threading.Lock()
         self.waiting: deque[None] = deque()  # one for each that waits; a deque, since its changes are atomic
         self._permits: Sequence[_Permit] = ()
         self._closed_until = float("-inf")  # monotonic
@@ -47,7 +48,7 @@ class Gate:
             return min(seconds, _ASK_AGAIN_SECONDS)
         permits = self._permits
         if not permits:
-            self.is_open = True
+            self._decide()
             return 0.0
         for permit in permits:
             permit.wants_items()
@@ -83,7 +84,8 @@ class Gate:
         self._decide()
 
     def _decide(self) -> None:
-        self.is_open = not self._permits and self._closed_until <= time.monotonic()
+        with self._lock:  # so that what was decided last was decided with what is valid last
+            self.is_open = not self._permits and self._closed_until <= time.monotonic()
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ class ChunkRun:
         if self._broken_by is not None:
             raise self._broken_by
         for position in self._again:
-            self._chunk.fail(position, Throttled(self._gate.closed_seconds))
+            self._chunk.fail(position, Snooze(self._gate.closed_seconds))
         begun = next(self._positions, len(self._chunk))
         self._chunk.end_at(begun if self._ended_by is None else min(begun, self._ended_by[0]))
 
@@ -106,7 +106,9 @@ class ChunkRun:
 
         A chunk does not end before its first item, since there would be nothing to commit.
         """
-        if self._must_end() or (self._begun and time.monotonic() >= self._ends_at):
+        # While an item waits for the end of a throttle, the chunk waits with it.
+        ends_at = self._ends_at + (MOST_WAITED_SECONDS if self._again else 0)
+        if self._must_end() or (self._begun and time.monotonic() >= ends_at):
             return None
         if (seconds := self._gate.closed_seconds) > MOST_WAITED_SECONDS:
             self._ended_by = (len(self._chunk), Snooze(seconds))
@@ -130,6 +132,26 @@ class ChunkRun:
                 while seconds := self._seconds_to_wait():
                     await asyncio.sleep(seconds)
             return self._after_gate(seconds)
+
+    def approach(self) -> None:
+        """Wait until the first item may begin: before a transaction is opened, which would be idle meanwhile."""
+        while not self._gate.is_open and (seconds := self._seconds_to_wait()) is not None:
+            if not seconds:
+                self._leave()
+                return
+            time.sleep(seconds)
+
+    async def approach_async(self) -> None:
+        """Async version of `approach`."""
+        while not self._gate.is_open and (seconds := self._seconds_to_wait()) is not None:
+            if not seconds:
+                self._leave()
+                return
+            await asyncio.sleep(seconds)
+
+    def _leave(self) -> None:
+        self._gate.give_back()
+        self._begun = 0
 
     def _after_gate(self, seconds: float | None) -> int | None:
         if seconds is None:
@@ -204,6 +226,7 @@ class ChunkRun:
                 if self._is_over():
                     return
                 if not self._gate.is_open:
+                    self._begun = 1
                     break
             else:
                 if not self._again:
@@ -250,6 +273,7 @@ class ChunkRun:
                 if self._is_over():
                     return
                 if not self._gate.is_open:
+                    self._begun = 1
                     break
             else:
                 if not self._again:
@@ -284,6 +308,7 @@ def run_items(claimed: ClaimedBatch, batch: Batch, handler: ItemHandler) -> None
     for chunk in batch.chunks(handler.chunk_size):
         run = ChunkRun(handler, chunk, claimed, batch)
         if handler.transactional:
+            run.approach()
             with chunk.transaction() as conn:
                 run.process(conn)
                 run.close()
@@ -300,6 +325,7 @@ async def run_items_async(claimed: ClaimedBatch, batch: Batch, handler: ItemHand
     async for chunk in batch.chunks(handler.chunk_size):
         run = ChunkRun(handler, chunk, claimed, batch)
         if handler.transactional:
+            await run.approach_async()
             async with chunk.transaction() as conn:
                 await run.process_async(conn)
                 run.close()

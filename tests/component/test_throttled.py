@@ -219,6 +219,36 @@ def test_an_items_limit_of_zero_begins_nothing_and_a_stop_is_heard_at_once(dsn: 
     assert (row.status, row.attempt, row.items_done) == ("pending", 0, len(calls))
 
 
+@both_styles
+def test_what_is_done_is_committed_in_time_though_the_gate_closes(
+    dsn: str, conn: psycopg.Connection, style: str
+) -> None:
+    app = batchq.App()
+    calls: list[int] = []
+
+    def body(item: int, batch: batchq.Batch) -> None:
+        calls.append(item)
+        if len(calls) == 3:
+            batch._claimed.claim.runtime.gate("default", "work").close_for(8)  # type: ignore[attr-defined]
+
+    register_items(app, style, "work", body)
+    batch_id = put(conn, "work", items=list(range(10)))
+    with running_worker(app, dsn):
+        wait_until(lambda: look(conn, batch_id).items_done == 3, 5, "the checkpoint")
+        assert len(calls) == 3
+
+
+@both_styles
+def test_a_transactional_handler_waits_before_its_transaction(dsn: str, conn: psycopg.Connection, style: str) -> None:
+    app = batchq.App()
+    calls: list[int] = []
+    register_items(app, style, "work", lambda item, _: calls.append(item), transactional=True)
+    conn.execute("INSERT INTO batchq.limits (kind, items_per_second, burst_seconds) VALUES ('work', 4, 0.1)")
+    put(conn, "work", items=list(range(6)))
+    drain(app, dsn)
+    assert calls == list(range(6))
+
+
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), 1e12, "soon", None])
 def test_throttled_takes_a_number_of_seconds(seconds: Any) -> None:
     with pytest.raises(InvalidInput, match="Throttled takes 0 to 2,592,000 seconds, not"):
