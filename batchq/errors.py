@@ -42,11 +42,12 @@ class Throttled(BatchqError):
     attempt is not counted, and no batch or item of its *scope* begins until then, in any worker.
 
     scope: "kind" (this kind in this queue), "queue" (all kinds of the queue), or "key" (batches of this kind with this
-    batch's key; without a key, only this batch).
+    batch's key; without a key, only this batch). With "key", batches of that key that run already go on.
     """
 
     def __init__(self, seconds: float, scope: str = "kind") -> None:
-        if not isinstance(seconds, int | float) or not 0 <= seconds <= MOST_THROTTLED_SECONDS:
+        is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if not is_number or not 0 <= seconds <= MOST_THROTTLED_SECONDS:
             raise InvalidInput(f"Throttled takes 0 to {MOST_THROTTLED_SECONDS:,} seconds, not {seconds!r}")
         if scope not in ("kind", "queue", "key"):
             raise InvalidInput(f'the scope of Throttled is "kind", "queue" or "key", not {scope!r}')

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
@@ -37,6 +38,7 @@ class _Gate(Protocol):
     """What says when the next item of a kind may begin; see `batchq.worker.gates`."""
 
     is_open: bool
+    waiting: deque[None]
 
     @property
     def closed_seconds(self) -> float: ...
@@ -51,6 +53,9 @@ class _OpenGate:
 
     is_open = True
     closed_seconds = 0.0
+
+    def __init__(self) -> None:
+        self.waiting: deque[None] = deque()
 
     def take(self) -> float:
         return 0.0

@@ -123,7 +123,7 @@ class Claimer:
         self.release_unknown()
         for lane in self.context.lanes:
             lane.prefetch.adapt_to(self.link.round_trip_seconds)
-        self.permits.write_throttles(self.link)
+        self.permits.throttles.write(self.link)
         if self.permits.is_steered:
             self.steer()
         self._looks_again = False
@@ -154,7 +154,7 @@ class Claimer:
             unreserve(claim.permits, claim.reserved)
 
     def steer(self) -> bool:
-        """Follow pauses, throttles and limits, as of a second ago at most; return whether they have changed.
+        """Apply pauses, throttles and limits, at most a second old; return whether they have changed.
 
         Read before a claim, or while there are any: an idle worker reads nothing.
         """

@@ -56,7 +56,7 @@ class Context:
 
     def heed_throttles(self) -> None:
         """Let no batch begin of what is throttled, also of those that are claimed."""
-        throttled = frozenset(self.permits.steering.throttles)
+        throttled = frozenset(self.permits.throttles.in_force)
         for lane in self.lanes:
             lane.throttled = throttled
 

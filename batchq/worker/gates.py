@@ -1,17 +1,15 @@
 """Gates: when the next item of a kind may begin, by the limits of items per second and by throttles."""
 
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from batchq.worker.throttles import Name
 from batchq.worker.token_bucket import TokenBucket, take_from_all
 
 _ASK_AGAIN_SECONDS = 0.25
-_WRITTEN_SECONDS = 2.0
-Name = tuple[str, str | None]  # queue and kind; None: the whole queue
 
 
 class _Permit(Protocol):
@@ -35,7 +33,6 @@ class Gate:
         self.waiting: deque[None] = deque()  # one for each that waits; a deque, since its changes are atomic
         self._permits: Sequence[_Permit] = ()
         self._closed_until = float("-inf")  # monotonic
-        self._closed_at = float("-inf")  # when this process last closed it
 
     @property
     def closed_seconds(self) -> float:
@@ -63,19 +60,9 @@ class Gate:
         for permit in self._permits:
             permit.items.give_back()
 
-    def close_for(self, seconds: float) -> None:
-        """Let nothing begin for so long, in this process. A longer time that is valid already stays."""
-        now = time.monotonic()
-        self._closed_until, self._closed_at = max(self._closed_until, now + seconds), now
-        self._decide()
-
     def set_throttle(self, until: float) -> None:
-        """Let nothing begin until then (monotonic), as read from the database.
-
-        What was read may be older than what this process has just written.
-        """
-        is_recent = time.monotonic() - self._closed_at < _WRITTEN_SECONDS
-        self._closed_until = max(until, self._closed_until) if is_recent else until
+        """Let nothing begin until then (monotonic)."""
+        self._closed_until = until
         self._decide()
 
     def set_permits(self, permits: Sequence[_Permit]) -> None:
@@ -86,17 +73,6 @@ class Gate:
     def _decide(self) -> None:
         with self._lock:  # so that what was decided last was decided with what is valid last
             self.is_open = not self._permits and self._closed_until <= time.monotonic()
-
-
-@contextlib.contextmanager
-def waiting_at(gate: Any) -> Iterator[None]:
-    """Count among those that wait at a gate, if it is one of these."""
-    waiting: deque[None] = getattr(gate, "waiting", deque())
-    waiting.append(None)
-    try:
-        yield
-    finally:
-        waiting.pop()
 
 
 class Gates:
@@ -128,15 +104,6 @@ class Gates:
             with self._lock:
                 self._throttles = throttles
                 self._set_all()
-
-    def close_for(self, queue: str, kind: str | None, seconds: float) -> None:
-        """Close the gate of a kind in a queue, or all of the queue, in this process."""
-        if kind is not None:
-            self.of(queue, kind)
-        with self._lock:
-            for (gate_queue, gate_kind), gate in self._gates.items():
-                if gate_queue == queue and kind in (None, gate_kind):
-                    gate.close_for(seconds)
 
     def _set_all(self) -> None:
         for (queue, kind), gate in self._gates.items():

@@ -6,6 +6,7 @@ chunk, even when several run concurrently, so a checkpoint only has to record ho
 
 import asyncio
 import contextvars
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,12 +25,11 @@ from batchq.common.text import close_coroutine
 from batchq.errors import Cancel, Interrupted, InvalidInput, Snooze, Throttled, of_group
 from batchq.postgres.connections import AnyConnection, is_lost
 from batchq.postgres.transactions import CONFLICTS
-from batchq.worker.gates import waiting_at
 
 _CHUNK_SECONDS = 1.0
 # A longer throttle ends the batch, which is pending again afterwards; a shorter one is waited for.
 MOST_WAITED_SECONDS = 10.0
-_CHECK_SECONDS = 0.1  # while it waits: whether to stop
+_CHECK_SECONDS = 0.25  # while it waits: whether to stop
 _PASSED_ON = (Interrupted, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit)
 
 
@@ -58,8 +58,10 @@ class ChunkRun:
         self._ended_by: tuple[int, Snooze | Cancel] | None = None  # from which position on, and why
         self._gate = claimed.claim.runtime.gate(claimed.queue, claimed.kind)
         self._again: deque[int] = deque()  # the positions of items that were throttled
-        self._begun = 0  # items, at the gate
-        self._turn: asyncio.Lock | None = None  # of the tasks, to wait at the gate
+        self._has_begun = False  # an item
+        self._has_token = False  # for the next item, from the gate
+        self._turn = threading.Lock()  # to wait at the gate
+        self._turn_of_tasks: asyncio.Lock | None = None
         self._broken_by: BaseException | None = None  # nothing of the chunk may be committed
 
     def close(self) -> None:
@@ -69,6 +71,8 @@ class ChunkRun:
         """
         if self._broken_by is not None:
             raise self._broken_by
+        if self._has_token:
+            self._gate.give_back()
         for position in self._again:
             self._chunk.fail(position, Snooze(self._gate.closed_seconds))
         begun = next(self._positions, len(self._chunk))
@@ -97,10 +101,6 @@ class ChunkRun:
 
     # ---------------------------------------------------------------------------------------------------- at the gate
 
-    def _next(self) -> int | None:
-        """Return the position of the next item; None if all have begun."""
-        return self._again.popleft() if self._again else next(self._positions, None)
-
     def _seconds_to_wait(self) -> float | None:
         """Return 0 if the next item may begin, else how long to wait before asking again; None: none in this chunk.
 
@@ -108,57 +108,57 @@ class ChunkRun:
         """
         # While an item waits for the end of a throttle, the chunk waits with it.
         ends_at = self._ends_at + (MOST_WAITED_SECONDS if self._again else 0)
-        if self._must_end() or (self._begun and time.monotonic() >= ends_at):
+        if self._must_end() or (self._has_begun and time.monotonic() >= ends_at):
             return None
+        if self._has_token:
+            return 0.0
         if (seconds := self._gate.closed_seconds) > MOST_WAITED_SECONDS:
             self._ended_by = (len(self._chunk), Snooze(seconds))
             return None
         seconds = self._gate.take()
-        self._begun += not seconds
+        self._has_token = not seconds
         return min(seconds, _CHECK_SECONDS)
 
-    def _pass_gate(self) -> int | None:
-        """Wait until the next item may begin, and return its position; None if none begins in this chunk any more."""
-        with waiting_at(self._gate):
+    def wait_at_gate(self) -> None:
+        """Wait until the next item may begin, or none of this chunk any more."""
+        self._gate.waiting.append(None)
+        try:
             while seconds := self._seconds_to_wait():
                 time.sleep(seconds)
-        return self._after_gate(seconds)
+        finally:
+            self._gate.waiting.pop()
+
+    async def wait_at_gate_async(self) -> None:
+        """Async version of `wait_at_gate`."""
+        self._gate.waiting.append(None)
+        try:
+            while seconds := self._seconds_to_wait():
+                await asyncio.sleep(seconds)
+        finally:
+            self._gate.waiting.pop()
+
+    def _take_next(self) -> int | None:
+        """Return the position of the next item, which may begin; None if there is none, or none may."""
+        if not self._has_token:
+            return None
+        position = self._again.popleft() if self._again else next(self._positions, None)
+        if position is not None:
+            self._has_token, self._has_begun = False, True
+        return position
+
+    def _pass_gate(self) -> int | None:
+        """Wait until the next item may begin, and return its position; None if none begins in this chunk any more. One
+        thread of the chunk waits at the gate, the others wait for their turn."""
+        with self._turn:
+            self.wait_at_gate()
+            return self._take_next()
 
     async def _pass_gate_async(self) -> int | None:
-        """Async version of `_pass_gate`. One task of the chunk waits at the gate, the others wait for their turn."""
-        self._turn = self._turn or asyncio.Lock()
-        async with self._turn:
-            with waiting_at(self._gate):
-                while seconds := self._seconds_to_wait():
-                    await asyncio.sleep(seconds)
-            return self._after_gate(seconds)
-
-    def approach(self) -> None:
-        """Wait until the first item may begin: before a transaction is opened, which would be idle meanwhile."""
-        while not self._gate.is_open and (seconds := self._seconds_to_wait()) is not None:
-            if not seconds:
-                self._leave()
-                return
-            time.sleep(seconds)
-
-    async def approach_async(self) -> None:
-        """Async version of `approach`."""
-        while not self._gate.is_open and (seconds := self._seconds_to_wait()) is not None:
-            if not seconds:
-                self._leave()
-                return
-            await asyncio.sleep(seconds)
-
-    def _leave(self) -> None:
-        self._gate.give_back()
-        self._begun = 0
-
-    def _after_gate(self, seconds: float | None) -> int | None:
-        if seconds is None:
-            return None
-        if (position := self._next()) is None:
-            self._gate.give_back()
-        return position
+        """Async version of `_pass_gate`."""
+        self._turn_of_tasks = self._turn_of_tasks or asyncio.Lock()
+        async with self._turn_of_tasks:
+            await self.wait_at_gate_async()
+            return self._take_next()
 
     def _record(self, position: int, error: BaseException, conn: AnyConnection | None) -> None:
         """Record what an item raised: its own failure, or an error that concerns the whole chunk.
@@ -186,8 +186,10 @@ class ChunkRun:
         claimed.claim.runtime.throttle(claimed.queue, claimed.kind, claimed.row.key, error)
         if error.scope != "key" and error.seconds <= MOST_WAITED_SECONDS:
             self._again.append(position)
-        else:
-            self._chunk.fail(position, error)
+            return
+        self._chunk.fail(position, error)
+        if error.scope == "key":  # which has no gate: the batch itself waits
+            self._ended_by = self._ended_by or (len(self._chunk), Snooze(error.seconds))
 
     def _lost_at(self, position: int, error: BaseException) -> BaseException:
         """Return what breaks the chunk when its connection is lost: never the item's own error, which would be taken
@@ -226,7 +228,7 @@ class ChunkRun:
                 if self._is_over():
                     return
                 if not self._gate.is_open:
-                    self._begun = 1
+                    self._has_begun = True
                     break
             else:
                 if not self._again:
@@ -273,7 +275,7 @@ class ChunkRun:
                 if self._is_over():
                     return
                 if not self._gate.is_open:
-                    self._begun = 1
+                    self._has_begun = True
                     break
             else:
                 if not self._again:
@@ -308,7 +310,7 @@ def run_items(claimed: ClaimedBatch, batch: Batch, handler: ItemHandler) -> None
     for chunk in batch.chunks(handler.chunk_size):
         run = ChunkRun(handler, chunk, claimed, batch)
         if handler.transactional:
-            run.approach()
+            run.wait_at_gate()  # a transaction would be idle meanwhile
             with chunk.transaction() as conn:
                 run.process(conn)
                 run.close()
@@ -325,7 +327,7 @@ async def run_items_async(claimed: ClaimedBatch, batch: Batch, handler: ItemHand
     async for chunk in batch.chunks(handler.chunk_size):
         run = ChunkRun(handler, chunk, claimed, batch)
         if handler.transactional:
-            await run.approach_async()
+            await run.wait_at_gate_async()
             async with chunk.transaction() as conn:
                 await run.process_async(conn)
                 run.close()

@@ -28,7 +28,7 @@ from batchq.worker.turns import Turns
 
 HEARTBEAT_SECONDS = 5.0
 WAITING_SECONDS = 1.0
-_LIMITS_SECONDS = 1.0  # between two readings where there are no limits
+_LIMITS_SECONDS = 1.0  # between two reads while no limit is set
 _LEAST_LOST_SECONDS = 1.0
 
 _log = get_logger()
@@ -68,7 +68,7 @@ class Keeper(DutyLoop):
     def follow_limits(self) -> None:
         """While batches run, read limits and throttles; refresh the shares of limits that are in use. At each tick."""
         permits = self.context.permits
-        permits.write_throttles(self.link)
+        permits.throttles.write(self.link)
         age_seconds = time.monotonic() - permits.read_at
         is_busy = any(lane.in_flight for lane in self.context.lanes)
         if is_busy and age_seconds >= (self.tick_seconds if permits.permits else _LIMITS_SECONDS):

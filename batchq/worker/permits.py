@@ -4,22 +4,20 @@ The share of a limit is leased, like a batch (batchq.take_shares), and refreshed
 a claim and an item ask nobody: they take from the share.
 """
 
-import contextlib
 import dataclasses
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from batchq.app import DeclaredLimits, Handler
 from batchq.batch.claimed import ClaimedBatch
-from batchq.common.log import get_logger
 from batchq.errors import Throttled
 from batchq.postgres.link import Link
 from batchq.postgres.statements import shares
 from batchq.postgres.statements.shares import Limit, Report, Share, Steering
 from batchq.worker.gates import Gates
+from batchq.worker.throttles import Throttles
 from batchq.worker.token_bucket import TokenBucket, take_from_all
 
 # A share of running batches expires on the server after the lease and 2 s more. A claim gives a batch a whole lease, so
@@ -30,8 +28,6 @@ RATES_VALID_SECONDS = 5.0
 WANTED_SECONDS = 2.0  # after its last use, a share returns to the others
 AS_MUCH_AS_POSSIBLE = 1e9
 MOST_WANTED = 1_000_000
-
-_log = get_logger()
 
 
 class Permit:
@@ -242,15 +238,11 @@ class Permits:
         self._queues = list(queues)
         self._lease_seconds = lease_seconds
         self._gates = gates
-        self._unwritten: deque[tuple[str, str | None, str | None, float]] = deque()  # throttles, until when (monotonic)
+        self.throttles = Throttles(worker_id)
         self._in_flight = in_flight  # returns the batches that are claimed and have no outcome
         self._refreshed_at = float("-inf")
         self._turn = threading.Lock()  # of the threads that read and refresh
-
-    def of(self, queue: str, kind: str) -> tuple[Permit, ...]:
-        """Return the permits that a batch of this kind in this queue needs, that of the kind first."""
-        found = (self.permits.get((queue, kind)), self.permits.get((queue, None)))
-        return tuple(permit for permit in found if permit is not None)
+        self._state = threading.Lock()  # of what was read; never held while a statement runs
 
     def for_claims(self, queue: str, kind: str | None) -> Permit | None:
         """Return the permit of the queue, or of the kind in it, if it limits claims."""
@@ -267,18 +259,18 @@ class Permits:
     @property
     def is_steered(self) -> bool:
         """Whether anything steers the worker."""
-        return any(self.steering)
+        return bool(self.steering.pauses or self.steering.limits or self.throttles.in_force)
 
     @property
     def paused(self) -> frozenset[tuple[str | None, str | None]]:
         """The queues and kinds of which nothing is claimed: paused, throttled, or with a limit of 0. None: any."""
         closed = {name for name, permit in self.permits.items() if permit.is_closed}
-        return frozenset({*self.steering.pauses, *self.steering.throttles, *closed})
+        return frozenset({*self.steering.pauses, *self.throttles.in_force, *closed})
 
     def is_outdated(self, most_seconds: float) -> bool:
         """Return whether what steers the worker was read longer ago than that, or a throttle has ended since."""
         now = time.monotonic()
-        has_ended = any(until <= now for until in self.steering.throttles.values())
+        has_ended = any(until <= now for until in self.throttles.in_force.values())
         return has_ended or now - self.read_at >= most_seconds
 
     def read(self, link: Link) -> None:
@@ -288,19 +280,17 @@ class Permits:
             with link.reading() as conn:
                 steering = shares.steering(conn, self._queues)
             self.read_at = asked_at
-            if self._unwritten:  # what was read is older
-                return
-            throttles = {name: asked_at + seconds for name, seconds in steering.throttles.items()}
-            steering = steering._replace(throttles=throttles)
-            self._gates.set_throttles(throttles)
-            if steering.limits != self.steering.limits:
-                self._change_limits(steering.limits)
-            self.version += self._known(steering) != self._known(self.steering)
-            self.steering = steering
+            with self._state:
+                self._follow(steering, asked_at)
 
-    @staticmethod
-    def _known(steering: Steering) -> tuple[object, ...]:
-        return steering.pauses, frozenset(steering.throttles), steering.limits
+    def _follow(self, steering: Steering, asked_at: float) -> None:
+        before = self.steering.pauses, self.steering.limits, self.throttles.in_force.keys()
+        self.throttles.follow(steering.throttles, asked_at)
+        self._gates.set_throttles(self.throttles.in_force)
+        if steering.limits != self.steering.limits:
+            self._change_limits(steering.limits)
+        self.steering = steering
+        self.version += (steering.pauses, steering.limits, self.throttles.in_force.keys()) != before
 
     def _change_limits(self, limits: Sequence[Limit]) -> None:
         permits: dict[tuple[str, str | None], Permit] = {}
@@ -315,34 +305,12 @@ class Permits:
         self._gates.set_limits(permits)
         self._refreshed_at = float("-inf")
 
-    # ------------------------------------------------------------------------------------------------- throttles
-
     def throttle(self, queue: str, kind: str, key: str | None, error: Throttled) -> None:
         """Let what *error* names wait: in this process at once, elsewhere as soon as it is written."""
-        of_kind = None if error.scope == "queue" else kind
-        of_key = key if error.scope == "key" else None
-        if error.scope == "key" and key is None:
-            return
-        self._unwritten.append((queue, of_kind, of_key, time.monotonic() + error.seconds))
-        if of_key is None:
-            self._gates.close_for(queue, of_kind, error.seconds)
-            with self._turn:
-                until = time.monotonic() + error.seconds
-                throttles = {**self.steering.throttles, (queue, of_kind): until}
-                self.steering = self.steering._replace(throttles=throttles)
-                self.version += 1
-        _log.info("throttled", queue=queue, kind=of_kind, key=of_key, seconds=error.seconds)
-
-    def write_throttles(self, link: Link) -> None:
-        """Write the throttles of this process that others do not know yet."""
-        while self._unwritten:
-            queue, kind, key, until = throttle = self._unwritten[0]
-            seconds = until - time.monotonic()
-            if seconds > 0:
-                with link.transaction() as conn:
-                    shares.throttle(conn, queue, kind, key, seconds, self._worker_id)
-            with contextlib.suppress(ValueError):  # the other thread that writes was as fast
-                self._unwritten.remove(throttle)
+        with self._state:
+            self.throttles.add(queue, kind, key, error)
+            self._gates.set_throttles(self.throttles.in_force)
+            self.version += 1
 
     # --------------------------------------------------------------------------------------------------- shares
 

@@ -244,7 +244,7 @@ def test_of_two_limits_both_must_have_room(conn: Conn, workers: list[OneWorker])
     conn.execute("INSERT INTO batchq.limits (kind, max_running) VALUES ('k', 5), (NULL, 3)")
     one = workers[0]
     one.permits.read(one.link)
-    both = one.permits.of("default", "k")
+    both = [one.permits.permits["default", kind] for kind in ("k", None)]
     assert [permit.limit.max_running for permit in both] == [5, 3]
     unreserve(both, reserve(both, 9))
     for permit in both:

@@ -9,7 +9,11 @@ import pytest
 
 import batchq
 from batchq.errors import InvalidInput
+from batchq.postgres.link import Link
 from batchq.testing import running_worker
+from batchq.worker.gates import Gates
+from batchq.worker.permits import Permits
+from batchq.worker.throttles import Throttles
 from tests.support.alone import run_alone
 from tests.support.batches import STYLES, await_status, drain, failed_items, look, put, register, register_items, values
 from tests.support.steps import step
@@ -229,7 +233,8 @@ def test_what_is_done_is_committed_in_time_though_the_gate_closes(
     def body(item: int, batch: batchq.Batch) -> None:
         calls.append(item)
         if len(calls) == 3:
-            batch._claimed.claim.runtime.gate("default", "work").close_for(8)  # type: ignore[attr-defined]
+            gate = batch._claimed.claim.runtime.gate("default", "work")
+            gate.set_throttle(time.monotonic() + 8)  # type: ignore[attr-defined]
 
     register_items(app, style, "work", body)
     batch_id = put(conn, "work", items=list(range(10)))
@@ -249,7 +254,97 @@ def test_a_transactional_handler_waits_before_its_transaction(dsn: str, conn: ps
     assert calls == list(range(6))
 
 
-@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), 1e12, "soon", None])
+@both_styles
+def test_of_two_transactional_batches_none_waits_within_its_transaction(
+    dsn: str, conn: psycopg.Connection, style: str
+) -> None:
+    app = batchq.App()
+    idle: list[float] = []
+    longest = (
+        "SELECT coalesce(max(extract(epoch FROM now() - state_change)), 0)::float8 FROM pg_stat_activity "
+        "WHERE state = 'idle in transaction' AND datname = current_database()"
+    )
+    register_items(app, style, "work", lambda _, __: None, transactional=True)
+    conn.execute("INSERT INTO batchq.limits (kind, items_per_second, burst_seconds) VALUES ('work', 1, 0.1)")
+    for _ in range(3):
+        put(conn, "work", items=[1, 2])
+    with running_worker(app, dsn):
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            idle.append(values(conn, longest)[0])
+            time.sleep(0.05)
+    assert max(idle) < 1.5, "a chunk ends about a second after it began"
+
+
+@both_styles
+def test_an_item_that_snoozes_for_no_time_gives_its_slot_back(dsn: str, conn: psycopg.Connection, style: str) -> None:
+    app = batchq.App()
+    once: list[int] = []
+
+    def body(item: int, batch: batchq.Batch) -> None:
+        once.append(item)
+        raise batchq.Snooze(0)
+
+    register_items(app, style, "work", body)
+    register(app, style, "other", lambda _: None)
+    put(conn, "work", items=[1])
+    other = put(conn, "other")
+    with running_worker(app, dsn, concurrency=1, async_concurrency=1):
+        await_status(conn, other, "completed")
+        wait_until(lambda: len(once) > 3, 10, "it to run again and again")
+    row = conn.execute("SELECT attempt, items_failed FROM batchq.batches_live").fetchone()
+    assert row in ((0, 1), (1, 1))
+
+
+@both_styles
+def test_an_item_with_the_scope_of_a_key_lets_its_batch_wait(dsn: str, conn: psycopg.Connection, style: str) -> None:
+    app = batchq.App()
+    once = Once(batchq.Throttled(3600, scope="key"), 2)
+    register_items(app, style, "work", once)
+    batch_id = put(conn, "work", items=list(range(6)), key="k")
+    other = put(conn, "work", items=[7], key="other")
+    drain(app, dsn)
+    assert sorted(once.called()) == [0, 1, 2, 7]
+    assert (look(conn, batch_id).shown, look(conn, batch_id).attempt) == ("scheduled", 0)
+    assert look(conn, other).status == "completed"
+
+
+def test_without_a_key_the_scope_of_a_key_is_the_batch_alone(dsn: str, conn: psycopg.Connection) -> None:
+    app = batchq.App()
+    once = Once(batchq.Throttled(3600, scope="key"))
+    register(app, "def", "limited", lambda _: once())
+    put(conn, "limited")
+    put(conn, "limited", delay_seconds=0.01)
+    drain(app, dsn)
+    drain(app, dsn)
+    assert values(conn, "SELECT count(*) FROM batchq.throttles") == [0]
+    assert values(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'completed'") == [1]
+
+
+def test_a_handler_that_is_throttled_waits_for_no_statement(dsn: str, conn: psycopg.Connection) -> None:
+    """A handler of the event loop would block all others meanwhile."""
+    permits = Permits("w", ["default"], 30, Gates(), set)
+    with permits._turn:  # as while a read or a refresh is under way
+        permits.throttle("default", "work", None, batchq.Throttled(60))
+    assert permits.paused == {("default", "work")}
+
+
+def test_a_read_that_was_under_way_does_not_end_a_throttle(dsn: str, conn: psycopg.Connection) -> None:
+    throttles, link = Throttles("w"), Link(dsn, 10)
+    asked_at = time.monotonic()
+    throttles.add("default", "work", None, batchq.Throttled(60))
+    throttles.follow({}, asked_at)
+    assert throttles.in_force.keys() == {("default", "work")}
+    throttles.write(link)
+    throttles.follow({}, asked_at)
+    assert throttles.in_force.keys() == {("default", "work")}, "the read began before the write"
+    conn.execute("DELETE FROM batchq.throttles")
+    throttles.follow({}, time.monotonic())
+    assert throttles.in_force == {}
+    link.close()
+
+
+@pytest.mark.parametrize("seconds", [True, -1, float("nan"), float("inf"), 1e12, "soon", None])
 def test_throttled_takes_a_number_of_seconds(seconds: Any) -> None:
     with pytest.raises(InvalidInput, match="Throttled takes 0 to 2,592,000 seconds, not"):
         batchq.Throttled(seconds)

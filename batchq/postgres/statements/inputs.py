@@ -40,8 +40,8 @@ def items_page(conn: Conn, queue: str, batch_id: int, token: UUID, first: int, c
 
 
 def failed_page(conn: Conn, queue: str, batch_id: int, token: UUID, attempt: int, count: int) -> list[tuple[int, str]]:
-    """Return index and JSON text of up to *count* items that failed in an attempt before *attempt*, or that were
-    snoozed until now.
+    """Return index and JSON text of up to *count* items that failed in an attempt before *attempt*, or whose snooze had
+    ended when the batch was claimed: an item that snoozes again and again does not keep its batch running.
 
     Returns none if the claim is lost: the attempts of a batch that was cancelled and retried count from 0, so that the
     items just tried would be returned again.
@@ -50,17 +50,17 @@ def failed_page(conn: Conn, queue: str, batch_id: int, token: UUID, attempt: int
         conn,
         """
         SELECT item_index, item::text
-        FROM batchq.failed_items
+        FROM batchq.failed_items f
         WHERE queue = %(queue)s
           AND batch_id = %(id)s
           AND retryable
           AND attempt < %(attempt)s
-          AND (run_at IS NULL OR run_at <= now())
           AND EXISTS (SELECT 1
                       FROM batchq.batches_live b
                       WHERE b.queue = %(queue)s
                         AND b.id = %(id)s
-                        AND b.claim_token = %(token)s)
+                        AND b.claim_token = %(token)s
+                        AND (f.run_at IS NULL OR f.run_at <= b.claimed_at))
         ORDER BY item_index
         LIMIT %(count)s
         """,
@@ -69,8 +69,11 @@ def failed_page(conn: Conn, queue: str, batch_id: int, token: UUID, attempt: int
 
 
 class LeftItems(NamedTuple):
-    """The items of a batch that have not succeeded: how many may recover in another attempt, the first one's error, and
-    in how many seconds the first snoozed one runs again (None: there is none)."""
+    """The items of a batch that have run and have not succeeded.
+
+    retryable: how many may succeed in another attempt. snoozed_seconds: time until the first snoozed item runs again;
+    None if no item is snoozed.
+    """
 
     retryable: int
     first_error: str | None
@@ -78,7 +81,7 @@ class LeftItems(NamedTuple):
 
 
 def left_items(conn: Conn, queue: str, batch_id: int) -> LeftItems:
-    """Return which items of a batch have not succeeded, of those that have run."""
+    """Return what is left of the items of a batch that have run."""
     row = fetch_one(
         conn,
         """
