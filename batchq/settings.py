@@ -40,7 +40,7 @@ class Queue(str):
                 f"the name of a queue has 1 to {MAX_QUEUE_BYTES} bytes, not {len(name.encode())}: {text!r}"
             )
         if "*" in name:
-            raise ValueError(f"{text!r} looks like a mistake: name each queue, since there are no patterns")
+            raise ValueError(f"{text!r} looks like a mistake: patterns are not supported; name each queue")
         digits = number.strip()
         if colon and not (re.fullmatch("[0-9]{1,4}", digits) and 1 <= int(digits) <= MAX_CONCURRENCY):
             raise ValueError(f"{text!r} looks like a mistake: after the colon comes a number of slots, 1 to 1000")

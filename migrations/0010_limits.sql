@@ -219,9 +219,10 @@ COMMENT ON FUNCTION batchq.take_shares IS
 
 CREATE FUNCTION batchq.return_shares(worker_id text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$ BEGIN
-  DELETE FROM batchq.limit_shares s WHERE s.worker = worker_id;
+  DELETE FROM batchq.limit_shares s WHERE s.worker = worker_id OR s.refreshed_at < now() - interval '1 day';
 END $$;
-COMMENT ON FUNCTION batchq.return_shares IS 'Returns all shares of a worker that has stopped.';
+COMMENT ON FUNCTION batchq.return_shares IS
+  'Returns all shares of a worker that has stopped; deletes those that were not refreshed for a day.';
 
 CREATE FUNCTION batchq.declare_limits(of_queues text[], of_kinds text[], declared jsonb) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$ BEGIN

@@ -245,7 +245,7 @@ LIMIT 10
 SELECT 'warning',
   format('kind %%s in queue %%s: %%s ready batches are held back by %%s; the oldest has waited for %%s', kind, queue, held_back,
          held_back_by, date_trunc('second', oldest_wait)),
-  'batchq limit shows what is in use; raise the limit, or cancel batches that are no longer wanted'
+  'batchq limit shows what is in use; raise the limit, or cancel batches that are no longer needed'
 FROM batchq.queues
 WHERE held_back > 0
   AND oldest_wait > interval '1 hour'
@@ -274,7 +274,7 @@ FROM batchq.limits l
 JOIN batchq.declared_limits d ON d.queue = l.queue AND d.kind = l.kind
 CROSS JOIN LATERAL (VALUES
   ('max_running', l.max_running::float8, d.max_running::float8), ('per_second', l.per_second, d.per_second),
-  ('items_per_second', l.items_per_second, d.items_per_second), ('burst_seconds', l.burst_seconds, d.burst_seconds),
+  ('items_per_second', l.items_per_second, d.items_per_second), ('burst_seconds', CASE WHEN num_nonnulls(l.per_second, l.items_per_second) > 0 THEN l.burst_seconds END, d.burst_seconds),
   ('max_running_per_key', l.max_running_per_key, d.max_running_per_key)
 ) AS n(column_name, of_table, of_code)
 WHERE n.of_table <> n.of_code

@@ -75,9 +75,9 @@ class Change(NamedTuple):
 def change(
     conn: Conn, queue: str, kind: str | None, given: Mapping[str, Any], reason: str | None, actor: str | None
 ) -> Change:
-    """Change the numbers that are *given*, None to remove one; the row keeps the others. Without a number that limits
-    something, the row is deleted. Raises InvalidInput if there is no row and only a burst is given."""
-    before = limits.own_limit(conn, queue, kind, is_to_change=True)
+    """Change the numbers that are *given*, None to remove one; the row keeps the others. If nothing is limited any
+    more, the row is deleted. Raises InvalidInput if only a burst is given and there is no row."""
+    before = limits.own_limit(conn, queue, kind, for_update=True)
     if before is None and given.keys() == {"burst_seconds"}:
         raise InvalidInput(f"burst_seconds limits nothing without a rate; give one of {', '.join(LIMITING)}, too")
     return _write(conn, queue, kind, before, {**(before or {}), **given}, reason, actor)
@@ -87,7 +87,7 @@ def replace(
     conn: Conn, queue: str, kind: str | None, numbers: Mapping[str, Any], reason: str | None, actor: str | None
 ) -> Change:
     """Replace all numbers of the row; without one that limits something, the row is deleted."""
-    before = limits.own_limit(conn, queue, kind, is_to_change=True)
+    before = limits.own_limit(conn, queue, kind, for_update=True)
     return _write(conn, queue, kind, before, dict(numbers), reason, actor)
 
 

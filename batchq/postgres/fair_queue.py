@@ -24,19 +24,11 @@ class FairQueue:
         self.waiting: deque[Callback] = deque()
         self.in_use_since: dict[object, float] = {}  # by connection
         self.last_released_at = float("-inf")
+        self.on_advance: Callback = lambda: None
         self._size = size
-        self._listeners: list[Callback] = []
         self._max_hold_seconds = max_hold_seconds
         self._lock = threading.Lock()
         self._hold_seconds = SOON_SECONDS  # how long a place is held: a moving average
-
-    def call_on_advance(self, listener: Callback) -> None:
-        """Call *listener* whenever the line becomes shorter."""
-        self._listeners.append(listener)
-
-    def _advance(self) -> None:
-        for listener in self._listeners:
-            listener()
 
     def take(self, on_turn: Callback) -> bool:
         """Return whether a place was free; otherwise wait in line: *on_turn* is called once the caller has one."""
@@ -59,7 +51,7 @@ class FairQueue:
                 return
             on_turn = self.waiting.popleft()
         on_turn()
-        self._advance()
+        self.on_advance()
 
     def leave(self, on_turn: Callback) -> None:
         """Stop waiting. A place that arrived in the meantime passes to the next in line."""
@@ -67,7 +59,7 @@ class FairQueue:
             if is_waiting := on_turn in self.waiting:
                 self.waiting.remove(on_turn)
         if is_waiting:
-            self._advance()
+            self.on_advance()
         else:
             self.release()
 

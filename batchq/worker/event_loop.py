@@ -25,6 +25,7 @@ class EventLoop:
         self._thread = threading.Thread(target=self._run, name="batchq-event-loop", daemon=True)
         self._pinged_at: float | None = None  # since when the loop has not answered
         self._blocked_is_logged = False
+        self._is_asked_to_stop = False
 
     def start(self) -> None:
         """Start the loop, unless it runs, and wait until it runs."""
@@ -34,9 +35,10 @@ class EventLoop:
         self._ready.wait()
 
     def stop(self) -> None:
-        """Stop the loop, and wait up to a second for it; do nothing if it was never started."""
-        if not (self._thread.is_alive() and self._ready.wait(1)):
+        """Stop the loop and wait up to a second for it, the first time; do nothing if it was never started."""
+        if self._is_asked_to_stop or not (self._thread.is_alive() and self._ready.wait(1)):
             return
+        self._is_asked_to_stop = True
         self.loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join(1)
 

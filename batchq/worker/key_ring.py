@@ -101,8 +101,8 @@ class KeyRing:
         now = time.monotonic()
         return {key: (at.priority, at.run_at, at.id) for key, at in self._positions.items() if now < at.from_start_at}
 
-    def visited(self, visits: Sequence[Visited]) -> int:
-        """Record what a claim has visited; return how many batches it found. The last visit says where it ended."""
+    def visited(self, visits: Sequence[Visited]) -> None:
+        """Record what a claim has visited. The last visit says where it ended."""
         end = visits[-1]
         found = sum(len(visit.ids or ()) for visit in visits)
         for visit in visits[:-1]:
@@ -118,7 +118,6 @@ class KeyRing:
             if self._part_keys >= PART_KEYS:
                 self.parts.insert(self.number + 1, Part(self.after))
                 self._end_part()
-        return found
 
     def _move_position(self, visit: Visited) -> None:
         known = self._positions.get(visit.key or "")

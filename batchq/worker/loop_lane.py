@@ -28,7 +28,7 @@ class LoopLane(Lane):
         handlers: Mapping[str, Handler],
         concurrency: int,
         ended: Ended,
-        fair_queue: FairQueue,
+        fair_queue: FairQueue | None,
         event_loop: EventLoop,
         *,
         queues: Sequence[str] | None = None,
@@ -36,7 +36,7 @@ class LoopLane(Lane):
     ) -> None:
         super().__init__(handlers, concurrency, ended, fair_queue, queues=queues)
         self._run = run_async_traced if traced else run_async
-        self.fair_queue.call_on_advance(self._begin_next)
+        self.fair_queue.on_advance = self._begin_next
         self._held_up: deque[asyncio.Future[None]] = deque()  # of tasks whose batches have not begun
         self._tasks: dict[ClaimedBatch, asyncio.Task[None]] = {}
         self._event_loop = event_loop

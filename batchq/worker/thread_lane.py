@@ -47,7 +47,7 @@ class ThreadLane(Lane):
         self._run = run_traced if traced else run
         self.waiting: deque[ClaimedBatch] = deque()
         self._wake = threading.Event()  # wakes the slot that stands by
-        self.fair_queue.call_on_advance(self._wake_slot)
+        self.fair_queue.on_advance = self._wake_slot
         self._standby_lock = threading.Lock()  # held by the slot that stands by
         self.awake = 0  # slots that are not idle, counted under the lock
         self.slow: set[ClaimedBatch] = set()  # running batches that were seen to take long

@@ -162,26 +162,33 @@ class Worker:
 
 
 def _lanes(app: App, context: Context, ended: Ended) -> list[Lane]:
-    """Return a lane for each style of handlers and each queue that has slots of its own, and for all other queues."""
+    """Return a lane for each style of handlers and each queue that has slots of its own, and for all other queues.
+
+    A lane with slots of its own is not held up while handlers of other queues wait for connections.
+    """
     settings, connections, own = context.settings, context.connections, context.settings.queue_slots
     in_threads = {kind: handler for kind, handler in app.handlers.items() if not handler.is_async}
     in_loop = {kind: handler for kind, handler in app.handlers.items() if handler.is_async}
-    groups = [([queue], slots, slots) for queue, slots in own.items()]
-    if others := [queue for queue in settings.queues if queue not in own]:
-        groups.append((others, settings.concurrency, settings.async_concurrency))
+    shared = [queue for queue in settings.queues if queue not in own]
     traced = settings.traces
     lanes: list[Lane] = []
     if in_threads:
-        lanes += [
-            ThreadLane(in_threads, threads, ended, connections.fair_queue, queues=queues, traced=traced)
-            for queues, threads, _ in groups
-        ]
+        lanes += [ThreadLane(in_threads, slots, ended, queues=[queue], traced=traced) for queue, slots in own.items()]
+        if shared:
+            lanes.append(
+                ThreadLane(
+                    in_threads, settings.concurrency, ended, connections.fair_queue, queues=shared, traced=traced
+                )
+            )
     if in_loop:
         loop, fair_queue = EventLoop(connections), connections.async_fair_queue
         lanes += [
-            LoopLane(in_loop, tasks, ended, fair_queue, loop, queues=queues, traced=traced)
-            for queues, _, tasks in groups
+            LoopLane(in_loop, slots, ended, None, loop, queues=[queue], traced=traced) for queue, slots in own.items()
         ]
+        if shared:
+            lanes.append(
+                LoopLane(in_loop, settings.async_concurrency, ended, fair_queue, loop, queues=shared, traced=traced)
+            )
     return lanes
 
 

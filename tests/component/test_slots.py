@@ -120,6 +120,63 @@ def test_slow_batches_of_one_queue_do_not_hold_up_a_queue_with_slots_of_its_own(
     assert values(conn, "SELECT count(*) FROM batchq.batches WHERE attempt = 1") == [110]
 
 
+@pytest.mark.parametrize("style", ["def", "async def"])
+def test_handlers_that_wait_for_connections_hold_up_no_queue_with_slots_of_its_own(
+    dsn: str, conn: psycopg.Connection, style: str
+) -> None:
+    gate = threading.Event()
+    app = batchq.App()
+    mails: list[int] = []
+
+    def slow(batch: batchq.Batch) -> None:
+        with batch.transaction():
+            gate.wait(30)
+
+    async def slow_async(batch: batchq.Batch) -> None:
+        async with batch.transaction():
+            while not gate.is_set():
+                await asyncio.sleep(0.02)
+
+    async def mail_async(batch: batchq.Batch) -> None:
+        mails.append(batch.id)
+
+    app.handler("slow")(slow if style == "def" else slow_async)
+    app.handler("mail")((lambda batch: mails.append(batch.id)) if style == "def" else mail_async)
+    batchq.enqueue_many(conn, "slow", [{}] * 40, queue="bulk")
+    with running_worker(app, dsn, queues="mail:2,bulk", concurrency=12, async_concurrency=12, pool_size=2):
+        busy = "SELECT count(*) >= 4 FROM batchq.batches_live WHERE status = 'processing'"
+        wait_until(lambda: values(conn, busy) == [True], 10, "handlers that wait for a connection")
+        batchq.enqueue_many(conn, "mail", [{}] * 30, queue="mail")
+        wait_until(lambda: len(mails) == 30, 10, "all mails")
+        gate.set()
+
+
+def test_a_blocked_event_loop_delays_the_end_once_however_many_queues_have_slots(dsn: str) -> None:
+    gate = threading.Event()
+    app = batchq.App()
+
+    @app.handler("blocks")
+    async def blocks(batch: batchq.Batch) -> None:
+        gate.wait(30)
+
+    with (
+        psycopg.connect(dsn, autocommit=True) as conn,
+        running_worker(app, dsn, queues="a:1,b:2,c:2,d:2,e:2,f:2", shutdown_seconds=0) as worker,
+    ):
+        batchq.enqueue(conn, "blocks", queue="b")
+        wait_until(lambda: any(lane.in_flight for lane in worker.lanes), 10, "the handler")
+        began_at = time.monotonic()
+        worker.stop()
+        wait_until(lambda: _has_ended(worker), 20, "the end")
+        took = time.monotonic() - began_at
+        gate.set()
+    assert took < 4.5
+
+
+def _has_ended(worker: Worker) -> bool:
+    return all(link.conn is None for link in worker.context.links)
+
+
 @pytest.mark.parametrize(
     ("queues", "threads", "tasks"),
     [("bulk", [8], [100]), ("bulk,mail:2", [2, 8], [2, 100]), ("mail:2", [2], [2])],

@@ -1,9 +1,9 @@
 """Limits as people see and set them: what is in force and in use, throttles, and one row of batchq.limits."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, LiteralString
 
-from batchq.postgres.statements.running import Conn, fetch_all, fetch_json, fetch_value
+from batchq.postgres.statements.running import Conn, fetch_json, fetch_one_or_none, fetch_value
 from batchq.postgres.statements.verbs import call_verb
 
 
@@ -40,28 +40,20 @@ def throttle_rows(conn: Conn, queue: str | None = None, kind: str | None = None)
     )
 
 
-def own_limit(conn: Conn, queue: str, kind: str | None, is_to_change: bool = False) -> dict[str, Any] | None:
-    """Return the numbers in the row of batchq.limits; None if there is no row. *is_to_change*: lock it."""
+OWN_LIMIT: LiteralString = """
+SELECT l.max_running, l.per_second, l.items_per_second, l.burst_seconds, l.max_running_per_key
+FROM batchq.limits l
+WHERE l.queue = %(queue)s
+  AND l.kind IS NOT DISTINCT FROM %(kind)s::text
+"""
+
+
+def own_limit(conn: Conn, queue: str, kind: str | None, for_update: bool = False) -> dict[str, Any] | None:
+    """Return the numbers in the row of batchq.limits, by column; None if there is no row. *for_update*: lock it."""
     columns = "max_running", "per_second", "items_per_second", "burst_seconds", "max_running_per_key"
-    rows = fetch_all(
-        conn,
-        """
-        SELECT l.max_running, l.per_second, l.items_per_second, l.burst_seconds, l.max_running_per_key
-        FROM batchq.limits l
-        WHERE l.queue = %(queue)s
-          AND l.kind IS NOT DISTINCT FROM %(kind)s::text
-        FOR UPDATE
-        """
-        if is_to_change
-        else """
-        SELECT l.max_running, l.per_second, l.items_per_second, l.burst_seconds, l.max_running_per_key
-        FROM batchq.limits l
-        WHERE l.queue = %(queue)s
-          AND l.kind IS NOT DISTINCT FROM %(kind)s::text
-        """,
-        {"queue": queue, "kind": kind},
-    )
-    return dict(zip(columns, rows[0], strict=True)) if rows else None
+    statement = f"{OWN_LIMIT}FOR UPDATE" if for_update else OWN_LIMIT
+    row = fetch_one_or_none(conn, statement, {"queue": queue, "kind": kind})
+    return dict(zip(columns, row, strict=True)) if row else None
 
 
 def set_limit(
