@@ -147,12 +147,12 @@ COMMENT ON FUNCTION batchq.bulk IS
   'matched, not in changed; "keyed" counts the latter. With dry_run, nothing is changed.';
 
 -- From key to key by the indexes of keys. SECURITY DEFINER, since a reader of batchq.keys need not be allowed to read partitions.
-CREATE FUNCTION batchq.count_keys(most_keys integer DEFAULT 1000, most_per_key integer DEFAULT 100)
+CREATE FUNCTION batchq.count_keys(most_keys integer DEFAULT 1000, most_per_key integer DEFAULT 100, in_queue text DEFAULT NULL)
 RETURNS TABLE (queue text, key text, waiting bigint, scheduled bigint, running bigint, oldest_at timestamptz, is_estimate boolean)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 #variable_conflict use_column
-DECLARE found record; last_queue text := ''; last_key text := '';
+DECLARE found record; last_queue text := coalesce(in_queue, ''); last_key text := '';
 BEGIN
   FOR i IN 1 .. most_keys LOOP
     SELECT n.queue, n.key INTO found
@@ -164,7 +164,7 @@ BEGIN
            WHERE b.claimed_at IS NOT NULL AND b.key IS NOT NULL AND (b.queue, b.key) > (last_queue, last_key)
            ORDER BY b.queue, b.key LIMIT 1)) n
     ORDER BY n.queue, n.key COLLATE "C" LIMIT 1;
-    EXIT WHEN found.queue IS NULL;
+    EXIT WHEN found.queue IS NULL OR found.queue <> in_queue;
     last_queue := found.queue;
     queue := last_queue;
     last_key := found.key;
@@ -183,7 +183,7 @@ BEGIN
   END LOOP;
 END $$;
 COMMENT ON FUNCTION batchq.count_keys IS
-  'Counts the live batches of the first most_keys keys, up to most_per_key of each; is_estimate: there are more.';
+  'Counts the live batches of the first most_keys keys (of one queue, or of all), up to most_per_key of each; is_estimate: there are more.';
 
 CREATE VIEW batchq.keys AS
 SELECT queue, key, waiting, scheduled, running, CASE WHEN oldest_at <= now() THEN now() - oldest_at END AS oldest_wait, is_estimate

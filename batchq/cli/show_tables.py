@@ -12,6 +12,7 @@ from rich.text import Text
 from batchq.cli.rate import clock
 from batchq.common.terminal import block, line, styled
 from batchq.operate.limits import name_text, number_text, origin_text, use_text
+from batchq.postgres.statements.views import MOST_OF_A_KEY
 
 _Row = dict[str, Any]
 _STYLES = {
@@ -45,15 +46,16 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 def key_table(rows: Iterable[_Row]) -> Table:
     """Return keys and what waits and runs of them; a count with a plus sign is a lower bound."""
     cells = [
-        [row["queue"], row["key"], _at_least(row, "waiting"), _at_least(row, "scheduled"), row["running"],
-         short(row["oldest_wait"])]
+        [row["queue"], row["key"], _at_least(row["waiting"], is_more), _at_least(row["scheduled"], is_more),
+         _at_least(row["running"], row["running"] > MOST_OF_A_KEY), short(row["oldest_wait"])]
         for row in rows
+        for is_more in (row["waiting"] + row["scheduled"] > MOST_OF_A_KEY,)
     ]  # fmt: skip
     return table("Keys", _KEY_COLUMNS, cells)
 
 
-def _at_least(row: _Row, name: str) -> Any:
-    return f"{row[name]:,}+" if row["is_estimate"] and row[name] else row[name]
+def _at_least(count: int, is_more: bool) -> str:
+    return f"{count:,}+" if is_more and count else f"{count:,}"
 
 
 # ------------------------------------------------------------------------------------------------------------- cells

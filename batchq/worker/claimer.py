@@ -193,8 +193,9 @@ class Claimer:
         """Claim what is ready of one source; return how many. Batches with and without a key come first in turn."""
         if source.permits and not self._may_claim(source):
             return 0
-        if not self._has_keys(source):
-            return self._claim_keyless(source, 0)
+        if not source.ring.has_keys:
+            claimed = self._claim_keyless(source, 0)
+            return claimed + (self._claim_keyed(source, claimed) if source.ring.has_keys else 0)
         source.is_keyed_first = not source.is_keyed_first
         if source.is_keyed_first:
             claimed = self._claim_keyed(source, 0)
@@ -209,21 +210,12 @@ class Claimer:
         now = time.monotonic()
         if now - source.asked_at >= _ASK_AGAIN_SECONDS:
             source.asked_at = now
-            source.is_held_back = self._has_keys(source) or bool(self.probe(source))
+            source.is_held_back = source.ring.has_keys or bool(self.probe(source)) or source.ring.has_keys
             if source.is_held_back and not self.steer():
                 unreserve(source.permits, reserve(source.permits, self._room(source, 0)))  # notes what is wanted
                 self.permits.refresh(self.link, _ASK_AGAIN_SECONDS / 2)
         self._looks_again = self._looks_again or source.is_held_back
         return all(permit.has_room() for permit in source.permits)
-
-    def _has_keys(self, source: Source) -> bool:
-        """Return whether the queue has batches with a key; search for them now and then."""
-        ring = source.ring
-        if ring.is_look_due():
-            began_at = time.monotonic()
-            [(found,)] = self.link.probe(probes.has_keyed(source.queue))
-            ring.looked(found, source.cost(time.monotonic() - began_at))
-        return ring.has_keys
 
     # ------------------------------------------------------------------------------------- batches with a key, without
 
@@ -310,14 +302,22 @@ class Claimer:
             statement = probes.ready_priorities(source.queue, source.kinds, starts)
             return [priority for (priority,) in self.link.probe(statement)]
         [(priority, start)] = starts.items()  # the usual case of an idle worker
+        began_at, looks = time.monotonic(), source.ring.is_look_due()
         with self.link.reading() as conn:
-            return [priority] if probes.has_ready(conn, source.queue, priority, source.kinds, start) else []
+            is_ready, has_keys = probes.has_ready(conn, source.queue, priority, source.kinds, start, looks)
+        if looks:
+            source.ring.looked(has_keys, source.cost(time.monotonic() - began_at))
+        return [priority] if is_ready else []
 
     def _discover_priorities(self, source: Source) -> None:
         if not source.tracks:
             self._take_positions(source)
         began_at = time.monotonic()
-        if self.link.probe(probes.unknown_priority(source.queue, source.tracks)):
+        looks = source.ring.is_look_due() and len(source.tracks) != 1  # with one, each probe looks
+        [(is_unknown, has_keys)] = self.link.probe(probes.discovery(source.queue, source.tracks, looks))
+        if looks:
+            source.ring.looked(has_keys, source.cost(time.monotonic() - began_at))
+        if is_unknown:
             for (priority,) in self.link.probe(probes.priorities(source.queue)):
                 source.tracks.setdefault(priority, Track())
         source.discovered(time.monotonic() - began_at)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from pydantic import BaseModel, ValidationError
@@ -44,6 +44,13 @@ def validate(model: type[BaseModel], value: Any, what: str) -> BaseModel:
         raise InvalidInput(f"the {what} does not fit {model.__name__}: {'; '.join(problems)}") from None
 
 
+class _Turn(NamedTuple):
+    """To wait at the gate; the other threads or tasks of the chunk wait for it."""
+
+    of_threads: threading.Lock
+    of_tasks: asyncio.Lock
+
+
 class ChunkRun:
     """One chunk being processed by one item handler. *batch*: what the handler sees."""
 
@@ -60,8 +67,7 @@ class ChunkRun:
         self._again: deque[int] = deque()  # the positions of items that were throttled
         self._has_begun = False  # an item
         self._has_token = False  # for the next item, from the gate
-        self._turn = threading.Lock()  # to wait at the gate
-        self._turn_of_tasks: asyncio.Lock | None = None
+        self._turn = _Turn(threading.Lock(), asyncio.Lock())
         self._broken_by: BaseException | None = None  # nothing of the chunk may be committed
 
     def close(self) -> None:
@@ -149,14 +155,13 @@ class ChunkRun:
     def _pass_gate(self) -> int | None:
         """Wait until the next item may begin, and return its position; None if none begins in this chunk any more. One
         thread of the chunk waits at the gate, the others wait for their turn."""
-        with self._turn:
+        with self._turn.of_threads:
             self.wait_at_gate()
             return self._take_next()
 
     async def _pass_gate_async(self) -> int | None:
         """Async version of `_pass_gate`."""
-        self._turn_of_tasks = self._turn_of_tasks or asyncio.Lock()
-        async with self._turn_of_tasks:
+        async with self._turn.of_tasks:
             await self.wait_at_gate_async()
             return self._take_next()
 

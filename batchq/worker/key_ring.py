@@ -19,7 +19,6 @@ PAUSE_FACTOR = 20
 MOST_KEYS = 500  # that one claim visits
 PART_KEYS = 2000
 _MOST_POSITIONS = 100
-_LOOK_SECONDS = 0.25  # between two searches for keys where none are known
 
 
 class Visited(NamedTuple):
@@ -76,8 +75,8 @@ class KeyRing:
     def looked(self, found: bool, took_seconds: float) -> None:
         """Record whether there are keys. After an expensive search the next one comes later."""
         self.has_keys = found
-        pause_seconds = PAUSE_FACTOR * took_seconds if took_seconds >= CHEAP_SECONDS else 0.0
-        self._look_at = time.monotonic() + max(pause_seconds, _LOOK_SECONDS)
+        if took_seconds >= CHEAP_SECONDS:
+            self._look_at = time.monotonic() + PAUSE_FACTOR * took_seconds
 
     # ------------------------------------------------------------------------------------------------- the next claim
 

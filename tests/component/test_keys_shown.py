@@ -8,6 +8,7 @@ import pytest
 from tests.component.rows import Conn, insert, values
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
+from tests.support.steps import step
 
 CLAIM_ONE = """
 UPDATE batchq.batches SET status = 'processing', attempt = 1, claimed_by = 'w', claim_token = gen_random_uuid(),
@@ -40,6 +41,30 @@ def test_the_view_counts_what_waits_and_runs_of_each_key(conn: Conn) -> None:
 def test_counts_of_a_key_have_a_limit_and_say_so(conn: Conn) -> None:
     conn.execute("INSERT INTO batchq.batches (kind, key) SELECT 'k', 'hot' FROM generate_series(1, 5000)")
     assert conn.execute(KEYS).fetchall() == [("default", "hot", 101, 0, 0, True, True)]
+
+
+def test_one_queue_is_listed_whatever_others_hold(batchq: CommandLine, conn: Conn) -> None:
+    conn.execute("INSERT INTO batchq.batches (queue, kind, key) SELECT 'a', 'k', g FROM generate_series(1, 1001) g")
+    conn.execute("INSERT INTO batchq.batches (queue, kind, key) SELECT 'b', 'k', g % 2 FROM generate_series(1, 300) g")
+    conn.execute("INSERT INTO batchq.batches (queue, kind, key) VALUES ('c', 'k', 'last')")
+    assert [row["queue"] for row in json.loads(batchq("keys", "--json", "--limit", "2000").out)] == ["a"] * 1000
+    assert [row["key"] for row in json.loads(batchq("keys", "--json", "--queue", "b").out)] == ["0", "1"]
+    assert [row["key"] for row in json.loads(batchq("keys", "--json", "--queue", "c").out)] == ["last"]
+    assert batchq("keys", "--queue", "b").out.count("101+") == 2
+    assert "must be" in batchq("keys", "--limit", "-1").err
+
+
+def test_the_view_reads_little_beside_many_keys_and_a_hot_one(conn: Conn) -> None:
+    conn.execute(
+        "INSERT INTO batchq.batches (kind, key) SELECT 'k', 'hot' FROM generate_series(1, 20000)"
+        " UNION ALL SELECT 'k', 'small ' || g FROM generate_series(1, 5000) g"
+    )
+    conn.execute("VACUUM ANALYZE batchq.batches_live")
+    query = "SELECT * FROM batchq.count_keys(in_queue => 'default')"
+    plan = values(conn, f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}")[0][0]["Plan"]
+    pages = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+    step("1,000 keys: %s pages", pages)
+    assert pages < 1000 * 20
 
 
 def test_the_command_lists_the_longest_waiting_first(batchq: CommandLine, conn: Conn) -> None:

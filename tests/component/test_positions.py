@@ -313,7 +313,12 @@ def test_a_look_does_not_walk_over_what_was_claimed_while_a_snapshot_is_held(
     conn.execute("ANALYZE batchq.batches_live")
     last = max(row.position for row in claim(conn, 5000))
     statements: list[Statement] = []
-    monkeypatch.setattr(probes, "fetch_value", lambda _conn, _kind, *statement: statements.append(statement))
+
+    def keep(_conn: Conn, *statement: Any) -> tuple[bool, bool]:
+        statements.append(statement)
+        return False, False
+
+    monkeypatch.setattr(probes, "fetch_one", keep)
     for position in (START, last):
         probes.has_ready(conn, "default", 0, [KIND], position)
         statements.append(probes.ready_between("default", 0, [KIND], position, END))

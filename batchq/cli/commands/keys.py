@@ -4,7 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 from batchq.cli import show_tables
-from batchq.cli.arguments import add_command
+from batchq.cli.arguments import add_command, natural
 from batchq.cli.connections import database
 from batchq.common.terminal import put, put_json, show
 from batchq.postgres.statements import views
@@ -12,9 +12,13 @@ from batchq.postgres.statements import views
 
 def add_parser(subparsers: Any) -> None:
     """Add the command."""
-    parser = add_command(subparsers, "keys", _run, "show the keys that have live batches, the longest waiting first")
+    parser = add_command(subparsers, "keys", _run, "show keys that have live batches, the longest waiting first")
+    parser.description = (
+        "Show keys that have live batches, the longest waiting first: of the first 1,000 keys in the order of queue and "
+        "key, or in the order of key with --queue. Of each key, 100 batches that wait and 100 that run are counted."
+    )
     parser.add_argument("--queue", help="show only this queue")
-    parser.add_argument("--limit", type=int, default=20, metavar="N", help="maximum number of keys (default: 20)")
+    parser.add_argument("--limit", type=natural, default=20, metavar="N", help="maximum number of keys (default: 20)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -107,30 +107,11 @@ CLAIM_DISTRIBUTED: LiteralString = CLAIM.replace("\nUPDATE", ", b AS (\nUPDATE")
     f"RETURNING {', '.join(f'b.{name}' for name in ClaimedRow._fields)}\n)\nSELECT {_CLAIMED}\nFROM b",
 )  # pyright: ignore[reportAssignmentType] (constants)
 
-# The same for batches that batchq.ready_of_keys has found in the same transaction.
-CLAIM_KEYED: LiteralString = f"""
-WITH ready AS (
-  SELECT id
-  FROM batchq.batches_live
-  WHERE queue = %(queue)s
-    AND status = 'pending'
-    AND id = ANY (%(ids)s::bigint[])
-  FOR UPDATE SKIP LOCKED
-), b AS (
-  UPDATE batchq.batches_live b
-  SET status = 'processing',
-      attempt = b.attempt + 1,
-      claimed_by = %(worker)s,
-      claim_token = %(token)s,
-      claimed_at = now(),
-      lease_expires_at = now() + %(lease_seconds)s::float8 * interval '1 second'
-  WHERE b.queue = %(queue)s
-    AND b.id = ANY (ARRAY(SELECT id FROM ready))
-  RETURNING {", ".join(f"b.{name}" for name in ClaimedRow._fields)}
-)
-SELECT {_CLAIMED}
-FROM b
-"""  # noqa: S608 (constants)  # pyright: ignore[reportAssignmentType]
+# The same for batches that batchq.ready_of_keys has found in the same transaction: by their ids, not by a position.
+_BY_POSITION = CLAIM_DISTRIBUTED[
+    CLAIM_DISTRIBUTED.index("    AND key IS NULL") : CLAIM_DISTRIBUTED.index("  FOR UPDATE")
+]
+CLAIM_KEYED: LiteralString = CLAIM_DISTRIBUTED.replace(_BY_POSITION, "    AND id = ANY (%(ids)s::bigint[])\n")
 READY_OF_KEYS: LiteralString = """
 SELECT key, ids, last_priority, last_run_at, last_id, seconds
 FROM batchq.ready_of_keys(%(queue)s, %(kinds)s, %(per_kind)s::integer[], %(per_queue)s, %(after_key)s, %(until_key)s,

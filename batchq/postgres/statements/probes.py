@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import LiteralString
 
 from batchq.postgres.statements.claims import Position, bounds
-from batchq.postgres.statements.running import Conn, Statement, fetch_one, fetch_value
+from batchq.postgres.statements.running import Conn, Statement, fetch_one
 
 # EXISTS would give the same result. LATERAL with ORDER BY and LIMIT makes each probe use the claim index.
 READY: LiteralString = """
@@ -70,6 +70,15 @@ def unknown_priority(queue: str, known: Iterable[int]) -> Statement:
     }
 
 
+def discovery(queue: str, known: Iterable[int], with_keys: bool) -> Statement:
+    """Return the statement that returns whether any pending batch has a priority that is not *known* and, *with_keys*,
+    whether batches with a key are pending."""
+    unknown, parameters = unknown_priority(queue, known)
+    return f"SELECT ({unknown}) IS TRUE, %(with_keys)s AND batchq.has_keyed(%(queue)s)", parameters | {
+        "with_keys": with_keys
+    }
+
+
 _BEYOND_PRIORITIES = 40_000  # the column is a smallint
 PRIORITIES: LiteralString = """
 WITH RECURSIVE level AS (
@@ -131,19 +140,27 @@ def move_positions(conn: Conn, queues: Sequence[str], priorities: Sequence[int],
     )
 
 
-def has_ready(conn: Conn, queue: str, priority: int, kinds: Sequence[str], after: Position) -> bool:
-    """Return whether a batch of *kinds* is ready after a position. The cheap read of an idle worker."""
-    return fetch_value(
+def has_ready(
+    conn: Conn, queue: str, priority: int, kinds: Sequence[str], after: Position, with_keys: bool = False
+) -> tuple[bool, bool]:
+    """Return whether a batch of *kinds* is ready after a position and, *with_keys*, whether batches with a key are
+    pending. The cheap read of an idle worker."""
+    row = fetch_one(
         conn,
-        bool,
-        "SELECT batchq.has_ready(%(queue)s, %(priority)s::smallint, %(kinds)s, %(run_at)s, %(id)s)",
-        {"queue": queue, "priority": priority, "kinds": list(kinds), "run_at": after.run_at, "id": after.id},
+        """
+        SELECT batchq.has_ready(%(queue)s, %(priority)s::smallint, %(kinds)s, %(run_at)s, %(id)s),
+          %(with_keys)s AND batchq.has_keyed(%(queue)s)
+        """,
+        {
+            "queue": queue,
+            "priority": priority,
+            "kinds": list(kinds),
+            "run_at": after.run_at,
+            "id": after.id,
+            "with_keys": with_keys,
+        },
     )
-
-
-def has_keyed(queue: str) -> Statement:
-    """Return the statement that returns whether a queue has pending batches with a key."""
-    return "SELECT batchq.has_keyed(%(queue)s)", {"queue": queue}
+    return row[0], row[1]
 
 
 READY_BETWEEN: LiteralString = """

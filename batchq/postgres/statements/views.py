@@ -61,15 +61,21 @@ def status_rows(
     )
 
 
+MOST_OF_A_KEY = 100  # batches that batchq.count_keys counts: of those that wait, and of those that run
+
+
 def key_rows(conn: Conn, queue: str | None, limit: int) -> list[dict[str, Any]]:
-    """Return rows of batchq.keys, the longest waiting first, as JSON objects."""
+    """Return rows of batchq.keys, of the first 1,000 keys (of the queue, if given) the longest waiting, as JSON
+    objects."""
     return fetch_json(
         conn,
         """
         SELECT to_jsonb(k)
-        FROM (SELECT * FROM batchq.keys OFFSET 0) k
-        WHERE %(queue)s::text IS NULL
-           OR k.queue = %(queue)s
+        FROM (
+          SELECT queue, key, waiting, scheduled, running,
+            CASE WHEN oldest_at <= now() THEN now() - oldest_at END AS oldest_wait, is_estimate
+          FROM batchq.count_keys(in_queue => %(queue)s::text)
+        ) k
         ORDER BY k.oldest_wait DESC NULLS LAST, k.queue, k.key
         LIMIT %(limit)s
         """,
