@@ -14,8 +14,8 @@ def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(subparsers, "keys", _run, "show keys that have live batches, the longest waiting first")
     parser.description = (
-        "Show keys that have live batches, the longest waiting first: of the first 1,000 keys in the order of queue and "
-        "key, or of the first 1,000 of one queue. Of each key, 100 batches that wait and 100 that run are counted."
+        "Show keys that have live batches, the longest waiting first: of the first 1,000 keys by queue and name, or of "
+        "the first 1,000 of one queue. Of each key, at most 100 waiting and 100 running batches are counted."
     )
     parser.add_argument("--queue", help="show only this queue")
     parser.add_argument("--limit", type=natural, default=20, metavar="N", help="maximum number of keys (default: 20)")
