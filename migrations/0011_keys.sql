@@ -133,8 +133,9 @@ DECLARE
   is_limited    constant boolean := per_queue IS NOT NULL OR num_nonnulls(VARIADIC per_kind) > 0;
   any_throttled constant boolean := EXISTS (
     SELECT 1 FROM batchq.throttles t WHERE t.queue = in_queue AND t.key <> '' AND t.until > now());
-  leases_after  constant timestamptz := coalesce(
-    (SELECT p.at FROM batchq.positions p WHERE p.index = 'lease' AND p.queue = in_queue), '-infinity');
+  -- An hour before the position: a claim whose transaction or lease is shorter than others' commits behind it.
+  leases_after  constant timestamptz := coalesce((SELECT least(p.at, now()) - interval '1 hour' FROM batchq.positions p
+                                                  WHERE p.index = 'lease' AND p.queue = in_queue), '-infinity');
   first_at      constant timestamptz := clock_timestamp();
   known_keys    constant text[] := ARRAY(SELECT k FROM jsonb_object_keys(positions) k ORDER BY k COLLATE "C");
   -- The first text after all keys of a range: chr(1) is the least letter that a text may have.

@@ -122,14 +122,17 @@ class Lane:
 
     def mark_running(self, batch: ClaimedBatch) -> bool:
         """Mark a batch as running; return False if it was taken out of flight while it waited, or if it is released
-        because it is throttled, or too many per second would begin."""
+        because its lease has expired, it is throttled, or too many per second would begin."""
         with self.lock:
             if batch not in self.in_flight:
                 return False
-            if not (self.throttled and self._is_throttled(batch)) and (
-                not batch.claim.permits or permits.begin(batch.claim.permits)
+            now = time.monotonic()
+            if (
+                now - batch.leased_at < batch.claim.runtime.lease_seconds  # else another worker may run it already
+                and not (self.throttled and self._is_throttled(batch))
+                and (not batch.claim.permits or permits.begin(batch.claim.permits))
             ):
-                batch.begun_at = time.monotonic()
+                batch.begun_at = now
                 return True
         self.end(batch, RELEASED)
         return False

@@ -354,6 +354,17 @@ def test_a_claim_counts_with_a_snapshot_that_is_newer_than_its_lock(admin_dsn: s
     assert found == []
 
 
+@pytest.mark.parametrize("position", ["now() + interval '30 seconds'", "now() + interval '1 day'"])
+def test_a_claim_that_committed_behind_the_position_of_leases_counts(conn: Conn, position: str) -> None:
+    """Its transaction began long before its COMMIT, or its worker has a shorter lease than the others."""
+    first, _ = put(conn, "work", key="k"), put(conn, "work", key="k")
+    assert take(conn, find(conn)) == [first]
+    conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() - interval '1 minute' WHERE id = %s", [first])
+    move = f"INSERT INTO batchq.positions (index, queue, at) VALUES ('lease', 'default', {position})"
+    conn.execute(move.encode())
+    assert find(conn) == [], "the first runs"
+
+
 # --------------------------------------------------------------------------------------------------- beside the dead
 
 

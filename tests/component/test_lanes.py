@@ -231,6 +231,15 @@ def test_what_waits_is_given_back_and_what_came_meanwhile_is_kept(work: Work) ->
     assert not {batch.id for batch in old[SLOTS:]} & {batch_id for batch_id, _, _ in work.did}
 
 
+def test_what_waited_until_its_lease_expired_does_not_begin(work: Work) -> None:
+    claim = Claim("default", uuid4(), Runtime(None, 60, threading.Event()), time.monotonic() - 61)  # type: ignore[arg-type]
+    row = ClaimedRow(next(numbers), "work", 1, 5, "0", None, None, 0, 0, 0, None, 0.0)
+    work.lane.take([ClaimedBatch(row, claim)])
+    work.wait()
+    assert work.did == []
+    assert list(work.outcomes.values()) == [RELEASED]
+
+
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "at work"])
 def test_a_stop_ends_every_slot(work: Work, busy: bool) -> None:
     if busy:

@@ -37,18 +37,27 @@ LEFT JOIN spans s ON s.ended_at > t.at AND s.began_at < t.at + interval '1 s'
 GROUP BY second ORDER BY second
 """
 # Of each key: a batch began while another had not ended, or one ended out of its order.
-OUT_OF_ORDER = """
+PAIRS = """
 WITH events AS (
-  SELECT key, batch_id, began_at AS at, 'b' AS what FROM spans
-  UNION ALL SELECT key, batch_id, ended_at, 'e' FROM spans WHERE ended_at IS NOT NULL
+  SELECT key, batch_id, attempt, pid, began_at AS at, 'b' AS what FROM spans
+  UNION ALL SELECT key, batch_id, attempt, pid, ended_at, 'e' FROM spans WHERE ended_at IS NOT NULL
 ), pairs AS (
   SELECT *, lag(batch_id) OVER w AS last_id, lag(what) OVER w AS last FROM events
   WINDOW w AS (PARTITION BY key ORDER BY at, what DESC)
+), wrong AS (
+  SELECT * FROM pairs
+  WHERE CASE WHEN what = 'e' THEN last_id <> batch_id OR last <> 'b'
+             WHEN last = 'b' THEN last_id <> batch_id
+             ELSE batch_id <= last_id END
 )
-SELECT count(*) FILTER (WHERE what = 'b' AND last = 'b' AND last_id <> batch_id)
-  + count(*) FILTER (WHERE what = 'b' AND last = 'e' AND batch_id <= last_id)
-  + count(*) FILTER (WHERE what = 'e' AND (last_id <> batch_id OR last <> 'b'))
-FROM pairs
+"""
+OUT_OF_ORDER = f"{PAIRS} SELECT count(*) FROM wrong"
+NEAR_FAULTS = f"""{PAIRS}
+SELECT p.key, p.batch_id, p.attempt, p.pid, p.what, p.at::time::text, p.key = w.key AND p.at = w.at AS is_wrong
+FROM (SELECT * FROM wrong ORDER BY at LIMIT 3) w
+JOIN pairs p ON p.key = w.key AND p.at BETWEEN w.at - interval '6 s' AND w.at + interval '1 s'
+  AND p.batch_id BETWEEN w.batch_id - 150 AND w.batch_id + 150
+ORDER BY p.key, p.at
 """
 ENDED_TWICE = "SELECT count(*) - count(DISTINCT batch_id) FROM spans WHERE ended_at IS NOT NULL"
 LAST_FIRST_CLAIM = """
@@ -224,10 +233,12 @@ def ordered(place: Place, *, batches: int, workers: int, kill_every_seconds: flo
             for process in fleet:
                 process.stop()
         faults = value(conn, OUT_OF_ORDER)
+        near = conn.execute(NEAR_FAULTS.encode()).fetchall() if faults else []
         done = value(conn, "SELECT count(DISTINCT batch_id) FROM spans WHERE ended_at IS NOT NULL")
         ends = value(conn, "SELECT count(*) FROM spans WHERE ended_at IS NOT NULL")
         first = value(conn, "SELECT min(id) FROM batchq.batches")
     seen.figures = {"batches": done, "kills": kills, "per second": round(batches / took), "first id": first}
+    seen.figures |= {"near the faults": near} if near else {}
     seen.must(faults == 0, f"{faults} faults of order")
     seen.must(done == ends == batches, f"{done} done, {ends} ends, of {batches}")
     return seen
