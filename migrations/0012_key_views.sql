@@ -10,8 +10,8 @@ DECLARE
   of_key     text := filter ->> 'key';
   before     timestamptz := now() - (filter ->> 'older_than_seconds')::float8 * interval '1 second';
   error_like text := filter ->> 'error_like';
-  statuses   text[] := CASE from_status WHEN 'live' THEN '{pending,processing}' ELSE ARRAY[from_status] END;
-  is_live    boolean := from_status IN ('live', 'pending', 'processing');
+  statuses   text[] := CASE from_status WHEN 'live' THEN '{pending,processing,waiting}' ELSE ARRAY[from_status] END;
+  is_live    boolean := from_status IN ('live', 'pending', 'processing', 'waiting');
 BEGIN
   IF position('%' IN error_like) = 0 THEN
     error_like := '%' || error_like || '%';
@@ -70,7 +70,7 @@ DECLARE
   is_change   boolean := verb IN ('snooze', 'set_priority', 'move');
   is_retry    boolean := verb IN ('retry', 'retry_items');
   whole       boolean := coalesce((change ->> 'whole')::boolean, false);
-  statuses    text[] := CASE WHEN verb = 'cancel' THEN '{live,pending,processing}' WHEN is_change THEN '{pending}'
+  statuses    text[] := CASE WHEN verb = 'cancel' THEN '{live,pending,processing,waiting}' WHEN is_change THEN '{pending}'
                              WHEN is_retry THEN '{failed,cancelled,completed}' END;
   from_status text := coalesce(filter ->> 'status', statuses[1]);
   began_at    timestamptz := coalesce((filter ->> 'before')::timestamptz, (place ->> 2)::timestamptz, now());
@@ -119,7 +119,7 @@ BEGIN
     ELSIF is_retry THEN
       done := batchq.revive(part.queue, part.ids, from_status, whole, found.first_at, found.last_at);
     ELSE
-      SELECT batchq.cancel_live(part.queue, part.ids, CASE from_status WHEN 'live' THEN '{pending,processing}'
+      SELECT batchq.cancel_live(part.queue, part.ids, CASE from_status WHEN 'live' THEN '{pending,processing,waiting}'
                                 ELSE ARRAY[from_status] END, coalesce(reason, 'in bulk')) AS changed, 0 AS keyed INTO done;
     END IF;
     changed := changed + done.changed;
