@@ -8,8 +8,8 @@ from batchq.common import program as _program  # noqa: F401
 
 # isort: split
 from batchq.app import App
-from batchq.batch import Batch, Chunk
-from batchq.enqueue import enqueue, enqueue_async, enqueue_many
+from batchq.batch import Batch, Chunk, Needed
+from batchq.enqueue import enqueue, enqueue_async, enqueue_each, enqueue_many
 from batchq.errors import (
     BatchqError,
     Cancel,
@@ -36,6 +36,7 @@ __all__ = [
     "ConfigError",
     "InvalidInput",
     "LeaseLost",
+    "Needed",
     "OutcomeUnknown",
     "Settings",
     "Snooze",
@@ -45,5 +46,6 @@ __all__ = [
     "Worker",
     "enqueue",
     "enqueue_async",
+    "enqueue_each",
     "enqueue_many",
 ]

@@ -5,9 +5,10 @@ With row security, which COPY does not support, `enqueue_many` inserts a hundred
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from datetime import datetime
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import psycopg
 from psycopg.rows import tuple_row
@@ -16,6 +17,7 @@ from batchq.common import traces
 from batchq.common.text import json_text
 from batchq.errors import InvalidInput
 from batchq.postgres.statements import inserts
+from batchq.postgres.statements.running import array_text
 
 DEFAULTS: dict[str, Any] = {
     "items": None,
@@ -28,7 +30,13 @@ DEFAULTS: dict[str, Any] = {
     "max_attempts": 5,
     "max_failed_items": 0,
     "timeout_seconds": None,
+    "after": None,
+    "on_failure": None,
+    "spread": None,
 }
+ON_FAILURE = ("wait", "run", "cancel")
+MOST_AFTER = 100_000
+OnFailure = Literal["wait", "run", "cancel"]
 _INFINITY = float("inf")
 
 # Payload and items of each batch, as JSON, and its key if each has its own.
@@ -50,12 +58,17 @@ def enqueue(
     max_attempts: int = 5,
     max_failed_items: int = 0,
     timeout_seconds: int | None = None,
+    after: Iterable[int] | None = None,
+    on_failure: OnFailure | None = None,
+    spread: int | None = None,
 ) -> int | None:
-    """Insert a batch of *kind*; return its id, None if one with the same *unique_key* is pending or processing.
+    """Insert a batch of *kind*; return its id, None if one with the same *unique_key* is live.
 
     *payload* (default {}) and *items* are JSON; pydantic models in them are dumped. The other arguments are columns of
-    batchq.batches; *delay_seconds* counts from the database's now(), *run_at* must have a time zone. Raises
-    InvalidInput for what is not JSON, psycopg.errors.CheckViolation, with the check's name, for what the table refuses.
+    batchq.batches; *delay_seconds* counts from the database's now(), *run_at* must have a time zone. With *after*, ids
+    of committed batches or of batches of this transaction, it waits until all of them have ended; *on_failure* says
+    what happens if one fails or is cancelled (default: "wait"). Raises InvalidInput for what is not JSON,
+    psycopg.errors.CheckViolation, with the check's name, for what the table refuses.
     """
     parameters = _insert_parameters(
         kind=kind,
@@ -70,6 +83,9 @@ def enqueue(
         max_attempts=max_attempts,
         max_failed_items=max_failed_items,
         timeout_seconds=timeout_seconds,
+        after=after,
+        on_failure=on_failure,
+        spread=spread,
     )
     with traces.sending(kind, queue) as trace_context:
         statement = inserts.insert_batch(parameters, trace_context)
@@ -131,6 +147,25 @@ def enqueue_many(
             return _insert_all(conn, inserts.insert_batches, given, more, names, texts)
 
 
+def enqueue_each(conn: psycopg.Connection[Any], kind: str, payloads: Iterable[Any], **options: Any) -> list[int]:
+    """Insert a batch of *kind* for each of *payloads*, in one transaction; return their ids, in the same order.
+
+    For batches that others wait for: pass the ids as *after*. By INSERT, a hundred at a time: where ids are not needed,
+    `enqueue_many` is faster. *options*: those of `enqueue`, except unique_key. Raises as `enqueue` does.
+    """
+    if "unique_key" in options:
+        raise InvalidInput("enqueue_each has no unique_key; call enqueue for each")
+    given = _check_options(kind=kind, **(DEFAULTS | _known(options)))
+    texts = _payload_rows(payloads)
+    # No savepoint within the caller's transaction: batches that wait for these find them by the transaction's own id.
+    is_open = conn.info.transaction_status != psycopg.pq.TransactionStatus.IDLE
+    with traces.sending(kind, given["queue"]) as trace_context, nullcontext() if is_open else conn.transaction():
+        columns, same = _columns_and_values(conn, given)
+        more = {} if trace_context is None else {"trace_context": trace_context}
+        names = [*columns, *more, "payload", "items"]
+        return inserts.insert_returning(conn, names, [*same, *more.values()], texts)
+
+
 def _insert_all(
     conn: psycopg.Connection[Any],
     insert: Callable[[psycopg.Connection[Any], list[str], list[Any], _Texts], int],
@@ -188,10 +223,31 @@ def _check_options(**options: Any) -> dict[str, Any]:
         value = options[name]
         if not isinstance(value, int | None) or isinstance(value, bool):
             raise InvalidInput(f"{name} must be a whole number, not {value!r}")
+    _check_flow(options)
     delay_seconds = options["delay_seconds"]
     if not isinstance(delay_seconds, int | float) or not -_INFINITY < delay_seconds < _INFINITY:
         raise InvalidInput(f"delay_seconds must be a number, not {delay_seconds!r}")
     return options
+
+
+def _check_flow(options: dict[str, Any]) -> None:
+    """Check after, on_failure and spread; make a list of after. Raises InvalidInput."""
+    if options["on_failure"] not in (None, *ON_FAILURE):
+        raise InvalidInput(f"on_failure must be one of {', '.join(ON_FAILURE)}, not {options['on_failure']!r}")
+    if (spread := options["spread"]) is not None and (not isinstance(spread, int) or isinstance(spread, bool)):
+        raise InvalidInput(f"spread must be a whole number, not {spread!r}")
+    if options["after"] is None:
+        return
+    _check_list("after", options["after"])
+    options["after"] = ids = list(options["after"])
+    for one in ids:
+        if not isinstance(one, int) or isinstance(one, bool):
+            raise InvalidInput(f"after must be ids of batches, as enqueue returns them, not {one!r}")
+    if len(ids) > MOST_AFTER:
+        raise InvalidInput(
+            f"after must have at most {MOST_AFTER:,} ids, not {len(ids):,}; let a batch for each part of them wait, "
+            "and one for all of these"
+        )
 
 
 def _check_name(name: str, value: object) -> None:
@@ -235,4 +291,6 @@ def _columns_and_values(conn: psycopg.Connection[Any], options: dict[str, Any]) 
     given = {name: value for name, value in options.items() if name not in DEFAULTS or value != DEFAULTS[name]}
     if delay_seconds := given.pop("delay_seconds", None):
         given["run_at"] = inserts.now_plus(conn, delay_seconds)
+    if given.get("after") is not None:
+        given["after"] = array_text(given["after"])
     return list(given), list(given.values())

@@ -8,7 +8,7 @@ ALTER TABLE batchq.batches
   ADD COLUMN is_needed boolean,
   ADD CONSTRAINT batches_on_failure_is_known CHECK (on_failure IN ('wait', 'run', 'cancel')),
   ADD CONSTRAINT batches_spread_fits CHECK (spread BETWEEN 1 AND 1000),
-  ADD CONSTRAINT batches_waiting_is_counted CHECK (status <> 'waiting' OR needs_left > 0);
+  ADD CONSTRAINT batches_waiting_is_counted CHECK (status <> 'waiting' OR coalesce(needs_left, 0) > 0);
 COMMENT ON COLUMN batchq.batches.after IS
   'Optional ids of batches that must end first, at most 100,000; they must exist. Until then the batch is waiting.';
 COMMENT ON COLUMN batchq.batches.on_failure IS
@@ -440,10 +440,10 @@ SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 #variable_conflict use_column
 BEGIN
   RETURN QUERY
-  WITH some AS MATERIALIZED (
+  WITH first AS MATERIALIZED (
     SELECT b.queue, b.kind FROM batchq.batches_live b WHERE b.status = 'waiting' ORDER BY b.queue, b.id LIMIT most + 1
   )
-  SELECT s.queue, s.kind, count(*), (SELECT count(*) FROM some) > most FROM some s GROUP BY s.queue, s.kind;
+  SELECT s.queue, s.kind, count(*), (SELECT count(*) FROM first) > most FROM first s GROUP BY s.queue, s.kind;
 END $$;
 COMMENT ON FUNCTION batchq.count_waiting IS
   'Counts the waiting batches of each queue and kind, "most" in all; is_estimate: there are more.';

@@ -1,13 +1,15 @@
 """The batch as its handler sees it: input, progress, checkpoints and transactions."""
 
+import asyncio
 from typing import Any
 
 from batchq.batch.chunks import Chunk, Chunks
 from batchq.batch.claimed import UNCHANGED, ClaimedBatch, from_json, refuse_in_event_loop
 from batchq.batch.transactions import BatchTransaction
 from batchq.errors import InvalidInput
+from batchq.postgres.statements.flows import Needed
 
-__all__ = ["Batch", "Chunk"]
+__all__ = ["Batch", "Chunk", "Needed"]
 
 
 class Batch:
@@ -64,6 +66,16 @@ class Batch:
             refuse_in_event_loop("batch.items", "`async for chunk in batch.chunks(n)`")
             self._items = from_json(self._claimed.read_items(0, self.items_total or 0), "items")
         return self._items  # type: ignore[no-any-return]
+
+    @property
+    def needed(self) -> list[Needed]:
+        """The batches that this one waited for, by id: id, kind, status and result of each. Read once, when used."""
+        refuse_in_event_loop("batch.needed", "`await batch.needed_async()`")
+        return self._claimed.read_needed()
+
+    async def needed_async(self) -> list[Needed]:
+        """Async version of `needed`."""
+        return await asyncio.to_thread(self._claimed.read_needed)
 
     # ---------------------------------------------------------------------------------------------- its progress
 

@@ -14,9 +14,10 @@ import psycopg
 from batchq.common.text import one_line
 from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested, Throttled
 from batchq.postgres.handler_connections import HandlerConnections
-from batchq.postgres.statements import checkpoints, claims, inputs
+from batchq.postgres.statements import checkpoints, claims, flows, inputs
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.claims import ClaimedRow
+from batchq.postgres.statements.flows import Needed
 from batchq.postgres.statements.running import Statement
 from batchq.retry import Conflicts
 
@@ -198,6 +199,11 @@ class ClaimedBatch:
         if text is None:
             raise self.lose()
         return text
+
+    def read_needed(self) -> list[Needed]:
+        """Return the batches that it waited for."""
+        rows = self.read(flows.needed, self.id)
+        return [Needed(number, kind, status, from_json(result, "result")) for number, kind, status, result in rows]
 
     def read(self, query: Callable[..., Result], *args: Any) -> Result:
         """Return what *query* returns, on the connection of the open transaction if there is one.

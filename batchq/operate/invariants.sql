@@ -3,11 +3,22 @@
 --
 -- Constraints and the fence enforce most of them. A violation shows that one of those was missing, or bypassed.
 
--- name: live_is_pending_or_processing
+-- name: live_is_not_final
 -- coalesce, here and in the next: otherwise the planner trusts the partitioning, and reads nothing.
 SELECT id, 'status is ' || status
 FROM batchq.batches_live
-WHERE coalesce(status, '') NOT IN ('pending', 'processing')
+WHERE coalesce(status, '') NOT IN ('pending', 'processing', 'waiting')
+
+-- name: waiting_counts_what_it_needs
+SELECT b.id, format('waits for %s, and %s rows of batchq.needs say so', b.needs_left, n.count)
+FROM batchq.batches_live b
+CROSS JOIN LATERAL (
+  SELECT count(*)
+  FROM batchq.needs n
+  WHERE n.batch_id = b.id
+    AND (n.ended_as IS NULL OR n.on_failure = 'wait' AND n.ended_as <> 'completed')) n
+WHERE b.status = 'waiting'
+  AND n.count <> b.needs_left
 
 -- name: finished_is_final
 SELECT id, 'status is ' || status

@@ -103,6 +103,7 @@ class Claimer:
         return min(max(self.context.turns.wait_seconds(), expensive_seconds), MOST_IDLE_SECONDS)
 
     def _forget_positions(self) -> None:
+        self.context.flows.read_from_start()
         for source in self.sources:
             source.forget()
         self._from_start = True
@@ -302,21 +303,38 @@ class Claimer:
             statement = probes.ready_priorities(source.queue, source.kinds, starts)
             return [priority for (priority,) in self.link.probe(statement)]
         [(priority, start)] = starts.items()  # the usual case of an idle worker
-        began_at, looks = time.monotonic(), source.ring.is_look_due()
+        began_at, looks, after = time.monotonic(), source.ring.is_look_due(), self.context.flows.start()
         with self.link.reading() as conn:
-            is_ready, has_keys = probes.has_ready(conn, source.queue, priority, source.kinds, start, looks)
+            is_ready, has_keys, has_events = probes.has_ready(
+                conn, source.queue, priority, source.kinds, start, looks, after
+            )
+        took_seconds = time.monotonic() - began_at
         if looks:
-            source.ring.looked(has_keys, source.cost(time.monotonic() - began_at))
+            source.ring.looked(has_keys, source.cost(took_seconds))
+        self._follow_flows(has_events, after, source.cost(took_seconds))
         return [priority] if is_ready else []
+
+    def _follow_flows(self, has_events: bool, after: int, took_seconds: float) -> None:
+        """Let go on what waited for others, if anything has ended since."""
+        if not has_events:
+            self.context.flows.looked(after, took_seconds)
+        elif self.context.flows.follow(self.link):
+            self._looks_again = True
+            self.lifecycle.wake.set()  # for another round
 
     def _discover_priorities(self, source: Source) -> None:
         if not source.tracks:
             self._take_positions(source)
         began_at = time.monotonic()
         looks = source.ring.is_look_due() and len(source.tracks) != 1  # with one, each probe looks
-        [(is_unknown, has_keys)] = self.link.probe(probes.discovery(source.queue, source.tracks, looks))
+        after = self.context.flows.start()
+        [(is_unknown, has_keys, has_events)] = self.link.probe(
+            probes.discovery(source.queue, source.tracks, looks, after)
+        )
+        took_seconds = source.cost(time.monotonic() - began_at)
         if looks:
-            source.ring.looked(has_keys, source.cost(time.monotonic() - began_at))
+            source.ring.looked(has_keys, took_seconds)
+        self._follow_flows(has_events, after, took_seconds)
         if is_unknown:
             for (priority,) in self.link.probe(probes.priorities(source.queue)):
                 source.tracks.setdefault(priority, Track())

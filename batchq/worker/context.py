@@ -11,6 +11,7 @@ from batchq.postgres.handler_connections import HandlerConnections
 from batchq.postgres.link import Link
 from batchq.postgres.statements.workers import Turn
 from batchq.settings import Settings
+from batchq.worker.flows import Flows
 from batchq.worker.gates import Gates
 from batchq.worker.lanes import Lane
 from batchq.worker.lifecycle import Lifecycle
@@ -44,6 +45,7 @@ class Context:
             gate=gates.of,
             throttle=self._throttle,
         )
+        self.flows = Flows()
         self.lanes: Sequence[Lane] = ()
         self.links: list[Link] = []
         self.turns = Turns(Turn(1, 0, 0.0), 0.0)

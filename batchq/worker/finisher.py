@@ -60,11 +60,19 @@ class Ended(NamedTuple):
 
 
 class Finisher:
-    """Writes outcomes. *on_written* is called after each group."""
+    """Writes outcomes. *on_written* is called after each group, *on_needed* after one with batches that others wait
+    for, with the connection."""
 
-    def __init__(self, link: Link, on_written: Callable[[], None], keep_completed: bool = True) -> None:
+    def __init__(
+        self,
+        link: Link,
+        on_written: Callable[[], None],
+        keep_completed: bool = True,
+        on_needed: Callable[[Link], object] = lambda _: None,
+    ) -> None:
         self.link = link
         self.on_written = on_written
+        self.on_needed = on_needed
         self.keep_completed = keep_completed
         self.todo: deque[Ended] = deque()
         self.group: list[Ended] = []  # that is being written
@@ -75,6 +83,7 @@ class Finisher:
         self.throughput = Throughput()
         self._filled = threading.Event()
         self._outage = Outage("finisher", link)
+        self._has_ended_needed = False
         self._must_pause = False  # whole groups are refused: do not retry them in a busy loop
         self._refused_in_a_row = 0
 
@@ -117,6 +126,7 @@ class Finisher:
             for piece in pieces(entries) if way == "complete" else [entries]:
                 self._write_persistently(queue, piece)
         self.group = []
+        self._follow_flows()
         self.on_written()
         self.retry_postponed()
         if self._must_pause:
@@ -241,16 +251,28 @@ class Finisher:
             free = self._without_locked(queue, entries)
             self._write_persistently(queue, entries if free is None else free)
         self.group = []
+        self._follow_flows()
         self.on_written()
+
+    def _follow_flows(self) -> None:
+        """Let go on what waited for what has just ended. What fails here is done later, by any worker's claimer."""
+        if self._has_ended_needed:
+            self._has_ended_needed = False
+            try:
+                self.on_needed(self.link)
+            except psycopg.Error as error:
+                _log.warning("flows postponed", error=one_line(error))
 
     # ------------------------------------------------------------------------------------------------- one statement
 
     def write(self, queue: str, entries: Sequence[Ended]) -> list[Ended]:
         """Write entries of one queue and one way in one transaction; return those whose claim this worker has lost."""
         rows = self.link.run(self.statement(queue, entries), SETTINGS)
+        if any(batch_id < 0 for (batch_id,) in rows):
+            self._has_ended_needed = True
         if len(rows) == len(entries):
             return []
-        still_claimed = {batch_id for (batch_id,) in rows}
+        still_claimed = {abs(batch_id) for (batch_id,) in rows}
         return [entry for entry in entries if entry.batch.id not in still_claimed]
 
     def statement(self, queue: str, entries: Sequence[Ended]) -> Statement:

@@ -47,7 +47,9 @@ class Worker:
         self.context = context = Context(settings)
         self.id = context.worker_id
         self.lifecycle = context.lifecycle
-        self.finisher = Finisher(context.new_link(), self.lifecycle.wake.set, settings.keep_completed)
+        self.finisher = Finisher(
+            context.new_link(), self.lifecycle.wake.set, settings.keep_completed, context.flows.follow
+        )
         self.lanes = context.lanes = _lanes(app, context, self.finisher.put)
         self.claimer = Claimer(context, context.new_link())
         self.keeper = Keeper(context, self.finisher.unwritten)

@@ -64,7 +64,7 @@ WORKER = (
 # By the invariant: statements of the hostile client, over batches 1 (pending), 2 (processing), 3 (completed), and
 # 4 (failed, with items a, b, c: b failed in its attempt 1, the others done).
 HOSTILE: dict[str, list[str]] = {
-    "live_is_pending_or_processing": [MISPLACE.format(partition="batches_live", finished_at="NULL")],
+    "live_is_not_final": [MISPLACE.format(partition="batches_live", finished_at="NULL")],
     "finished_is_final": [MISPLACE.format(partition="finished_default", finished_at="now()")],
     "no_other_status": [
         "ALTER TABLE batchq.batches_refused DROP CONSTRAINT batches_status_is_known",

@@ -11,7 +11,10 @@ from batchq.postgres.statements.running import Statement, array_text
 # (status, finished_at), may change with it (items_done, result, errors), or belong to a claim (claim_token,
 # lease_expires_at).
 KEPT: LiteralString = """id, queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items,
-  timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_failed, cursor, created_at, trace_context, key"""
+  timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_failed, cursor, created_at, trace_context, key,
+  after, on_failure, spread, needs_left, is_needed"""
+# An id is negative if other batches wait for this one.
+_ID: LiteralString = "CASE WHEN is_needed THEN -id ELSE id END"
 # DELETE and INSERT, because updating the partition key raises 40001 in every session that waits for the row. No
 # "AND status = 'processing'": with it the planner picks the lease index and walks its dead entries. The INSERT names
 # batches_finished, so that the bell, a trigger on batchq.batches, does not fire.
@@ -34,7 +37,7 @@ SELECT {KEPT},
   CASE WHEN new_error IS NULL THEN errors ELSE batchq.append_error(errors, attempt, new_error) END,
   pg_catalog.clock_timestamp()
 FROM gone
-RETURNING id
+RETURNING {_ID}
 """  # noqa: S608 (constants)
 # The same for batches that completed without a result: most, and a fifth cheaper.
 COMPLETE: LiteralString = f"""
@@ -56,11 +59,11 @@ OVERRIDING SYSTEM VALUE
 SELECT {KEPT},
   'completed', items_done, errors, pg_catalog.clock_timestamp()
 FROM gone
-RETURNING id
+RETURNING {_ID}
 """  # noqa: S608 (constants)
 # Deletes completed batches instead of keeping them. A batch may complete with up to max_failed_items failed items; a
 # function deletes those, since this statement does not see what a checkpoint committed while it waited for it.
-COMPLETE_AND_FORGET: LiteralString = """
+COMPLETE_AND_FORGET: LiteralString = f"""
 WITH given AS (
   SELECT pg_catalog.generate_series(first, first + length - 1) AS id, number
   FROM unnest(%(firsts)s::bigint[], %(lengths)s::integer[], %(numbers)s::integer[]) AS run(first, length, number)
@@ -71,13 +74,13 @@ WITH given AS (
     AND b.id = ANY ((SELECT pg_catalog.array_agg(id) FROM given)::bigint[])
     AND b.id = given.id
     AND b.claim_token = (%(tokens)s::uuid[])[given.number]
-  RETURNING b.id, b.queue, b.items_failed
+  RETURNING b.id, b.queue, b.items_failed, b.is_needed
 )
-SELECT id
+SELECT {_ID}
 FROM gone
 WHERE items_failed = 0
    OR batchq.forget_failed_items(queue, id)
-"""
+"""  # noqa: S608 (constants)
 
 
 class Finish(NamedTuple):
@@ -93,7 +96,10 @@ class Finish(NamedTuple):
 
 
 def finish(queue: str, finishes: Sequence[Finish]) -> Statement:
-    """Return the fenced statement that moves batches to their final status. It returns the ids whose claim was held."""
+    """Return the fenced statement that moves batches to their final status.
+
+    It returns the ids whose claim was held, negative for those that others wait for.
+    """
     ids, tokens, statuses, results, errors, all_done = zip(*finishes, strict=True)
     return FINISH, {
         "queue": queue,
@@ -109,8 +115,9 @@ def finish(queue: str, finishes: Sequence[Finish]) -> Statement:
 def complete(queue: str, ids: Sequence[int], tokens: Sequence[str], keep: bool = True) -> Statement:
     """Return the fenced statement that completes batches without a result or, unless *keep*, deletes them.
 
-    It returns the ids whose claim was held. *tokens* are texts; few are different, so each is sent once. Consecutive
-    ids are sent as one run, so that thousands fit into one message: pass *ids* in ascending order.
+    It returns the ids whose claim was held, negative for those that others wait for. *tokens* are texts; few are
+    different, so each is sent once. Consecutive ids are sent as one run, so that thousands fit into one message: pass
+    *ids* in ascending order.
     """
     numbers = {token: number for number, token in enumerate(dict.fromkeys(tokens), 1)}
     starts = [index for index, is_start in enumerate(starts_of_runs(ids, tokens)) if is_start]

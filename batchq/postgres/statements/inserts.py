@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import combinations, islice
 from typing import Any, LiteralString
 
 from psycopg import sql
+from psycopg.rows import tuple_row
 
 from batchq.postgres.statements.running import Conn, Statement, fetch_value
 
@@ -21,19 +22,27 @@ RETURNING id
 
 
 # By columns that came later. Only where they are used: programs without them also work with a schema that lacks them.
+LATER_COLUMNS: tuple[LiteralString, ...] = ("trace_context", "key", "after", "on_failure", "spread")
+
+
+def _insert_with(columns: tuple[LiteralString, ...]) -> LiteralString:
+    """Return INSERT_BATCH with more columns."""
+    empty: LiteralString = ""
+    names = empty.join([f", {name}" for name in columns])
+    values = empty.join([f", %({name})s" for name in columns])
+    return INSERT_BATCH.format(more_columns=names, more_values=values)
+
+
 INSERT_BATCH_WITH: dict[tuple[str, ...], LiteralString] = {
-    (): INSERT_BATCH.format(more_columns="", more_values=""),
-    ("trace_context",): INSERT_BATCH.format(more_columns=", trace_context", more_values=", %(trace_context)s"),
-    ("key",): INSERT_BATCH.format(more_columns=", key", more_values=", %(key)s"),
-    ("trace_context", "key"): INSERT_BATCH.format(
-        more_columns=", trace_context, key", more_values=", %(trace_context)s, %(key)s"
-    ),
+    columns: _insert_with(columns)
+    for count in range(len(LATER_COLUMNS) + 1)
+    for columns in combinations(LATER_COLUMNS, count)
 }
 
 
 def insert_batch(parameters: dict[str, Any], trace_context: str | None) -> Statement:
     """Return the statement that inserts a batch, and returns its id unless a live batch has its unique_key."""
-    more = {"trace_context": trace_context, "key": parameters.get("key")}
+    more = {name: parameters.get(name) for name in LATER_COLUMNS} | {"trace_context": trace_context}
     given = tuple(name for name, value in more.items() if value is not None)
     return INSERT_BATCH_WITH[given], parameters | more
 
@@ -72,19 +81,30 @@ def insert_batches(
     conn: Conn, columns: Sequence[str], same: Sequence[Any], texts: Iterable[Sequence[str | None]]
 ) -> int:
     """Like `copy_batches`, but by INSERT, a hundred rows at a time: COPY does not work with row security."""
+    return len(insert_returning(conn, columns, same, texts))
+
+
+def insert_returning(
+    conn: Conn, columns: Sequence[str], same: Sequence[Any], texts: Iterable[Sequence[str | None]]
+) -> list[int]:
+    """Like `insert_batches`, but return the ids, in the order of the rows."""
     names = sql.SQL(", ").join(sql.Identifier(column) for column in columns)
     own = [sql.Identifier(column) for column in columns[len(same) :]]
-    statement = sql.SQL("INSERT INTO batchq.batches ({}) SELECT {} FROM unnest({}) AS u({})").format(
+    statement = sql.SQL(
+        "INSERT INTO batchq.batches ({}) SELECT {} FROM unnest({}) WITH ORDINALITY AS u({}, number) ORDER BY number "
+        "RETURNING id"
+    ).format(
         names,
         sql.SQL(", ").join([*(sql.Literal(value) for value in same), *own]),
         sql.SQL(", ").join([sql.SQL("%s::jsonb[]"), sql.SQL("%s::jsonb[]"), sql.SQL("%s::text[]")][: len(own)]),
         sql.SQL(", ").join(own),
     )
-    rows, count = iter(texts), 0
+    rows, ids = iter(texts), list[int]()
+    cursor = conn.cursor(row_factory=tuple_row)
     while block := list(islice(rows, 100)):
-        conn.execute(statement, [list(column) for column in zip(*block, strict=True)])
-        count += len(block)
-    return count
+        cursor.execute(statement, [list(column) for column in zip(*block, strict=True)])
+        ids += [batch_id for (batch_id,) in cursor.fetchall()]
+    return ids
 
 
 _COPY_SPECIAL = re.compile(r"[\\\t\n\r]")

@@ -4,6 +4,13 @@ from batchq.postgres.statements.running import Conn, fetch_value
 from batchq.postgres.statements.session import set_lock_timeout
 
 
+def prune_needs(conn: Conn, older_than_days: float) -> int:
+    """Forget who waited for whom, 10,000 rows at most of batches that have ended; return how many."""
+    return fetch_value(
+        conn, int, "SELECT batchq.prune_needs(%(days)s::float8 * interval '1 day')", {"days": older_than_days}
+    )
+
+
 def prune_records(conn: Conn) -> int:
     """Delete old rows of batchq.audit and expired pauses; return how many rows of batchq.audit."""
     return fetch_value(conn, int, "SELECT batchq.prune_records()")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import LiteralString
 
 from batchq.postgres.statements.claims import Position, bounds
+from batchq.postgres.statements.flows import HAS_EVENTS
 from batchq.postgres.statements.running import Conn, Statement, fetch_one
 
 # EXISTS would give the same result. LATERAL with ORDER BY and LIMIT makes each probe use the claim index.
@@ -70,12 +71,13 @@ def unknown_priority(queue: str, known: Iterable[int]) -> Statement:
     }
 
 
-def discovery(queue: str, known: Iterable[int], with_keys: bool) -> Statement:
-    """Return the statement that returns whether any pending batch has a priority that is not *known* and, *with_keys*,
-    whether batches with a key are pending."""
+def discovery(queue: str, known: Iterable[int], with_keys: bool, after_event: int) -> Statement:
+    """Return the statement that returns whether any pending batch has a priority that is not *known*; *with_keys*,
+    whether batches with a key are pending; and whether flows have an event after one."""
     unknown, parameters = unknown_priority(queue, known)
-    return f"SELECT ({unknown}) IS TRUE, %(with_keys)s AND batchq.has_keyed(%(queue)s)", parameters | {
-        "with_keys": with_keys
+    return f"SELECT ({unknown}) IS TRUE, %(with_keys)s AND batchq.has_keyed(%(queue)s), {HAS_EVENTS}", parameters | {
+        "with_keys": with_keys,
+        "after_event": after_event,
     }
 
 
@@ -141,15 +143,21 @@ def move_positions(conn: Conn, queues: Sequence[str], priorities: Sequence[int],
 
 
 def has_ready(
-    conn: Conn, queue: str, priority: int, kinds: Sequence[str], after: Position, with_keys: bool = False
-) -> tuple[bool, bool]:
-    """Return whether a batch of *kinds* is ready after a position and, *with_keys*, whether batches with a key are
-    pending. The cheap read of an idle worker."""
+    conn: Conn,
+    queue: str,
+    priority: int,
+    kinds: Sequence[str],
+    after: Position,
+    with_keys: bool = False,
+    after_event: int = 0,
+) -> tuple[bool, bool, bool]:
+    """Return whether a batch of *kinds* is ready after a position; *with_keys*, whether batches with a key are pending;
+    and whether flows have an event after one. The cheap read of an idle worker."""
     row = fetch_one(
         conn,
-        """
+        f"""
         SELECT batchq.has_ready(%(queue)s, %(priority)s::smallint, %(kinds)s, %(run_at)s, %(id)s),
-          %(with_keys)s AND batchq.has_keyed(%(queue)s)
+          %(with_keys)s AND batchq.has_keyed(%(queue)s), {HAS_EVENTS}
         """,
         {
             "queue": queue,
@@ -158,9 +166,10 @@ def has_ready(
             "run_at": after.run_at,
             "id": after.id,
             "with_keys": with_keys,
+            "after_event": after_event,
         },
     )
-    return row[0], row[1]
+    return row[0], row[1], row[2]
 
 
 READY_BETWEEN: LiteralString = """

@@ -1,0 +1,88 @@
+"""Flows: follow what waits for what has ended, and read who waits for whom."""
+
+from typing import Any, LiteralString, NamedTuple
+
+from batchq.postgres.statements.running import Conn, Statement, fetch_all, fetch_json
+
+FOLLOW: LiteralString = "SELECT seen, released, last_id, left_over FROM batchq.follow_flows(%(after)s, %(most)s)"
+# One row at most, and an index that is read from a known id on: what was done before is not walked over.
+HAS_EVENTS: LiteralString = (
+    "(SELECT true FROM batchq.flow_events WHERE id > %(after_event)s ORDER BY id LIMIT 1) IS NOT NULL"
+)
+
+
+def follow(after: int, most: int) -> Statement:
+    """Return the statement that does what the next events ask for. It returns how many events it saw, how many batches
+    it made pending, the id of the last event (null without any), and how many events it left because of locks."""
+    return FOLLOW, {"after": after, "most": most}
+
+
+class Needed(NamedTuple):
+    """A batch that another one waited for.
+
+    status: completed, failed or cancelled; if the other one did not wait for its end, the one that it has now. kind and
+    result are None if the batch is not stored any more.
+    """
+
+    id: int
+    kind: str | None
+    status: str | None
+    result: Any
+
+
+def needed(conn: Conn, batch_id: int) -> list[tuple[int, str | None, str | None, str | None]]:
+    """Return id, kind, status and result (JSON text) of each batch that a batch waited for, by id."""
+    return fetch_all(
+        conn,
+        """
+        SELECT n.needed_id, b.kind, coalesce(n.ended_as, b.status), b.result::text
+        FROM batchq.needs n
+        LEFT JOIN batchq.batches b ON b.id = n.needed_id
+        WHERE n.batch_id = %(id)s
+        ORDER BY n.needed_id
+        """,
+        {"id": batch_id},
+    )
+
+
+def needs_rows(conn: Conn, batch_id: int, limit: int) -> list[dict[str, Any]]:
+    """Return what a batch waits for, as JSON objects: first what has failed, then what has not ended."""
+    return fetch_json(
+        conn,
+        """
+        SELECT jsonb_build_object('id', n.needed_id, 'queue', s.queue, 'kind', s.kind,
+                                  'status', coalesce(s.status, n.ended_as), 'on_failure', n.on_failure)
+        FROM (SELECT *
+              FROM batchq.needs
+              WHERE batch_id = %(id)s
+              ORDER BY ended_as IS NOT DISTINCT FROM 'completed', ended_as IS NULL, needed_id
+              LIMIT %(limit)s) n
+        LEFT JOIN batchq.status s ON s.id = n.needed_id
+        ORDER BY n.ended_as IS NOT DISTINCT FROM 'completed', n.ended_as IS NULL, n.needed_id
+        """,
+        {"id": batch_id, "limit": limit},
+    )
+
+
+def flow_edges(conn: Conn, batch_id: int, limit: int) -> list[tuple[int, int, str, str | None]]:
+    """Return who waits for whom around a batch: the needed id, the waiting id, on_failure, and how the needed one
+    ended. Up to *limit* batches."""
+    return fetch_all(
+        conn,
+        "SELECT needed_id, batch_id, on_failure, ended_as FROM batchq.flow(%(id)s, %(limit)s)",
+        {"id": batch_id, "limit": limit},
+    )
+
+
+def flow_batches(conn: Conn, ids: list[int]) -> list[dict[str, Any]]:
+    """Return id, queue, kind, status and what is left to wait for of batches, as JSON objects, by id."""
+    return fetch_json(
+        conn,
+        """
+        SELECT jsonb_build_object('id', id, 'queue', queue, 'kind', kind, 'status', status, 'needs_left', needs_left)
+        FROM batchq.status
+        WHERE id = ANY (%(ids)s::bigint[])
+        ORDER BY id
+        """,
+        {"ids": ids},
+    )

@@ -1,0 +1,399 @@
+"""Flows: a batch with "after" begins once, when all of them have ended, whatever ends them."""
+
+import threading
+import time
+from typing import Any
+
+import psycopg
+import pytest
+
+import batchq
+from batchq.errors import InvalidInput
+from batchq.testing import running_worker
+from tests.support.alone import run_alone
+from tests.support.batches import drain, put, values
+from tests.support.databases import holding_snapshot
+from tests.support.steps import step
+from tests.support.waiting import wait_until
+
+Conn = psycopg.Connection[Any]
+AT_ONCE = batchq.Backoff(0, 0)
+
+
+class Ran:
+    """An app whose kind "work" does what its payload says, and what ran, in its order."""
+
+    def __init__(self) -> None:
+        self.app = batchq.App()
+        self.ids: list[int] = []
+        self.needed: dict[int, list[batchq.Needed]] = {}
+        self.app.handler("work", backoff=AT_ONCE)(self.work)
+
+    def work(self, batch: batchq.Batch) -> Any:
+        """Fail, cancel, or return the payload's "returns"."""
+        self.ids.append(batch.id)
+        if batch.payload.get("reads"):
+            self.needed[batch.id] = batch.needed
+        if batch.payload.get("fails"):
+            raise InvalidInput("as told")
+        if batch.payload.get("cancels"):
+            raise batchq.Cancel("as told")
+        return batch.payload.get("returns")
+
+
+@pytest.fixture
+def ran() -> Ran:
+    """Return the app."""
+    return Ran()
+
+
+def enqueue(conn: Conn, payload: Any = None, **options: Any) -> int:
+    """Enqueue a batch of kind work."""
+    batch_id = batchq.enqueue(conn, "work", payload, **options)
+    assert batch_id is not None
+    return batch_id
+
+
+def status(conn: Conn, batch_id: int) -> str:
+    """Return the stored status."""
+    return str(values(conn, "SELECT status FROM batchq.batches WHERE id = %s", batch_id)[0])
+
+
+# -------------------------------------------------------------------------------------------------------- begins once
+
+
+def test_a_batch_runs_after_those_that_it_waits_for(dsn: str, conn: Conn, ran: Ran) -> None:
+    first, second = enqueue(conn), enqueue(conn)
+    third = enqueue(conn, after=[first, second], priority=-10)
+    fourth = enqueue(conn, after=[third])
+    assert [status(conn, one) for one in (third, fourth)] == ["waiting", "waiting"]
+    drain(ran.app, dsn)
+    assert sorted(ran.ids[:2]) == [first, second]
+    assert ran.ids[2:] == [third, fourth]
+    assert values(conn, "SELECT count(*) FROM batchq.flow_events") == [0]
+
+
+def test_any_client_can_let_a_batch_wait(dsn: str, conn: Conn, ran: Ran) -> None:
+    first = enqueue(conn)
+    insert = "INSERT INTO batchq.batches (kind, after) VALUES ('work', ARRAY[%s, %s]::bigint[]) RETURNING id"
+    [second] = values(conn, insert, first, first)
+    assert values(conn, "SELECT needs_left FROM batchq.batches WHERE id = %s", second) == [1]
+    assert batchq.enqueue_many(conn, "work", [{}, {}], after=[second]) == 2
+    each = batchq.enqueue_each(conn, "work", [{"returns": n} for n in range(250)], after=[first])
+    assert values(
+        conn, "SELECT (payload ->> 'returns')::int FROM batchq.batches WHERE id = ANY (%s) ORDER BY id", each
+    ) == [*range(250)]
+    drain(ran.app, dsn)
+    assert ran.ids[0] == first
+    assert len(ran.ids) == len(set(ran.ids)) == 254
+
+
+def test_one_that_waits_for_nothing_is_pending(conn: Conn) -> None:
+    assert status(conn, enqueue(conn, after=[])) == "pending"
+
+
+def test_a_batch_that_has_ended_is_not_waited_for(dsn: str, conn: Conn, ran: Ran) -> None:
+    first = enqueue(conn)
+    drain(ran.app, dsn)
+    second = enqueue(conn, after=[first])
+    drain(ran.app, dsn)
+    assert ran.ids == [first, second]
+
+
+def test_a_completed_batch_that_is_not_kept_counts(dsn: str, conn: Conn, ran: Ran) -> None:
+    first = enqueue(conn, {"returns": 1})
+    second = enqueue(conn, {"reads": True}, after=[first])
+    drain(ran.app, dsn, keep_completed=False)
+    assert ran.ids == [first, second]
+    assert ran.needed[second] == [(first, None, "completed", None)]
+
+
+def test_a_handler_reads_what_it_waited_for(dsn: str, conn: Conn, ran: Ran) -> None:
+    first, second = enqueue(conn, {"returns": {"rows": 7}}), enqueue(conn, {"fails": True}, max_attempts=1)
+    third = enqueue(conn, {"reads": True}, after=[second, first], on_failure="run")
+    drain(ran.app, dsn)
+    assert ran.needed[third] == [(first, "work", "completed", {"rows": 7}), (second, "work", "failed", None)]
+
+
+def test_fan_out_and_fan_in_commit_with_the_handler(dsn: str, conn: Conn, ran: Ran) -> None:
+    tries = []
+
+    @ran.app.handler("fan", backoff=AT_ONCE)
+    def fan(batch: batchq.Batch) -> None:
+        with batch.transaction() as own:
+            parts = batchq.enqueue_each(own, "work", [{"returns": n} for n in range(10)])
+            batchq.enqueue(own, "work", {"reads": True}, after=parts)
+            tries.append(batch.attempt)
+            if batch.attempt == 1:
+                raise ValueError("nothing is committed")
+
+    put(conn, "fan")
+    drain(ran.app, dsn)
+    assert tries == [1, 2]
+    assert len(ran.ids) == 11
+    assert [needed.result for needed in ran.needed[ran.ids[-1]]] == [*range(10)]
+
+
+def test_many_needs_of_one_and_many_that_need_one(dsn: str, conn: Conn, ran: Ran) -> None:
+    first = enqueue(conn)
+    middle = batchq.enqueue_each(conn, "work", [{}] * 6000, after=[first])
+    last = enqueue(conn, after=middle)
+    drain(ran.app, dsn, concurrency=4)
+    assert (ran.ids[0], ran.ids[-1]) == (first, last)
+    assert len(ran.ids) == len(set(ran.ids)) == 6002
+
+
+# -------------------------------------------------------------------------------------- whoever fails or is cancelled
+
+
+@pytest.mark.parametrize("how", ["fails", "cancels"])
+@pytest.mark.parametrize(("on_failure", "end"), [(None, "waiting"), ("run", "completed"), ("cancel", "cancelled")])
+def test_what_happens_if_a_needed_batch_does_not_complete(
+    dsn: str, conn: Conn, ran: Ran, how: str, on_failure: Any, end: str
+) -> None:
+    first = enqueue(conn, {how: True}, max_attempts=1)
+    second = enqueue(conn, after=[first], on_failure=on_failure)
+    third = enqueue(conn, after=[second], on_failure=on_failure)
+    drain(ran.app, dsn)
+    assert [status(conn, one) for one in (second, third)] == [end, end]
+    if end == "cancelled":
+        [error] = values(conn, "SELECT errors -> -1 ->> 'error' FROM batchq.batches WHERE id = %s", second)
+        assert (
+            error == f"cancelled: batch {first}, which it waited for, {'failed' if how == 'fails' else 'was cancelled'}"
+        )
+
+
+def test_a_retry_that_succeeds_lets_the_others_go_on(dsn: str, conn: Conn, ran: Ran) -> None:
+    first, other = enqueue(conn, {"fails": True}), enqueue(conn)
+    second = enqueue(conn, after=[first, other])
+    drain(ran.app, dsn)
+    for _ in range(2):
+        assert values(conn, "SELECT status, needs_left FROM batchq.batches WHERE id = %s", second) == ["waiting"]
+        conn.execute("SELECT batchq.retry(%s)", [first])
+        drain(ran.app, dsn)
+    conn.execute("SELECT batchq.retry(%s)", [first])
+    conn.execute("UPDATE batchq.batches SET payload = '{}' WHERE id = %s", [first])
+    drain(ran.app, dsn)
+    assert status(conn, second) == "completed"
+    assert ran.ids.count(second) == 1
+
+
+def test_one_that_runs_in_spite_of_a_failure_runs_once(dsn: str, conn: Conn, ran: Ran) -> None:
+    first, other = enqueue(conn, {"fails": True}), enqueue(conn, delay_seconds=3600)
+    second = enqueue(conn, after=[first, other], on_failure="run")
+    drain(ran.app, dsn)
+    conn.execute("SELECT batchq.retry(%s)", [first])
+    conn.execute("UPDATE batchq.batches SET payload = '{}' WHERE id = %s", [first])
+    drain(ran.app, dsn)
+    assert status(conn, second) == "waiting", "the first ended twice, the other has not ended"
+    conn.execute("SELECT batchq.snooze(%s, '0')", [other])
+    drain(ran.app, dsn)
+    assert ran.ids.count(second) == 1
+
+
+def test_a_batch_that_was_cancelled_with_what_it_needs_waits_again(dsn: str, conn: Conn, ran: Ran) -> None:
+    first = enqueue(conn, {"fails": True})
+    second = enqueue(conn, after=[first], on_failure="cancel")
+    drain(ran.app, dsn)
+    conn.execute("SELECT batchq.retry(%s)", [first])
+    conn.execute("UPDATE batchq.batches SET payload = '{}' WHERE id = %s", [first])
+    assert values(conn, "SELECT batchq.retry(%s)", second) == ["pending"]
+    assert status(conn, second) == "waiting"
+    drain(ran.app, dsn)
+    assert ran.ids == [first, first, second]
+
+
+def test_a_batch_that_ran_does_not_wait_again_when_it_is_retried(dsn: str, conn: Conn, ran: Ran) -> None:
+    first = enqueue(conn)
+    second = enqueue(conn, {"fails": True}, after=[first])
+    drain(ran.app, dsn)
+    conn.execute("SELECT batchq.retry(%s)", [second])
+    assert status(conn, second) == "pending"
+    conn.execute("SELECT batchq.move(%s, 'other')", [second])
+    assert status(conn, second) == "pending"
+
+
+def test_a_needed_batch_that_a_person_deletes_counts_as_cancelled(dsn: str, conn: Conn, ran: Ran) -> None:
+    first = enqueue(conn, delay_seconds=3600)
+    waits, runs = enqueue(conn, after=[first]), enqueue(conn, after=[first], on_failure="run")
+    drain(ran.app, dsn)
+    conn.execute("DELETE FROM batchq.batches WHERE id = %s", [first])
+    drain(ran.app, dsn)
+    assert ran.ids == [runs]
+    assert status(conn, waits) == "waiting"
+
+
+def test_a_needed_batch_that_moves_to_another_queue_is_still_needed(dsn: str, conn: Conn, ran: Ran) -> None:
+    first = enqueue(conn, delay_seconds=3600)
+    second = enqueue(conn, after=[first], queue="two")
+    drain(ran.app, dsn)
+    conn.execute("SELECT batchq.move(%s, 'two')", [first])
+    conn.execute("SELECT batchq.snooze(%s, '0')", [first])
+    drain(ran.app, dsn, queues=["two"])
+    assert ran.ids == [first, second]
+
+
+# ------------------------------------------------------------------------------------------------------------ verbs
+
+
+def test_a_cancel_goes_down_the_line_only_if_told(dsn: str, conn: Conn, ran: Ran) -> None:
+    first = enqueue(conn, delay_seconds=3600)
+    second = enqueue(conn, after=[first])
+    third = enqueue(conn, after=[second, first], queue="other")
+    other = enqueue(conn, after=[enqueue(conn)])
+    assert values(conn, "SELECT batchq.cancel(%s)", second) == ["cancelled"]
+    assert status(conn, third) == "waiting"
+    assert values(conn, "SELECT batchq.cancel(%s, with_dependents => true)", first) == ["cancelled"]
+    assert [status(conn, one) for one in (first, third)] == ["cancelled", "cancelled"]
+    drain(ran.app, dsn)
+    assert status(conn, other) == "completed"
+    assert values(conn, "SELECT batches FROM batchq.audit ORDER BY id") == [1, 2]
+
+
+def test_one_that_waits_can_be_run_anyway(dsn: str, conn: Conn, ran: Ran) -> None:
+    first = enqueue(conn, delay_seconds=3600)
+    second = enqueue(conn, {"reads": True}, after=[first])
+    assert values(conn, "SELECT batchq.run_anyway(%s)", second) == ["pending"]
+    assert values(conn, "SELECT batchq.run_anyway(%s)", second) == ["pending"]
+    drain(ran.app, dsn)
+    assert ran.ids == [second]
+    assert ran.needed[second] == [(first, "work", "pending", None)]
+    conn.execute("SELECT batchq.snooze(%s, '0')", [first])
+    drain(ran.app, dsn)
+    assert ran.ids == [second, first]
+    assert values(conn, "SELECT verb FROM batchq.audit ORDER BY id") == ["run_anyway", "snooze"]
+
+
+def test_bulk_cancels_what_waits(conn: Conn) -> None:
+    waits = enqueue(conn, after=[enqueue(conn)])
+    conn.execute("SELECT batchq.bulk('cancel', '{\"status\": \"waiting\"}')")
+    assert values(conn, "SELECT id FROM batchq.batches WHERE status = 'cancelled'") == [waits]
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("after", [7, "17", {1: 2}, [1.5], ["a"], [True], [None], b"x", range(100_001)])
+def test_python_refuses_what_are_not_ids(conn: Conn, after: Any) -> None:
+    with pytest.raises(InvalidInput, match="after must"):
+        batchq.enqueue(conn, "work", after=after)
+    assert values(conn, "SELECT count(*) FROM batchq.batches") == [0]
+
+
+@pytest.mark.parametrize("given", [{"on_failure": "explode"}, {"spread": "2"}, {"spread": True}, {"spread": 1.5}])
+def test_python_refuses_other_options(conn: Conn, given: Any) -> None:
+    with pytest.raises(InvalidInput, match="must be"):
+        batchq.enqueue(conn, "work", **given)
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "constraint"),
+    [
+        ("after", "ARRAY[1]::bigint[]", "batches_after_exist"),
+        ("after", "ARRAY[-1]::bigint[]", "batches_after_exist"),
+        ("after", "ARRAY[nextval('batchq.batches_id_seq') + 1]", "batches_after_is_not_itself"),
+        ("after", "ARRAY[NULL]::bigint[]", "batches_after_fits"),
+        ("after", "ARRAY(SELECT generate_series(1, 100001))", "batches_after_fits"),
+        ("after, status", "'{1}', 'waiting'", "batches_waiting_is_counted"),
+        ("status", "'waiting'", "batches_waiting_is_counted"),
+        ("on_failure", "'explode'", "batches_on_failure_is_known"),
+        ("spread", "0", "batches_spread_fits"),
+        ("spread", "1001", "batches_spread_fits"),
+    ],
+)
+def test_the_table_refuses_by_name(conn: Conn, columns: str, given: str, constraint: str) -> None:
+    enqueue(conn)
+    conn.execute("DELETE FROM batchq.batches")
+    with pytest.raises(psycopg.errors.CheckViolation) as refused:
+        conn.execute(f"INSERT INTO batchq.batches (kind, {columns}) SELECT 'work', {given}".encode())
+    assert refused.value.diag.constraint_name == constraint
+    assert values(conn, "SELECT count(*) FROM batchq.batches") == [0]
+
+
+def test_a_batch_of_a_transaction_that_is_open_does_not_exist_for_others(dsn: str, conn: Conn) -> None:
+    with psycopg.connect(dsn) as other:
+        theirs = enqueue(other)
+        with pytest.raises(psycopg.errors.CheckViolation, match="batches_after_exist") as refused:
+            enqueue(conn, after=[theirs])
+        assert f"No batch has id {theirs}" in str(refused.value)
+        other.rollback()
+
+
+# --------------------------------------------------------------------------------------------------- beside each other
+
+
+def test_enqueueing_after_the_same_batches_waits_for_nobody_and_holds_up_nobody(dsn: str, conn: Conn, ran: Ran) -> None:
+    first, second = enqueue(conn), enqueue(conn)
+    with psycopg.connect(dsn) as one, psycopg.connect(dsn) as other:
+        for mine in (one, other):
+            mine.execute("SET LOCAL lock_timeout = '2s'")
+        third = enqueue(one, after=[first])
+        fourth = enqueue(other, after=[second])
+        enqueue(one, after=[second, third])
+        enqueue(other, after=[first, fourth])
+        step("both transactions are open: the batches that they wait for run to their end")
+        drain(ran.app, dsn)
+        assert ran.ids == [first, second]
+    drain(ran.app, dsn)
+    assert len(ran.ids) == 6
+
+
+def test_an_end_and_a_batch_that_begins_to_wait_for_it_at_the_same_time(dsn: str, conn: Conn, ran: Ran) -> None:
+    for _ in range(20):
+        first = enqueue(conn)
+        with psycopg.connect(dsn) as other, running_worker(ran.app, dsn):
+            second = enqueue(other, after=[first])
+            other.commit()
+            wait_until(lambda second=second: status(conn, second) == "completed", 10, "the second to run")
+
+
+def test_an_idle_worker_goes_on_at_once(dsn: str, conn: Conn, ran: Ran) -> None:
+    took = []
+    ended: dict[int, float] = {}
+    begun = threading.Event()
+
+    @ran.app.handler("timed")
+    def timed(batch: batchq.Batch) -> None:
+        if batch.payload.get("last"):
+            took.append(time.monotonic() - ended[0])
+            begun.set()
+        ended[0] = time.monotonic()
+
+    with running_worker(ran.app, dsn):
+        for _ in range(15):
+            begun.clear()
+            first = put(conn, "timed", {}, delay_seconds=0.3)
+            put(conn, "timed", {"last": True}, after=[first])
+            assert begun.wait(10)
+    step("from the end of one to the beginning of the next: %s ms", [round(1000 * seconds) for seconds in took])
+    assert sorted(took)[len(took) // 2] < 0.1
+
+
+RUN = """
+UPDATE batchq.batches SET status = 'processing', attempt = 1, claimed_by = 'w', claimed_at = now(),
+  claim_token = gen_random_uuid(), lease_expires_at = now() + interval '1 hour' WHERE id = ANY (%s)
+"""
+
+
+def test_counting_ends_costs_the_same_however_many_were_counted_while_a_snapshot_is_held(conn: Conn, dsn: str) -> None:
+    with conn.transaction():
+        needed = batchq.enqueue_each(conn, "work", [{}] * 3000)
+        last = enqueue(conn, after=needed)
+    pages, after = [], 0
+    with holding_snapshot(dsn):
+        for start in range(0, 3000, 500):
+            ids = needed[start : start + 500]
+            conn.execute(RUN, [ids])
+            conn.execute("DELETE FROM batchq.batches_live WHERE id = ANY (%s)", [ids])
+            explain = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT batchq.follow_flows(%s)"
+            plan = values(conn, explain, after)[0][0]["Plan"]
+            pages.append(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+            [after] = values(conn, "SELECT last_value FROM batchq.flow_events_id_seq")
+    step("pages for each 500 ends: %s", pages)
+    assert status(conn, last) == "pending"
+    assert min(pages) > 500, "nothing was counted"
+    assert max(pages[1:]) < 1.3 * min(pages[1:])
+
+
+if __name__ == "__main__":
+    run_alone(__file__)
