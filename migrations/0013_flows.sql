@@ -57,23 +57,21 @@ BEGIN
     RAISE EXCEPTION 'batchq.begin_waiting is a trigger function of batchq''s own tables, not of %.%', TG_TABLE_SCHEMA, TG_TABLE_NAME
       USING ERRCODE = 'insufficient_privilege';
   ELSIF cardinality(NEW.after) > 100000 OR array_position(NEW.after, NULL) IS NOT NULL OR NEW.status <> 'pending' THEN
-    RAISE EXCEPTION 'new row for relation "batches" violates check constraint "batches_after_fits"'
+    RAISE EXCEPTION 'after must have at most 100,000 ids, not %, no null among them, and the status be left out (batches_after_fits)',
+        cardinality(NEW.after)
       USING ERRCODE = 'check_violation', CONSTRAINT = 'batches_after_fits', SCHEMA = 'batchq', TABLE = TG_TABLE_NAME,
-            DETAIL = format('after has %s ids, status is %s.', cardinality(NEW.after), NEW.status),
-            HINT = 'Give at most 100,000 ids, no null, and leave the status to batchq. For more, let groups wait in between.';
+            HINT = 'For more, let a batch for each part of them wait, and one for all of these.';
   ELSIF NEW.id = ANY (NEW.after) THEN
-    RAISE EXCEPTION 'new row for relation "batches" violates check constraint "batches_after_is_not_itself"'
-      USING ERRCODE = 'check_violation', CONSTRAINT = 'batches_after_is_not_itself', SCHEMA = 'batchq', TABLE = TG_TABLE_NAME,
-            DETAIL = format('Batch %s would wait for itself.', NEW.id), HINT = 'Wait for batches that exist already.';
+    RAISE EXCEPTION 'batch % cannot wait for itself (batches_after_is_not_itself)', NEW.id
+      USING ERRCODE = 'check_violation', CONSTRAINT = 'batches_after_is_not_itself', SCHEMA = 'batchq', TABLE = TG_TABLE_NAME, HINT = 'Wait for batches that exist already.';
   END IF;
   ids := ARRAY(SELECT DISTINCT u FROM unnest(NEW.after) u ORDER BY u);
   own := ARRAY(SELECT b.id FROM batchq.batches_live b WHERE b.id = ANY (ids));
   unknown := ARRAY(SELECT u FROM unnest(ids) u EXCEPT SELECT u FROM unnest(own) u);
   unknown := ARRAY(SELECT u FROM unnest(unknown) u EXCEPT SELECT f.id FROM batchq.batches_finished f WHERE f.id = ANY (unknown));
   IF unknown <> '{}' AND NEW.created_at = now() THEN  -- a batch that is retried may have outlived them
-    RAISE EXCEPTION 'new row for relation "batches" violates check constraint "batches_after_exist"'
+    RAISE EXCEPTION 'a batch cannot wait for %: no batch has that id (batches_after_exist)', array_to_string(unknown[1:5], ', ')
       USING ERRCODE = 'check_violation', CONSTRAINT = 'batches_after_exist', SCHEMA = 'batchq', TABLE = TG_TABLE_NAME,
-            DETAIL = format('No batch has id %s.', array_to_string(unknown[1:5], ', ')),
             HINT = 'The batch was never committed, or it was deleted a while after its end. Leave it out.';
   END IF;
   WITH marked AS (

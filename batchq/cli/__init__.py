@@ -16,6 +16,7 @@ from batchq.cli.commands import (
     demo,
     doctor,
     enqueue,
+    flow,
     keys,
     limit,
     logs,
@@ -36,7 +37,8 @@ from batchq.common import terminal
 from batchq.errors import BatchqError, DatabaseAway, OutcomeUnknown
 
 _COMMANDS = (
-    migrate, check, doctor, roles, demo, worker, enqueue, status, monitor, show, watch, logs, top, web, limit, keys,
+    migrate, check, doctor, roles, demo, worker, enqueue, status, monitor, show, watch, flow, logs, top, web, limit,
+    keys,
 )  # fmt: skip
 _EXIT_ERROR, _EXIT_MISTAKE, _EXIT_INTERRUPTED = 1, 2, 130
 

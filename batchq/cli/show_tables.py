@@ -11,6 +11,7 @@ from rich.text import Text
 
 from batchq.cli.rate import clock
 from batchq.common.terminal import block, line, styled
+from batchq.operate.flow_graph import Group as FlowGroup
 from batchq.operate.limits import name_text, number_text, origin_text, use_text
 from batchq.postgres.statements.views import MOST_OF_A_KEY
 
@@ -18,6 +19,7 @@ _Row = dict[str, Any]
 _STYLES = {
     "ready": "cyan",
     "scheduled": "dim",
+    "waiting": "dim cyan",
     "retrying": "yellow",
     "processing": "blue",
     "stalled": "bold red",
@@ -175,9 +177,10 @@ def overview(status: _Row) -> RenderableType:
 def _queue_table(rows: list[_Row]) -> RenderableType:
     if not rows:
         return Text("no batches yet", style="dim")
-    columns = ("Queue", "Kind", *map(str.capitalize, _COUNTED), "Oldest wait", "Per second", "Workers", "Held back")
+    counted = ("waiting", *_COUNTED) if any(row["waiting"] for row in rows) else _COUNTED  # few use flows
+    columns = ("Queue", "Kind", *map(str.capitalize, counted), "Oldest wait", "Per second", "Workers", "Held back")
     cells = [
-        [row["queue"], row["kind"], *(_count(row, name) for name in _COUNTED),
+        [row["queue"], row["kind"], *(_count(row, name) for name in counted),
          short(row["oldest_wait"]), row["finished_per_second"], workers_of(row),
          held_back(row)]
         for row in rows
@@ -264,8 +267,8 @@ def _details(given: Any) -> str:
     )
 
 
-def one_batch(batch: _Row, failed_items: list[_Row]) -> RenderableType:
-    """Return everything about one batch."""
+def one_batch(batch: _Row, failed_items: list[_Row], needs: list[_Row]) -> RenderableType:
+    """Return everything about one batch. *needs*: what it waits or waited for."""
     facts = table("", ("", ""), [[name, _fact(value)] for name, value in batch.items() if name != "errors"])
     facts.show_header = False
     parts: list[RenderableType] = [facts]
@@ -275,4 +278,14 @@ def one_batch(batch: _Row, failed_items: list[_Row]) -> RenderableType:
     if failed_items:
         cells = [[row["item_index"], _fact(row["item"]), row["attempt"], row["error"]] for row in failed_items]
         parts += [Text(), table("Failed items", ("Index", "Item", "Attempt", "Error"), cells)]
+    if needs:
+        cells = [[row["id"], row["queue"], row["kind"], row["status"], row["on_failure"]] for row in needs]
+        parts += [Text(), table("After", ("ID", "Queue", "Kind", "Status", "If it fails"), cells)]
     return Group(*parts)
+
+
+def flow_groups(groups: Iterable[FlowGroup], is_cut: bool) -> Table:
+    """Return how many batches of a flow there are of each level, kind and status."""
+    cells = [[one.level, one.queue, one.kind, one.status, one.batches] for one in groups]
+    title = "Flow (the nearest batches; there are more)" if is_cut else "Flow"
+    return table(title, ("Level", "Queue", "Kind", "Status", "Batches"), cells)

@@ -67,7 +67,7 @@ _ATTEMPT = _Column("Attempt", lambda row: row["attempt"], attempts)
 TABLES: dict[str, tuple[_Column, ...]] = {
     "queues": (
         *_QUEUE_AND_KIND,
-        *map(_field, ("ready", "scheduled", "processing")),
+        *map(_field, ("waiting", "ready", "scheduled", "processing")),
         _Column("Stalled", lambda row: row["stalled"], lambda row: _alarming(row["stalled"])),
         _field("failed"),
         _Column("Oldest wait", lambda row: length(row["oldest_wait"]), lambda row: short(row["oldest_wait"])),

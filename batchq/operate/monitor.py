@@ -36,7 +36,7 @@ class Monitor:
         """Return whether nothing that is watched waits or runs."""
         with self.link.transaction() as conn:
             rows = views.queue_rows(conn, *self._of)
-        return not any(row["ready"] or row["scheduled"] or row["processing"] for row in rows)
+        return not any(row["ready"] or row["scheduled"] or row["processing"] or row["waiting"] for row in rows)
 
     def _read(self, conn: Conn) -> list[dict[str, Any]]:
         if self._since is None:

@@ -14,7 +14,7 @@ from batchq.web import bulk, charts, formats, reads
 from batchq.web.guard import guard_of
 from batchq.web.reads import HIGHEST_ID, MOST_CHARACTERS, MOST_ROWS, PAGE_ROWS, Reader, Row
 
-_STATUSES = ("ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
+_STATUSES = ("waiting", "ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
 _DONE = {name: verb.title.lower() for name, verb in VERBS.items()} | {"set_limit": "change limit"}
 _MOST_FAILURES = 12
 _MOST_FILTER_CHARACTERS = 300

@@ -12,14 +12,25 @@ from typing import Any, TextIO
 import psycopg
 from rich.progress import track
 
-from batchq.cli.arguments import add_command
+from batchq.cli.arguments import add_command, batch_id
 from batchq.cli.connections import database
 from batchq.common.terminal import errors, put, put_json
-from batchq.enqueue import enqueue, enqueue_many
+from batchq.enqueue import ON_FAILURE, enqueue, enqueue_many
 from batchq.errors import InvalidInput
 
 _A_DAY_SECONDS = 86_400
-_COLUMNS = ("queue", "key", "priority", "delay_seconds", "max_attempts", "max_failed_items", "timeout_seconds")
+_COLUMNS = (
+    "queue",
+    "key",
+    "priority",
+    "delay_seconds",
+    "max_attempts",
+    "max_failed_items",
+    "timeout_seconds",
+    "after",
+    "on_failure",
+    "spread",
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -41,6 +52,9 @@ def add_parser(subparsers: Any) -> None:
     add("--max-attempts", type=int, default=5, metavar="N", help="maximum number of attempts (default: 5)")
     add("--max-failed-items", type=int, default=0, metavar="N", help="failed items that are tolerated (default: 0)")
     add("--timeout-seconds", type=int, metavar="N", help="timeout of an attempt, in seconds (default: none)")
+    add("--after", type=batch_id, nargs="+", metavar="ID", help="batches that must end first (default: none)")
+    add("--on-failure", choices=ON_FAILURE, help="what to do if one of them fails or is cancelled (default: wait)")
+    add("--spread", type=int, metavar="N", help="parts in which many workers process the items (default: one)")
     add("--json", action="store_true", help="print JSON")
 
 

@@ -13,7 +13,7 @@ from batchq.common.terminal import console, put_json, show
 from batchq.postgres.link import Link
 from batchq.postgres.statements import limits, verbs, views
 
-_STATUSES = ("ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
+_STATUSES = ("waiting", "ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
 
 
 def add_parser(subparsers: Any) -> None:

@@ -13,7 +13,7 @@ from batchq.cli.connections import linked
 from batchq.common.terminal import console, put_json, show
 from batchq.errors import ConfigError
 from batchq.postgres.link import Link
-from batchq.postgres.statements import limits, verbs, views
+from batchq.postgres.statements import flows, limits, verbs, views
 
 _MAX_ROWS = 200
 
@@ -55,7 +55,8 @@ class _Reads:
         """Return what to show of one batch; None if it is gone."""
         with self._turn, self._link.transaction() as conn:
             batch, failed_items = read_batch(conn, batch_id), views.failed_item_objects(conn, batch_id, _MAX_ROWS)
-        return show_tables.one_batch(batch, failed_items) if batch else None
+            needs = flows.needs_rows(conn, batch_id, _MAX_ROWS)
+        return show_tables.one_batch(batch, failed_items, needs) if batch else None
 
 
 def read_tables(conn: psycopg.Connection[Any], options: Namespace) -> dict[str, list[dict[str, Any]]]:
