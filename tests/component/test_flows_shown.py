@@ -38,7 +38,7 @@ def test_the_tree_has_below_each_batch_those_that_wait_for_it(batchq: CommandLin
             f"    {bottom}  default/bottom  waiting for 2  (see above)",
         ]
     assert batchq("flow", str(alone)).out.splitlines() == [f"{alone}  default/alone  ready"]
-    assert batchq("flow", "999").err.strip() == "there is no batch 999"
+    assert batchq("flow", "999").err == "batchq: there is no batch 999\n"
 
 
 def test_a_large_flow_is_counted(batchq: CommandLine, conn: Conn) -> None:
