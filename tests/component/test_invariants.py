@@ -65,6 +65,10 @@ WORKER = (
 # 4 (failed, with items a, b, c: b failed in its attempt 1, the others done).
 HOSTILE: dict[str, list[str]] = {
     "live_is_not_final": [MISPLACE.format(partition="batches_live", finished_at="NULL")],
+    "waiting_counts_what_it_needs": [
+        "INSERT INTO batchq.batches (kind, after) VALUES ('work', '{1}')",
+        "DELETE FROM batchq.needs",
+    ],
     "finished_is_final": [MISPLACE.format(partition="finished_default", finished_at="now()")],
     "no_other_status": [
         "ALTER TABLE batchq.batches_refused DROP CONSTRAINT batches_status_is_known",
