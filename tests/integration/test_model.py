@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.instruments.model.lives import Lives
+from tests.instruments.model.keyed_lives import KeyedLives
 from tests.instruments.model.reality import Reality
 from tests.support.alone import run_alone
 from tests.support.steps import step
@@ -24,6 +24,14 @@ STEPS = int(os.environ.get("BATCHQ_TEST_MODEL_STEPS") or USUAL_STEPS)
 SEED = os.environ.get("BATCHQ_TEST_MODEL_SEED")
 MUST_HAPPEN = {
     "began a chunk of items that had failed",
+    "claimed again what had begun, before a more urgent one of its key in a kind",
+    "claimed again what had begun, before a more urgent one of its key in a queue",
+    "claimed by key",
+    "claimed nothing by key",
+    "claimed the next of a key, in strict order in a kind",
+    "claimed the next of a key, in strict order in a queue",
+    "claimed the second that may run of a key in a kind",
+    "claimed the second that may run of a key in a queue",
     "committed a chunk",
     "committed a chunk with failures",
     "committed a chunk, too late",
@@ -34,6 +42,7 @@ MUST_HAPPEN = {
     "pruned",
     "rescued: failed",
     "rescued: pending",
+    "set a limit per key below what runs",
     "wrote a checkpoint again, in vain",
     "wrote outcomes",
     "wrote outcomes, some too late",
@@ -50,7 +59,7 @@ def real(admin_dsn: str) -> Iterator[Reality]:
 
 def test_rows_are_those_of_the_model_after_every_step(real: Reality) -> None:
     logging.getLogger("batchq").setLevel(logging.CRITICAL)
-    Lives.real, Lives.steps, Lives.seen = real, 0, {}
+    KeyedLives.real, KeyedLives.steps, KeyedLives.seen = real, 0, {}
     limits = settings(
         max_examples=STEPS // STEPS_A_LIFE,
         stateful_step_count=STEPS_A_LIFE,
@@ -60,13 +69,13 @@ def test_rows_are_those_of_the_model_after_every_step(real: Reality) -> None:
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    lives = Lives if SEED is None else seed(int(SEED))(Lives)
+    lives = KeyedLives if SEED is None else seed(int(SEED))(KeyedLives)
     run_state_machine_as_test(lives, settings=limits)
-    step("%s steps without a violation; what happened: %s", Lives.steps, dict(sorted(Lives.seen.items())))
-    assert Lives.steps >= STEPS * 0.5
+    step("%s steps without a violation; what happened: %s", KeyedLives.steps, dict(sorted(KeyedLives.seen.items())))
+    assert KeyedLives.steps >= STEPS * 0.5
     needed = USUAL_STEPS if SEED is None else SURE_STEPS
     if needed <= STEPS:
-        assert MUST_HAPPEN - Lives.seen.keys() == set()
+        assert MUST_HAPPEN - KeyedLives.seen.keys() == set()
 
 
 if __name__ == "__main__":
