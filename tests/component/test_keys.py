@@ -354,6 +354,14 @@ def test_a_claim_counts_with_a_snapshot_that_is_newer_than_its_lock(admin_dsn: s
     assert found == []
 
 
+def test_a_batch_that_is_snoozed_after_a_claim_has_found_it_is_not_claimed(dsn: str, conn: Conn) -> None:
+    first = put(conn, "work", key="k")
+    with psycopg.connect(dsn) as one:
+        found = find(one)
+        assert values(conn, "SELECT batchq.snooze(%s, '1 hour')", first) == ["pending"]
+        assert (found, take(one, found)) == ([first], [])
+
+
 # --------------------------------------------------------------------------------------------------- beside the dead
 
 
