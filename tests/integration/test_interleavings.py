@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import psycopg
 import pytest
 
-from tests.instruments.model.limit_orders import key_cases, share_cases
+from tests.instruments.model.limit_orders import key_cases, share_cases, two_kinds_cases
 from tests.instruments.model.orders import Case, Laboratory, cases, operations
 from tests.instruments.model.reality import drop_partitions_ahead
 from tests.support.alone import run_alone
@@ -70,7 +70,7 @@ def test_any_order_of_two_transactions_has_a_serial_outcome(laboratory: Laborato
 
 def test_any_order_of_a_claim_of_a_key_and_something_else_has_a_serial_outcome(laboratory: Laboratory) -> None:
     tried = Counter[str]()
-    some = chosen(key_cases())
+    some = [*chosen(key_cases()), *two_kinds_cases()]
     wrong = [told for case in some if (told := attempt(laboratory, case, tried))]
     step("of %s orders: %s; %s", len(list(key_cases())), dict(tried), Counter(case.other.name for case in some))
     assert not wrong, f"{len(wrong)} of {tried['orders']} orders:\n" + "\n\n".join(wrong[:5])

@@ -53,7 +53,7 @@ MUST_HAPPEN = {
 }
 
 
-SHARES_STEPS = 4_000
+SHARES_STEPS = 2_500
 MUST_HAPPEN_TO_SHARES = {
     "1 got everything",
     "2 got everything",

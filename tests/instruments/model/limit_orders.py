@@ -42,24 +42,30 @@ KEY_STAGES = {
     "its key runs": ("processing", keyed(f"{CLAIMED}, now() + interval '10 min'")),
     "its key's lease is over": ("expired", keyed(f"{CLAIMED}, now() - interval '10 min'")),
 }
+# One runs, and one of each kind waits. Claims of different kinds find different batches: only the lock of the key keeps
+# a limit of two.
+TWO_KINDS_STAGE = "its key runs, and two kinds wait"
+OF_OTHER_KIND = "INSERT INTO batchq.batches (id, queue, kind, key) OVERRIDING SYSTEM VALUE VALUES (3, 'q', 'k2', 'key')"
 SHARED = (
     "INSERT INTO batchq.limits (queue, max_running) VALUES ('q', 4); "
     "INSERT INTO batchq.limit_shares (queue, worker, running, wanted_running, lease_seconds) "
     "VALUES ('q', 'w1', 2, 2, 60)"
 )
 SHARE_STAGE = "one has half"
-STAGE.update({name: insert for name, (_, insert) in KEY_STAGES.items()} | {SHARE_STAGE: SHARED})
+STAGE.update({name: insert for name, (_, insert) in KEY_STAGES.items()})
+STAGE.update({TWO_KINDS_STAGE: f"{KEY_STAGES['its key runs'][1]}; {OF_OTHER_KIND}", SHARE_STAGE: SHARED})
 FAILED_ITEMS.update(dict.fromkeys(KEY_STAGES, FAILED.format("now()")))
 # Not in these orders: a claim of a key takes what it has found by the ids, whatever priority that gets meanwhile.
 UNORDERED = "set priority"
 LIMITS = (None, 1, 2)
 
 
-def claim_keyed(worker: int, most: int | None) -> Operation:
+def claim_keyed(worker: int, most: int | None, kind: str = "k") -> Operation:
     """Return the claim of a key by a worker: it locks the key if it has a limit, finds what may run, and claims it."""
-    find = claims.ready_of_keys("q", ["k"], [None], most, "", None, 100, 10, 10, {})
+    find = claims.ready_of_keys("q", [kind], [None], most, "", None, 100, 10, 10, {})
     take = partial(take_found, worker)
     name = f"claim of a key by {worker}" + ("" if most is None else f", at most {most}")
+    name += "" if kind == "k" else f" of kind {kind}"
     return Operation(name, find, ["pending", "processing", "expired"], skips_locked=True, then=take)
 
 
@@ -92,6 +98,14 @@ def key_cases() -> Iterator[Case]:
                 if stage_of_first in other.stages:
                     for order in merges(claim, other):
                         yield Case(claim, other, stage, order, most_of_key=most)
+    yield from two_kinds_cases()
+
+
+def two_kinds_cases() -> Iterator[Case]:
+    """Yield every order of two claims of a key, of different kinds, of which only one may find room."""
+    one, other = claim_keyed(2, 2), claim_keyed(3, 2, "k2")
+    for order in merges(one, other):
+        yield Case(one, other, TWO_KINDS_STAGE, order, most_of_key=2)
 
 
 def share_operations() -> Iterator[Operation]:
