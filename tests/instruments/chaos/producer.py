@@ -8,7 +8,7 @@ from typing import Any, Self
 import psycopg
 
 import batchq
-from tests.instruments.chaos.orders import ORDERS, STYLES, Order, items, payload
+from tests.instruments.chaos.orders import ORDERS, STYLES, Order, items, key, payload
 
 BY_STYLE = [[each for each in ORDERS.values() if each.style == style and each.share] for style in STYLES]
 READY = """
@@ -83,10 +83,22 @@ class Producer:
             self.next_seq += count
         conn.execute("INSERT INTO produced (kind, first, count) VALUES (%s, %s, %s)", [order.kind, first, count])
         payloads = [payload(order, seq) | more for seq in range(first, first + count)]
-        options: dict[str, Any] = {"max_attempts": order.max_attempts, "priority": priority}
+        options: dict[str, Any] = {"queue": order.queue, "max_attempts": order.max_attempts, "priority": priority}
+        if order.has_keys:
+            enqueue_with_keys(conn, order.kind, payloads, options)
+            return first, count
         if not order.has_items:
             batchq.enqueue_many(conn, order.kind, payloads, **options)
             return first, count
         for each in payloads:
             batchq.enqueue(conn, order.kind, each, items=items(each["seq"]), max_failed_items=1, **options)
         return first, count
+
+
+def enqueue_with_keys(
+    conn: psycopg.Connection[Any], kind: str, payloads: Sequence[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    """Enqueue batches with keys; each fifth is ahead of the others of its key, and comes after them."""
+    ahead = [each for each in payloads if each["seq"] % 5 == 0]
+    batchq.enqueue_many(conn, kind, [each for each in payloads if each not in ahead], key=key, **options)
+    batchq.enqueue_many(conn, kind, ahead, key=key, **options | {"priority": AHEAD})

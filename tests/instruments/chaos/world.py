@@ -16,7 +16,7 @@ import psycopg
 from psycopg import sql
 
 from batchq.postgres.migrate import migrate
-from tests.instruments.chaos import ledger
+from tests.instruments.chaos import ledger, spans
 from tests.instruments.chaos.fleet import Fleet
 from tests.instruments.chaos.operator import Operator
 from tests.instruments.chaos.orders import STYLES
@@ -109,9 +109,10 @@ def world(
         proxy = stack.enter_context(FaultyProxy(pooler.dsn(dbname) if pooler else dsn))
         with psycopg.connect(dsn, autocommit=True) as conn:
             conn.execute(ledger.TABLES)
+            conn.execute(spans.LIMITS)
         connect = partial(psycopg.connect, server.dsn(dbname), **OWN_OPTIONS)
         producer, operator = Producer(connect, backlog), Operator(connect)
-        fleet = Fleet(proxy.dsn, directory, workers, styles)
+        fleet = Fleet(proxy.dsn, server.dsn(dbname), directory, workers, styles)
         its = World(server, dbname, role, password, directory, pooler, proxy, fleet, producer, operator)
         stack.enter_context(fleet)
         stack.enter_context(producer)
