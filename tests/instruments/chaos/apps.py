@@ -40,8 +40,7 @@ marks = MarksFile(Path(os.environ[DIRECTORY]))
 def mark(batch: batchq.Batch, item: int = WHOLE_BATCH) -> None:
     """Leave a mark; use as much memory as meets a limit of it."""
     bytearray(SCRATCH_BYTES)
-    claimed: Any = getattr(batch, "_claimed", batch)  # with old code, the batch itself
-    marks.add(Mark(batch.id, item, batch.attempt, claimed.claim.token))
+    marks.add(Mark(batch.id, item, batch.attempt, batch._claimed.claim.token))
 
 
 def effect(batch: batchq.Batch, item: int = WHOLE_BATCH) -> list[int]:

@@ -4,8 +4,6 @@ Wraps batchq from outside, so that nothing in the package is there for tests. Th
 takes it: the claimer (main thread) and the finisher by their statements, handlers by their transactions.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -15,15 +13,10 @@ from typing import Any
 
 from psycopg.rows import tuple_row
 
-try:
-    from batchq.postgres.handler_connections import HandlerConnections
-    from batchq.postgres.link import Link
-    from batchq.postgres.statements import session
-    from batchq.postgres.transactions import transaction
-except ImportError:  # a version from before these modules
-    HAS_POINTS = False
-else:
-    HAS_POINTS = True
+from batchq.postgres.handler_connections import HandlerConnections
+from batchq.postgres.link import Link
+from batchq.postgres.statements import session
+from batchq.postgres.transactions import transaction
 
 SERVICES = {"MainThread": "claim", "batchq-finisher": "finish"}
 MOMENTS = ("before", "within", "after")  # the COMMIT: nothing of it sent; sent, and its answer not read; answered
@@ -50,7 +43,7 @@ def reach_within(point: str, send: Callable[[], object]) -> None:
 
 def install() -> None:
     """Wrap what the points are in. A version from before there was all of it does without."""
-    if not HAS_POINTS:
+    if not hasattr(Link, "run_text"):
         return
     Link.run = run_with_points(Link.run)  # type: ignore[method-assign]
     Link.run_text = run_text_with_points(Link.run_text)  # type: ignore[method-assign]
