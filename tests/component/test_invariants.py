@@ -66,8 +66,7 @@ WORKER = (
 HOSTILE: dict[str, list[str]] = {
     "live_is_not_final": [MISPLACE.format(partition="batches_live", finished_at="NULL")],
     "waiting_counts_what_it_needs": [
-        "INSERT INTO batchq.batches (kind, after) VALUES ('work', '{1}')",
-        "DELETE FROM batchq.needs",
+        "INSERT INTO batchq.batches (kind, status, needs_left) VALUES ('work', 'waiting', 1)",
     ],
     "finished_is_final": [MISPLACE.format(partition="finished_default", finished_at="now()")],
     "no_other_status": [

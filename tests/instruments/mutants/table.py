@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[3]
 STATEMENTS = {file: file.read_text() for file in sorted((ROOT / "batchq/postgres/statements").glob("*.py"))}
 MIGRATE = "batchq/postgres/migrate.py"
 POSITIONS, KEEPER, RESCUE = (f"batchq/worker/{name}.py" for name in ("positions", "keeper", "rescue"))
-TABLES, PARTITIONS, PLACES_OF_READING, VERBS, BULK, VIEWS_SQL, LIMITS_SQL, KEYS_SQL, KEY_VIEWS_SQL = (
+TABLES, PARTITIONS, PLACES_OF_READING, VERBS, BULK, VIEWS_SQL, LIMITS_SQL, KEYS_SQL, KEY_VIEWS_SQL, FLOWS_SQL = (
     f"migrations/{name}.sql"
     for name in (
         "0001_batches", "0002_partitions", "0003_positions", "0005_verbs", "0006_bulk", "0008_views", "0010_limits",
-        "0011_keys", "0012_key_views",
+        "0011_keys", "0012_key_views", "0013_flows",
     )
 )  # fmt: skip
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
@@ -868,7 +868,7 @@ MUTANTS = [
                 "other batches' failed items stay",
             ),
         ],
-        KEYS_SQL,
+        FLOWS_SQL,
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.cancel_live(",
@@ -878,7 +878,7 @@ MUTANTS = [
             ("b.queue = in_queue AND b.id = ANY (ids)", "b.queue = in_queue", "a cancel takes no other batch"),
             ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "bulk actions wait for no row"),
         ],
-        KEYS_SQL,
+        FLOWS_SQL,
     ),
     *of(
         "CREATE FUNCTION batchq.change_pending(",
@@ -900,7 +900,7 @@ MUTANTS = [
         [
             ("f.queue = in_queue AND f.batch_id = ANY (ids)", "f.queue = in_queue", "other batches' failed items stay"),
         ],
-        KEYS_SQL,
+        FLOWS_SQL,
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.bulk(",
