@@ -579,7 +579,7 @@ SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$ BEGIN
 END $$;
 
 -- Reads 20 rows of batchq.needs for each waiting batch, in all: one batch may have 100,000. A needed batch that is live is being
--- retried. One that has gone is missing only if no row of batchq.flow_events reports its end.
+-- retried. One whose end a row of batchq.flow_events reports is left to the workers.
 CREATE FUNCTION batchq.stuck_waiting(most integer DEFAULT 1000)
 RETURNS TABLE (queue text, kind text, batch_id bigint, needed_id bigint, ended_as text, is_stored boolean)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -602,8 +602,8 @@ BEGIN
   SELECT u.queue, u.kind, u.id, u.needed_id, u.ended_as, u.needed_id IN (SELECT s FROM unnest(stored) s)
   FROM unnest(queues, kinds, ids, needed, ends) u(queue, kind, id, needed_id, ended_as)
   WHERE u.needed_id IN (SELECT g FROM unnest(gone) g)
-    AND (u.ended_as IS NOT NULL
-         OR cardinality(reported) < 20 * most AND u.needed_id NOT IN (SELECT s FROM unnest(stored || reported) s));
+    AND u.needed_id NOT IN (SELECT r FROM unnest(reported) r)
+    AND (u.ended_as IS NOT NULL OR cardinality(reported) < 20 * most AND u.needed_id NOT IN (SELECT s FROM unnest(stored) s));
 END $$;
 COMMENT ON FUNCTION batchq.stuck_waiting IS
   'Returns batches that wait for one that has failed, was cancelled, or is not stored any more, and is not being retried: a row for '

@@ -14,9 +14,7 @@ _MOST_LINES = 1500
 _MOST_LANES = 600
 _WIDTH, _HEIGHT = 186, 44  # of a box
 _GAP, _LANE, _BETWEEN = 14, 14, 72  # below a box; of a lane; between two levels, for the lines
-_STACK = (
-    32  # between two stacks of a level: lines leave the left one on its left, and come to the right one on its right
-)
+_STACK = 32  # between two stacks of a level, for lines that leave the left one and lines that come to the right one
 _OUT, _IN = _HEIGHT // 2 + 10, _HEIGHT // 2 + 4  # from the middle of a box to where such lines run, below it
 _MARGIN, _MOST_ROWS, _SWEEPS = 6, 12, 4
 _ENDED = ("completed", "failed", "cancelled")

@@ -89,7 +89,7 @@ def set_flow(conn: Conn) -> int:
     fetched = batchq.enqueue_each(conn, "fetch_catalog", [{}] * 2, **options)
     unpacked = [batchq.enqueue_each(conn, "unpack", [{}] * 2, after=[one], **options) for one in fetched]
     sheets: list[int] = []
-    for one in sum(unpacked, []):
+    for one in [one for ones in unpacked for one in ones]:
         resized = batchq.enqueue_each(conn, "resize_images", [{}] * 6, after=[one], **options)
         sheets.append(batchq.enqueue(conn, "make_contact_sheet", after=resized, **options) or 0)
     index = batchq.enqueue(conn, "build_search_index", after=[*sheets, *fetched], **options) or 0
