@@ -1,5 +1,5 @@
 """The drawing of a flow as numbers for inline SVG: a column of boxes for each level, and lines from each batch to those
-that wait for it. A line that passes a level has a lane of its own there, so that it crosses no box."""
+that wait for it. Lines from a batch that pass a level share a lane there, so that they cross no box."""
 
 import math
 from collections import defaultdict
@@ -19,7 +19,7 @@ _OUT, _IN = _HEIGHT // 2 + 10, _HEIGHT // 2 + 4  # from the middle of a box to w
 _MARGIN, _MOST_ROWS, _SWEEPS = 6, 12, 4
 _ENDED = ("completed", "failed", "cancelled")
 
-_Key = tuple[int, ...]  # of a box: its id; of a lane: needed id, waiting id, level
+_Key = tuple[int, ...]  # of a box: its id; of a lane: the needed id, and the level that it passes
 
 
 class Box(NamedTuple):
@@ -80,12 +80,14 @@ def _columns(graph: Graph) -> tuple[list[_Column], list[tuple[Edge, list[_Key]]]
     for one in graph.batches:
         columns[levels.get(one, 0)].keys.append((one,))
     has_lanes = sum(levels[edge.waits] - levels[edge.needed] - 1 for edge in graph.edges) <= _MOST_LANES
-    routes = []
+    routes, known = [], set[_Key]()
     for edge in graph.edges:
         passed = range(levels[edge.needed] + 1, levels[edge.waits]) if has_lanes else ()
-        lanes: list[_Key] = [(edge.needed, edge.waits, level) for level in passed]
+        lanes: list[_Key] = [(edge.needed, level) for level in passed]
         for level, lane in zip(passed, lanes, strict=True):
-            columns[level].keys.append(lane)
+            if lane not in known:
+                known.add(lane)
+                columns[level].keys.append(lane)
         routes.append((edge, [(edge.needed,), *lanes, (edge.waits,)]))
     return columns, routes
 
