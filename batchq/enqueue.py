@@ -70,23 +70,9 @@ def enqueue(
     what happens if one fails or is cancelled (default: "wait"). Raises InvalidInput for what is not JSON,
     psycopg.errors.CheckViolation, with the check's name, for what the table refuses.
     """
-    parameters = _insert_parameters(
-        kind=kind,
-        payload=payload,
-        items=items,
-        queue=queue,
-        priority=priority,
-        run_at=run_at,
-        delay_seconds=delay_seconds,
-        unique_key=unique_key,
-        key=key,
-        max_attempts=max_attempts,
-        max_failed_items=max_failed_items,
-        timeout_seconds=timeout_seconds,
-        after=after,
-        on_failure=on_failure,
-        spread=spread,
-    )
+    options = dict(locals())
+    del options["conn"]
+    parameters = _insert_parameters(**options)
     with traces.sending(kind, queue) as trace_context:
         statement = inserts.insert_batch(parameters, trace_context)
         row = conn.cursor(row_factory=tuple_row).execute(*statement, prepare=False).fetchone()

@@ -51,7 +51,7 @@ COMMENT ON COLUMN batchq.flow_events.status IS 'How that batch has ended; null: 
 -- later. Only the batches of the same transaction, which nobody else sees yet, are marked here.
 CREATE FUNCTION batchq.begin_waiting() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
-DECLARE ids bigint[]; own bigint[]; unknown bigint[];
+DECLARE ids bigint[]; own bigint[]; unknown bigint[]; marked bigint[] := '{}'; one record;
 BEGIN
   IF TG_TABLE_SCHEMA <> 'batchq' THEN
     RAISE EXCEPTION 'batchq.begin_waiting is a trigger function of batchq''s own tables, not of %.%', TG_TABLE_SCHEMA, TG_TABLE_NAME
@@ -74,16 +74,18 @@ BEGIN
       USING ERRCODE = 'check_violation', CONSTRAINT = 'batches_after_exist', SCHEMA = 'batchq', TABLE = TG_TABLE_NAME,
             HINT = 'The batch was never committed, or it was deleted a while after its end. Leave it out.';
   END IF;
-  WITH marked AS (
-    UPDATE batchq.batches_live b SET is_needed = true
-    WHERE b.id = ANY (own) AND b.xmin = pg_current_xact_id()::xid RETURNING b.id
-  )
-  SELECT coalesce(array_agg(m.id), '{}') INTO own FROM marked m;
+  FOR one IN
+    SELECT b.queue, array_agg(b.id) AS ids FROM batchq.batches_live b
+    WHERE b.id = ANY (own) AND b.xmin = pg_current_xact_id()::xid GROUP BY b.queue
+  LOOP
+    UPDATE batchq.batches_live b SET is_needed = true WHERE b.queue = one.queue AND b.id = ANY (one.ids);
+    marked := marked || one.ids;
+  END LOOP;
   INSERT INTO batchq.needs (needed_id, batch_id, queue, on_failure)
   SELECT u, NEW.id, NEW.queue, coalesce(NEW.on_failure, 'wait') FROM unnest(ids) u
   ON CONFLICT (needed_id, batch_id) DO UPDATE  -- it is retried, and waits again
   SET queue = excluded.queue, on_failure = excluded.on_failure, ended_as = NULL, at = now();
-  INSERT INTO batchq.flow_events (needed_id) SELECT u FROM unnest(ids) u EXCEPT SELECT u FROM unnest(own) u;
+  INSERT INTO batchq.flow_events (needed_id) SELECT u FROM unnest(ids) u EXCEPT SELECT u FROM unnest(marked) u;
   UPDATE batchq.batches_live b
   SET status = CASE WHEN ids = '{}' THEN 'pending' ELSE 'waiting' END, needs_left = cardinality(ids)
   WHERE b.queue = NEW.queue AND b.id = NEW.id;
@@ -120,16 +122,34 @@ CREATE TRIGGER note_end AFTER DELETE ON batchq.batches_live FOR EACH ROW WHEN (O
 CREATE FUNCTION batchq.mark_needed(ids bigint[], OUT ended bigint[], OUT ended_as text[], OUT locked bigint[])
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
-DECLARE free bigint[]; rest bigint[];
+DECLARE one record; found record; free bigint[]; marked bigint[] := '{}'; rest bigint[];
 BEGIN
-  free := ARRAY(SELECT b.id FROM batchq.batches_live b WHERE b.id = ANY (ids) FOR NO KEY UPDATE SKIP LOCKED);
-  UPDATE batchq.batches_live b SET is_needed = true WHERE b.id = ANY (free) AND b.is_needed IS NOT TRUE;
-  rest := ARRAY(SELECT u FROM unnest(ids) u EXCEPT SELECT u FROM unnest(free) u);
+  ended := '{}';
+  ended_as := '{}';
+  FOR one IN
+    SELECT b.queue, array_agg(b.id) AS ids FROM batchq.batches_live b WHERE b.id = ANY (ids) GROUP BY b.queue
+  LOOP
+    free := ARRAY(SELECT b.id FROM batchq.batches_live b
+                  WHERE b.queue = one.queue AND b.id = ANY (one.ids) FOR NO KEY UPDATE SKIP LOCKED);
+    UPDATE batchq.batches_live b SET is_needed = true
+    WHERE b.queue = one.queue AND b.id = ANY (free) AND b.is_needed IS NOT TRUE;
+    marked := marked || free;
+  END LOOP;
+  rest := ARRAY(SELECT u FROM unnest(ids) u EXCEPT SELECT u FROM unnest(marked) u);
   locked := ARRAY(SELECT b.id FROM batchq.batches_live b WHERE b.id = ANY (rest));
   rest := ARRAY(SELECT u FROM unnest(rest) u EXCEPT SELECT u FROM unnest(locked) u);
   -- Locked, so that none is being retried at this moment: batchq.revive marks what it finds in batchq.needs.
-  SELECT coalesce(array_agg(f.id), '{}'), coalesce(array_agg(f.status), '{}') INTO ended, ended_as
-  FROM (SELECT f.id, f.status FROM batchq.batches_finished f WHERE f.id = ANY (rest) FOR UPDATE SKIP LOCKED) f;
+  FOR one IN
+    SELECT f.queue, array_agg(f.id) AS ids FROM batchq.batches_finished f WHERE f.id = ANY (rest) GROUP BY f.queue
+  LOOP
+    FOR found IN
+      SELECT f.id, f.status FROM batchq.batches_finished f
+      WHERE f.queue = one.queue AND f.id = ANY (one.ids) FOR UPDATE SKIP LOCKED
+    LOOP
+      ended := ended || found.id;
+      ended_as := ended_as || found.status;
+    END LOOP;
+  END LOOP;
   rest := ARRAY(SELECT u FROM unnest(rest) u EXCEPT SELECT u FROM unnest(ended) u);
   IF rest = '{}' THEN RETURN; END IF;
   locked := locked || ARRAY(SELECT f.id FROM batchq.batches_finished f WHERE f.id = ANY (rest))
@@ -206,7 +226,7 @@ COMMENT ON FUNCTION batchq.follow_flows IS
 CREATE FUNCTION batchq.count_needs(in_queue text, free bigint[], ended bigint[], ended_as text[]) RETURNS integer
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
-DECLARE ready bigint[] := '{}'; one record;
+DECLARE ready bigint[] := '{}'; one record; earliest_at timestamptz := now();
 BEGIN
   UPDATE batchq.needs n SET ended_as = e.status  -- and it waits on
   FROM unnest(ended, ended_as) e(id, status)
@@ -236,7 +256,7 @@ BEGIN
     UPDATE batchq.batches_live b
     SET needs_left = b.needs_left - c.met,
         status = CASE WHEN b.needs_left > c.met THEN 'waiting' ELSE 'pending' END,
-        run_at = CASE WHEN b.needs_left > c.met THEN b.run_at ELSE greatest(b.run_at, now()) END
+        run_at = CASE WHEN b.needs_left > c.met THEN b.run_at ELSE greatest(b.run_at, earliest_at) END
     FROM counted c
     WHERE b.queue = in_queue AND b.id = ANY (free) AND b.id = c.batch_id AND b.status = 'waiting'
     RETURNING b.id, b.status
@@ -299,7 +319,7 @@ BEGIN
       CASE WHEN whole THEN 0 ELSE c.items_failed END, CASE WHEN whole THEN NULL ELSE c.cursor END, c.errors, c.created_at,
       c.trace_context, c.after, c.on_failure, c.spread,
       CASE WHEN c.needs_left > 0 THEN NULL ELSE c.needs_left END,  -- ended while it waited: it waits again
-      EXISTS (SELECT 1 FROM batchq.needs n WHERE n.needed_id = c.id)
+      nullif(EXISTS (SELECT 1 FROM batchq.needs n WHERE n.needed_id = c.id), false)
     FROM chosen c
     ON CONFLICT DO NOTHING
     RETURNING id

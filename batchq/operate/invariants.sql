@@ -46,7 +46,8 @@ WHERE status = 'processing'
 SELECT id, 'pending, but claimed by ' || coalesce(claimed_by, 'null') || ', claim_token ' || coalesce(claim_token::text, 'null')
 FROM batchq.batches_live
 WHERE status = 'pending'
-  AND num_nonnulls(claimed_by, claim_token, claimed_at, lease_expires_at) > 0
+  AND (num_nonnulls(claimed_by, claim_token, lease_expires_at) > 0
+       OR claimed_at IS NOT NULL AND key IS NULL)
 
 -- name: finished_is_unclaimed
 SELECT id, status || ', with claim_token ' || coalesce(claim_token::text, 'null') || ', lease_expires_at '

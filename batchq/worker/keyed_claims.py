@@ -19,6 +19,11 @@ _SETTINGS = session.FORCE_INDEX_AND_HASH_JOIN | session.ASYNCHRONOUS_COMMIT
 _MOST_LIMITED_KEYS = 200
 
 
+def _in_place(visit: Visited) -> Visited:
+    """Return a visit that moves no position: what it found was not claimed (its row is locked), and keeps its turn."""
+    return visit._replace(last_priority=None, last_run_at=None, last_id=None)
+
+
 class KeyedClaims:
     """Claims for one source at a time. *skipped*: the ids that the database has refused to change."""
 
@@ -43,7 +48,8 @@ class KeyedClaims:
             skipped = set(self._skipped.ids())
             if ids := [batch_id for batch_id in found if batch_id not in skipped]:
                 halving.attempt(ids)
-        source.ring.visited(visits)
+        claimed = {row.id for row in rows}
+        source.ring.visited([visit if claimed.issuperset(visit.ids or ()) else _in_place(visit) for visit in visits])
         self._skipped.add(halving.refused)
         halving.report("claim", halving.refused)
         order = {batch_id: number for number, batch_id in enumerate(found)}

@@ -65,6 +65,10 @@ WORKER = (
 # 4 (failed, with items a, b, c: b failed in its attempt 1, the others done).
 HOSTILE: dict[str, list[str]] = {
     "live_is_not_final": [MISPLACE.format(partition="batches_live", finished_at="NULL")],
+    "waiting_counts_what_it_needs": [
+        "INSERT INTO batchq.batches (kind, after) VALUES ('work', '{1}')",
+        "DELETE FROM batchq.needs",
+    ],
     "finished_is_final": [MISPLACE.format(partition="finished_default", finished_at="now()")],
     "no_other_status": [
         "ALTER TABLE batchq.batches_refused DROP CONSTRAINT batches_status_is_known",
@@ -204,6 +208,23 @@ def test_a_busy_database_violates_none(conn: Conn, admin: Conn, dsn: str) -> Non
     worker.join()
     assert found + invariants.violations(admin) == []
     assert value(conn, "SELECT count(*) FROM batchq.failed_items") > 100
+
+
+def test_a_batch_with_a_key_that_waits_to_continue_violates_none(conn: Conn, admin: Conn, dsn: str) -> None:
+    """It keeps the time of its claim, and with it its place before the others of its key."""
+    app = batchq.App()
+    app.handler("work", backoff=batchq.Backoff(3600, 3600))(fail)
+    insert(conn, key="k")
+    drain(app, dsn)
+    assert value(conn, "SELECT status || ' ' || (claimed_at IS NOT NULL) FROM batchq.batches") == "pending true"
+    assert invariants.violations(admin) == []
+    admin.execute("UPDATE batchq.batches SET key = NULL")
+    assert [violation.invariant for violation in invariants.violations(admin)] == ["pending_is_unclaimed"]
+
+
+def fail(batch: batchq.Batch) -> None:
+    """Fail."""
+    raise ValueError("bad")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import batchq
 from batchq.errors import InvalidInput
 from batchq.postgres.statements import claims
 from batchq.testing import running_worker
+from batchq.worker import key_ring
 from batchq.worker.key_ring import MOST_KEYS, KeyRing, Visited
 from tests.support.alone import run_alone
 from tests.support.batches import drain, look, put, values
@@ -365,6 +366,14 @@ def test_a_claim_that_committed_behind_the_position_of_leases_counts(conn: Conn,
     assert find(conn) == [], "the first runs"
 
 
+def test_a_batch_that_is_snoozed_after_a_claim_has_found_it_is_not_claimed(dsn: str, conn: Conn) -> None:
+    first = put(conn, "work", key="k")
+    with psycopg.connect(dsn) as one:
+        found = find(one)
+        assert values(conn, "SELECT batchq.snooze(%s, '1 hour')", first) == ["pending"]
+        assert (found, take(one, found)) == ([first], [])
+
+
 # --------------------------------------------------------------------------------------------------- beside the dead
 
 
@@ -402,6 +411,23 @@ def test_claims_of_a_key_do_not_read_its_dead_entries(dsn: str, conn: Conn) -> N
     assert ring.positions().keys() == {"hot"}
     step("%s", spent)
     assert median(spent[-24::2]) + median(spent[-23::2]) < 550, "what is live becomes less, what is dead more"
+
+
+def test_a_batch_that_was_found_but_is_locked_keeps_its_turn(admin_dsn: str, dsn: str, conn: Conn) -> None:
+    """Its key is slow to read, so that the next claims would read from behind it."""
+    limit(conn, 1)
+    first, second = put(conn, "work", key="k"), put(conn, "work", key="k")
+    ran: list[int] = []
+    app = app_of(lambda batch: ran.append(batch.id))
+    with psycopg.connect(admin_dsn) as holder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_ring, "SLOW_KEY_SECONDS", 0.0)
+        patch.setattr(key_ring, "PAUSE_FACTOR", 1e6)
+        holder.execute("SELECT 1 FROM batchq.batches_live WHERE id = %s FOR UPDATE", [first])
+        with running_worker(app, dsn):
+            time.sleep(1.5)
+            assert ran == []
+            holder.rollback()
+            wait_until(lambda: ran == [first, second], 10, "both to run, in their order")
 
 
 def test_a_range_of_keys_without_a_live_batch_is_read_again_after_a_pause(dsn: str, conn: Conn) -> None:

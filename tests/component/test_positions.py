@@ -314,9 +314,9 @@ def test_a_look_does_not_walk_over_what_was_claimed_while_a_snapshot_is_held(
     last = max(row.position for row in claim(conn, 5000))
     statements: list[Statement] = []
 
-    def keep(_conn: Conn, *statement: Any) -> tuple[bool, bool]:
+    def keep(_conn: Conn, *statement: Any) -> tuple[bool, bool, bool]:
         statements.append(statement)
-        return False, False
+        return False, False, False
 
     monkeypatch.setattr(probes, "fetch_one", keep)
     for position in (START, last):

@@ -16,7 +16,7 @@ import pytest
 
 import batchq
 from batchq.testing import drain
-from tests.instruments.chaos import ledger, report
+from tests.instruments.chaos import ledger, report, spans
 from tests.instruments.chaos.cli import main
 from tests.instruments.chaos.faults import FAULTS, Fault, wait_for_work, worked_by_style
 from tests.instruments.chaos.ledger import Violation, check_at_end, check_so_far
@@ -79,6 +79,9 @@ def one_round(names: list[str]) -> Iterator[list[str]]:
 # --------------------------------------------------------------------------------------------------- the arithmetic
 
 
+COUNTS = {"hungry": 0, "keyed": 30}  # other than 10
+
+
 @dataclass
 class Worked:
     """A database in which some batches of each kind were worked, and the marks that they left."""
@@ -107,18 +110,21 @@ def worked_once(server: Server, databases: Databases, tmp_path_factory: pytest.T
 
     with databases.migrated() as name, psycopg.connect(server.dsn(name), autocommit=True) as conn:
         conn.execute(ledger.TABLES)
+        conn.execute(spans.LIMITS)
+        os.environ[spans.DIRECT] = server.dsn(name)
         producer = Producer(lambda: psycopg.connect(server.dsn(name), autocommit=True), 0)
         for order in ORDERS.values():
-            producer.order(order.kind, 10 if order.kind != "hungry" else 0)
+            producer.order(order.kind, COUNTS.get(order.kind, 10))
         for style in STYLES:
             app: batchq.App = getattr(apps, f"{style}_app")
             wait_until(lambda app=app: is_drained(app, server.dsn(name), conn), 60, "everything to be worked")
+        spans.close()
         yield Worked(conn, producer.known_lots, list(read_marks(directory)))
 
 
 def is_drained(app: batchq.App, dsn: str, conn: Conn) -> bool:
     """Work what is ready; tell whether nothing of the app's kinds waits for another attempt."""
-    drain(app, dsn, concurrency=10)
+    drain(app, dsn, concurrency=10, queues=["default", spans.QUEUE])
     return conn.execute("SELECT FROM batchq.batches_live WHERE kind = ANY (%s)", [list(app.handlers)]).rowcount == 0
 
 
@@ -137,6 +143,15 @@ def test_a_database_in_which_all_went_well_comes_out_even(worked: Worked) -> Non
     }
 
 
+LAST_OF_ITS_KEY = "(SELECT batch_id FROM spans WHERE kind = 'keyed' ORDER BY began_at DESC LIMIT 1)"
+AGAIN = "INSERT INTO spans SELECT batch_id, token, queue, kind, key, priority, created_at, running"
+BEGAN_AT_FIRST = f"{AGAIN}, began_at - interval '1 hour' FROM spans"
+BEGAN_AT_LAST = f"{AGAIN}, began_at + interval '1 hour' FROM spans"
+MORE_URGENT = f"UPDATE spans SET priority = -5 WHERE batch_id = {LAST_OF_ITS_KEY}"
+NEVER_BEGAN = f"""
+INSERT INTO batchq.batches (queue, kind, key, priority, created_at)
+SELECT queue, kind, key, priority - 1, created_at FROM spans WHERE batch_id = {LAST_OF_ITS_KEY}
+"""
 PLANTED: dict[str, tuple[str, str]] = {
     "a batch that has vanished": ("lost", "DELETE FROM batchq.batches WHERE id = {tx}"),
     "an effect that is there twice": ("doubled", "INSERT INTO effects SELECT * FROM effects WHERE batch_id = {tx}"),
@@ -162,6 +177,17 @@ PLANTED: dict[str, tuple[str, str]] = {
         "lost", "UPDATE batchq.batches SET payload = payload || jsonb_build_object('text', '批') WHERE id = {failing}"),
     "a text that has lost its letters in an item's error": (
         "lost", "UPDATE batchq.batches SET payload = payload || jsonb_build_object('text', '批') WHERE kind = 'items'"),
+    "more batches at once than the limit": (
+        "limit", "UPDATE spans SET began_at = (SELECT min(began_at) FROM spans) WHERE kind = 'limited'"),
+    "a batch that began beside too many others": ("limit", "UPDATE spans SET running = 4 WHERE batch_id = {limited}"),
+    "a batch that began beside another of its key": ("limit", "UPDATE spans SET running = 2 WHERE batch_id = {keyed}"),
+    "a limited batch that has left no trace": ("lost", "DELETE FROM spans WHERE batch_id = {limited}"),
+    "two batches of a key at the same time": (
+        "order", "UPDATE spans SET ended_at = ended_at + interval '1 hour' WHERE kind = 'keyed'"),
+    "another batch of the key between two attempts": ("order", f"{BEGAN_AT_FIRST} WHERE batch_id = {LAST_OF_ITS_KEY}"),
+    "a batch that was worked again": ("order", f"{BEGAN_AT_LAST} WHERE batch_id = {LAST_OF_ITS_KEY}"),
+    "a batch that let a less urgent one go first": ("order", MORE_URGENT),
+    "a batch that has let all others of its key go first": ("order", NEVER_BEGAN),
     "a batch that nobody works": ("stuck", "INSERT INTO batchq.batches (kind) VALUES ('plain')"),
 }  # fmt: skip
 
@@ -173,6 +199,24 @@ def test_what_is_planted_is_found(worked: Worked, planted: str) -> None:
     step("when there is %s", planted)
     assert worked.conn.execute(statement.format(**ids).encode()).rowcount > 0
     assert what in {each.what for each in worked.check()}
+
+
+def test_what_a_person_has_put_back_has_a_new_place(worked: Worked) -> None:
+    worked.conn.execute(MORE_URGENT.encode())
+    put_back = "INSERT INTO interventions SELECT batch_id, 'retried', min(began_at) - interval '1 ms' FROM spans"
+    worked.conn.execute(f"{put_back} WHERE batch_id = {LAST_OF_ITS_KEY} GROUP BY batch_id".encode())
+    assert worked.check() == []
+
+
+def test_a_key_is_free_when_a_person_has_cancelled_its_batch(worked: Worked) -> None:
+    worked.conn.execute("""
+    INSERT INTO interventions SELECT batch_id, 'cancelled', ended_at FROM spans
+    WHERE kind = 'keyed' AND ended_at IS NOT NULL ORDER BY began_at LIMIT 1
+    """)
+    worked.conn.execute("UPDATE spans SET ended_at = NULL WHERE batch_id IN (SELECT batch_id FROM interventions)")
+    assert "order" not in {each.what for each in worked.check()}
+    worked.conn.execute("UPDATE interventions SET at = 'infinity'")
+    assert "order" in {each.what for each in worked.check()}
 
 
 def test_a_row_whose_lease_ran_out_long_ago_is_stuck_while_work_goes_on(worked: Worked) -> None:

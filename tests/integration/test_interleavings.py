@@ -6,11 +6,12 @@ BATCHQ_TEST_INTERLEAVINGS: how many of the orders are tried, chosen at random by
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import psycopg
 import pytest
 
+from tests.instruments.model.limit_orders import key_cases, share_cases, two_kinds_cases
 from tests.instruments.model.orders import Case, Laboratory, cases, operations
 from tests.instruments.model.reality import drop_partitions_ahead
 from tests.support.alone import run_alone
@@ -24,6 +25,7 @@ ONCE_WRONG = (
     "A: cancel 2 | B: move 2 | pending: B1 A1 A2 B2",
     "A: retry 2 | B: retry whole 2 | old: A1 B1 B2 A2",
     "A: retry whole 2 | B: retry items 2 | failed: B1 A1 B2 A2, batch 1 held at first",
+    "A: claim of a key by 2, at most 1 | B: snooze 1 | its key waits: A1 B1 B2 A2 A3",
 )
 
 
@@ -37,9 +39,9 @@ def laboratory(admin_dsn: str) -> Iterator[Laboratory]:
     laboratory.close()
 
 
-def chosen() -> list[Case]:
+def chosen(every: Iterable[Case]) -> list[Case]:
     """Return the cases to try."""
-    every = list(cases())
+    every = list(every)
     if COUNT == "all":
         return every
     return random.Random(SEED).sample(every, min(int(COUNT), len(every)))
@@ -60,16 +62,35 @@ def attempt(laboratory: Laboratory, case: Case, tried: Counter[str]) -> str:
 
 def test_any_order_of_two_transactions_has_a_serial_outcome(laboratory: Laboratory) -> None:
     tried = Counter[str]()
-    wrong = [told for case in chosen() if (told := attempt(laboratory, case, tried))]
+    wrong = [told for case in chosen(cases()) if (told := attempt(laboratory, case, tried))]
     step("of %s orders of %s operations:", len(list(cases())), len(list(operations())))
     step("%s pairs in a stage; %s", len(laboratory.serial), dict(tried))
     assert not wrong, f"{len(wrong)} of {tried['orders']} orders:\n" + "\n\n".join(wrong[:5])
 
 
+def test_any_order_of_a_claim_of_a_key_and_something_else_has_a_serial_outcome(laboratory: Laboratory) -> None:
+    tried = Counter[str]()
+    some = [*chosen(key_cases()), *two_kinds_cases()]
+    wrong = [told for case in some if (told := attempt(laboratory, case, tried))]
+    step("of %s orders: %s; %s", len(list(key_cases())), dict(tried), Counter(case.other.name for case in some))
+    assert not wrong, f"{len(wrong)} of {tried['orders']} orders:\n" + "\n\n".join(wrong[:5])
+    claimed = [outcome for pair in laboratory.serial.values() for outcome in pair if "'processing'" in outcome[0]]
+    assert len(claimed) > len(laboratory.serial), "claims find something, mostly"
+
+
+def test_any_order_of_two_changes_of_the_shares_of_a_limit_has_a_serial_outcome(laboratory: Laboratory) -> None:
+    tried = Counter[str]()
+    wrong = [told for case in chosen(share_cases()) if (told := attempt(laboratory, case, tried))]
+    step("of %s orders: %s", len(list(share_cases())), dict(tried))
+    assert not wrong, f"{len(wrong)} of {tried['orders']} orders:\n" + "\n\n".join(wrong[:5])
+    assert any(one != other for one, other in laboratory.serial.values()), "who comes first makes a difference"
+
+
 def test_the_orders_that_were_wrong_once(laboratory: Laboratory) -> None:
     step("failed items of a checkpoint that a DELETE of the batch had waited for were left behind")
     step("a verb that waited for a batch that moved meanwhile, or was retried, did nothing")
-    found = [case for case in cases() if str(case) in ONCE_WRONG]
+    step("a claim of a key took a batch that was snoozed after the claim had found it")
+    found = [case for case in (*cases(), *key_cases()) if str(case) in ONCE_WRONG]
     assert len(found) == len(ONCE_WRONG)
     wrong = [told for case in found if (told := attempt(laboratory, case, Counter()))]
     assert not wrong, "\n\n".join(wrong)

@@ -107,11 +107,14 @@ CLAIM_DISTRIBUTED: LiteralString = CLAIM.replace("\nUPDATE", ", b AS (\nUPDATE")
     f"RETURNING {', '.join(f'b.{name}' for name in ClaimedRow._fields)}\n)\nSELECT {_CLAIMED}\nFROM b",
 )  # pyright: ignore[reportAssignmentType] (constants)
 
-# The same for batches that batchq.ready_of_keys has found in the same transaction: by their ids, not by a position.
+# The same for batches that batchq.ready_of_keys has found in the same transaction: by their ids, not by a position. One
+# may have been snoozed since it was found.
 _BY_POSITION = CLAIM_DISTRIBUTED[
     CLAIM_DISTRIBUTED.index("    AND key IS NULL") : CLAIM_DISTRIBUTED.index("  FOR UPDATE")
 ]
-CLAIM_KEYED: LiteralString = CLAIM_DISTRIBUTED.replace(_BY_POSITION, "    AND id = ANY (%(ids)s::bigint[])\n")
+CLAIM_KEYED: LiteralString = CLAIM_DISTRIBUTED.replace(
+    _BY_POSITION, "    AND id = ANY (%(ids)s::bigint[])\n    AND run_at <= now()\n"
+)
 READY_OF_KEYS: LiteralString = """
 SELECT key, ids, last_priority, last_run_at, last_id, seconds
 FROM batchq.ready_of_keys(%(queue)s, %(kinds)s, %(per_kind)s::integer[], %(per_queue)s, %(after_key)s, %(until_key)s,

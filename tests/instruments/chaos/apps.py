@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import batchq
+from tests.instruments.chaos import spans
 from tests.instruments.chaos.marks import DIRECTORY, WHOLE_BATCH, Mark, MarksFile
 from tests.instruments.chaos.orders import BAD_ITEM, LATE_ITEM
 
@@ -31,6 +32,7 @@ sync_app = batchq.App()
 async_app = batchq.App()
 items_app = batchq.App()
 chunks_app = batchq.App()
+limits_app = batchq.App()  # never with old code, which knows no limits
 
 marks = MarksFile(Path(os.environ[DIRECTORY]))
 
@@ -169,6 +171,33 @@ async def chunks_async(batch: batchq.Batch) -> None:
                     chunk.fail(position, error)
                 else:
                     await conn.execute(EFFECT, effect(batch, index))
+
+
+# -------------------------------------------------------------------------------------------------- limits and keys
+
+
+@limits_app.handler("limited", backoff=SOON)
+def limited(batch: batchq.Batch) -> None:
+    """Run beside a few others at most, and write when, see `spans`."""
+    mark(batch)
+    spans.begin(batch)
+    time.sleep(NAP_SECONDS)
+    with batch.transaction() as conn:
+        conn.execute(EFFECT, effect(batch))
+        conn.execute(*spans.end(batch))
+
+
+@limits_app.handler("keyed", backoff=SOON)
+async def keyed(batch: batchq.Batch) -> None:
+    """Run in the order of its key, and write when; some fail in their first attempt."""
+    mark(batch)
+    await asyncio.to_thread(spans.begin, batch)
+    await asyncio.sleep(ITEM_NAP_SECONDS)
+    if batch.payload["fails_at_first"] and batch.attempt == 1:
+        raise ValueError("fails at first")
+    async with batch.transaction() as conn:
+        await conn.execute(EFFECT, effect(batch))
+        await conn.execute(*spans.end(batch))
 
 
 # ----------------------------------------------------------------------------------------------------------- items

@@ -17,6 +17,7 @@ import psycopg
 from psycopg import sql
 
 from tests.instruments.chaos.fleet import ChaosWorker
+from tests.instruments.chaos.operator import note_cancelled
 from tests.instruments.chaos.orders import LETTERS, ORDERS, STYLES
 from tests.instruments.chaos.points import POINTS
 from tests.instruments.chaos.server import DISK_BYTES, as_role
@@ -157,7 +158,7 @@ def at_point(point: str, number: signal.Signals) -> Run:
     """Return the fault that sends a worker a signal at a named point."""
 
     def run(world: World, dice: random.Random) -> None:
-        with world.fleet.lend(dice, dice.choice(["sync", "chunks", "async", "items"])) as place:
+        with world.fleet.lend(dice, dice.choice(["sync", "chunks", "async", "items", "limits"])) as place:
             worker = place.worker  # once it has ended, another one takes its place at any time
             if not reached(worker, point, number):
                 raise NotInjected(f"no {place.style} worker has come to {point} within {POINT_SECONDS:g} s")
@@ -264,7 +265,7 @@ def is_too_large(pid: int) -> bool:
 
 @fault("deploy", "fleet", needs=(the_past(OLD_CODE),))
 def deploy(world: World, dice: random.Random) -> None:
-    """A rolling deploy: every worker gives way to one with the other version of the code, half of them at a time."""
+    """A rolling deploy: workers give way to others with the other version of the code, half of them at a time."""
     world.fleet.roll(None if world.fleet.code else world.code(OLD_CODE))
 
 
@@ -359,7 +360,7 @@ def cancel_one(conn: Conn, dice: random.Random) -> tuple[list[int], str]:
     for _ in range(100):
         row = conn.execute(RUNNING.encode()).fetchone()
         if row and conn.execute("SELECT batchq.cancel(%s)", row).fetchone() == ("cancelled",):
-            conn.execute("INSERT INTO cancelled (batch_id) VALUES (%s)", row)
+            note_cancelled(conn, row[0])
             return [row[0]], dice.choice(["COMMIT", "ROLLBACK"])
     raise NotInjected("no batch was processing")
 

@@ -15,7 +15,8 @@ from typing import Any, Self
 
 from tests.instruments.chaos.ledger import Violation
 from tests.instruments.chaos.marks import DIRECTORY
-from tests.instruments.chaos.orders import STYLES
+from tests.instruments.chaos.orders import QUEUES, STYLES
+from tests.instruments.chaos.spans import DIRECT
 from tests.instruments.chaos.worker import CODE
 from tests.support.processes import ROOT, Process
 from tests.support.waiting import wait_until
@@ -30,6 +31,7 @@ SETTINGS = {
     "pool_size": 4,
     "log_format": "json",
 }
+ALWAYS_NEW = ("limits",)  # styles that old code is kept from: it knows no limits and keys
 STOP_SECONDS = 20.0  # shutdown, then twice the time that the database has to answer, and a busy machine
 TEND_SECONDS = 0.05
 AGAIN_SECONDS = 0.5
@@ -41,14 +43,15 @@ class ChaosWorker(Process):
     """One worker of a style, with the batchq of the directory *code*, None for this checkout's."""
 
     def __init__(
-        self, style: str, dsn: str, code: Path | None, directory: Path, number: int, settings: dict[str, Any]
-    ) -> None:
+        self, style: str, dsn: str, code: Path | None, directory: Path, number: int, settings: dict[str, Any],
+        direct_dsn: str = "",
+    ) -> None:  # fmt: skip
         self.style = style
         self.code = code
         self.log = directory / f"worker-{number}-{style}.log"
-        given = {"dsn": dsn} | SETTINGS | settings
+        given = {"dsn": dsn, "queues": QUEUES.get(style, "default")} | SETTINGS | settings
         environment = os.environ | {f"BATCHQ_{name.upper()}": str(value) for name, value in given.items()}
-        environment[DIRECTORY] = str(directory)
+        environment |= {DIRECTORY: str(directory), DIRECT: direct_dsn}
         if code:
             environment[CODE] = str(code)
         with self.log.open("wb") as log:
@@ -113,10 +116,13 @@ class Place:
 
 
 class Fleet:
-    """*count* workers of each style."""
+    """*count* workers of each style. *direct_dsn*: past everything that can be broken, for what handlers note."""
 
-    def __init__(self, dsn: str, directory: Path, count: int, styles: tuple[str, ...] = STYLES) -> None:
+    def __init__(
+        self, dsn: str, direct_dsn: str, directory: Path, count: int, styles: tuple[str, ...] = STYLES
+    ) -> None:
         self.dsn = dsn
+        self.direct_dsn = direct_dsn
         self.directory = directory
         self.started = 0
         self.code: Path | None = None
@@ -147,7 +153,13 @@ class Fleet:
         """Start a worker with the code that is due, and settings other than usual."""
         with self.lock:
             self.started += 1
-            return ChaosWorker(style, self.dsn, self.code, self.directory, self.started, settings or {})
+            return ChaosWorker(
+                style, self.dsn, self.code_of(style), self.directory, self.started, settings or {}, self.direct_dsn
+            )
+
+    def code_of(self, style: str) -> Path | None:
+        """Return the version of the code that is due for a style."""
+        return None if style in ALWAYS_NEW else self.code
 
     def run(self) -> None:
         """Replace whoever has ended."""
@@ -259,7 +271,7 @@ class Fleet:
         wait_until(lambda: place.worker is not old and place.worker.has_started, AVAILABLE_SECONDS, "the new worker")
 
     def roll(self, code: Path | None) -> None:
-        """Replace every worker, half of them at a time, with others of the version *code*."""
+        """Replace the workers, half of them at a time, with others of the version *code*; but see ALWAYS_NEW."""
         self.code = code
         for half in range(2):
             threads = [threading.Thread(target=self.redeploy, args=(place,)) for place in self.places[half::2]]
@@ -272,9 +284,9 @@ class Fleet:
         """Replace the worker of a place by one of the version that is due."""
         wait_until(lambda: self.lend_this(place), AVAILABLE_SECONDS, "the worker to be free")
         try:
-            if place.worker.code != self.code:
+            if place.worker.code != (code := self.code_of(place.style)):
                 self.stop_worker(place)
-                wait_until(lambda: place.worker.code == self.code and place.worker.has_started, AVAILABLE_SECONDS,
+                wait_until(lambda: place.worker.code == code and place.worker.has_started, AVAILABLE_SECONDS,
                            "the new worker to work")  # fmt: skip
         finally:
             self.take_back(place)

@@ -5,18 +5,20 @@ from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, LiteralString, NamedTuple
 
 import psycopg
 
+from tests.instruments.chaos import spans
 from tests.instruments.chaos.marks import WHOLE_BATCH, Mark
 from tests.instruments.chaos.orders import ORDERS
 
 Conn = psycopg.Connection[Any]
-CHECK = (Path(__file__).parent / "ledger.sql").read_text()
+CHECKS = [(Path(__file__).parent / name).read_text() for name in ("ledger.sql", "spans.sql")]
 EVER = 0.0
 
-TABLES = """
+TABLES: LiteralString = f"""
+{spans.TABLES}
 CREATE TABLE effects (batch_id bigint NOT NULL, item integer NOT NULL, attempt integer NOT NULL, pid integer NOT NULL);
 CREATE INDEX effects_batch ON effects (batch_id);
 COMMENT ON TABLE effects IS 'Written in the transactions of batches. Nothing here refuses a second row.';
@@ -52,7 +54,8 @@ INVARIANTS = "batchq.invariants"
 
 
 class Violation(NamedTuple):
-    """Something that must not be. *what*: lost, doubled, stuck, counters, status, worker, invariant."""
+    """Something that must not be. *what*: lost, doubled, stuck, limit, order, counters, status, worker,
+    invariant."""
 
     what: str
     batch_id: int | None
@@ -62,7 +65,7 @@ class Violation(NamedTuple):
 def check_so_far(conn: Conn, since: float, patience_seconds: float, ready_patience_seconds: float) -> list[Violation]:
     """Check everything that is live, or finished since *since* (seconds since 1970), while work goes on."""
     parameters = {"since": since, "patience": patience_seconds, "ready_patience": ready_patience_seconds}
-    found = [Violation(*row) for row in conn.execute(CHECK.encode(), parameters)]
+    found = [Violation(*row) for check in CHECKS for row in conn.execute(check.encode(), parameters)]
     enqueued, there = one(conn, COUNTS)
     if enqueued != there:
         found += vanished(conn) or [Violation("lost", None, f"{enqueued} batches were enqueued, {there} are there")]

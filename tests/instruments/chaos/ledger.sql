@@ -16,7 +16,7 @@ WITH looked AS (
     e.count - e.distinct_items AS twice,
     f.count AS failed_rows,
     CASE
-      WHEN l.kind IN ('tx', 'tx_async') THEN (l.status = 'completed')::integer
+      WHEN l.kind IN ('tx', 'tx_async', 'limited', 'keyed') THEN (l.status = 'completed')::integer
       WHEN l.kind = 'steps' THEN CASE WHEN l.status = 'completed' THEN 3 ELSE coalesce(l.cursor::integer, 0) END
       WHEN l.kind IN ('chunks', 'chunks_async', 'items_tx', 'items_tx_async') THEN l.items_done
       ELSE 0

@@ -51,7 +51,7 @@ class Operator:
             if row := conn.execute(RUNNING.encode()).fetchone():
                 status = conn.execute("SELECT batchq.cancel(%s)", row).fetchone()
                 if status == ("cancelled",):
-                    conn.execute("INSERT INTO cancelled (batch_id) VALUES (%s)", row)
+                    note_cancelled(conn, row[0])
                     self.cancelled += 1
 
     def retry(self, conn: psycopg.Connection[Any]) -> None:
@@ -60,4 +60,11 @@ class Operator:
             if row := conn.execute("DELETE FROM cancelled WHERE batch_id = (SELECT max(batch_id) FROM cancelled)"
                                    " RETURNING batch_id").fetchone():  # fmt: skip
                 conn.execute("SELECT batchq.retry(%s)", row)
+                conn.execute("INSERT INTO interventions (batch_id, what) VALUES (%s, 'retried')", row)
                 self.retried += 1
+
+
+def note_cancelled(conn: psycopg.Connection[Any], batch_id: int) -> None:
+    """Write down, in the transaction that has cancelled a batch, that it is, and when."""
+    conn.execute("INSERT INTO cancelled (batch_id) VALUES (%s)", [batch_id])
+    conn.execute("INSERT INTO interventions (batch_id, what) VALUES (%s, 'cancelled')", [batch_id])

@@ -4,24 +4,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tests.instruments.chaos.spans import QUEUE
+
 LATE_ITEM, BAD_ITEM = 100, 200  # added to an item: fails in the first attempt; is refused for good
 ITEMS = 10
+KEYS = 11
 LETTERS = "zażółć 批处理 🙂"  # more than LATIN1 has
 PATIENT = 30_000  # attempts: whoever stands beside a worker that dies loses one each time
 
 
 @dataclass(frozen=True)
 class Order:
-    """A kind of batch. *share*: how many of it in each lot. It must end as *ends_as*."""
+    """A kind of batch. *share*: how many of it in each lot. It must end as *ends_as*. *has_keys*: some come first."""
 
     kind: str
     style: str
     share: int
     has_items: bool = False
+    has_keys: bool = False
     max_attempts: int = PATIENT
     ends_as: str = "completed"
 
+    @property
+    def queue(self) -> str:
+        """The queue of its style."""
+        return QUEUES.get(self.style, "default")
 
+
+QUEUES = {"limits": QUEUE}
 ORDERS = {
     order.kind: order
     for order in (
@@ -38,14 +48,22 @@ ORDERS = {
         Order("items_async", "items", 3, has_items=True),
         Order("items_tx", "items", 2, has_items=True),
         Order("items_tx_async", "items", 2, has_items=True),
+        Order("limited", "limits", 4),
+        Order("keyed", "limits", 4, has_keys=True),
     )
 }
-STYLES = ("sync", "async", "items", "chunks")
+FAIL_AT_FIRST = ("tx", "keyed")
+STYLES = ("sync", "async", "items", "chunks", "limits")
 
 
 def payload(order: Order, seq: int) -> dict[str, Any]:
     """Return the payload of the batch number *seq*."""
-    return {"seq": seq, "fails_at_first": order.kind == "tx" and seq % 10 == 0, "is_slow": seq % 4 == 0}
+    return {"seq": seq, "fails_at_first": order.kind in FAIL_AT_FIRST and seq % 10 == 0, "is_slow": seq % 4 == 0}
+
+
+def key(payload: dict[str, Any]) -> str:
+    """Return the key of the batch with a payload."""
+    return f"key {payload['seq'] % KEYS}"
 
 
 def items(seq: int) -> Iterator[int]:

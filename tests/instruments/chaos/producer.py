@@ -8,9 +8,13 @@ from typing import Any, Self
 import psycopg
 
 import batchq
-from tests.instruments.chaos.orders import ORDERS, STYLES, Order, items, payload
+from tests.instruments.chaos.orders import ORDERS, Order, items, key, payload
+from tests.instruments.chaos.spans import QUEUE
 
-BY_STYLE = [[each for each in ORDERS.values() if each.style == style and each.share] for style in STYLES]
+TOGETHER: dict[str, list[Order]] = {}  # by style; kinds with limits by themselves, since any may hold up another
+for _order in ORDERS.values():
+    if _order.share:
+        TOGETHER.setdefault(_order.kind if _order.queue == QUEUE else _order.style, []).append(_order)
 READY = """
 SELECT kind, count(*)
 FROM batchq.batches_live
@@ -22,7 +26,8 @@ AHEAD = -1  # a priority
 
 
 class Producer:
-    """Keeps *backlog* batches of each style ready; with each lot, in its transaction, a row of ``produced``."""
+    """Keeps *backlog* batches of each style, and of each kind with limits, ready. With each lot, in its transaction,
+    comes a row of ``produced``."""
 
     def __init__(self, connect: Callable[[], psycopg.Connection[Any]], backlog: int) -> None:
         self.connect = connect
@@ -54,9 +59,9 @@ class Producer:
             self.ending.wait(PAUSE_SECONDS)
 
     def fill(self, conn: psycopg.Connection[Any]) -> None:
-        """Enqueue until there is enough of each style."""
+        """Enqueue until there is enough of each style, and of each kind with limits."""
         ready: dict[str, int] = dict(conn.execute(READY.encode()).fetchall())
-        for orders in BY_STYLE:
+        for orders in TOGETHER.values():
             missing = self.backlog - sum(ready.get(order.kind, 0) for order in orders)
             if missing > 0:
                 self.enqueue_lots(conn, orders, -(-missing // sum(order.share for order in orders)))
@@ -83,10 +88,22 @@ class Producer:
             self.next_seq += count
         conn.execute("INSERT INTO produced (kind, first, count) VALUES (%s, %s, %s)", [order.kind, first, count])
         payloads = [payload(order, seq) | more for seq in range(first, first + count)]
-        options: dict[str, Any] = {"max_attempts": order.max_attempts, "priority": priority}
+        options: dict[str, Any] = {"queue": order.queue, "max_attempts": order.max_attempts, "priority": priority}
+        if order.has_keys:
+            enqueue_with_keys(conn, order.kind, payloads, options)
+            return first, count
         if not order.has_items:
             batchq.enqueue_many(conn, order.kind, payloads, **options)
             return first, count
         for each in payloads:
             batchq.enqueue(conn, order.kind, each, items=items(each["seq"]), max_failed_items=1, **options)
         return first, count
+
+
+def enqueue_with_keys(
+    conn: psycopg.Connection[Any], kind: str, payloads: Sequence[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    """Enqueue batches with keys; each fifth is ahead of the others of its key, and comes after them."""
+    ahead = [each for each in payloads if each["seq"] % 5 == 0]
+    batchq.enqueue_many(conn, kind, [each for each in payloads if each not in ahead], key=key, **options)
+    batchq.enqueue_many(conn, kind, ahead, key=key, **options | {"priority": AHEAD})

@@ -16,7 +16,7 @@ import psycopg
 from psycopg import sql
 
 from batchq.postgres.migrate import migrate
-from tests.instruments.chaos import ledger
+from tests.instruments.chaos import ledger, spans
 from tests.instruments.chaos.fleet import Fleet
 from tests.instruments.chaos.operator import Operator
 from tests.instruments.chaos.orders import STYLES
@@ -27,7 +27,7 @@ from tests.support.poolers import PgBouncer
 from tests.support.processes import ROOT
 from tests.support.servers import Server
 
-OLD_CODE = "978c8c8"  # deployed in turn with this checkout's; the first with the schema that people begin with
+OLD_CODE = "1d0172d"  # deployed in turn with this checkout's; the first with migrations 0 to 9 as they are now
 POOL_SIZE = 12
 MOST_CLIENTS = 150
 OWN_OPTIONS: dict[str, Any] = {  # of the run's own connections, whatever a fault sets for role or database
@@ -109,9 +109,10 @@ def world(
         proxy = stack.enter_context(FaultyProxy(pooler.dsn(dbname) if pooler else dsn))
         with psycopg.connect(dsn, autocommit=True) as conn:
             conn.execute(ledger.TABLES)
+            conn.execute(spans.LIMITS)
         connect = partial(psycopg.connect, server.dsn(dbname), **OWN_OPTIONS)
         producer, operator = Producer(connect, backlog), Operator(connect)
-        fleet = Fleet(proxy.dsn, directory, workers, styles)
+        fleet = Fleet(proxy.dsn, server.dsn(dbname), directory, workers, styles)
         its = World(server, dbname, role, password, directory, pooler, proxy, fleet, producer, operator)
         stack.enter_context(fleet)
         stack.enter_context(producer)

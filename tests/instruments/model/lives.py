@@ -26,7 +26,17 @@ from batchq.worker import claimer, execution
 from batchq.worker.execution import Outcome
 from batchq.worker.finisher import pieces
 from tests.instruments.model import reality
-from tests.instruments.model.reality import AT_ONCE, KINDS, LATER_SECONDS, LEASE_SECONDS, QUEUES, Reality, Worker, item
+from tests.instruments.model.reality import (
+    AT_ONCE,
+    KEYS,
+    KINDS,
+    LATER_SECONDS,
+    LEASE_SECONDS,
+    QUEUES,
+    Reality,
+    Worker,
+    item,
+)
 from tests.instruments.model.state import FINAL, Failure, Model, Row, Saved
 
 LATER = 2 * LATER_SECONDS
@@ -40,6 +50,7 @@ MOSTLY_VALID = 4
 which = st.integers(0, 5)
 queues = st.sampled_from([QUEUES[0], *QUEUES])
 priorities = st.sampled_from([0, 0, 5])
+keys = st.sampled_from([None, *KEYS])
 seldom = st.sampled_from([False, False, False, False, True])
 mostly = st.sampled_from([True, True, True, False])
 some_items = st.frozensets(st.integers(0, 4), max_size=3)
@@ -121,10 +132,15 @@ class Lives(RuleBasedStateMachine):
         self.enqueue_items(3)
         self.enqueue_items(5)
         self.claim(0, QUEUES[0], 0, 3, KINDS, True)
+        self.begin_more()
+
+    def begin_more(self) -> None:
+        """Whatever else there is at first."""
 
     def enqueue_items(self, count: int) -> None:
         """Enqueue a batch with so many items."""
-        self.enqueue(KINDS[0], QUEUES[0], count, True, priority=0, unique_key=None, max_attempts=4, max_failed_items=1)
+        options = {"priority": 0, "unique_key": None, "max_attempts": 4, "max_failed_items": 1, "key": None}
+        self.enqueue(KINDS[0], QUEUES[0], count, True, **options)
 
     def teardown(self) -> None:
         for held in self.held:
@@ -177,6 +193,7 @@ class Lives(RuleBasedStateMachine):
         unique_key=st.sampled_from([None, None, "a", "b"]),
         max_attempts=st.sampled_from([1, 2, 4]),
         max_failed_items=st.integers(0, 2),
+        key=keys,
     )
     def enqueue(self, kind: str, queue: str, items: int | None, is_due: bool, **options: Any) -> None:
         names = None if items is None else list(map(item, range(items)))
@@ -189,11 +206,11 @@ class Lives(RuleBasedStateMachine):
             row = Row(batch_id, queue, kind, items_total=items, is_due=is_due, **options)
             self.model.rows[batch_id] = row
 
-    @rule(kind=st.sampled_from(KINDS), queue=queues, priority=priorities, count=st.integers(1, 3))
-    def enqueue_many(self, kind: str, queue: str, priority: int, count: int) -> None:
-        assert batchq.enqueue_many(self.real.conn, kind, range(count), queue=queue, priority=priority) == count
+    @rule(kind=st.sampled_from(KINDS), queue=queues, count=st.integers(1, 3), priority=priorities, key=keys)
+    def enqueue_many(self, kind: str, queue: str, count: int, **options: Any) -> None:
+        assert batchq.enqueue_many(self.real.conn, kind, range(count), queue=queue, **options) == count
         for batch_id in self.real.values("SELECT id FROM batchq.batches ORDER BY id DESC LIMIT %s", [count]):
-            self.model.rows[batch_id] = Row(batch_id, queue, kind, priority=priority)
+            self.model.rows[batch_id] = Row(batch_id, queue, kind, **options)
         self.happened("enqueued by COPY")
 
     # ------------------------------------------------------------------------------------------------------------ claim
@@ -214,9 +231,13 @@ class Lives(RuleBasedStateMachine):
         assert sorted(row.id for row in rows) == sorted(expected)
         claim = Claim(queue, token, worker.runtimes[keep], 0.0)
         for row in rows:
-            self.model.claim(row.id, worker.name, token)
-            self.held.append(Held(worker, ClaimedBatch(row, claim), keep, row.items_done, row.items_failed, row.kind))
+            self.take(worker, row, claim, keep)
         self.happened("claimed" if rows else "claimed nothing")
+
+    def take(self, worker: Worker, row: ClaimedRow, claim: Claim, keep: bool) -> None:
+        """A worker has claimed a batch."""
+        self.model.claim(row.id, worker.name, claim.token)
+        self.held.append(Held(worker, ClaimedBatch(row, claim), keep, row.items_done, row.items_failed, row.kind))
 
     def in_order_of_claims(self, rows: list[Row]) -> list[int]:
         """Return the ids of batches in the order in which they are claimed: only the database knows run_at."""
@@ -471,7 +492,10 @@ class Lives(RuleBasedStateMachine):
     @rule(which=which, how=st.sampled_from(ENDS), waits=seldom, is_paused=seldom)
     def end(self, which: int, how: str, waits: bool, is_paused: bool) -> None:
         """A handler ends; the finisher writes that at once, or it waits until there is more to write."""
-        held = self.one_of(self.ending(), which)
+        self.end_of(self.one_of(self.ending(), which), how, waits, is_paused)
+
+    def end_of(self, held: Held, how: str, waits: bool, is_paused: bool) -> None:
+        """End a handler."""
         if is_paused:
             self.paused(held)
         handler = self.real.handlers[held.handler]
@@ -732,7 +756,11 @@ class Lives(RuleBasedStateMachine):
             self.real.conn.execute(lease_of, [row.id])
             row.lease = "ran out"
             self.rescue(row.queue, 100)
-            self.claim((self.real.workers.index(held.worker) + 1) % 3, row.queue, row.priority, 3, KINDS, True)
+            self.claim_as_another((self.real.workers.index(held.worker) + 1) % 3, row)
+
+    def claim_as_another(self, number: int, row: Row) -> None:
+        """Another worker claims, maybe this batch."""
+        self.claim(number, row.queue, row.priority, 3, KINDS, True)
 
     # ------------------------------------------------------------------------------------------------------- for people
 

@@ -1,9 +1,10 @@
 """Every order of two transactions: operations that touch batches, all merges of their steps, and what must come out.
 
-A transaction is one step that begins it and runs its statement, and one that commits it. A step that waits for a lock
-lets the other transaction go on. A gate, a third session that holds one of the two batches at first, lets a statement
-be interrupted between its two rows. What waits for no lock (a claim, an extension, a rescue, a verb in bulk) passes
-over locked rows and finds them at its next round: so it is run once more at the end, in a serial run as well.
+A transaction is one step that begins it and runs its statement, and one that commits it; between them is a step for its
+second statement, if it has one. A step that waits for a lock lets the other transaction go on. A gate, a third session
+that holds one of the two batches at first, lets a statement be interrupted between its two rows. What waits for no lock
+(a claim, an extension, a rescue, a verb in bulk) passes over locked rows and finds them at its next round: so it is run
+once more at the end, in a serial run as well.
 """
 
 import time
@@ -36,7 +37,8 @@ TRIES = 20
 class Operation(NamedTuple):
     """What one session does to the batches 1 and 2. *stages*: where it changes anything. *skips_locked*: see above.
 
-    *may_give_way*: it may be refused a lock, by design, and is then tried again.
+    *may_give_way*: it may be refused a lock, by design, and is then tried again. *then*: returns its second statement,
+    if there is to be one, from the rows of the first.
     """
 
     name: str
@@ -44,6 +46,12 @@ class Operation(NamedTuple):
     stages: Sequence[str]
     skips_locked: bool = False
     may_give_way: bool = False
+    then: Callable[[Sequence[Any]], Statement | None] | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many steps its transaction has."""
+        return 2 if self.then is None else 3
 
 
 STAGES = ("pending", "processing", "expired", "failed", "old")
@@ -120,13 +128,17 @@ def maintenance() -> Iterator[Operation]:
 
 
 class Case(NamedTuple):
-    """Two operations on batches in one stage, the order of their steps, and the batch that a gate holds at first."""
+    """Two operations on batches in one stage, the order of their steps, and the batch that a gate holds at first.
+
+    *most_of_key*: how many batches with a key may run at any time.
+    """
 
     one: Operation
     other: Operation
     stage: str
     order: tuple[int, ...]
-    gate: int | None
+    gate: int | None = None
+    most_of_key: int | None = None
 
     def __str__(self) -> str:
         steps = " ".join(f"{'AB'[who]}{self.order[:place].count(who) + 1}" for place, who in enumerate(self.order))
@@ -144,10 +156,17 @@ def cases() -> Iterator[Case]:
                     yield from cases_of(one, other, stage)
 
 
+def merges(one: Operation, other: Operation) -> Iterator[tuple[int, ...]]:
+    """Yield all merges of the steps of two operations."""
+    count = one.steps + other.steps
+    for places in combinations(range(count), one.steps):
+        yield tuple(0 if place in places else 1 for place in range(count))
+
+
 def cases_of(one: Operation, other: Operation, stage: str) -> Iterator[Case]:
-    """Yield all merges of two times two steps; behind a gate only who comes first makes a difference."""
-    for places in combinations(range(4), 2):
-        yield Case(one, other, stage, tuple(0 if place in places else 1 for place in range(4)), None)
+    """Yield all merges of the steps; behind a gate only who comes first makes a difference."""
+    for order in merges(one, other):
+        yield Case(one, other, stage, order)
     if one.skips_locked or other.skips_locked:
         return
     for gate in BOTH:
@@ -168,11 +187,14 @@ class Session:
         self.todo: deque[Callable[[], None]] = deque()
         self.now: Future[None] | None = None
         self.error: str | None = None
+        self.rows: Sequence[Any] = ()
 
     def begin(self, operation: Operation) -> None:
         """Have the steps of an operation before it."""
         self.error = None
         self.todo = deque([lambda: self.run(operation), lambda: self.execute("COMMIT")])
+        if operation.then is not None:
+            self.todo.insert(1, lambda: self.go_on(operation))
 
     def run(self, operation: Operation) -> None:
         """Begin a transaction, bounded as everywhere, and run its statement."""
@@ -181,7 +203,14 @@ class Session:
         if operation.may_give_way:
             session_statements.set_lock_timeout(self.conn, MAINTENANCE_MILLISECONDS)
         statement, parameters = operation.statement
-        self.conn.execute(statement, parameters or None)
+        cursor = self.conn.execute(statement, parameters or None)
+        self.rows = cursor.fetchall() if cursor.description else ()
+
+    def go_on(self, operation: Operation) -> None:
+        """Run the second statement."""
+        statement = operation.then(self.rows) if operation.then else None
+        if statement is not None:
+            self.conn.execute(*statement)
 
     def execute(self, text: str) -> None:
         """Run a command."""
@@ -251,11 +280,20 @@ class Laboratory:
             if not self.sessions[who].is_busy():
                 self.sessions[who].step()
             self.settle()
+            self.check_limit(case)
             if place == 1:
                 self.gate.rollback()
                 self.settle()
         self.run_out()
         return self.after(operations)
+
+    def check_limit(self, case: Case) -> None:
+        """Check how many batches with a key run now."""
+        if case.most_of_key is not None:
+            query = "SELECT count(*) FROM batchq.batches_live WHERE key IS NOT NULL AND status = 'processing'"
+            row = self.looker.execute(query).fetchone()
+            assert row
+            assert row[0] <= case.most_of_key, f"{case}: {row[0]} run"
 
     def after(self, operations: Sequence[Operation]) -> Outcome:
         """Let who gave way try again, and who passes over locked rows have its next round; return what came out."""
@@ -308,7 +346,8 @@ class Laboratory:
         """Return what comes out when one operation follows the other, in both orders."""
         key = (case.one.name, case.other.name, case.stage)
         if key not in self.serial:
-            orders = ((0, 0, 1, 1), (1, 1, 0, 0))
+            one, other = (0,) * case.one.steps, (1,) * case.other.steps
+            orders = (one + other, other + one)
             self.serial[key] = [self.outcome(case._replace(order=order, gate=None)) for order in orders]
         return self.serial[key]
 
@@ -316,7 +355,7 @@ class Laboratory:
 
     def set_up(self, stage: str) -> None:
         """Have the batches 1 and 2 in a stage, each with four items, of which one is done and one has failed."""
-        self.looker.execute(f"{CLEAN}; {STAGE[stage]}; {FAILED_ITEMS[stage]}".encode(), prepare=False)
+        self.looker.execute(f"{CLEAN}; {STAGE[stage]}; {FAILED_ITEMS.get(stage, '')}".encode(), prepare=False)
 
     def digest(self) -> str:
         """Return all rows, as far as they do not depend on the clock; batches by their age, since ids may be new."""
@@ -326,10 +365,15 @@ class Laboratory:
         )
         for number, row in enumerate(rows):
             row.id = row.id if row.id in BOTH else -number
-        return "\n".join(map(str, [*rows, *self.looker.execute(items).fetchall()]))
+        found = [*self.looker.execute(items).fetchall(), *self.looker.execute(SHARES).fetchall()]
+        return "\n".join(map(str, [*rows, *found]))
 
 
-CLEAN = "DELETE FROM batchq.batches; DELETE FROM batchq.failed_items"
+SHARES = "SELECT worker, running, wanted_running, in_use FROM batchq.limit_shares ORDER BY worker"
+CLEAN = (
+    "DELETE FROM batchq.batches; DELETE FROM batchq.failed_items; DELETE FROM batchq.limits; "
+    "DELETE FROM batchq.limit_shares"
+)
 INSERT = """
 INSERT INTO batchq.batches (id, queue, kind, unique_key, items, items_done, items_failed, attempt, status, claimed_by,
   claimed_at, claim_token, lease_expires_at, run_at, finished_at)

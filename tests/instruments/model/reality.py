@@ -22,10 +22,12 @@ LATER_SECONDS = 3600.0  # a retry, a snooze or a run_at that does not come withi
 KINDS = ("mail", "index")
 AT_ONCE = ("index", "transactional")  # a failed attempt is followed by the next at once
 QUEUES = ("default", "other")
+KEYS = ("ann", "bob")
 
 LOOK = """
-SELECT b.id, b.queue, b.kind, b.priority, b.unique_key, b.max_attempts, b.max_failed_items, b.items_total, b.status,
-  b.run_at <= now(), b.attempt, b.claimed_by, b.claim_token,
+SELECT b.id, b.queue, b.kind, b.priority, b.unique_key, b.max_attempts, b.max_failed_items, b.items_total, b.key,
+  b.status, b.run_at <= now(),
+  b.key IS NOT NULL AND b.claimed_at IS NOT NULL AND b.finished_at IS NULL, b.attempt, b.claimed_by, b.claim_token,
   CASE WHEN b.lease_expires_at < now() THEN 'ran out'
        WHEN b.lease_expires_at <= now() + interval '1 hour' THEN 'running'
        WHEN b.lease_expires_at IS NOT NULL THEN 'too long' END,
@@ -42,7 +44,7 @@ ORDER BY b.id
 INVARIANTS = " UNION ALL ".join(
     f"SELECT '{name}', x::text FROM ({query.decode()}) AS x" for name, query in health.invariants().items()
 )
-CLEAN = "DELETE FROM batchq.batches; DELETE FROM batchq.failed_items; DELETE FROM effects"
+CLEAN = "DELETE FROM batchq.batches; DELETE FROM batchq.failed_items; DELETE FROM effects; DELETE FROM batchq.limits"
 
 
 class Worker:

@@ -1,7 +1,7 @@
 """The model: what batchq promises of its rows, without SQL, locks and time. Each method is one thing that happens."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -32,8 +32,10 @@ class Row:
     max_attempts: int = 5
     max_failed_items: int = 0
     items_total: int | None = None
+    key: str | None = None
     status: str = "pending"
     is_due: bool = True
+    has_begun: bool = False  # and has a key, which it keeps until it ends
     attempt: int = 0
     worker: str | None = None
     token: UUID | None = None
@@ -58,7 +60,7 @@ class Row:
     def end(self, status: str, error: str | None = None) -> None:
         """Come to a final status."""
         self.add_error(error)
-        self.status, self.token, self.lease = status, None, None
+        self.status, self.token, self.lease, self.has_begun = status, None, None, False
 
     def wait(self, is_due: bool, error: str | None = None) -> None:
         """Become pending again."""
@@ -84,11 +86,15 @@ class Saved:
 
 
 class Model:
-    """Every batch there is, and *effects*: how often the handlers' own rows were committed for (batch, item)."""
+    """Every batch there is, and *effects*: how often the handlers' own rows were committed for (batch, item).
+
+    per_key: how many batches of a key may run, by queue and kind; the kind is None for all kinds of a queue.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}
         self.effects: Counter[tuple[int, int]] = Counter()
+        self.per_key: dict[tuple[str, str | None], int] = {}
 
     def twin(self, queue: str, kind: str, unique_key: str | None) -> Row | None:
         """Return the live batch that has a unique key."""
@@ -98,19 +104,47 @@ class Model:
         return next((row for row in live if (row.queue, row.kind, row.unique_key) == (queue, kind, unique_key)), None)
 
     def ready(self, queue: str, priority: int, kinds: Iterable[str]) -> list[Row]:
-        """Return the batches that a worker may claim."""
+        """Return the batches without a key that a worker may claim."""
+        wanted = (queue, priority, "pending", True, None)
         return [
             row
             for row in self.rows.values()
-            if (row.queue, row.priority, row.status, row.is_due) == (queue, priority, "pending", True)
-            and row.kind in kinds
+            if (row.queue, row.priority, row.status, row.is_due, row.key) == wanted and row.kind in kinds
         ]
+
+    def of_key(self, queue: str, key: str, kind: str | None = None) -> list[Row]:
+        """Return the live batches of a key; *kind* None: of all kinds."""
+        rows = [row for row in self.rows.values() if (row.queue, row.key) == (queue, key) and row.status not in FINAL]
+        return [row for row in rows if kind in (None, row.kind)]
+
+    def running(self, queue: str, kind: str | None, key: str) -> int:
+        """Return how many batches of a key run; *kind* None: of all kinds."""
+        return sum(row.status == "processing" for row in self.of_key(queue, key, kind))
+
+    def may_run(self, row: Row, order: Sequence[int]) -> bool:
+        """Tell whether the limits per key let a batch run next. *order*: the ids in the order of claims."""
+        assert row.key
+        if (row.status, row.is_due) != ("pending", True):
+            return False
+        for kind in (None, row.kind):
+            most = self.per_key.get((row.queue, kind))
+            if most is not None and self.running(row.queue, kind, row.key) >= most:
+                return False
+            if most == 1 and self.first(self.of_key(row.queue, row.key, kind), order) is not row:
+                return False
+        return True
+
+    def first(self, rows: Iterable[Row], order: Sequence[int]) -> Row:
+        """Return which of the live batches of a key comes first where they run strictly in order: what has begun, and
+        then what is due."""
+        return min(rows, key=lambda row: (0 if row.has_begun else 1 if row.is_due else 2, order.index(row.id)))
 
     def claim(self, batch_id: int, worker: str, token: UUID) -> None:
         """A worker takes a batch; the attempt counts."""
         row = self.rows[batch_id]
         row.status, row.worker, row.token, row.lease = "processing", worker, token, "running"
         row.attempt += 1
+        row.has_begun = row.key is not None
 
     def held(self, batch_id: int, token: UUID) -> Row | None:
         """Return the batch if whoever claimed it with *token* has it still."""
