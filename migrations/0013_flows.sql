@@ -528,6 +528,107 @@ CROSS JOIN LATERAL (
 
 COMMENT ON COLUMN batchq.queues.waiting IS 'Batches that wait for others to end.';
 
+CREATE FUNCTION batchq.waiting_queues() RETURNS SETOF text
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE found_queue text := '';
+BEGIN
+  LOOP
+    SELECT b.queue INTO found_queue FROM batchq.batches_live b
+    WHERE b.queue > found_queue AND b.status = 'waiting' ORDER BY b.queue, b.id LIMIT 1;
+    EXIT WHEN NOT FOUND;
+    RETURN NEXT found_queue;
+  END LOOP;
+END $$;
+COMMENT ON FUNCTION batchq.waiting_queues IS 'Returns the queues that have waiting batches.';
+
+-- As before, with waiting batches.
+CREATE OR REPLACE FUNCTION batchq.newest_live(in_queue text DEFAULT NULL, in_kind text DEFAULT NULL, in_status text DEFAULT NULL,
+  before_id bigint DEFAULT 9223372036854775807, most integer DEFAULT 100) RETURNS SETOF bigint
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$ BEGIN
+  IF NOT EXISTS (SELECT 1 FROM batchq.positions) THEN
+    RETURN QUERY
+    SELECT b.id FROM batchq.batches_live b
+    WHERE b.id < before_id AND (in_queue IS NULL OR b.queue = in_queue) AND (in_kind IS NULL OR b.kind = in_kind)
+      AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
+    ORDER BY b.id DESC LIMIT most;
+    RETURN;
+  END IF;
+  -- The newest of each level, by the indexes of claims and leases, since batchq.positions has where these begin. "b.id + 0" keeps
+  -- the planner from the index of ids, whose dead entries are unknown.
+  RETURN QUERY
+  SELECT b.id
+  FROM (
+    SELECT b.id, b.queue
+    FROM batchq.waiting_levels() w CROSS JOIN LATERAL (
+      SELECT b.id, b.queue FROM batchq.batches_live b
+      WHERE b.queue = w.queue AND b.status = 'pending' AND b.key IS NULL AND b.priority = w.priority AND (b.run_at, b.id) >= (w.at, w.id)
+        AND b.id + 0 < before_id AND (in_kind IS NULL OR b.kind = in_kind)
+        AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
+      ORDER BY b.run_at DESC, b.id DESC LIMIT most) b
+    WHERE w.at IS NOT NULL AND (in_status IS NULL OR in_status NOT IN ('processing', 'stalled', 'waiting'))
+    UNION ALL
+    SELECT b.id, q.queue
+    FROM batchq.keyed_queues() AS q(queue) CROSS JOIN LATERAL (
+      SELECT b.id FROM batchq.batches_live b
+      WHERE b.queue = q.queue AND b.status = 'pending' AND b.key > ''
+        AND b.id + 0 < before_id AND (in_kind IS NULL OR b.kind = in_kind)
+        AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
+      ORDER BY b.key, b.priority, b.run_at, b.id LIMIT 10 * most) b
+    WHERE in_status IS NULL OR in_status NOT IN ('processing', 'stalled', 'waiting')
+    UNION ALL
+    SELECT b.id, b.queue
+    FROM batchq.busy_queues() q CROSS JOIN LATERAL (
+      SELECT b.id, b.queue FROM batchq.batches_live b
+      WHERE b.queue = q.queue AND b.status = 'processing' AND b.lease_expires_at >= q.at
+        AND b.id + 0 < before_id AND (in_kind IS NULL OR b.kind = in_kind)
+        AND (in_status IS NULL OR in_status = batchq.shown_status(b.status, b.run_at, b.lease_expires_at, b.errors))
+      ORDER BY b.lease_expires_at DESC LIMIT most) b
+    WHERE q.at IS NOT NULL AND (in_status IS NULL OR in_status IN ('processing', 'stalled'))
+    UNION ALL
+    SELECT b.id, q.queue
+    FROM batchq.waiting_queues() AS q(queue) CROSS JOIN LATERAL (
+      SELECT b.id FROM batchq.batches_live b
+      WHERE b.queue = q.queue AND b.status = 'waiting' AND b.id < before_id AND (in_kind IS NULL OR b.kind = in_kind)
+      ORDER BY b.queue DESC, b.id DESC LIMIT most) b
+    WHERE in_status IS NULL OR in_status = 'waiting'
+  ) b
+  WHERE in_queue IS NULL OR b.queue = in_queue
+  ORDER BY b.id DESC LIMIT most;
+END $$;
+
+-- Reads 20 rows of batchq.needs for each waiting batch, in all: one batch may have 100,000. A needed batch that is live is being
+-- retried. One whose end a row of batchq.flow_events reports is left to the workers.
+CREATE FUNCTION batchq.stuck_waiting(most integer DEFAULT 1000)
+RETURNS TABLE (queue text, kind text, batch_id bigint, needed_id bigint, ended_as text, is_stored boolean)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+#variable_conflict use_column
+DECLARE queues text[]; kinds text[]; ids bigint[]; needed bigint[]; ends text[]; gone bigint[]; stored bigint[]; reported bigint[];
+BEGIN
+  SELECT array_agg(n.queue), array_agg(n.kind), array_agg(n.id), array_agg(n.needed_id), array_agg(n.ended_as)
+  INTO queues, kinds, ids, needed, ends
+  FROM (SELECT w.queue, w.kind, w.id, n.needed_id, n.on_failure, n.ended_as
+        FROM (SELECT b.queue, b.kind, b.id FROM batchq.batches_live b WHERE b.status = 'waiting' ORDER BY b.queue, b.id LIMIT most) w
+        CROSS JOIN LATERAL (SELECT n.needed_id, n.on_failure, n.ended_as FROM batchq.needs n WHERE n.batch_id = w.id) n
+        LIMIT 20 * most) n
+  WHERE n.ended_as IS NULL OR n.on_failure = 'wait' AND n.ended_as <> 'completed';
+  gone := ARRAY(SELECT u FROM unnest(needed) u EXCEPT SELECT b.id FROM batchq.batches_live b WHERE b.id = ANY (needed));
+  IF gone = '{}' THEN RETURN; END IF;
+  stored := ARRAY(SELECT f.id FROM batchq.batches_finished f WHERE f.id = ANY (gone));
+  reported := ARRAY(SELECT e.needed_id FROM batchq.flow_events e ORDER BY e.id LIMIT 20 * most);
+  RETURN QUERY
+  SELECT u.queue, u.kind, u.id, u.needed_id, u.ended_as, u.needed_id IN (SELECT s FROM unnest(stored) s)
+  FROM unnest(queues, kinds, ids, needed, ends) u(queue, kind, id, needed_id, ended_as)
+  WHERE u.needed_id IN (SELECT g FROM unnest(gone) g)
+    AND u.needed_id NOT IN (SELECT r FROM unnest(reported) r)
+    AND (u.ended_as IS NOT NULL OR cardinality(reported) < 20 * most AND u.needed_id NOT IN (SELECT s FROM unnest(stored) s));
+END $$;
+COMMENT ON FUNCTION batchq.stuck_waiting IS
+  'Returns batches that wait for one that has failed, was cancelled, or is not stored any more, and is not being retried: a row for '
+  'each pair. Reads the first "most" waiting batches, by queue and id. ended_as: how the needed one ended, null if that is unknown.';
+
 CREATE OR REPLACE VIEW batchq.duties AS
 SELECT duty, privilege, object
 FROM (VALUES
@@ -549,7 +650,7 @@ FROM (VALUES
                        'limits,declared_limits,limits_in_force,limits_in_use,keys,limit_shares,throttles,needs,flow_events}'),
   ('viewer', 'EXECUTE', '{shown_status,count_live,count_failed,latest_failures,run_time_percentiles,'
                         'sum_counts,add_counts,busy_queues,waiting_levels,newest_live,ids_given_twice,duty_statements,'
-                        'keyed_queues,count_keys,count_waiting,flow}'),
+                        'keyed_queues,count_keys,count_waiting,waiting_queues,stuck_waiting,flow}'),
   ('operator', 'EXECUTE', '{cancel,retry,retry_items,snooze,set_priority,move,pause,resume,drain_worker,bulk,set_limit,end_throttle,run_anyway}'),
   ('operator', 'INSERT, UPDATE, DELETE', '{limits}')
 ) AS granted(duty, privilege, objects)

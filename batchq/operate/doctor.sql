@@ -300,6 +300,33 @@ WHERE q.at IS NOT NULL
 ORDER BY lease_expires_at
 LIMIT 10
 
+-- name: waits_for_a_failed_batch
+SELECT 'warning',
+  format('%%s waiting %%s for batch %%s, which %%s; the first is batch %%s of kind %%s in queue %%s', batches,
+         CASE batches WHEN 1 THEN 'batch waits' ELSE 'batches wait' END, needed_id,
+         CASE ended_as WHEN 'failed' THEN 'failed' ELSE 'was cancelled' END, first_id, kind, queue),
+  format('fix the cause, then: batchq retry %%s; or, for each waiting batch: batchq run-anyway %%s, or batchq cancel %%s --with-dependents',
+         needed_id, first_id, first_id)
+FROM (
+  SELECT needed_id, ended_as, count(*) AS batches, min(batch_id) AS first_id, (array_agg(kind ORDER BY batch_id))[1] AS kind,
+    (array_agg(queue ORDER BY batch_id))[1] AS queue
+  FROM batchq.stuck_waiting(10000)
+  WHERE is_stored
+  GROUP BY needed_id, ended_as
+) stuck
+ORDER BY batches DESC, needed_id
+LIMIT 10
+
+-- name: waits_for_a_batch_that_is_gone
+SELECT 'warning',
+  format('batch %%s of kind %%s in queue %%s waits for batch %%s, which %%s and is not stored any more', batch_id, kind, queue, needed_id,
+         CASE ended_as WHEN 'failed' THEN 'failed' WHEN 'cancelled' THEN 'was cancelled' ELSE 'has gone' END),
+  format('nothing can retry what is gone: batchq run-anyway %%s, or batchq cancel %%s --with-dependents', batch_id, batch_id)
+FROM batchq.stuck_waiting(10000)
+WHERE NOT is_stored
+ORDER BY batch_id, needed_id
+LIMIT 10
+
 -- name: poisoned
 SELECT 'warning', format('batch %%s of kind %%s: its worker died %%s times, attempt %%s of %%s', id, kind, died, attempt, max_attempts),
   format('batchq logs %%s; check memory limits, and its handler for crashes; batchq cancel %%1$s stops it', id)

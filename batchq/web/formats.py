@@ -49,7 +49,7 @@ def count(row: dict[str, Any], name: str) -> str:
     text = number(row[name])
     if ("ready" if name == "held_back" else name) not in row["estimated"]:
         return text
-    return f"≥\N{NARROW NO-BREAK SPACE}{text}" if name == "failed" else f"~{text}"
+    return f"≥\N{NARROW NO-BREAK SPACE}{text}" if name in ("failed", "waiting") else f"~{text}"
 
 
 def processed(batch: dict[str, Any]) -> int:

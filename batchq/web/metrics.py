@@ -7,9 +7,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 
 from batchq.common.exposition import MOST_PAIRS, OTHER
 
-STATES = ("ready", "scheduled", "processing")
-
-
+STATES = ("ready", "scheduled", "waiting", "processing")
+_SUMS = (*STATES, "stalled", "failed", "held_back", "waiting_for_failed")
 _IN_USE = {
     "max_running": "running",
     "per_second": "starts_per_second_shared",
@@ -27,6 +26,10 @@ def queue_metrics(
     gauges = {
         "stalled": _gauge("batchq_stalled", "Processing batches whose lease has expired."),
         "failed": _gauge("batchq_failed", "Failed batches that are retained; large counts are lower bounds."),
+        "waiting_for_failed": _gauge(
+            "batchq_waiting_for_failed",
+            "Waiting batches that need one that failed, was cancelled or is not stored; of the first 1,000.",
+        ),
         "oldest_wait_seconds": _gauge("batchq_oldest_wait_seconds", "How long the oldest ready batch has waited."),
         "workers": _gauge("batchq_serving_workers", "Live workers that serve the queue and handle the kind."),
     }
@@ -75,7 +78,7 @@ def bounded_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if not rest:
         return found
     other: dict[str, Any] = {"queue": OTHER[0], "kind": OTHER[1]}
-    other |= {name: sum(row[name] for row in rest) for name in (*STATES, "stalled", "failed", "held_back")}
+    other |= {name: sum(row[name] for row in rest) for name in _SUMS}
     other |= {name: max(row[name] or 0 for row in rest) for name in ("oldest_wait_seconds", "workers")}
     other["held_back_by"] = ", ".join(sorted({name for row in rest for name in _names(row)}))
     return [*found[:MOST_PAIRS], other]

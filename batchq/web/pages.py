@@ -8,9 +8,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from batchq.operate import flow_graph
 from batchq.operate.limits import number_text, origin_text, use_text
 from batchq.operate.verbs import VERBS, Verb
+from batchq.postgres.statements import flows
 from batchq.web import bulk, charts, formats, reads
+from batchq.web.flows import flow_values
 from batchq.web.guard import guard_of
 from batchq.web.reads import HIGHEST_ID, MOST_CHARACTERS, MOST_ROWS, PAGE_ROWS, Reader, Row
 
@@ -18,6 +21,7 @@ _STATUSES = ("waiting", "ready", "scheduled", "retrying", "processing", "stalled
 _DONE = {name: verb.title.lower() for name, verb in VERBS.items()} | {"set_limit": "change limit"}
 _MOST_FAILURES = 12
 _MOST_FILTER_CHARACTERS = 300
+_MOST_NEEDS = 20  # that the page of a batch lists
 
 
 def _environment() -> Environment:
@@ -72,13 +76,15 @@ class Pages:
         return self._templates.get_template(template).render(read_only=self.read_only, **values)
 
     def live_part(self, name: str) -> str:
-        """Return the live part of a page: overview, workers, limits, or batch/ID. Raises HTTPException 404."""
+        """Return the live part of a page: overview, workers, limits, batch/ID or flow/ID. Raises HTTPException 404."""
         if name == "overview":
             return self._render("overview_live.html", **self._overview_values())
         if name == "workers":
             return self._render("workers_live.html", workers=self._workers())
         if name == "limits":
             return self._render("limits_live.html", **self._limit_values())
+        if name.startswith("flow/"):
+            return self._render("flow_live.html", **self._flow_values(_batch_id(name.removeprefix("flow/"))))
         return self._render("batch_live.html", **self._batch_values(_batch_id(name.removeprefix("batch/"))))
 
     def _overview_values(self) -> dict[str, Any]:
@@ -107,7 +113,19 @@ class Pages:
             raise HTTPException(404, f"no batch {batch_id}")
         [batch] = found
         errors = self._reader.read("errors", id=batch_id)
-        return {"batch": batch, "errors": errors, "left_seconds": _left_seconds(batch), "actions": _actions(batch)}
+        needs = self._reader.ask(lambda conn: flows.needs_rows(conn, batch_id, _MOST_NEEDS + 1))
+        dependents = self._reader.ask(lambda conn: flows.dependent_rows(conn, batch_id, _MOST_NEEDS + 1))
+        return {
+            "batch": batch, "errors": errors, "left_seconds": _left_seconds(batch), "actions": _actions(batch),
+            "needs": needs, "dependents": dependents, "most_needs": _MOST_NEEDS,
+        }  # fmt: skip
+
+    def _flow_values(self, batch_id: int) -> dict[str, Any]:
+        """Read the flow that a batch is part of. Raises HTTPException 404."""
+        graph = self._reader.ask(lambda conn: flow_graph.read(conn, batch_id))
+        if graph is None:
+            raise HTTPException(404, f"no batch {batch_id}")
+        return flow_values(graph, batch_id)
 
     def overview(self, request: Request) -> HTMLResponse:
         """Show queues, rates, failures and workers."""
@@ -153,6 +171,11 @@ class Pages:
             items=items[:PAGE_ROWS], after_item=after_item, more_items=more, **values,
         )  # fmt: skip
 
+    def flow(self, request: Request) -> HTMLResponse:
+        """Show the flow that a batch is part of: who waits for whom."""
+        batch_id = _batch_id(request.path_params["id"])
+        return self.page(request, "flow.html", live=f"flow/{batch_id}", **self._flow_values(batch_id))
+
     def audit(self, request: Request) -> HTMLResponse:
         """List the recorded actions, the newest first."""
         before = request.query_params.get("before", "")
@@ -172,7 +195,7 @@ def _batch_id(text: str) -> int:
 
 def _totals(queues: list[Row]) -> dict[str, Any]:
     """Return the sums over all queues and kinds, and the longest wait."""
-    names = ("ready", "scheduled", "processing", "stalled", "failed")
+    names = ("ready", "scheduled", "waiting", "processing", "stalled", "failed")
     waits = [row["oldest_wait_seconds"] for row in queues if row["oldest_wait_seconds"] is not None]
     return {name: sum(row[name] for row in queues) for name in (*names, "finished_per_second")} | {
         "estimated": [name for name in names if any(name in row["estimated"] for row in queues)],

@@ -8,7 +8,7 @@ SELECT set_config('transaction_read_only', 'on', true), set_config('jit', 'off',
 SELECT max(version) FROM batchq.migrations
 
 -- name: queues
-SELECT q.queue, q.kind, q.ready, q.scheduled, q.processing, q.stalled, q.failed,
+SELECT q.queue, q.kind, q.ready, q.scheduled, q.waiting, q.processing, q.stalled, q.failed,
        extract(epoch FROM q.oldest_wait)::float8 AS oldest_wait_seconds,
        q.finished_per_second::float8, q.workers, q.estimated, q.held_back, q.held_back_by,
        EXISTS (SELECT 1 FROM batchq.pauses p
@@ -18,6 +18,12 @@ SELECT q.queue, q.kind, q.ready, q.scheduled, q.processing, q.stalled, q.failed,
 FROM batchq.queues q
 ORDER BY q.queue, q.kind
 LIMIT %(limit)s
+
+-- name: waiting_for_failed
+SELECT queue, kind, count(DISTINCT batch_id) AS batches
+FROM batchq.stuck_waiting()
+GROUP BY queue, kind
+ORDER BY queue, kind
 
 -- name: minutes
 SELECT (extract(epoch FROM date_trunc('minute', now()) - t.minute) / 60)::integer AS minutes_ago, t.queue, t.kind,
@@ -95,7 +101,7 @@ WITH finished AS (
          b.finished_at, b.items_total, b.items_done, b.items_failed, b.attempt, b.max_attempts, b.priority,
          b.unique_key, b.errors
   FROM batchq.batches_live b
-  WHERE b.id = ANY (ARRAY(SELECT batchq.newest_live(NULL, NULL, NULL, %(before_id)s, %(most)s)))
+  WHERE b.id = ANY (ARRAY(SELECT batchq.newest_live(NULL, NULL, %(live_status)s, %(before_id)s, %(most)s)))
     AND b.status = ANY (%(statuses)s)
 ), searched AS MATERIALIZED (
   SELECT b.*, b.id::text AS key, row_number() OVER (ORDER BY b.id DESC) AS number
@@ -176,7 +182,7 @@ WHERE NOT EXISTS (SELECT 1 FROM page)
 
 -- name: batch
 SELECT s.id, s.queue, s.kind, s.status, s.items_total, s.items_done, s.items_failed, s.attempt, s.max_attempts,
-       s.priority, s.claimed_by, s.unique_key, s.key, b.max_failed_items, b.timeout_seconds,
+       s.priority, s.claimed_by, s.unique_key, s.key, s.needs_left, b.on_failure, b.max_failed_items, b.timeout_seconds,
        extract(epoch FROM s.running_time)::float8 AS running_seconds,
        CASE WHEN isfinite(s.created_at) THEN extract(epoch FROM now() - s.created_at)::float8 END AS age_seconds,
        CASE WHEN isfinite(s.next_run_at) THEN extract(epoch FROM s.next_run_at - now())::float8 END AS due_in_seconds,

@@ -22,13 +22,14 @@ MOST_CHARACTERS = 20_000  # of a payload
 HIGHEST_ID = 2**63 - 1
 SQL = running.load_statements(Path(__file__).with_name("queries.sql"))
 _STORED_STATUSES = {
+    "waiting": ["waiting"],
     "ready": ["pending"],
     "scheduled": ["pending"],
     "retrying": ["pending"],
     "completed": ["completed"],
     "cancelled": ["cancelled"],
 }
-_EVERY_STATUS = ["pending", "processing", "completed", "failed", "cancelled"]
+_EVERY_STATUS = ["waiting", "pending", "processing", "completed", "failed", "cancelled"]
 _SEARCHES = {"failed": "searched_failed", "processing": "searched_processing", "stalled": "searched_processing"}
 
 
@@ -80,6 +81,7 @@ def batch_list(
     statuses = _STORED_STATUSES.get(status or "", _EVERY_STATUS)
     parameters = {
         "queue": queue, "kind": kind, "status": status, "error": error, "most": most, "limit": PAGE_ROWS,
+        "live_status": "waiting" if status == "waiting" else None,
         "before_time": before_time, "before_id": before_id, "statuses": statuses,
         "final_statuses": [final for final in views.FINAL_STATUSES if final in statuses],
     }  # fmt: skip

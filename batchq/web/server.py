@@ -69,6 +69,7 @@ class Web:
             Route("/", pages.overview),
             Route("/batches", pages.batches),
             Route("/batches/{id}", pages.batch),
+            Route("/flow/{id}", pages.flow),
             Route("/workers", pages.workers),
             Route("/limits", pages.limits),
             Route("/limits/set", limits.ask, methods=["GET"]),
@@ -142,7 +143,11 @@ class Web:
             from batchq.web.metrics import queue_metrics
         except ModuleNotFoundError:
             return PlainTextResponse("the extra is not installed; run pip install 'batchq[metrics]'\n", 501)
-        queues = self.reader.read("queues", limit=_MOST_SCRAPED)
+        stuck = {(row["queue"], row["kind"]): row["batches"] for row in self.reader.read("waiting_for_failed")}
+        queues = [
+            row | {"waiting_for_failed": stuck.get((row["queue"], row["kind"]), 0)}
+            for row in self.reader.read("queues", limit=_MOST_SCRAPED)
+        ]
         workers = self.reader.read("workers", limit=_MOST_SCRAPED)
         limits = self.reader.read("limits", limit=_MOST_SCRAPED)
         live = sum(row["state"] != "gone" for row in workers)

@@ -4,15 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+import batchq
 from batchq.operate import doctor
 from batchq.operate.doctor import Finding
 from batchq.postgres.statements import health
-from tests.component.rows import Conn, claim, expire_lease, insert, processing, value
+from batchq.postgres.statements.endings import Finish
+from tests.component.rows import Conn, claim, expire_lease, finish, insert, processing, value
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
 from tests.support.poolers import PgBouncer
@@ -300,6 +303,61 @@ def test_a_schema_of_another_version_is_told(dsn: str, admin: Conn) -> None:
     assert found(dsn, "schema").severity == "critical"
     admin.execute("DELETE FROM batchq.migrations WHERE version IN (9000, 3)")
     assert found(dsn, "schema").remedy == "run: batchq migrate"
+
+
+def end(conn: Conn, batch_id: int, status: str) -> None:
+    """End the one ready batch, and let those that wait for it know."""
+    token = uuid4()
+    assert [row.id for row in claim(conn, 1, token=token)] == [batch_id]
+    finish(conn, Finish(batch_id, token, status, error='{"error": "no"}'))
+    while conn.execute("SELECT seen FROM batchq.follow_flows(0)").fetchall() != [(0,)]:
+        pass
+
+
+@pytest.mark.parametrize(("status", "how"), [("failed", "failed"), ("cancelled", "was cancelled")])
+def test_batches_that_wait_for_one_that_failed_are_named(dsn: str, conn: Conn, status: str, how: str) -> None:
+    check, gone = "waits_for_a_failed_batch", "waits_for_a_batch_that_is_gone"
+    bad = insert(conn)
+    first = batchq.enqueue(conn, "report", after=[bad], queue="b")
+    batchq.enqueue(conn, "mail", after=[bad], on_failure="run", priority=-1)
+    batchq.enqueue(conn, "report", after=[bad], queue="c")
+    assert found(dsn, check).severity == "ok"
+    end(conn, bad, status)
+    finding = found(dsn, check)
+    assert finding.severity == "warning"
+    assert finding.evidence == (
+        f"2 waiting batches wait for batch {bad}, which {how}; the first is batch {first} of kind report in queue b"
+    )
+    assert f"batchq retry {bad}; " in finding.remedy
+    assert f"batchq run-anyway {first}" in finding.remedy
+    assert f"batchq cancel {first} --with-dependents" in finding.remedy
+    assert found(dsn, gone).severity == "ok"
+    step("while it is being retried, nothing is wrong")
+    conn.execute("SELECT batchq.retry(%s)", [bad])
+    assert found(dsn, check).severity == "ok"
+    end(conn, bad, status)
+    step("it is pruned: nobody can retry it any more")
+    conn.execute("DELETE FROM batchq.batches_finished WHERE id = %s", [bad])
+    assert found(dsn, check).severity == "ok"
+    finding = found(dsn, gone)
+    assert finding.severity == "warning"
+    assert finding.evidence.endswith(f"waits for batch {bad}, which {how} and is not stored any more")
+    assert f"batchq run-anyway {first}, or batchq cancel {first} --with-dependents" in finding.remedy
+
+
+def test_a_needed_batch_whose_end_nobody_has_noticed_is_named(dsn: str, conn: Conn, admin: Conn) -> None:
+    bad = insert(conn)
+    first = batchq.enqueue(conn, "report", after=[bad])
+    while conn.execute("SELECT seen FROM batchq.follow_flows(0)").fetchall() != [(0,)]:
+        pass
+    conn.execute("DELETE FROM batchq.batches_live WHERE id = %s", [bad])
+    assert found(dsn, "waits_for_a_batch_that_is_gone").severity == "ok", "a worker will follow"
+    admin.execute("DELETE FROM batchq.flow_events")
+    finding = found(dsn, "waits_for_a_batch_that_is_gone")
+    assert finding.evidence == (
+        f"batch {first} of kind report in queue default waits for batch {bad}, "
+        "which has gone and is not stored any more"
+    )
 
 
 def test_without_a_schema_only_that_is_wrong(empty_dsn: str) -> None:

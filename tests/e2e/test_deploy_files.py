@@ -240,7 +240,8 @@ METRIC = re.compile(r"\bbatchq_[a-z_]+\b")
 
 def exported() -> set[str]:
     """Return the names of the series that workers and the page export."""
-    counts, row = Counts(ends={"completed": 1}), dict.fromkeys((*STATES, "stalled", "failed", "workers"), 1)
+    counts = Counts(ends={"completed": 1})
+    row = dict.fromkeys((*STATES, "stalled", "failed", "workers", "waiting_for_failed"), 1)
     families = [
         *worker_metrics({("q", "k"): counts}, {"def": (8, 1)}),
         *queue_metrics(

@@ -8,14 +8,14 @@ from playwright.sync_api import Browser, Page, Route, expect
 from tests.component.rows import Conn, insert, processing, value
 from tests.support.alone import run_alone
 from tests.support.browser import THEMES, WAIT_MILLISECONDS, WIDTHS, Watched, chromium
-from tests.support.scene import advance, set_scene
+from tests.support.scene import advance, end_of_kind, set_flow, set_scene
 from tests.support.steps import step
 from tests.support.web import PASSWORD, Site, served
 
 LEAST_CONTRAST = 4.5
 expect.set_options(timeout=WAIT_MILLISECONDS)
 PATHS = ("/", "/batches", "/batches/{id}", "/workers", "/audit", "/verbs/cancel?id={id}", "/verbs/pause",
-         "/batches?queue=bulk", "/bulk/retry?queue=bulk")  # fmt: skip
+         "/batches?queue=bulk", "/bulk/retry?queue=bulk", "/flow/{flow}", "/batches/{flow}")  # fmt: skip
 HOSTILE = "<script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">\u202egnp.exe"
 
 # The contrast of every text with what lies behind it (WCAG 2.1, 1.4.3), from the styles that the browser has computed.
@@ -117,6 +117,37 @@ def test_a_batch_is_cancelled_and_retried_by_hand(conn: Conn, site: Site, page: 
     page.get_by_role("button", name="Retry").click()
     expect(page.locator("h1 .status")).to_have_text("ready")
     expect(page.locator(".notice")).to_be_visible()
+
+
+def test_a_flow_is_drawn_moves_by_itself_and_leads_to_its_batches(conn: Conn, site: Site, page: Page) -> None:
+    index = set_flow(conn)
+    page.goto(f"{site.url}/batches/{index}")
+    page.get_by_role("link", name="Who waits for whom").click()
+    expect(page.locator("#live-label")).to_have_text("Live")
+    expect(page.locator("svg.flow a.box")).to_have_count(41)
+    step("every text fits into its box, or ends with dots and is told in full")
+    cut = page.evaluate(
+        "[...document.querySelectorAll('.flow .box *')].filter(e => e.scrollWidth > e.clientWidth + 1 && "
+        "getComputedStyle(e).display !== 'inline').map(e => e.textContent)"
+    )
+    assert cut == ["notify_subscribers_of_the_new_catalog"]
+    assert page.locator("svg.flow a.box", has_text="notify_subscribers").get_attribute("title") == (
+        "40 notify_subscribers_of_the_new_catalog in media: waiting for 1"
+    )
+    step("focus in the table and the scrolled graph stay when something changes")
+    page.locator("#scroll-flow").evaluate("e => e.scrollTo(300, 0)")
+    page.locator("#flow-6").focus()
+    expect(page.locator("svg.flow .box.completed")).to_have_count(13)
+    end_of_kind(conn, "unpack", 1)
+    expect(page.locator("svg.flow .box.completed")).to_have_count(14)
+    assert page.evaluate("document.activeElement.id") == "flow-6"
+    assert page.locator("#scroll-flow").evaluate("e => e.scrollLeft") == 300
+    step("a box is a link; the keyboard takes the table")
+    page.locator("svg.flow a.box", has_text="failed").click()
+    expect(page.locator("h1")).to_contain_text("Batch 15")
+    page.locator("#dependents-20").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_contain_text("Batch 20")
 
 
 def ask_to_cancel(page: Page, site: Site) -> None:
@@ -232,12 +263,12 @@ def test_hostile_texts_are_text(conn: Conn, site: Site, page: Page) -> None:
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_it_can_be_read_in_both_themes_and_at_both_widths(conn: Conn, site: Site, browser: Browser, theme: str) -> None:
-    batch_id = set_scene(conn)
+    batch_id, flow = set_scene(conn), set_flow(conn)
     for width in WIDTHS:
         context = browser.new_context(color_scheme=theme, viewport={"width": width, "height": 844})  # type: ignore[arg-type]
         watched = Watched(context.new_page(), site.url)
         for path in PATHS:
-            watched.page.goto(site.url + path.format(id=batch_id))
+            watched.page.goto(site.url + path.format(id=batch_id, flow=flow))
             check_readable(watched.page, f"{path} {theme} {width}")
         context.close()
         assert watched.complaints == []

@@ -16,7 +16,7 @@ from batchq.cli.commands.top import read_tables
 from batchq.cli.top_screen import Rows, Top
 from tests.support.browser import THEMES, WIDTHS, chromium
 from tests.support.databases import Databases
-from tests.support.scene import Conn, advance, set_scene
+from tests.support.scene import Conn, advance, set_flow, set_scene
 from tests.support.screen import until
 from tests.support.servers import running_server
 from tests.support.web import served
@@ -46,6 +46,7 @@ def make(conn: Conn, dsn: str, folder: Path) -> None:
         paths = {"overview": "/", "batch": f"/batches/{batch_id}", "list": "/batches?queue=bulk"}
         take({name: site.url + path for name, path in paths.items()}, folder)
         take_many(conn, site.url, folder)
+        take({"flow": f"{site.url}/flow/{set_flow(conn)}"}, folder)
 
 
 # ------------------------------------------------------------------------------------------------------ the terminal

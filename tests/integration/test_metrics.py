@@ -191,14 +191,15 @@ def test_labels_are_limited() -> None:
     shown = first_pairs({("q", f"kind {number}"): counts() for number in range(MOST_PAIRS + 30)})
     assert len(shown) == MOST_PAIRS + 1
     assert (shown["other", "other"].ends, shown["other", "other"].items) == ({"completed": 30}, 60)
-    row = {"ready": 1, "scheduled": 0, "processing": 0, "stalled": 0, "failed": 0, "workers": 1}
-    row |= {"held_back": 1, "held_back_by": "max_running"}
+    row = {"ready": 1, "scheduled": 0, "waiting": 2, "processing": 0, "stalled": 0, "failed": 0, "workers": 1}
+    row |= {"held_back": 1, "held_back_by": "max_running", "waiting_for_failed": 1}
     rows = [
         row | {"queue": "q", "kind": str(number), "oldest_wait_seconds": number} for number in range(MOST_PAIRS + 30)
     ]
     other = bounded_rows(rows)[-1]
     assert (other["kind"], other["ready"], other["oldest_wait_seconds"]) == ("other", 30, MOST_PAIRS + 29)
     assert (other["held_back"], other["held_back_by"]) == (30, "max_running")
+    assert (other["waiting"], other["waiting_for_failed"]) == (60, 30)
     assert len(bounded_rows(rows)) == MOST_PAIRS + 1
 
 
@@ -206,6 +207,7 @@ def test_hostile_labels_stay_one_label_each() -> None:
     kind = 'a"} 1\nbatchq_fake{x="'
     row = {"queue": "\\", "kind": kind, "ready": 3, "scheduled": 0, "processing": 0, "stalled": 0, "failed": 0}
     row |= {"oldest_wait_seconds": None, "workers": 0, "held_back": 0, "held_back_by": None}
+    row |= {"waiting": 0, "waiting_for_failed": 0}
     limit = {"queue": "\\", "kind": kind, "max_running": 4, "per_second": None, "items_per_second": None, "running": 1}
     text = exposition(lambda: queue_metrics([row], 1, [limit])).decode()
     shown = samples(text)

@@ -1,13 +1,16 @@
 """A queue that has seen some work: for the page's browser tests and its screenshots."""
 
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 
+import batchq
 from batchq.postgres.statements import workers
 from batchq.postgres.statements.checkpoints import Progress
+from batchq.postgres.statements.endings import Finish
 from batchq.postgres.statements.workers import WorkerRow
-from tests.component.rows import checkpoint, expire_lease, failure, finished, insert, processing
+from tests.component.rows import checkpoint, claim, expire_lease, failure, finish, finished, insert, processing
 
 Conn = psycopg.Connection[Any]
 TRACEBACK = """Traceback (most recent call last):
@@ -78,3 +81,38 @@ def half_way(conn: Conn) -> int:
 def advance(conn: Conn, batch_id: int, done: int) -> None:
     """Let a batch have worked so many items."""
     conn.execute("UPDATE batchq.batches SET items_done = %s WHERE id = %s", [done, batch_id])
+
+
+def set_flow(conn: Conn) -> int:
+    """Enqueue a flow of 41 batches that has come half-way; return the id of the one in its middle that waits."""
+    options: dict[str, Any] = {"queue": "media"}
+    fetched = batchq.enqueue_each(conn, "fetch_catalog", [{}] * 2, **options)
+    unpacked = [batchq.enqueue_each(conn, "unpack", [{}] * 2, after=[one], **options) for one in fetched]
+    sheets: list[int] = []
+    for one in [one for ones in unpacked for one in ones]:
+        resized = batchq.enqueue_each(conn, "resize_images", [{}] * 6, after=[one], **options)
+        sheets.append(batchq.enqueue(conn, "make_contact_sheet", after=resized, **options) or 0)
+    index = batchq.enqueue(conn, "build_search_index", after=[*sheets, *fetched], **options) or 0
+    checked = batchq.enqueue_each(conn, "check_links", [{}] * 3, after=[index], on_failure="run", **options)
+    published = batchq.enqueue(conn, "publish", after=[index, *checked], **options)
+    batchq.enqueue(
+        conn, "notify_subscribers_of_the_new_catalog", after=[published or 0], on_failure="cancel", **options
+    )
+    batchq.enqueue(conn, "clean_up", after=[published or 0, *fetched], on_failure="run", **options)
+    end_of_kind(conn, "fetch_catalog", 2)
+    end_of_kind(conn, "unpack", 3)
+    end_of_kind(conn, "resize_images", 7)
+    end_of_kind(conn, "resize_images", 1, "failed")
+    end_of_kind(conn, "make_contact_sheet", 1)
+    claim(conn, 3, queue="media", kinds=["resize_images"])
+    return index
+
+
+def end_of_kind(conn: Conn, kind: str, number: int, status: str = "completed") -> None:
+    """End the next ready batches of a kind in the queue "media", and let those that waited for them go on."""
+    token = uuid4()
+    taken = claim(conn, number, queue="media", kinds=[kind], token=token)
+    error = None if status == "completed" else '{"error": "OSError: truncated file", "attempt": 5}'
+    finish(conn, *(Finish(one.id, token, status, error=error) for one in taken), queue="media")
+    while conn.execute("SELECT seen FROM batchq.follow_flows(0)").fetchall() != [(0,)]:
+        pass

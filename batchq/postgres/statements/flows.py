@@ -64,6 +64,25 @@ def needs_rows(conn: Conn, batch_id: int, limit: int) -> list[dict[str, Any]]:
     )
 
 
+def dependent_rows(conn: Conn, batch_id: int, limit: int) -> list[dict[str, Any]]:
+    """Return which batches wait, or have waited, for a batch, as JSON objects, by id."""
+    return fetch_json(
+        conn,
+        """
+        SELECT jsonb_build_object('id', n.batch_id, 'queue', s.queue, 'kind', s.kind, 'status', s.status,
+                                  'needs_left', s.needs_left, 'on_failure', n.on_failure)
+        FROM (SELECT *
+              FROM batchq.needs
+              WHERE needed_id = %(id)s
+              ORDER BY needed_id, batch_id
+              LIMIT %(limit)s) n
+        LEFT JOIN batchq.status s ON s.id = n.batch_id
+        ORDER BY n.batch_id
+        """,
+        {"id": batch_id, "limit": limit},
+    )
+
+
 def flow_edges(conn: Conn, batch_id: int, limit: int) -> list[tuple[int, int, str, str | None]]:
     """Return who waits for whom around a batch: the needed id, the waiting id, on_failure, and how the needed one
     ended. Up to *limit* batches."""
