@@ -47,6 +47,8 @@ class Worker:
         self.context = context = Context(settings)
         self.id = context.worker_id
         self.lifecycle = context.lifecycle
+        if not drain:
+            context.schedules = app.declared_schedules()
         self.finisher = Finisher(context.new_link(), self.lifecycle.wake.set, settings.keep_completed)
         self.lanes = context.lanes = _lanes(app, context, self.finisher.put)
         self.claimer = Claimer(context, context.new_link())
