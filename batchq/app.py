@@ -21,6 +21,7 @@ from batchq.retry import Backoff
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _MAX_KIND_BYTES = 200
+_MAX_QUEUE_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class App:
         *overlap*: allow, or skip (no batch while an earlier one is pending or processing). A row of batchq.schedules
         that a person has written or changed is valid instead (see docs/schedules.md). Raises ConfigError.
         """
-        _check_schedule(cron, name, time_zone, missed, catch_up_most, overlap)
+        _check_schedule(cron, name, time_zone, queue, missed, catch_up_most, overlap)
         text = json_text({} if payload is None else payload, "the payload of a schedule")
 
         def register(function: Function) -> Function:
@@ -241,7 +242,9 @@ def _checked_limits(kind: str, limits: DeclaredLimits) -> DeclaredLimits:
     return limits
 
 
-def _check_schedule(cron: str, name: str | None, time_zone: str, missed: str, catch_up_most: int, overlap: str) -> None:
+def _check_schedule(
+    cron: str, name: str | None, time_zone: str, queue: str, missed: str, catch_up_most: int, overlap: str
+) -> None:
     """Raise ConfigError for a schedule that the table or a worker would refuse."""
     if not isinstance(cron, str) or not isinstance(time_zone, str):
         raise ConfigError(
@@ -253,6 +256,8 @@ def _check_schedule(cron: str, name: str | None, time_zone: str, missed: str, ca
         raise ConfigError(str(error)) from None
     if name is not None and (not isinstance(name, str) or not 1 <= len(name.encode()) <= _MAX_KIND_BYTES):
         raise ConfigError(f"the name of a schedule is a text of 1 to {_MAX_KIND_BYTES} bytes, not {name!r}")
+    if not isinstance(queue, str) or not 1 <= len(queue.encode()) <= _MAX_QUEUE_BYTES:
+        raise ConfigError(f"the name of a queue is a text of 1 to {_MAX_QUEUE_BYTES} bytes, not {queue!r}")
     for what, value, known in (("missed", missed, MISSED), ("overlap", overlap, OVERLAPS)):
         if value not in known:
             raise ConfigError(f"{what} of a schedule is {' or '.join(known)}, not {value!r}")
