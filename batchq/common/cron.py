@@ -1,4 +1,4 @@
-"""When a schedule is due: cron expressions by cronsim, ``@every``, time zones; and what an expression means in words."""
+"""When a schedule is due: cron expressions by cronsim, ``@every``, time zones; and an expression in words."""
 
 import re
 from collections.abc import Iterator
@@ -105,8 +105,8 @@ def _simulation(cron: str, after: datetime) -> CronSim:
         return CronSim(text, after)
     except (CronSimError, AssertionError, OverflowError) as error:
         if len(fields) not in (5, 6):
-            problem = f"a cron expression has 5 fields (minute, hour, day, month, weekday), or 6 with seconds first, not {cron!r}"
-            raise CronError(problem) from None
+            wanted = "5 fields (minute, hour, day, month, weekday), or 6 with seconds first"
+            raise CronError(f"a cron expression has {wanted}, not {cron!r}") from None
         names = _FIELDS[-len(fields) :]
         name = str(error).removeprefix("Bad ")
         if name == "day-of-month" and _is_valid([*fields[:-2], "*", fields[-1]]):
