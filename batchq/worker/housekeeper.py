@@ -1,4 +1,4 @@
-"""The housekeeper: one thread for the process counts, makes the batches of schedules, keeps the schema tidy for everybody.
+"""The housekeeper: one thread for the process counts, fires schedules, and keeps the schema tidy for everybody.
 
 Its connection is its own, so a duty that is slow or waits for a lock delays no lease renewal, rescue or heartbeat.
 """
