@@ -36,7 +36,8 @@ FROM batchq.batches WHERE payload ? 'schedule'
 """
 LAGS = """
 SELECT (result #>> '{}')::float8 - date_part('epoch', (payload ->> 'tick')::timestamptz)
-FROM batchq.batches WHERE payload ? 'schedule' AND status = 'completed' AND (payload ->> 'tick')::timestamptz > %s ORDER BY 1
+FROM batchq.batches WHERE payload ? 'schedule' AND status = 'completed' AND (payload ->> 'tick')::timestamptz > %s
+ORDER BY 1
 """
 
 
