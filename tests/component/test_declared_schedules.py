@@ -6,7 +6,10 @@ import pytest
 
 import batchq
 from batchq.errors import ConfigError
+from batchq.postgres.statements import schedules as statements
+from batchq.postgres.statements.schedules import DueSchedule
 from batchq.testing import running_worker
+from batchq.worker.schedules import plan
 from tests.component.rows import Conn, value, values
 from tests.component.test_schedules import add, app_of, fire, planned
 from tests.support.alone import run_alone
@@ -28,6 +31,12 @@ def test_a_worker_writes_what_its_code_declares(conn: Conn, dsn: str) -> None:
     assert values(conn, state) == ["undeclared"], "no worker declares it any longer"
     planned(conn, 0, "a")
     assert fire(conn) == []
+    [due] = conn.execute(
+        "SELECT name, revision, cron, time_zone, missed, catch_up_most, date_part('epoch', next_at), 0.0::float8, "
+        "date_part('epoch', now()) FROM batchq.schedules"
+    ).fetchall()
+    stale = DueSchedule._make(due)
+    assert conn.execute(*statements.fire_schedules([plan(stale, stale.now)])).fetchall() == [], "a plan of before"
     assert value(conn, "SELECT count(*) FROM batchq.batches") == 0
 
 

@@ -276,8 +276,13 @@ def test_what_was_planned_for_an_earlier_state_does_nothing(conn: Conn) -> None:
     assert conn.execute(*statements.fire_schedules([plan(due[0], due[0].now)])).fetchall() == []
     assert value(conn, "SELECT next_at FROM batchq.schedules") is None, "after a change, the time is computed anew"
     fire(conn)
-    conn.execute("UPDATE batchq.schedules SET paused = true")
+    [later] = statements.due_schedules(conn, 7200)
+    early = statements.fire_schedules([plan(later, later.now)])
+    assert conn.execute(*early).fetchall() == [], "its time has not come"
     planned(conn, 0)
+    due = statements.due_schedules(conn, 0)
+    conn.execute("UPDATE batchq.schedules SET paused = true")
+    assert conn.execute(*statements.fire_schedules([plan(due[0], due[0].now)])).fetchall() == []
     assert fire(conn) == []
     assert value(conn, "SELECT count(*) FROM batchq.batches") == 1
 
