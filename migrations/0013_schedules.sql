@@ -358,8 +358,8 @@ FROM (VALUES
   ('operator', 'EXECUTE', '{cancel,retry,retry_items,snooze,set_priority,move,pause,resume,drain_worker,bulk,set_limit,end_throttle,'
                           'set_schedule,pause_schedule,resume_schedule,run_schedule,remove_schedule}'),
   ('operator', 'INSERT, UPDATE, DELETE', '{limits}'), ('operator', 'DELETE', '{schedules}'),
-  ('operator', 'INSERT (name, cron, time_zone, queue, kind, payload, missed, catch_up_most, overlap, paused), '
-               'UPDATE (name, cron, time_zone, queue, kind, payload, missed, catch_up_most, overlap, paused)', '{schedules}')
+  ('operator', 'INSERT (name, cron, time_zone, queue, kind, payload, missed, catch_up_most, overlap, paused)', '{schedules}'),
+  ('operator', 'UPDATE (name, cron, time_zone, queue, kind, payload, missed, catch_up_most, overlap, paused)', '{schedules}')
 ) AS granted(duty, privilege, objects)
 CROSS JOIN unnest(objects) AS object;
 

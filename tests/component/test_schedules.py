@@ -287,6 +287,17 @@ def test_what_was_planned_for_an_earlier_state_does_nothing(conn: Conn) -> None:
     assert value(conn, "SELECT count(*) FROM batchq.batches") == 1
 
 
+def test_a_plan_that_is_carried_out_twice_makes_one_batch_though_the_next_tick_is_due(conn: Conn) -> None:
+    add(conn, "@every 1 s")
+    fire(conn)
+    planned(conn, 10)
+    [due] = statements.due_schedules(conn, 0)
+    assert due.next_at is not None
+    twice = statements.fire_schedules([plan(due, due.next_at)])
+    assert [len(conn.execute(*twice).fetchall()) for _ in range(2)] == [1, 0]
+    assert conn.execute(COUNTS).fetchall() == [(1, 0, 0)]
+
+
 def test_two_workers_with_the_same_plan_make_one_batch(conn: Conn, dsn: str) -> None:
     for number in range(40):
         add(conn, "* * * * *", name=f"s{number}")
