@@ -174,7 +174,7 @@ def overview(status: _Row) -> RenderableType:
         ("throttles", throttle_table),
         ("schedules", schedule_table),
     )
-    parts[1:1] = [made(status[name]) for name, made in shown if status[name]]
+    parts[1:1] = [made(status[name]) for name, made in shown if status.get(name)]
     return Group(*(part for shown in parts for part in (shown, Text())))
 
 
