@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,11 +14,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from batchq.common.cron import MISSED, MOST_CATCH_UP, OVERLAPS, CronError, check
+from batchq.common.text import json_text
 from batchq.errors import ConfigError
 from batchq.retry import Backoff
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _MAX_KIND_BYTES = 200
+_MAX_QUEUE_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,27 @@ class ItemHandler(Handler):
     wants_conn: bool
 
 
+@dataclass(frozen=True)
+class DeclaredSchedule:
+    """A schedule as code declares it, for the handler that *function* is; the columns of batchq.schedules."""
+
+    function: Callable[..., Any]
+    name: str | None
+    cron: str
+    time_zone: str
+    queue: str
+    payload: str
+    missed: str
+    catch_up_most: int
+    overlap: str
+
+
 @dataclass
 class App:
     """The handlers of a program: ``app = batchq.App()``, then ``@app.handler("kind")``."""
 
     handlers: dict[str, Handler] = field(default_factory=dict)
+    schedules: list[DeclaredSchedule] = field(default_factory=list)
 
     def handler(
         self,
@@ -145,6 +165,52 @@ class App:
 
         return register
 
+    def schedule(
+        self,
+        cron: str,
+        *,
+        name: str | None = None,
+        time_zone: str = "UTC",
+        queue: str = "default",
+        payload: Any = None,
+        missed: str = "coalesce",
+        catch_up_most: int = 100,
+        overlap: str = "allow",
+    ) -> Callable[[Function], Function]:
+        """Let workers make a batch for a handler at certain times: put it above ``@app.handler`` or below.
+
+        *cron*: an expression such as ``0 2 * * *``, or ``@every 30 s``. *name*: of the schedule (default: the kind).
+        *missed*: coalesce, skip or catch_up (up to *catch_up_most* batches), for ticks at which no worker ran.
+        *overlap*: allow, or skip (no batch while an earlier one is pending or processing). A row of batchq.schedules
+        that a person has written or changed is valid instead (see docs/schedules.md). Raises ConfigError.
+        """
+        _check_schedule(cron, name, time_zone, queue, missed, catch_up_most, overlap)
+        text = json_text({} if payload is None else payload, "the payload of a schedule")
+
+        def register(function: Function) -> Function:
+            declared = (function, name, cron, time_zone, queue, text, missed, catch_up_most, overlap)
+            self.schedules.append(DeclaredSchedule(*declared))
+            return function
+
+        return register
+
+    def declared_schedules(self) -> list[dict[str, Any]]:
+        """Return the schedules that the code declares, by column. Raises ConfigError for one without a handler, and for
+        a name that two have."""
+        kinds = {id(handler.function): handler.kind for handler in self.handlers.values()}
+        found: dict[str, dict[str, Any]] = {}
+        for declared in self.schedules:
+            kind = kinds.get(id(declared.function))
+            if kind is None:
+                where = _name_of(declared.function)
+                raise ConfigError(f"the schedule {declared.cron!r} is on {where}(), which is not the handler of a kind")
+            columns = {key: value for key, value in vars(declared).items() if key != "function"}
+            name = declared.name or kind
+            if name in found:
+                raise ConfigError(f"two schedules have the name {name!r}; give one of them another name=")
+            found[name] = columns | {"name": name, "kind": kind, "payload": json.loads(declared.payload)}
+        return list(found.values())
+
     def add(self, handler: Handler) -> None:
         """Register a handler. Raises ConfigError for a kind that has one, and for a timeout that is not over 0."""
         if handler.kind in self.handlers:
@@ -174,6 +240,31 @@ def _checked_limits(kind: str, limits: DeclaredLimits) -> DeclaredLimits:
     if not isinstance(limits.burst_seconds, int | float) or not 0.001 <= limits.burst_seconds <= 3600:
         raise ConfigError(f"burst_seconds of {kind!r} is a number from 0.001 to 3600, not {limits.burst_seconds!r}")
     return limits
+
+
+def _check_schedule(
+    cron: str, name: str | None, time_zone: str, queue: str, missed: str, catch_up_most: int, overlap: str
+) -> None:
+    """Raise ConfigError for a schedule that the table or a worker would refuse."""
+    if not isinstance(cron, str) or not isinstance(time_zone, str):
+        raise ConfigError(
+            f"a schedule takes a cron expression and the name of a time zone, not {cron!r}, {time_zone!r}"
+        )
+    try:
+        check(cron, time_zone)
+    except CronError as error:
+        raise ConfigError(str(error)) from None
+    if name is not None and (not isinstance(name, str) or not 1 <= len(name.encode()) <= _MAX_KIND_BYTES):
+        raise ConfigError(f"the name of a schedule is a text of 1 to {_MAX_KIND_BYTES} bytes, not {name!r}")
+    if not isinstance(queue, str) or not 1 <= len(queue.encode()) <= _MAX_QUEUE_BYTES:
+        raise ConfigError(f"the name of a queue is a text of 1 to {_MAX_QUEUE_BYTES} bytes, not {queue!r}")
+    for what, value, known in (("missed", missed, MISSED), ("overlap", overlap, OVERLAPS)):
+        if value not in known:
+            raise ConfigError(f"{what} of a schedule is {' or '.join(known)}, not {value!r}")
+    if type(catch_up_most) is not int or not 1 <= catch_up_most <= MOST_CATCH_UP:
+        raise ConfigError(
+            f"catch_up_most of a schedule is a whole number from 1 to {MOST_CATCH_UP}, not {catch_up_most!r}"
+        )
 
 
 def _check_arguments(kind: str, function: Callable[..., Any], expected: str) -> list[str]:

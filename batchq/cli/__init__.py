@@ -24,6 +24,7 @@ from batchq.cli.commands import (
     monitor,
     prune,
     roles,
+    schedule,
     show,
     status,
     top,
@@ -38,7 +39,7 @@ from batchq.errors import BatchqError, DatabaseAway, OutcomeUnknown
 
 _COMMANDS = (
     migrate, check, doctor, roles, demo, worker, enqueue, status, monitor, show, watch, flow, logs, top, web, limit,
-    keys,
+    keys, schedule,
 )  # fmt: skip
 _EXIT_ERROR, _EXIT_MISTAKE, _EXIT_INTERRUPTED = 1, 2, 130
 

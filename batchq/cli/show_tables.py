@@ -13,6 +13,7 @@ from batchq.cli.rate import clock
 from batchq.common.terminal import block, line, styled
 from batchq.operate.flow_graph import Group as FlowGroup
 from batchq.operate.limits import name_text, number_text, origin_text, use_text
+from batchq.operate.schedules import origin_of, rules_of, words_of
 from batchq.postgres.statements.views import MOST_OF_A_KEY
 
 _Row = dict[str, Any]
@@ -167,10 +168,15 @@ def throttle_line(row: _Row) -> str:
 
 
 def overview(status: _Row) -> RenderableType:
-    """Return queues, pauses, limits, throttles, workers and batches."""
+    """Return queues, pauses, limits, throttles, schedules, workers and batches."""
     parts = [_queue_table(status["queues"]), _worker_table(status["workers"]), _batch_table(status["batches"])]
-    shown = (("pauses", pause_table), ("limits", limit_table), ("throttles", throttle_table))
-    parts[1:1] = [made(status[name]) for name, made in shown if status[name]]
+    shown = (
+        ("pauses", pause_table),
+        ("limits", limit_table),
+        ("throttles", throttle_table),
+        ("schedules", schedule_table),
+    )
+    parts[1:1] = [made(status[name]) for name, made in shown if status.get(name)]
     return Group(*(part for shown in parts for part in (shown, Text())))
 
 
@@ -244,6 +250,23 @@ def throttle_table(rows: list[_Row]) -> RenderableType:
         for row in rows
     ]  # fmt: skip
     return table("Throttles", ("Queue", "Kind", "Key", "Time left", "Throttled since", "Worker"), cells)
+
+
+def schedule_table(rows: list[_Row]) -> RenderableType:
+    """Return schedules, their next tick, and the outcome of the latest batch."""
+    cells = [
+        [row["name"], words_of(row), row["kind"], row["queue"], row["state"], to_the_second(row["next_at"]),
+         _latest(row), row["batches_made"], row["ticks_missed"], row["ticks_overlapped"], rules_of(row),
+         origin_of(row), row["error"]]
+        for row in rows
+    ]  # fmt: skip
+    columns = ("Schedule", "When", "Kind", "Queue", "State", "Next", "Latest batch", "Batches", "Missed", "Overlapped",
+               "Rules", "Origin", "Error")  # fmt: skip
+    return table("Schedules", columns, cells)
+
+
+def _latest(row: _Row) -> str:
+    return f"{row['last_batch_id']} {row['last_status'] or 'deleted'}" if row["last_batch_id"] else ""
 
 
 def audit_table(rows: list[_Row]) -> RenderableType:

@@ -281,6 +281,47 @@ WHERE n.of_table <> n.of_code
 ORDER BY l.queue, l.kind, n.column_name
 LIMIT 10
 
+-- name: schedule_with_an_error
+SELECT CASE WHEN state = 'error' THEN 'critical' ELSE 'warning' END,
+  format('schedule %%s (%%s): %%s', name, cron, error),
+  CASE WHEN state = 'error' THEN format('it makes no batches; correct it: batchq schedule add %%L CRON --kind %%L', name, kind)
+       ELSE 'remove what refuses the batch; the next tick tries again' END
+FROM batchq.schedule_status
+WHERE error IS NOT NULL
+ORDER BY name
+LIMIT 10
+
+-- name: schedule_that_nobody_declares
+SELECT 'warning',
+  format('schedule %%s (%%s) was declared in code, and no live worker declares it: it makes no batches', name, cron),
+  format('start a worker with that code; if it is no longer needed: batchq schedule remove %%L', name)
+FROM batchq.schedule_status
+WHERE state = 'undeclared'
+ORDER BY name
+LIMIT 10
+
+-- name: schedule_without_a_worker
+SELECT 'warning', format('schedule %%s makes batches of kind %%s in queue %%s, and no live worker has a handler for it', name, kind, queue),
+  'start a worker for the queue whose app has a handler of that name; or correct the schedule'
+FROM batchq.schedule_status
+WHERE handling_workers = 0
+  AND state IN ('active', 'overdue', 'new')
+ORDER BY name
+LIMIT 10
+
+-- name: schedule_overdue
+SELECT 'warning',
+  CASE WHEN state = 'new' THEN format('no worker has computed when schedule %%s is due', name)
+       ELSE format('schedule %%s has been due since %%s, and no worker has made its batch', name, next_at) END,
+  'start a worker; if workers run, check their logs, and whether a transaction holds the row of batchq.schedules'
+FROM (SELECT t.name, t.state, t.next_at, s.changed_at
+      FROM batchq.schedule_status t
+      JOIN batchq.schedules s ON s.name = t.name) shown
+WHERE state = 'overdue'
+   OR (state = 'new' AND changed_at < now() - interval '10 seconds')
+ORDER BY name
+LIMIT 10
+
 -- name: stalled
 SELECT 'warning',
   format('batch %%s of kind %%s: the lease of %%s expired at %%s', id, kind, claimed_by, lease_expires_at),

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from batchq.common.exposition import MOST_PAIRS, OTHER
 
@@ -17,9 +17,13 @@ _IN_USE = {
 
 
 def queue_metrics(
-    queues: Iterable[Mapping[str, Any]], workers: int, limits: Iterable[Mapping[str, Any]]
+    queues: Iterable[Mapping[str, Any]],
+    workers: int,
+    limits: Iterable[Mapping[str, Any]],
+    schedules: Iterable[Mapping[str, Any]] = (),
 ) -> Iterator[Metric]:
-    """Yield the metrics of rows of batchq.queues, of the number of live *workers*, and of rows of limits_in_use."""
+    """Yield the metrics of rows of batchq.queues, of the number of live *workers*, of rows of limits_in_use, and of
+    rows of schedule_status."""
     depth = GaugeMetricFamily(
         "batchq_queue_depth", "Live batches; large counts are estimates.", labels=("queue", "kind", "state")
     )
@@ -44,7 +48,7 @@ def queue_metrics(
             family.add_metric(labels, row[name] or 0)
         for limit in _names(row):
             held_back.add_metric((*labels, limit), row["held_back"])
-    yield from (depth, *gauges.values(), held_back, *_limit_metrics(limits))
+    yield from (depth, *gauges.values(), held_back, *_limit_metrics(limits), *_schedule_metrics(schedules))
     yield GaugeMetricFamily("batchq_workers", "Live workers.", value=workers)
 
 
@@ -61,6 +65,30 @@ def _limit_metrics(limits: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
                 number.add_metric((row["queue"], row["kind"] or "", limit), row[limit])
                 in_use.add_metric((row["queue"], row["kind"] or "", limit), row[used])
     yield from (number, in_use)
+
+
+def _schedule_metrics(schedules: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
+    # Schedules beyond the first 200 are left out.
+    labels = ("schedule",)
+    late = GaugeMetricFamily("batchq_schedule_late_seconds", "Time from the latest tick to its batch.", labels=labels)
+    overdue = GaugeMetricFamily("batchq_schedule_overdue_seconds", "How long the next tick is overdue.", labels=labels)
+    failing = GaugeMetricFamily(
+        "batchq_schedule_failing",
+        "1 if it has an error, or if its latest batch failed or was cancelled.",
+        labels=labels,
+    )
+    ticks = CounterMetricFamily(
+        "batchq_schedule_ticks", "Ticks, by what became of them.", labels=("schedule", "outcome")
+    )
+    for row in list(schedules)[:MOST_PAIRS]:
+        name = row["name"]
+        late.add_metric((name,), row["last_late_seconds"] or 0)
+        is_due = row["state"] in ("active", "overdue")
+        overdue.add_metric((name,), max(0, row["overdue_seconds"] or 0) if is_due else 0)
+        failing.add_metric((name,), float(bool(row["error"]) or row["last_status"] in ("failed", "cancelled")))
+        for outcome, column in (("batch", "batches_made"), ("missed", "ticks_missed"), ("overlap", "ticks_overlapped")):
+            ticks.add_metric((name, outcome), row[column])
+    yield from (late, overdue, failing, ticks)
 
 
 def _names(row: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from batchq.operate import flow_graph
 from batchq.operate.limits import number_text, origin_text, use_text
+from batchq.operate.schedules import ACTIONS, origin_of, rules_of, upcoming, words_of
 from batchq.operate.verbs import VERBS, Verb
 from batchq.postgres.statements import flows
 from batchq.web import bulk, charts, formats, reads
@@ -18,7 +19,10 @@ from batchq.web.guard import guard_of
 from batchq.web.reads import HIGHEST_ID, MOST_CHARACTERS, MOST_ROWS, PAGE_ROWS, Reader, Row
 
 _STATUSES = ("waiting", "ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
-_DONE = {name: verb.title.lower() for name, verb in VERBS.items()} | {"set_limit": "change limit"}
+_DONE = {name: verb.title.lower() for name, verb in VERBS.items()} | {
+    "set_limit": "change limit", "set_schedule": "set schedule",
+    **{f"{action.name}_schedule": action.title.lower() for action in ACTIONS.values()},
+}  # fmt: skip
 _MOST_FAILURES = 12
 _MOST_FILTER_CHARACTERS = 300
 _MOST_NEEDS = 20  # that the page of a batch lists
@@ -39,6 +43,7 @@ def _environment() -> Environment:
     }  # fmt: skip
     made.globals |= {"count": formats.count, "link": formats.query, "statuses": _STATUSES}
     made.globals |= {"use": use_text, "number_text": number_text, "origin": origin_text}
+    made.globals |= {"in_words": words_of, "rules": rules_of, "upcoming": upcoming, "schedule_origin": origin_of}
     return made
 
 
@@ -76,7 +81,8 @@ class Pages:
         return self._templates.get_template(template).render(read_only=self.read_only, **values)
 
     def live_part(self, name: str) -> str:
-        """Return the live part of a page: overview, workers, limits, batch/ID or flow/ID. Raises HTTPException 404."""
+        """Return the live part of a page: overview, workers, limits, schedules, batch/ID, flow/ID. Raises HTTPException
+        404."""
         if name == "overview":
             return self._render("overview_live.html", **self._overview_values())
         if name == "workers":
@@ -85,6 +91,8 @@ class Pages:
             return self._render("limits_live.html", **self._limit_values())
         if name.startswith("flow/"):
             return self._render("flow_live.html", **self._flow_values(_batch_id(name.removeprefix("flow/"))))
+        if name == "schedules":
+            return self._render("schedules_live.html", schedules=self._schedules())
         return self._render("batch_live.html", **self._batch_values(_batch_id(name.removeprefix("batch/"))))
 
     def _overview_values(self) -> dict[str, Any]:
@@ -105,6 +113,9 @@ class Pages:
 
     def _limit_values(self) -> dict[str, Any]:
         return {"limits": self._reader.read("limits", limit=MOST_ROWS), "throttles": self._reader.read("throttles")}
+
+    def _schedules(self) -> list[Row]:
+        return self._reader.read("schedules", limit=MOST_ROWS)
 
     def _batch_values(self, batch_id: int) -> dict[str, Any]:
         """Read a batch, except its payload, cursor, result and items. Raises HTTPException 404."""
@@ -138,6 +149,10 @@ class Pages:
     def limits(self, request: Request) -> HTMLResponse:
         """Show the limits in force, what is in use of them, and the throttles."""
         return self.page(request, "limits.html", live="limits", **self._limit_values())
+
+    def schedules(self, request: Request) -> HTMLResponse:
+        """Show the schedules, their next runs, and the outcome of the latest batch of each."""
+        return self.page(request, "schedules.html", live="schedules", schedules=self._schedules())
 
     def batches(self, request: Request) -> Response:
         """List batches by filters, the newest first; or redirect to one, by its id."""

@@ -78,6 +78,14 @@ WHERE until > now()
 ORDER BY queue, kind, key
 LIMIT 200
 
+-- name: schedules
+SELECT name, left(cron, 300) AS cron, time_zone, queue, kind, missed, catch_up_most, overlap, state, next_at, last_batch_id,
+       last_status, last_late_seconds, batches_made, ticks_missed, ticks_overlapped, left(error, 300) AS error, is_declared,
+       declaring_workers, handling_workers, extract(epoch FROM now() - next_at)::float8 AS overdue_seconds
+FROM batchq.schedule_status
+ORDER BY name
+LIMIT %(limit)s
+
 -- name: audit
 SELECT id, to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') AS at_utc, verb, batches, batch_id, queue, kind,
        left(details::text, 300) AS details, left(reason, 300) AS reason, role, actor

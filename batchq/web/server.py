@@ -27,6 +27,7 @@ from batchq.web.limits import Limits
 from batchq.web.live import EVERY_SECONDS, Live
 from batchq.web.pages import Pages
 from batchq.web.reads import READ_SECONDS, Reader
+from batchq.web.schedules import Schedules
 from batchq.web.settings import WebSettings
 
 _STATIC = {
@@ -64,7 +65,7 @@ class Web:
 
     def _routes(self) -> list[Route]:
         pages, login, actions = self._pages, Login(self._pages), Actions(self.reader, self._pages)
-        limits = Limits(self.reader, pages)
+        limits, schedules = Limits(self.reader, pages), Schedules(self.reader, pages)
         return [
             Route("/", pages.overview),
             Route("/batches", pages.batches),
@@ -74,6 +75,11 @@ class Web:
             Route("/limits", pages.limits),
             Route("/limits/set", limits.ask, methods=["GET"]),
             Route("/limits/set", limits.do, methods=["POST"]),
+            Route("/schedules", pages.schedules),
+            Route("/schedules/set", schedules.ask, methods=["GET"]),
+            Route("/schedules/set", schedules.set, methods=["POST"]),
+            Route("/schedules/{action}", schedules.ask_action, methods=["GET"]),
+            Route("/schedules/{action}", schedules.act, methods=["POST"]),
             Route("/audit", pages.audit),
             Route("/live/{name:path}", self._live),
             Route("/verbs/{verb}", actions.ask, methods=["GET"]),
@@ -150,8 +156,9 @@ class Web:
         ]
         workers = self.reader.read("workers", limit=_MOST_SCRAPED)
         limits = self.reader.read("limits", limit=_MOST_SCRAPED)
+        schedules = self.reader.read("schedules", limit=_MOST_SCRAPED)
         live = sum(row["state"] != "gone" for row in workers)
-        return Response(exposition(lambda: queue_metrics(queues, live, limits)), media_type=CONTENT_TYPE)
+        return Response(exposition(lambda: queue_metrics(queues, live, limits, schedules)), media_type=CONTENT_TYPE)
 
 
 def _healthz(_: Request) -> Response:

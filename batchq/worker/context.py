@@ -3,7 +3,8 @@
 import os
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from batchq.batch.claimed import ClaimedBatch, Runtime
 from batchq.errors import Throttled
@@ -16,14 +17,14 @@ from batchq.worker.gates import Gates
 from batchq.worker.lanes import Lane
 from batchq.worker.lifecycle import Lifecycle
 from batchq.worker.permits import Permits
-from batchq.worker.turns import Turns
+from batchq.worker.turns import LOOK_SECONDS, Turns
 
 
 class Context:
     """Who a worker is, what it serves, and what its parts let each other know.
 
-    *turns* and *dead_rows* are as of the last heartbeat: the keeper writes them; the claimer and the survey read them.
-    Raises ConfigError for a DSN that is missing or will not do.
+    *turns*, *looks* and *dead_rows* are as of the last heartbeat: the keeper writes them; the claimer, the schedules
+    and the survey read them. Raises ConfigError for a DSN that is missing or will not do.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -48,7 +49,8 @@ class Context:
         self.flows = Flows()
         self.lanes: Sequence[Lane] = ()
         self.links: list[Link] = []
-        self.turns = Turns(Turn(1, 0, 0.0), 0.0)
+        self.set_turn(Turn(1, 0, 0.0), 0.0)
+        self.schedules: Sequence[Mapping[str, Any]] | None = None  # those that the app declares; None: takes no part
         self.dead_rows = 0
 
     def _throttle(self, queue: str, kind: str, key: str | None, error: Throttled) -> None:
@@ -64,6 +66,11 @@ class Context:
 
     def _in_flight(self) -> set[ClaimedBatch]:
         return {batch for lane in self.lanes for batch in lane.list_in_flight()}
+
+    def set_turn(self, turn: Turn, known_at: float) -> None:
+        """Note this worker's turn; *known_at*: the monotonic time when the database's clock was *turn.now*."""
+        self.turns = Turns(turn, known_at)
+        self.looks = Turns(turn, known_at, 1 / LOOK_SECONDS)
 
     def new_link(self, timeout_seconds: float | None = None) -> Link:
         """Return a connection for one service thread, closed with the worker."""

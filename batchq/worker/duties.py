@@ -53,12 +53,16 @@ class DutyLoop:
 
     def run(self) -> None:
         """Run the duties until closed."""
-        while not self.closing.wait(self.tick_seconds):
+        while not self.closing.wait(self.wait_seconds()):
             for duty in self.duties.values():
                 pause_seconds = duty.run_if_due()
                 if pause_seconds and self.link.conn is None:
                     self.closing.wait(pause_seconds)
                     break
+
+    def wait_seconds(self) -> float:
+        """Return how long to wait before the duties are checked again."""
+        return self.tick_seconds
 
     def close(self) -> None:
         """Let `run` return."""

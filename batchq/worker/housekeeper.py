@@ -1,4 +1,4 @@
-"""The housekeeper: one thread for the process counts what the worker does, and keeps the schema tidy for everybody.
+"""The housekeeper: one thread for the process counts, fires schedules, and keeps the schema tidy for everybody.
 
 Its connection is its own, so a duty that is slow or waits for a lock delays no lease renewal, rescue or heartbeat.
 """
@@ -12,6 +12,7 @@ from batchq.common.text import one_line
 from batchq.postgres.statements import maintenance, workers
 from batchq.worker.context import Context
 from batchq.worker.duties import Do, DutyLoop, tick_of
+from batchq.worker.schedules import Schedules
 from batchq.worker.survey import SURVEY_SECONDS, Survey
 from batchq.worker.throughput import Throughput
 
@@ -33,7 +34,12 @@ class Housekeeper(DutyLoop):
         self._context = context
         self._throughput = throughput
         self._has_more_to_prune = False
-        duties: list[tuple[str, float, Do]] = [
+        self._schedules = None
+        duties: list[tuple[str, float, Do]] = []
+        if context.schedules is not None:
+            self._schedules = Schedules(context, link, context.schedules, context.lifecycle.wake.set)
+            duties.append(("schedules", 0.0, self._schedules.run_if_due))
+        duties += [
             ("throughput", _THROUGHPUT_SECONDS, self.write_throughput),
             ("survey", SURVEY_SECONDS, survey.run_if_due),
             ("merging", _MERGING_SECONDS, self._merge_throughput),
@@ -41,6 +47,10 @@ class Housekeeper(DutyLoop):
             ("pruning", _PRUNING_SECONDS, self._prune_more),
         ]
         super().__init__("housekeeper", link, tick_of(context.settings.lease_seconds), duties)
+
+    def wait_seconds(self) -> float:
+        """Return how long to wait: until the next tick, or until a schedule is due."""
+        return self._schedules.wait_seconds(self.tick_seconds) if self._schedules else self.tick_seconds
 
     def write_throughput(self) -> None:
         """Write what was counted since the last time, including the progress of batches that run."""

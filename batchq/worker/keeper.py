@@ -24,7 +24,6 @@ from batchq.worker.lanes import Lane
 from batchq.worker.lifecycle import StopReason
 from batchq.worker.refused import Halving
 from batchq.worker.rescue import Rescuer
-from batchq.worker.turns import Turns
 
 HEARTBEAT_SECONDS = 5.0
 WAITING_SECONDS = 1.0
@@ -156,7 +155,7 @@ class Keeper(DutyLoop):
         [row] = self.link.run(statement, workers.HEARTBEAT_SETTINGS)
         beat = workers.beat(row)
         self.beat_at = time.monotonic()
-        self.context.turns = Turns(beat.turn, (began_at + self.beat_at) / 2)
+        self.context.set_turn(beat.turn, (began_at + self.beat_at) / 2)
         self.context.dead_rows = beat.dead_rows
         if beat.is_asked_to_drain and not lifecycle.draining.is_set():
             _log.info("drain requested", worker=self.row.id)
@@ -186,4 +185,5 @@ def _worker_row(context: Context) -> WorkerRow:
         list(context.settings.queues),
         sorted({kind for lane in context.lanes for kind in lane.kinds}),
         sum(lane.concurrency for lane in context.lanes),
+        [schedule["name"] for schedule in context.schedules or ()],
     )

@@ -47,6 +47,8 @@ class Worker:
         self.context = context = Context(settings)
         self.id = context.worker_id
         self.lifecycle = context.lifecycle
+        if not drain:
+            context.schedules = app.declared_schedules()
         self.finisher = Finisher(
             context.new_link(), self.lifecycle.wake.set, settings.keep_completed, context.flows.follow
         )

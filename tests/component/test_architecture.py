@@ -42,7 +42,7 @@ FOLDERS_MAY_IMPORT: dict[str, set[str]] = {
     "postgres": {"common"},
     "top": {"common", "postgres"},
     "worker": {"common", "postgres", "top"},
-    "operate": {"postgres"},
+    "operate": {"common", "postgres"},
     "web": {"common", "postgres", "top", "operate"},
     "cli": {"common", "postgres", "top", "worker", "operate", "web", "demo"},
     "demo": {"common", "postgres", "top", "worker", "web", "package"},

@@ -30,6 +30,7 @@ COMMANDS += (
     "prune",
     "audit",
     "roles",
+    "schedule",
     *dict.fromkeys(verb.command for verb in VERBS.values()),
 )
 TODAY = "(now() AT TIME ZONE 'UTC')::date"

@@ -10,6 +10,7 @@ from psycopg.types.json import Jsonb
 
 from batchq.cli import make_parser
 from batchq.cli.verbs import add_arguments, run
+from batchq.operate.schedules import ACTIONS
 from batchq.operate.verbs import VERBS, Verb
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.settings import Settings
@@ -67,7 +68,9 @@ def test_the_function_of_a_verb_has_its_arguments(conn: Conn, verb: Verb) -> Non
 
 def test_an_operator_may_call_the_functions_of_the_registry_and_bulk(conn: Conn) -> None:
     granted = values(conn, "SELECT object FROM batchq.duties WHERE duty = 'operator' AND privilege = 'EXECUTE'")
-    assert set(granted) == {verb.function for verb in VERBS.values()} | {"bulk", "set_limit"}
+    assert set(granted) == {verb.function for verb in VERBS.values()} | {"bulk", "set_limit", "set_schedule"} | {
+        f"{action}_schedule" for action in ACTIONS
+    }
 
 
 @pytest.mark.parametrize("status", STORED)

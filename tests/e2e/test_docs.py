@@ -320,6 +320,28 @@ def test_what_the_page_about_limits_shows_runs(dsn: str, tmp_path: Path) -> None
     }
 
 
+SCHEDULED = "SELECT state, 1 FROM batchq.schedule_status"
+
+
+def test_what_the_page_about_schedules_shows_runs(dsn: str, tmp_path: Path) -> None:
+    for block in blocks("docs/schedules.md"):
+        if block.language == "python":
+            assert len(block.lines) < 15
+            (tmp_path / "tasks.py").write_text(block.text)
+            with background("batchq worker tasks:app", dsn, tmp_path):
+                wait_until(lambda: counts(dsn, SCHEDULED) == {"active": 1}, 20, "the worker to know when it is due")
+        elif block.language == "sql":
+            run_sql(dsn, block)
+        else:
+            said = run(["bash", "-euo", "pipefail", "-c", block.text], dsn, tmp_path, block)
+            assert "every day at 02:00 Europe/Berlin" in said or "invoices" in said
+    assert counts(dsn, "SELECT kind, count(*) FROM batchq.batches GROUP BY 1") == {
+        "nightly_report": 1,
+        "send_digest": 1,
+    }
+    assert counts(dsn, "SELECT name, 1 FROM batchq.schedules") == {"nightly_report": 1, "digest": 1}
+
+
 def test_what_the_monitoring_page_shows_runs(dsn: str, tmp_path: Path) -> None:
     workers, tasks, traced, enqueues, sql = blocks("docs/monitoring.md")
     (tmp_path / "tasks.py").write_text(tasks.text)

@@ -35,7 +35,7 @@ Made by `python -m tests.instruments.reference`, from the code: edit it there. [
 """
 # What a program may use of a class; the other names are the worker's own.
 MEMBERS = {
-    "App": ("handler", "item_handler"),
+    "App": ("handler", "item_handler", "schedule"),
     "Batch": (
         "payload", "items", "cursor", "queue", "stop_requested", "all_items_worked", "transaction", "checkpoint",
         "checkpoint_async", "chunks", "raise_if_interrupted",
@@ -56,9 +56,10 @@ RELATIONS = (
     "limits",
     "limits_in_use",
 )
-RELATIONS += ("throttles", "audit")
+RELATIONS += ("throttles", "schedules", "schedule_status", "audit")
 FUNCTIONS = (
-    *dict.fromkeys(verb.function for verb in VERBS.values()), "bulk", "set_limit",
+    *dict.fromkeys(verb.function for verb in VERBS.values()), "bulk", "set_limit", "set_schedule", "pause_schedule",
+    "resume_schedule", "run_schedule", "remove_schedule",
     "prune", "create_finished_partitions", "bell", "give_replica_identities", "newest_live",
     "grant_duty", "duty_statements", "shown_status",
 )  # fmt: skip

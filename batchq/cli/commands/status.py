@@ -11,7 +11,7 @@ from batchq.cli.arguments import add_command, add_filters, natural
 from batchq.cli.connections import linked, patiently
 from batchq.common.terminal import console, put_json, show
 from batchq.postgres.link import Link
-from batchq.postgres.statements import limits, verbs, views
+from batchq.postgres.statements import limits, schedules, verbs, views
 
 _STATUSES = ("waiting", "ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
 
@@ -48,5 +48,6 @@ def _read(link: Link, options: Namespace) -> dict[str, Any]:
             "pauses": verbs.pause_rows(conn),
             "limits": limits.limit_rows(conn, options.queue, options.kind),
             "throttles": limits.throttle_rows(conn, options.queue, options.kind),
+            "schedules": schedules.schedule_rows(conn, None, options.queue, options.kind),
             "batches": views.status_rows(conn, options.queue, options.kind, options.status, options.limit),
         }

@@ -17,13 +17,15 @@ class WorkerRow(NamedTuple):
     queues: list[str]
     kinds: list[str]
     concurrency: int
+    schedules: list[str] = []  # noqa: RUF012 (nobody changes it)
 
 
 HEARTBEAT: LiteralString = """
 WITH beat AS (
-  INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, in_hand, stopping, lost_slots)
-  VALUES (%(id)s, %(hostname)s, %(pid)s, %(version)s, %(queues)s, %(kinds)s, %(concurrency)s, %(in_hand)s, %(stopping)s,
-    %(lost_slots)s)
+  INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, schedules, in_hand, stopping,
+    lost_slots)
+  VALUES (%(id)s, %(hostname)s, %(pid)s, %(version)s, %(queues)s, %(kinds)s, %(concurrency)s,
+    %(schedules)s, %(in_hand)s, %(stopping)s, %(lost_slots)s)
   ON CONFLICT (id) DO UPDATE
   SET in_hand = excluded.in_hand,
       stopping = excluded.stopping,

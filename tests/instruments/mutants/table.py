@@ -35,6 +35,8 @@ PERMITS_TEST, KEYS_TEST, THROTTLED_TEST = (f"component/test_{name}.py" for name 
 PERMITS, KEY_RING, BUCKET, ITEMS_FILE = (
     f"batchq/worker/{n}.py" for n in ("permits", "key_ring", "token_bucket", "items")
 )
+SCHEDULES_TEST, DECLARED_SCHEDULES = (f"component/test_{name}.py" for name in ("schedules", "declared_schedules"))
+SCHEDULES, SCHEDULES_SQL = "batchq/worker/schedules.py", "migrations/0014_schedules.sql"
 CONNECTIONS = "foundation/test_db_connection.py"
 POOL, SESSIONS, STUCK, ODD, ENCODINGS, LOG_INS = (
     f"component/test_{name}.py" for name in ("pool", "sessions", "stuck_rows", "odd_settings", "encodings", "log_ins")
@@ -120,6 +122,60 @@ def of(
 
 
 MUTANTS = [
+    # --------------------------------------------------------------------------------------------------- schedules
+    *of(
+        "CREATE FUNCTION batchq.fire_schedules(",
+        SCHEDULES_TEST,
+        [
+            ("s.next_at IS NOT DISTINCT FROM plan.due_at", "true", "a tick makes one batch"),
+            ("FOR UPDATE SKIP LOCKED", "", "two workers make one batch of a tick"),
+            ("AND NOT s.paused", "", "a paused schedule makes no batch"),
+            ("(s.next_at IS NULL OR s.next_at <= clock_timestamp())", "true", "no tick is early"),
+            (
+                "+ CASE WHEN refusal IS NULL THEN 0 ELSE wanted END",
+                "",
+                "a tick whose batch is refused counts as missed",
+            ),
+        ],
+        SCHEDULES_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.fire_schedules(",
+        DECLARED_SCHEDULES,
+        [("NOT s.is_declared OR EXISTS", "true OR EXISTS", "what nobody declares makes no batch")],
+        SCHEDULES_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.check_schedule(",
+        DECLARED_SCHEDULES,
+        [
+            (
+                "NEW.is_declared AND NEW.declared_at IS DISTINCT FROM OLD.declared_at",
+                "NEW.is_declared",
+                "what a person writes holds instead of the code",
+            )
+        ],
+        SCHEDULES_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.check_schedule(",
+        SCHEDULES_TEST,
+        [("NEW.next_at := NULL;", "", "after a change the next time is computed anew")],
+        SCHEDULES_SQL,
+    ),
+    *of(
+        "def plan(",
+        SCHEDULES_TEST,
+        [
+            ("if next_at <= until:", "if False:", "ticks that one plan cannot hold are accounted for by the next"),
+            (
+                'if schedule.missed == "skip" and now - fired[-1].timestamp() > MISSED_SECONDS:',
+                "if False:",
+                "with skip, a tick of hours ago makes no batch",
+            ),
+        ],
+        SCHEDULES,
+    ),
     # ---------------------------------------------------------------------------------------------- limits and keys
     *of(
         "CREATE FUNCTION batchq.take_shares(",

@@ -24,6 +24,12 @@ Conn = psycopg.Connection
 DUTIES = ("producer", "worker", "viewer", "operator")
 
 
+# What an operator may write of a schedule; the other columns are the workers'.
+DEFINITION = (
+    "name", "cron", "time_zone", "queue", "kind", "payload", "missed", "catch_up_most", "overlap", "paused",
+)  # fmt: skip
+
+
 @pytest.fixture
 def roles(admin_dsn: str) -> Iterator[dict[str, str]]:
     """Return the DSN of a role for each duty."""
@@ -102,7 +108,9 @@ def test_a_role_has_the_privileges_of_its_duty_and_no_other(conn: Conn, roles: d
     assert {privilege for kind, _, privilege in granted["viewer"] if kind != "function"} == {"SELECT", "USAGE"}
     more = set(granted["operator"]) - set(granted["viewer"])
     assert {cell for cell in more if cell[0] != "function"} == {
-        ("relation", "limits", privilege) for privilege in ("INSERT", "UPDATE", "DELETE")
+        *(("relation", "limits", privilege) for privilege in ("INSERT", "UPDATE", "DELETE")),
+        ("relation", "schedules", "DELETE"),
+        *(("column", f"schedules.{column}", privilege) for column in DEFINITION for privilege in ("INSERT", "UPDATE")),
     }
     assert set(granted["viewer"]) <= set(granted["operator"])
     assert not [cell for cell in granted["worker"] if cell[:2] == ("relation", "audit")]

@@ -1,0 +1,1 @@
+"""Schedules with real processes and kills, as their batches tell it."""
