@@ -32,7 +32,6 @@ DEFAULTS: dict[str, Any] = {
     "timeout_seconds": None,
     "after": None,
     "on_failure": None,
-    "spread": None,
 }
 ON_FAILURE = ("wait", "run", "cancel")
 MOST_AFTER = 100_000
@@ -60,7 +59,6 @@ def enqueue(
     timeout_seconds: int | None = None,
     after: Iterable[int] | None = None,
     on_failure: OnFailure | None = None,
-    spread: int | None = None,
 ) -> int | None:
     """Insert a batch of *kind*; return its id, None if one with the same *unique_key* is live.
 
@@ -217,11 +215,9 @@ def _check_options(**options: Any) -> dict[str, Any]:
 
 
 def _check_flow(options: dict[str, Any]) -> None:
-    """Check after, on_failure and spread; make a list of after. Raises InvalidInput."""
+    """Check after and on_failure; make a list of after. Raises InvalidInput."""
     if options["on_failure"] not in (None, *ON_FAILURE):
         raise InvalidInput(f"on_failure must be one of {', '.join(ON_FAILURE)}, not {options['on_failure']!r}")
-    if (spread := options["spread"]) is not None and (not isinstance(spread, int) or isinstance(spread, bool)):
-        raise InvalidInput(f"spread must be a whole number, not {spread!r}")
     if options["after"] is None:
         return
     _check_list("after", options["after"])

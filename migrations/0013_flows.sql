@@ -3,18 +3,14 @@
 ALTER TABLE batchq.batches
   ADD COLUMN after bigint[],
   ADD COLUMN on_failure text,
-  ADD COLUMN spread integer,
   ADD COLUMN needs_left integer,
   ADD COLUMN is_needed boolean,
   ADD CONSTRAINT batches_on_failure_is_known CHECK (on_failure IN ('wait', 'run', 'cancel')),
-  ADD CONSTRAINT batches_spread_fits CHECK (spread BETWEEN 1 AND 1000),
   ADD CONSTRAINT batches_waiting_is_counted CHECK (status <> 'waiting' OR coalesce(needs_left, 0) > 0);
 COMMENT ON COLUMN batchq.batches.after IS
   'Optional ids of batches that must end first, at most 100,000; they must exist. Until then the batch is waiting.';
 COMMENT ON COLUMN batchq.batches.on_failure IS
   'What happens when a batch of "after" fails or is cancelled: wait (also null) until it is retried and completes, run, or cancel.';
-COMMENT ON COLUMN batchq.batches.spread IS
-  'Optional number of parts, up to 1000, into which the first claim splits the items, so that many workers process them.';
 COMMENT ON COLUMN batchq.batches.needs_left IS 'Number of batches that a waiting batch still waits for. Set by a trigger.';
 COMMENT ON COLUMN batchq.batches.is_needed IS 'Whether other batches wait for the end of this one. Set by batchq.';
 COMMENT ON COLUMN batchq.batches.status IS
@@ -286,11 +282,11 @@ BEGIN
   )
   INSERT INTO batchq.batches (id, queue, kind, status, payload, items, priority, run_at, unique_key, max_attempts,
     max_failed_items, timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_done, items_failed, cursor,
-    result, created_at, trace_context, key, after, on_failure, spread, needs_left, finished_at, errors)
+    result, created_at, trace_context, key, after, on_failure, needs_left, finished_at, errors)
   OVERRIDING SYSTEM VALUE
   SELECT g.id, g.queue, g.kind, 'cancelled', g.payload, g.items, g.priority, g.run_at, g.unique_key, g.max_attempts,
     g.max_failed_items, g.timeout_seconds, g.attempt, g.claimed_by, g.claimed_at, g.items_total, g.items_done, g.items_failed,
-    g.cursor, g.result, g.created_at, g.trace_context, g.key, g.after, g.on_failure, g.spread, g.needs_left, now(), batchq.append_error(g.errors, g.attempt,
+    g.cursor, g.result, g.created_at, g.trace_context, g.key, g.after, g.on_failure, g.needs_left, now(), batchq.append_error(g.errors, g.attempt,
       jsonb_build_object('error', 'cancelled' || coalesce(': ' || left(reason, 2000), '')))
   FROM gone g;
   GET DIAGNOSTICS changed = ROW_COUNT;
@@ -312,12 +308,12 @@ BEGIN
   ), inserted AS (
     INSERT INTO batchq.batches (id, queue, kind, payload, items, priority, unique_key, max_attempts, max_failed_items,
       timeout_seconds, key, items_total, items_done, items_failed, cursor, errors, created_at, trace_context, after, on_failure,
-      spread, needs_left, is_needed)
+      needs_left, is_needed)
     OVERRIDING SYSTEM VALUE
     SELECT c.id, c.queue, c.kind, c.payload, c.items, c.priority, c.unique_key, c.max_attempts, c.max_failed_items,
       c.timeout_seconds, c.key, c.items_total, CASE WHEN whole THEN 0 ELSE c.items_done END,
       CASE WHEN whole THEN 0 ELSE c.items_failed END, CASE WHEN whole THEN NULL ELSE c.cursor END, c.errors, c.created_at,
-      c.trace_context, c.after, c.on_failure, c.spread,
+      c.trace_context, c.after, c.on_failure,
       CASE WHEN c.needs_left > 0 THEN NULL ELSE c.needs_left END,  -- ended while it waited: it waits again
       nullif(EXISTS (SELECT 1 FROM batchq.needs n WHERE n.needed_id = c.id), false)
     FROM chosen c
@@ -348,11 +344,11 @@ BEGIN
   )
   INSERT INTO batchq.batches (id, queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items,
     timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_done, items_failed, cursor, errors, created_at,
-    trace_context, key, after, on_failure, spread, needs_left, is_needed)
+    trace_context, key, after, on_failure, needs_left, is_needed)
   OVERRIDING SYSTEM VALUE
   SELECT g.id, new_queue, g.kind, g.payload, g.items, g.priority, g.run_at, g.unique_key, g.max_attempts, g.max_failed_items,
     g.timeout_seconds, g.attempt, g.claimed_by, g.claimed_at, g.items_total, g.items_done, g.items_failed, g.cursor, g.errors,
-    g.created_at, g.trace_context, g.key, g.after, g.on_failure, g.spread, g.needs_left, g.is_needed
+    g.created_at, g.trace_context, g.key, g.after, g.on_failure, g.needs_left, g.is_needed
   FROM gone g;
   GET DIAGNOSTICS moved = ROW_COUNT;
   WITH gone AS (
@@ -633,7 +629,7 @@ CREATE OR REPLACE VIEW batchq.duties AS
 SELECT duty, privilege, object
 FROM (VALUES
   ('producer', 'INSERT (queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items, '
-               'timeout_seconds, trace_context, key, after, on_failure, spread)', '{batches}'::text[]),
+               'timeout_seconds, trace_context, key, after, on_failure)', '{batches}'::text[]),
   ('producer', 'SELECT (id)', '{batches}'), ('producer', 'SELECT', '{migrations}'),
   ('worker', 'SELECT',
    '{batches,batches_live,batches_finished,failed_items,workers,throughput_minutes,pauses,positions,migrations,'

@@ -337,7 +337,7 @@ CREATE OR REPLACE VIEW batchq.duties AS
 SELECT duty, privilege, object
 FROM (VALUES
   ('producer', 'INSERT (queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items, '
-               'timeout_seconds, trace_context, key, after, on_failure, spread)', '{batches}'::text[]),
+               'timeout_seconds, trace_context, key, after, on_failure)', '{batches}'::text[]),
   ('producer', 'SELECT (id)', '{batches}'), ('producer', 'SELECT', '{migrations}'),
   ('worker', 'SELECT',
    '{batches,batches_live,batches_finished,failed_items,workers,throughput_minutes,pauses,positions,migrations,'

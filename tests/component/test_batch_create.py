@@ -63,7 +63,6 @@ REFUSED = [
     ("batches_finish_is_whole", "finished_at", "now()"),
     ("batches_status_is_known", "status", "'done'"),
     ("batches_on_failure_is_known", "on_failure", "'explode'"),
-    ("batches_spread_fits", "spread", "0"),
     ("batches_waiting_is_counted", "status", "'waiting'"),
 ]
 

@@ -29,7 +29,6 @@ _COLUMNS = (
     "timeout_seconds",
     "after",
     "on_failure",
-    "spread",
 )
 
 
@@ -54,7 +53,6 @@ def add_parser(subparsers: Any) -> None:
     add("--timeout-seconds", type=int, metavar="N", help="timeout of an attempt, in seconds (default: none)")
     add("--after", type=batch_id, nargs="+", metavar="ID", help="batches that must end first (default: none)")
     add("--on-failure", choices=ON_FAILURE, help="what to do if one of them fails or is cancelled (default: wait)")
-    add("--spread", type=int, metavar="N", help="parts in which many workers process the items (default: one)")
     add("--json", action="store_true", help="print JSON")
 
 

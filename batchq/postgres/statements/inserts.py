@@ -22,7 +22,7 @@ RETURNING id
 
 
 # By columns that came later. Only where they are used: programs without them also work with a schema that lacks them.
-LATER_COLUMNS: tuple[LiteralString, ...] = ("trace_context", "key", "after", "on_failure", "spread")
+LATER_COLUMNS: tuple[LiteralString, ...] = ("trace_context", "key", "after", "on_failure")
 
 
 def _insert_with(columns: tuple[LiteralString, ...]) -> LiteralString:
