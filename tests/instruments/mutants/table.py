@@ -378,7 +378,7 @@ MUTANTS = [
             ("AND (b.run_at, b.id) >= (w.at, w.id)", "", "views begin after the dead"),
             ("AND b.lease_expires_at >= q.at", "", "views begin after the dead leases"),
         ],
-        KEYS_SQL,
+        FLOWS_SQL,
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.count_live(",
