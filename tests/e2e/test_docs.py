@@ -320,6 +320,29 @@ def test_what_the_page_about_limits_shows_runs(dsn: str, tmp_path: Path) -> None
     }
 
 
+PARTS = "SELECT result #>> '{}', 1 FROM batchq.batches WHERE kind = 'send_mail'"
+
+
+def test_what_the_page_about_flows_shows_runs(dsn: str, tmp_path: Path) -> None:
+    for block in blocks("docs/flows.md"):
+        if block.language == "sql":
+            run_sql(dsn, block)
+        elif block.language == "bash":
+            said = run(["bash", "-euo", "pipefail", "-c", block.text], dsn, tmp_path, block)
+            assert "batch 3: " in said
+        elif "batchq.App()" in block.text:
+            assert max(map(len, block.text.split("@app.handler"))) < 15 * 80
+            (tmp_path / "tasks.py").write_text(block.text)
+            with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as conn:
+                enqueue(conn, "import_file")
+            run(["batchq", "worker", "tasks:app", "--drain"], dsn, tmp_path, block)
+            assert counts(dsn, PARTS) == {"ann@example.com: 4006 rows, 0 parts failed": 1}
+        else:
+            run([sys.executable, "-c", ENQUEUES + block.text], dsn, tmp_path, block)
+    statuses = counts(dsn, "SELECT id::text, 1 FROM batchq.batches WHERE kind = 'report' AND status = 'waiting'")
+    assert len(statuses) == 1, "the one of Python"
+
+
 SCHEDULED = "SELECT state, 1 FROM batchq.schedule_status"
 
 
