@@ -31,6 +31,7 @@ COMMANDS += (
     "audit",
     "roles",
     "schedule",
+    "flow",
     *dict.fromkeys(verb.command for verb in VERBS.values()),
 )
 TODAY = "(now() AT TIME ZONE 'UTC')::date"
