@@ -20,7 +20,7 @@ _MOST_LIMITED_KEYS = 200
 
 
 def _in_place(visit: Visited) -> Visited:
-    """Return a visit that moves no position: what it found was not claimed (its row is locked), and keeps its turn."""
+    """Return a visit that moves no position: what it found and did not claim (its row is locked) keeps its turn."""
     return visit._replace(last_priority=None, last_run_at=None, last_id=None)
 
 
@@ -49,7 +49,10 @@ class KeyedClaims:
             if ids := [batch_id for batch_id in found if batch_id not in skipped]:
                 halving.attempt(ids)
         claimed = {row.id for row in rows}
-        source.ring.visited([visit if claimed.issuperset(visit.ids or ()) else _in_place(visit) for visit in visits])
+        is_strict = self._is_strict(source)
+        source.ring.visited([
+            _in_place(visit) if is_strict or not claimed.issuperset(visit.ids or ()) else visit for visit in visits
+        ])  # fmt: skip
         self._skipped.add(halving.refused)
         halving.report("claim", halving.refused)
         order = {batch_id: number for number, batch_id in enumerate(found)}
@@ -62,10 +65,16 @@ class KeyedClaims:
         is_limited = per_queue is not None or any(limit is not None for limit in per_kind)
         statement = claims.ready_of_keys(
             source.queue, source.kinds, per_kind, per_queue, keys[0], keys[1],
-            _MOST_LIMITED_KEYS if is_limited else MOST_KEYS, room, source.ring.per_turn(room), source.ring.positions(),
+            _MOST_LIMITED_KEYS if is_limited else MOST_KEYS, room, source.ring.per_turn(room),
+            {} if self._is_strict(source) else source.ring.positions(),
         )  # fmt: skip
         rows = conn.cursor(row_factory=tuple_row).execute(*statement).fetchall()
         return [Visited._make(row) for row in rows]
+
+    def _is_strict(self, source: Source) -> bool:
+        """Return whether keys of the source run in strict order. Then each is read from its start, however slow that
+        is: an urgent batch may have come before a position."""
+        return any(self._permits.per_key(source.queue, kind) == 1 for kind in (None, *source.kinds))
 
     def _claim_ids(self, conn: Conn, claim: Claim, ids: Sequence[int]) -> list[ClaimedRow]:
         """Claim these batches. In a savepoint, so that one that is refused leaves the locks of the keys."""

@@ -30,6 +30,7 @@ LARGE_CLASSES = {
     "Claimer": "a thread's whole state",
     "Source": "the tracks of batches without a key, the ring of those with one, and the permits",
     "Permit": "three limits, each with what is held, what was wanted, and since when",
+    "Context": "what the parts of a worker share, an attribute each",
     "Bulk": "travels sealed in a form, so all of it is one flat record",
 }
 

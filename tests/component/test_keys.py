@@ -430,6 +430,24 @@ def test_a_batch_that_was_found_but_is_locked_keeps_its_turn(admin_dsn: str, dsn
             wait_until(lambda: ran == [first, second], 10, "both to run, in their order")
 
 
+def test_an_urgent_batch_comes_next_though_its_key_is_slow_to_read(dsn: str, conn: Conn) -> None:
+    limit(conn, 1)
+    first = put(conn, "work", key="k")
+    ran: list[int] = []
+    app = app_of(lambda batch: ran.append(batch.id))
+    with pytest.MonkeyPatch.context() as patch, running_worker(app, dsn):
+        patch.setattr(key_ring, "SLOW_KEY_SECONDS", 0.0)
+        patch.setattr(key_ring, "PAUSE_FACTOR", 1e6)
+        for _ in range(3):
+            wait_until(lambda: len(ran) == 1, 10, "the first to run")
+            with conn.transaction():
+                usual, urgent = put(conn, "work", key="k"), put(conn, "work", key="k", priority=-1)
+            wait_until(lambda: len(ran) == 3, 10, "both to run")
+            assert ran == [first, urgent, usual]
+            ran.clear()
+            first = put(conn, "work", key="k")
+
+
 def test_a_range_of_keys_without_a_live_batch_is_read_again_after_a_pause(dsn: str, conn: Conn) -> None:
     batchq.enqueue_many(conn, "work", list(range(30_000)), key=lambda number: f"k{number // 10:05}")
     ring = KeyRing()
