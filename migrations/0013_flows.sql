@@ -360,18 +360,28 @@ BEGIN
   RETURN moved;
 END $$;
 
-DROP FUNCTION batchq.cancel(bigint, text, text);
-CREATE FUNCTION batchq.cancel(batch_id bigint, reason text DEFAULT 'by an operator', actor text DEFAULT NULL,
-                              with_dependents boolean DEFAULT false)
+CREATE OR REPLACE FUNCTION batchq.cancel(batch_id bigint, reason text DEFAULT 'by an operator', actor text DEFAULT NULL)
+RETURNS text LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE b record := batchq.lock_batch(batch_id);
+BEGIN
+  IF batchq.cancel_live(b.queue, ARRAY[batch_id], '{pending,processing,waiting}', reason) = 0 THEN RETURN b.status; END IF;
+  PERFORM batchq.note_verb('cancel', 1, batch_id, b.queue, b.kind, '{}', reason, actor);
+  RETURN 'cancelled';
+END $$;
+COMMENT ON FUNCTION batchq.cancel IS
+  'Cancels a batch that is waiting, pending or processing, immediately; a running handler is stopped at its next checkpoint and '
+  'writes nothing more. Returns the status of the batch: cancelled, or the final one that it already had; null if there is none.';
+
+CREATE FUNCTION batchq.cancel_with_dependents(batch_id bigint, reason text DEFAULT 'by an operator', actor text DEFAULT NULL)
 RETURNS text LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
-  b record := batchq.lock_batch(batch_id); ended_as text := b.status; cancelled bigint; reached bigint[] := ARRAY[batch_id];
-  following bigint[] := reached; total bigint; part record; statuses constant text[] := '{pending,processing,waiting}';
+  b record := batchq.lock_batch(batch_id); ended_as text := b.status; reached bigint[] := ARRAY[batch_id];
+  following bigint[] := reached; total bigint; part record;
 BEGIN
-  total := batchq.cancel_live(b.queue, reached, statuses, reason);
+  total := batchq.cancel_live(b.queue, reached, '{pending,processing,waiting}', reason);
   IF total > 0 THEN ended_as := 'cancelled'; END IF;
-  WHILE with_dependents AND following <> '{}' AND b.status IS NOT NULL LOOP
+  WHILE following <> '{}' AND b.status IS NOT NULL LOOP
     following := ARRAY(SELECT DISTINCT n.batch_id FROM batchq.needs n
                        WHERE n.needed_id = ANY (following) AND n.batch_id <> ALL (reached) ORDER BY n.batch_id);
     FOR part IN
@@ -385,15 +395,13 @@ BEGIN
     reached := reached || following;
   END LOOP;
   IF total > 0 THEN
-    PERFORM batchq.note_verb('cancel', total, batch_id, b.queue, b.kind,
-                             CASE WHEN with_dependents THEN '{"with_dependents": true}' ELSE '{}' END::jsonb, reason, actor);
+    PERFORM batchq.note_verb('cancel_with_dependents', total, batch_id, b.queue, b.kind, '{}', reason, actor);
   END IF;
   RETURN ended_as;
 END $$;
-COMMENT ON FUNCTION batchq.cancel IS
-  'Cancels a batch that is waiting, pending or processing, immediately; a running handler is stopped at its next checkpoint and '
-  'writes nothing more. with_dependents: also those that wait for it, and those that wait for these. Returns the status of the '
-  'batch: cancelled, or the final one that it already had; null if there is none.';
+COMMENT ON FUNCTION batchq.cancel_with_dependents IS
+  'Cancels a batch as batchq.cancel does, all batches that wait for it, and all that wait for these. Returns the status of the '
+  'batch; null if there is none.';
 
 CREATE FUNCTION batchq.run_anyway(batch_id bigint, reason text DEFAULT NULL, actor text DEFAULT NULL)
 RETURNS text LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -647,7 +655,7 @@ FROM (VALUES
   ('viewer', 'EXECUTE', '{shown_status,count_live,count_failed,latest_failures,run_time_percentiles,'
                         'sum_counts,add_counts,busy_queues,waiting_levels,newest_live,ids_given_twice,duty_statements,'
                         'keyed_queues,count_keys,count_waiting,waiting_queues,stuck_waiting,flow}'),
-  ('operator', 'EXECUTE', '{cancel,retry,retry_items,snooze,set_priority,move,pause,resume,drain_worker,bulk,set_limit,end_throttle,run_anyway}'),
+  ('operator', 'EXECUTE', '{cancel,retry,retry_items,snooze,set_priority,move,pause,resume,drain_worker,bulk,set_limit,end_throttle,run_anyway,cancel_with_dependents}'),
   ('operator', 'INSERT, UPDATE, DELETE', '{limits}')
 ) AS granted(duty, privilege, objects)
 CROSS JOIN unnest(objects) AS object;

@@ -355,7 +355,7 @@ FROM (VALUES
   ('viewer', 'EXECUTE', '{shown_status,count_live,count_failed,latest_failures,run_time_percentiles,'
                         'sum_counts,add_counts,busy_queues,waiting_levels,newest_live,ids_given_twice,duty_statements,'
                         'keyed_queues,count_keys,count_waiting,waiting_queues,stuck_waiting,flow}'),
-  ('operator', 'EXECUTE', '{cancel,retry,retry_items,snooze,set_priority,move,pause,resume,drain_worker,bulk,set_limit,end_throttle,run_anyway,'
+  ('operator', 'EXECUTE', '{cancel,retry,retry_items,snooze,set_priority,move,pause,resume,drain_worker,bulk,set_limit,end_throttle,run_anyway,cancel_with_dependents,'
                           'set_schedule,pause_schedule,resume_schedule,run_schedule,remove_schedule}'),
   ('operator', 'INSERT, UPDATE, DELETE', '{limits}'), ('operator', 'DELETE', '{schedules}'),
   ('operator', 'INSERT (name, cron, time_zone, queue, kind, payload, missed, catch_up_most, overlap, paused)', '{schedules}'),

@@ -243,7 +243,7 @@ def test_a_cancel_goes_down_the_line_only_if_told(dsn: str, conn: Conn, ran: Ran
     other = enqueue(conn, after=[enqueue(conn)])
     assert values(conn, "SELECT batchq.cancel(%s)", second) == ["cancelled"]
     assert status(conn, third) == "waiting"
-    assert values(conn, "SELECT batchq.cancel(%s, with_dependents => true)", first) == ["cancelled"]
+    assert values(conn, "SELECT batchq.cancel_with_dependents(%s)", first) == ["cancelled"]
     assert [status(conn, one) for one in (first, third)] == ["cancelled", "cancelled"]
     drain(ran.app, dsn)
     assert status(conn, other) == "completed"

@@ -63,7 +63,7 @@ def test_the_function_of_a_verb_has_its_arguments(conn: Conn, verb: Verb) -> Non
     own = {"until"} & set(names) if verb.argument and verb.argument.type == "time" else set(change_of(verb))
     needed = TARGETS[verb.target] | own | verb.fixed.keys() | {"reason", "actor"}
     step("besides, a snooze has a delay, and a retry has a choice")
-    assert needed <= set(names) <= needed | {"delay", "whole", "with_dependents"}
+    assert needed <= set(names) <= needed | {"delay", "whole"}
 
 
 def test_an_operator_may_call_the_functions_of_the_registry_and_bulk(conn: Conn) -> None:
