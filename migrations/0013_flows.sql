@@ -4,9 +4,7 @@ ALTER TABLE batchq.batches
   ADD COLUMN after bigint[],
   ADD COLUMN on_failure text,
   ADD COLUMN needs_left integer,
-  ADD COLUMN is_needed boolean,
-  ADD CONSTRAINT batches_on_failure_is_known CHECK (on_failure IN ('wait', 'run', 'cancel')),
-  ADD CONSTRAINT batches_waiting_is_counted CHECK (status <> 'waiting' OR coalesce(needs_left, 0) > 0);
+  ADD COLUMN is_needed boolean;
 COMMENT ON COLUMN batchq.batches.after IS
   'Optional ids of batches that must end first, at most 100,000; they must exist. Until then the batch is waiting.';
 COMMENT ON COLUMN batchq.batches.on_failure IS
@@ -20,6 +18,10 @@ COMMENT ON COLUMN batchq.batches.status IS
 ALTER TABLE batchq.batches DETACH PARTITION batchq.batches_live;
 ALTER TABLE batchq.batches ATTACH PARTITION batchq.batches_live FOR VALUES IN ('pending', 'processing', 'waiting');
 COMMENT ON TABLE batchq.batches_live IS 'Batches that are waiting, pending or processing.';
+-- NOT VALID: these columns are new, so nothing of the history has to be read.
+ALTER TABLE batchq.batches
+  ADD CONSTRAINT batches_on_failure_is_known CHECK (on_failure IN ('wait', 'run', 'cancel')) NOT VALID,
+  ADD CONSTRAINT batches_waiting_is_counted CHECK (status <> 'waiting' OR coalesce(needs_left, 0) > 0) NOT VALID;
 CREATE INDEX batches_live_waiting ON batchq.batches_live (queue, id) WHERE status = 'waiting';
 
 CREATE TABLE batchq.needs (
@@ -111,6 +113,19 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION batchq.note_end IS 'Trigger function: writes down in batchq.flow_events that a needed batch has ended.';
 CREATE TRIGGER note_end AFTER DELETE ON batchq.batches_live FOR EACH ROW WHEN (OLD.is_needed) EXECUTE FUNCTION batchq.note_end();
+
+CREATE FUNCTION batchq.forget_flows() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  IF TG_RELID <> 'batchq.batches'::regclass THEN
+    RAISE EXCEPTION 'batchq.forget_flows is the trigger function of batchq.batches, not of %.%', TG_TABLE_SCHEMA, TG_TABLE_NAME
+      USING ERRCODE = 'insufficient_privilege';
+  END IF;
+  TRUNCATE batchq.needs, batchq.flow_events;
+  RETURN NULL;
+END $$;
+COMMENT ON FUNCTION batchq.forget_flows IS 'Trigger function: TRUNCATE of batchq.batches empties what belongs to flows.';
+CREATE TRIGGER forget_flows AFTER TRUNCATE ON batchq.batches FOR EACH STATEMENT EXECUTE FUNCTION batchq.forget_flows();
 
 -- ------------------------------------------------------------------------------------------------------------ for workers
 

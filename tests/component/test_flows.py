@@ -264,6 +264,13 @@ def test_one_that_waits_can_be_run_anyway(dsn: str, conn: Conn, ran: Ran) -> Non
     assert values(conn, "SELECT verb FROM batchq.audit ORDER BY id") == ["run_anyway", "snooze"]
 
 
+def test_a_truncate_forgets_flows(admin_dsn: str, conn: Conn) -> None:
+    enqueue(conn, after=[enqueue(conn)])
+    with psycopg.connect(admin_dsn, autocommit=True) as admin:
+        admin.execute("TRUNCATE batchq.batches")
+    assert values(conn, "SELECT (SELECT count(*) FROM batchq.needs) + (SELECT count(*) FROM batchq.flow_events)") == [0]
+
+
 def test_bulk_cancels_what_waits(conn: Conn) -> None:
     waits = enqueue(conn, after=[enqueue(conn)])
     conn.execute("SELECT batchq.bulk('cancel', '{\"status\": \"waiting\"}')")
