@@ -251,6 +251,10 @@ def exported() -> set[str]:
             ],
             1,
             [{"queue": "q", "kind": "k", "max_running": 1, "running": 1, "per_second": None, "items_per_second": None}],
+            [
+                {"name": "s", "state": "active", "error": None, "last_status": None, "last_late_seconds": 0}
+                | dict.fromkeys(("overdue_seconds", "batches_made", "ticks_missed", "ticks_overlapped"), 0)
+            ],
         ),
     ]
     return {sample.name for family in families for sample in family.samples}
