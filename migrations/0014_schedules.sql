@@ -84,7 +84,9 @@ BEGIN
      AND NOT EXISTS (SELECT 1 FROM batchq.schedules s WHERE s.time_zone = NEW.time_zone AND s.error IS NULL)
      AND NOT EXISTS (SELECT 1 FROM pg_timezone_names n WHERE n.name = NEW.time_zone) THEN
     SELECT 'Perhaps ' || string_agg(n.name, ', ') || '?' INTO hint
-    FROM pg_timezone_names n WHERE lower(n.name) = lower(NEW.time_zone) OR n.name ILIKE '%/' || NEW.time_zone;
+    FROM pg_timezone_names n
+    WHERE (lower(n.name) = lower(NEW.time_zone) OR n.name ILIKE '%/' || NEW.time_zone)
+      AND n.name !~ '^(posix|right)/';  -- second names, where the system's zones are used
     RAISE EXCEPTION 'there is no time zone %', quote_literal(NEW.time_zone)
       USING ERRCODE = 'check_violation', CONSTRAINT = 'schedules_time_zone_is_known', SCHEMA = 'batchq', TABLE = TG_TABLE_NAME,
             HINT = coalesce(hint, 'Names are such as Europe/Berlin, or UTC; SELECT name FROM pg_timezone_names lists them.');
