@@ -298,7 +298,7 @@ def test_python_refuses_other_options(conn: Conn, given: Any) -> None:
     [
         ("after", "ARRAY[1]::bigint[]", "batches_after_exist"),
         ("after", "ARRAY[-1]::bigint[]", "batches_after_exist"),
-        ("after", "ARRAY[nextval('batchq.batches_id_seq') + 1]", "batches_after_is_not_itself"),
+        ("after", "ARRAY(SELECT last_value FROM batchq.batches_id_seq)", "batches_after_is_not_itself"),
         ("after", "ARRAY[NULL]::bigint[]", "batches_after_fits"),
         ("after", "ARRAY(SELECT generate_series(1, 100001))", "batches_after_fits"),
         ("after, status", "'{1}', 'waiting'", "batches_waiting_is_counted"),
@@ -326,9 +326,11 @@ def test_a_batch_of_a_transaction_that_is_open_does_not_exist_for_others(dsn: st
 # --------------------------------------------------------------------------------------------------- beside each other
 
 
-def test_enqueueing_after_the_same_batches_waits_for_nobody_and_holds_up_nobody(dsn: str, conn: Conn, ran: Ran) -> None:
+def test_enqueueing_after_the_same_batches_waits_for_nobody_and_holds_up_nobody(
+    admin_dsn: str, dsn: str, conn: Conn, ran: Ran
+) -> None:
     first, second = enqueue(conn), enqueue(conn)
-    with psycopg.connect(dsn) as one, psycopg.connect(dsn) as other:
+    with psycopg.connect(admin_dsn) as one, psycopg.connect(admin_dsn) as other:
         for mine in (one, other):
             mine.execute("SET LOCAL lock_timeout = '2s'")
         third = enqueue(one, after=[first])

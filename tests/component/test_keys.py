@@ -421,7 +421,7 @@ def test_a_batch_that_was_found_but_is_locked_keeps_its_turn(admin_dsn: str, dsn
     app = app_of(lambda batch: ran.append(batch.id))
     with psycopg.connect(admin_dsn) as holder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(key_ring, "SLOW_KEY_SECONDS", 0.0)
-        patch.setattr(key_ring, "PAUSE_FACTOR", 1e6)
+        patch.setattr(key_ring, "PAUSE_FACTOR", 300)
         holder.execute("SELECT 1 FROM batchq.batches_live WHERE id = %s FOR UPDATE", [first])
         with running_worker(app, dsn):
             time.sleep(1.5)
@@ -437,7 +437,7 @@ def test_an_urgent_batch_comes_next_though_its_key_is_slow_to_read(dsn: str, con
     app = app_of(lambda batch: ran.append(batch.id))
     with pytest.MonkeyPatch.context() as patch, running_worker(app, dsn):
         patch.setattr(key_ring, "SLOW_KEY_SECONDS", 0.0)
-        patch.setattr(key_ring, "PAUSE_FACTOR", 1e6)
+        patch.setattr(key_ring, "PAUSE_FACTOR", 300)
         for _ in range(3):
             wait_until(lambda: len(ran) == 1, 10, "the first to run")
             with conn.transaction():

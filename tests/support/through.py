@@ -77,6 +77,8 @@ POOLED = {
     "component/test_transactions.py": "handlers' own statements, in sync and async transactions",
     "component/test_verbs.py": "cancel and retry, against a worker's transactions",
     "component/test_worker_parts.py": "the parts' connections lost, and had again",
+    "component/test_flows.py": "what follows an end, on whose connection",
+    "component/test_schedules.py": "ticks in one transaction",
     "integration/test_faults.py": "what dies while it works",
     "integration/test_monitor.py": "long polling, and connections lost",
     "e2e/test_batch_e2e.py": "all of it",
