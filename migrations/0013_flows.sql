@@ -179,7 +179,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enab
 DECLARE
   most_needs constant integer := 10 * most;
   events bigint[]; needed bigint[]; statuses text[]; marked record; ended bigint[]; ended_as text[]; kept bigint[];
-  met_by bigint[]; waiting bigint[]; queues text[]; one record; free bigint[]; counts record;
+  met_by bigint[]; waiting bigint[]; queues text[]; met_as text[]; one record; free bigint[]; counts record;
 BEGIN
   SELECT array_agg(e.id), array_agg(e.needed_id), array_agg(e.status), count(*), max(e.id)
   INTO events, needed, statuses, seen, last_id
@@ -196,8 +196,9 @@ BEGIN
         WHERE u.status IS NOT NULL ORDER BY u.id, u.number DESC) u;
 
   -- Who waits for them. One that fails and is waited for nevertheless is only noted.
-  SELECT array_agg(n.needed_id), array_agg(n.batch_id), array_agg(n.queue) INTO met_by, waiting, queues
-  FROM (SELECT n.needed_id, n.batch_id, n.queue
+  SELECT array_agg(n.needed_id), array_agg(n.batch_id), array_agg(n.queue), array_agg(n.status)
+  INTO met_by, waiting, queues, met_as
+  FROM (SELECT n.needed_id, n.batch_id, n.queue, e.status
         FROM unnest(ended, ended_as) e(id, status) CROSS JOIN LATERAL (
           SELECT n.needed_id, n.batch_id, n.queue FROM batchq.needs n
           WHERE n.needed_id = e.id
@@ -222,10 +223,10 @@ BEGIN
       WHERE u.id IN (SELECT b.id FROM batchq.batches_live b
                      WHERE b.queue = one.queue AND b.id = ANY (one.ids) AND b.status = 'waiting'
                      EXCEPT SELECT f FROM unnest(free) f));
-    released := released + batchq.count_needs(one.queue, free, ended, ended_as);
+    released := released + batchq.count_needs(one.queue, free, met_by, waiting, met_as);
   END LOOP;
-  DELETE FROM batchq.flow_events e USING unnest(events, needed) u(id, needed_id)
-  WHERE e.id = ANY (events) AND e.id = u.id AND u.needed_id <> ALL (kept);
+  events := ARRAY(SELECT u.id FROM unnest(events, needed) u(id, needed_id) WHERE u.needed_id <> ALL (kept));
+  DELETE FROM batchq.flow_events e WHERE e.id = ANY (events);
   left_over := (SELECT count(*) FROM unnest(needed) u WHERE u = ANY (kept));
 END $$;
 COMMENT ON FUNCTION batchq.follow_flows IS
@@ -233,21 +234,22 @@ COMMENT ON FUNCTION batchq.follow_flows IS
   'those that wait. Rows, and waiting batches, that others have locked are left for later (left_over). Returns how many rows '
   'were seen, how many batches became pending, and the last id seen.';
 
--- The caller has locked the waiting batches.
-CREATE FUNCTION batchq.count_needs(in_queue text, free bigint[], ended bigint[], ended_as text[]) RETURNS integer
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
+-- The caller has locked the waiting batches. By nested loops, so that each pair is one search of the primary key.
+CREATE FUNCTION batchq.count_needs(in_queue text, free bigint[], needed bigint[], waiting bigint[], ended_as text[]) RETURNS integer
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
 #variable_conflict use_variable
-DECLARE ready bigint[] := '{}'; one record; earliest_at timestamptz := now();
+DECLARE ready integer; one record; earliest_at timestamptz := now();
 BEGIN
   UPDATE batchq.needs n SET ended_as = e.status  -- and it waits on
-  FROM unnest(ended, ended_as) e(id, status)
-  WHERE n.batch_id = ANY (free) AND n.needed_id = ANY (ended) AND n.needed_id = e.id
+  FROM unnest(needed, waiting, ended_as) e(id, batch_id, status)
+  WHERE e.batch_id = ANY (free) AND n.needed_id = e.id AND n.batch_id = e.batch_id
     AND e.status <> 'completed' AND n.on_failure = 'wait' AND n.ended_as IS DISTINCT FROM 'completed';
   FOR one IN
     SELECT e.id, e.status, array_agg(n.batch_id) AS ids
-    FROM batchq.needs n JOIN unnest(ended, ended_as) e(id, status) ON e.id = n.needed_id
-    WHERE n.batch_id = ANY (free) AND n.needed_id = ANY (ended) AND e.status <> 'completed' AND n.on_failure = 'cancel'
-      AND n.ended_as IS NULL
+    FROM unnest(needed, waiting, ended_as) e(id, batch_id, status)
+    JOIN batchq.needs n ON n.needed_id = e.id AND n.batch_id = e.batch_id
+    WHERE e.batch_id = ANY (free) AND e.status <> 'completed' AND n.on_failure = 'cancel' AND n.ended_as IS NULL
     GROUP BY e.id, e.status ORDER BY e.id
   LOOP
     PERFORM batchq.cancel_live(in_queue, one.ids, '{waiting}', format('batch %s, which it waited for, %s', one.id,
@@ -255,8 +257,8 @@ BEGIN
   END LOOP;
   WITH met AS (
     UPDATE batchq.needs n SET ended_as = e.status
-    FROM unnest(ended, ended_as) e(id, status)
-    WHERE n.batch_id = ANY (free) AND n.needed_id = ANY (ended) AND n.needed_id = e.id
+    FROM unnest(needed, waiting, ended_as) e(id, batch_id, status)
+    WHERE e.batch_id = ANY (free) AND n.needed_id = e.id AND n.batch_id = e.batch_id
       AND CASE n.on_failure WHEN 'wait' THEN e.status = 'completed' AND n.ended_as IS DISTINCT FROM 'completed'
                             ELSE n.ended_as IS NULL END
     RETURNING n.batch_id
@@ -269,11 +271,11 @@ BEGIN
         status = CASE WHEN b.needs_left > c.met THEN 'waiting' ELSE 'pending' END,
         run_at = CASE WHEN b.needs_left > c.met THEN b.run_at ELSE greatest(b.run_at, earliest_at) END
     FROM counted c
-    WHERE b.queue = in_queue AND b.id = ANY (free) AND b.id = c.batch_id AND b.status = 'waiting'
+    WHERE b.queue = in_queue AND b.id = c.batch_id AND b.status = 'waiting'
     RETURNING b.id, b.status
   )
-  SELECT array_agg(c.id) FILTER (WHERE c.status = 'pending') INTO ready FROM changed c;
-  RETURN coalesce(cardinality(ready), 0);
+  SELECT count(*) INTO ready FROM changed c WHERE c.status = 'pending';
+  RETURN ready;
 END $$;
 COMMENT ON FUNCTION batchq.count_needs IS
   'Counts batches that have ended for waiting batches of one queue that the caller has locked: each becomes pending when none is '
