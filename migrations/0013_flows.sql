@@ -283,7 +283,7 @@ COMMENT ON FUNCTION batchq.count_needs IS
 
 -- ------------------------------------------------------------------------------------------------------------- for people
 
--- As before, with the columns of flows.
+-- As before, with keys and flows.
 CREATE OR REPLACE FUNCTION batchq.cancel_live(in_queue text, ids bigint[], statuses text[], reason text)
 RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
@@ -325,14 +325,13 @@ BEGIN
   ), inserted AS (
     INSERT INTO batchq.batches (id, queue, kind, payload, items, priority, unique_key, max_attempts, max_failed_items,
       timeout_seconds, key, items_total, items_done, items_failed, cursor, errors, created_at, trace_context, after, on_failure,
-      needs_left, is_needed)
+      needs_left)
     OVERRIDING SYSTEM VALUE
     SELECT c.id, c.queue, c.kind, c.payload, c.items, c.priority, c.unique_key, c.max_attempts, c.max_failed_items,
       c.timeout_seconds, c.key, c.items_total, CASE WHEN whole THEN 0 ELSE c.items_done END,
       CASE WHEN whole THEN 0 ELSE c.items_failed END, CASE WHEN whole THEN NULL ELSE c.cursor END, c.errors, c.created_at,
       c.trace_context, c.after, c.on_failure,
-      CASE WHEN c.needs_left > 0 THEN NULL ELSE c.needs_left END,  -- ended while it waited: it waits again
-      nullif(EXISTS (SELECT 1 FROM batchq.needs n WHERE n.needed_id = c.id), false)
+      CASE WHEN c.after IS NULL OR c.needs_left > 0 THEN NULL ELSE 0 END  -- ended while it waited: it waits again
     FROM chosen c
     ON CONFLICT DO NOTHING
     RETURNING id
@@ -344,6 +343,9 @@ BEGIN
   SELECT (SELECT array_agg(g.id) FROM gone g), (SELECT count(*) FROM chosen c) INTO done, total;
   changed := coalesce(cardinality(done), 0);
   keyed := total - changed;
+  -- With a newer snapshot than the lock on the finished batch: one that began to wait meanwhile is seen.
+  UPDATE batchq.batches_live b SET is_needed = true
+  WHERE b.queue = in_queue AND b.id = ANY (done) AND b.id = ANY (ARRAY(SELECT n.needed_id FROM batchq.needs n WHERE n.needed_id = ANY (done)));
   IF whole THEN
     DELETE FROM batchq.failed_items f WHERE f.queue = in_queue AND f.batch_id = ANY (done);
   ELSE
@@ -502,6 +504,7 @@ SELECT b.id, b.queue, b.kind,
   b.created_at, b.claimed_at, b.finished_at, b.status AS stored_status, b.key, b.needs_left
 FROM batchq.batches b;
 
+COMMENT ON COLUMN batchq.status.key IS 'Key of the batch: batchq.batches.key.';
 COMMENT ON COLUMN batchq.status.needs_left IS 'Number of batches that a waiting batch still waits for.';
 
 CREATE OR REPLACE VIEW batchq.queues AS
@@ -547,6 +550,9 @@ CROSS JOIN LATERAL (
   ) b
 ) held;
 
+COMMENT ON COLUMN batchq.queues.held_back IS 'Ready batches that a limit or a throttle holds back; 0 if none does.';
+COMMENT ON COLUMN batchq.queues.held_back_by IS
+  'What holds back batches or items, as of the last seconds: columns of batchq.limits, or "throttled"; null: nothing.';
 COMMENT ON COLUMN batchq.queues.waiting IS 'Batches that wait for others to end.';
 
 CREATE FUNCTION batchq.waiting_queues() RETURNS SETOF text
@@ -563,7 +569,7 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION batchq.waiting_queues IS 'Returns the queues that have waiting batches.';
 
--- As before, with waiting batches.
+-- As before, with keys and waiting batches.
 CREATE OR REPLACE FUNCTION batchq.newest_live(in_queue text DEFAULT NULL, in_kind text DEFAULT NULL, in_status text DEFAULT NULL,
   before_id bigint DEFAULT 9223372036854775807, most integer DEFAULT 100) RETURNS SETOF bigint
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -649,55 +655,6 @@ END $$;
 COMMENT ON FUNCTION batchq.stuck_waiting IS
   'Returns batches that wait for one that has failed, was cancelled, or is not stored any more, and is not being retried: a row for '
   'each pair. Reads the first "most" waiting batches, by queue and id. ended_as: how the needed one ended, null if that is unknown.';
-
-CREATE OR REPLACE VIEW batchq.duties AS
-SELECT duty, privilege, object
-FROM (VALUES
-  ('producer', 'INSERT (queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items, '
-               'timeout_seconds, trace_context, key, after, on_failure)', '{batches}'::text[]),
-  ('producer', 'SELECT (id)', '{batches}'), ('producer', 'SELECT', '{migrations}'),
-  ('worker', 'SELECT',
-   '{batches,batches_live,batches_finished,failed_items,workers,throughput_minutes,pauses,positions,migrations,'
-   'limits_in_force,throttles,flow_events,needs}'),
-  ('worker', 'UPDATE (status, attempt, claimed_by, claim_token, claimed_at, lease_expires_at, run_at, items_done, '
-             'items_failed, cursor, errors)', '{batches_live}'),
-  ('worker', 'DELETE', '{batches_live}'), ('worker', 'INSERT', '{batches_finished}'),
-  ('worker', 'INSERT, UPDATE, DELETE', '{failed_items,workers}'), ('worker', 'INSERT, UPDATE', '{throughput_minutes}'),
-  ('worker', 'EXECUTE', '{append_error,add_counts,has_ready,move_positions,try_lock,merge_throughput,prune,prune_records,'
-                        'create_finished_partitions,ids_given_twice,"forget_failed_items(text,bigint)",take_shares,return_shares,declare_limits,throttle,'
-                        'ready_of_keys,has_keyed,follow_flows,prune_needs}'),
-  ('viewer', 'SELECT', '{batches,batches_live,batches_finished,failed_items,workers,throughput_minutes,pauses,positions,'
-                       'migrations,audit,status,queues,throughput,failures,duties,finished_default,'
-                       'limits,declared_limits,limits_in_force,limits_in_use,keys,limit_shares,throttles,needs,flow_events}'),
-  ('viewer', 'EXECUTE', '{shown_status,count_live,count_failed,latest_failures,run_time_percentiles,'
-                        'sum_counts,add_counts,busy_queues,waiting_levels,newest_live,ids_given_twice,duty_statements,'
-                        'keyed_queues,count_keys,count_waiting,waiting_queues,stuck_waiting,flow}'),
-  ('operator', 'EXECUTE', '{cancel,retry,retry_items,snooze,set_priority,move,pause,resume,drain_worker,bulk,set_limit,end_throttle,run_anyway,cancel_with_dependents}'),
-  ('operator', 'INSERT, UPDATE, DELETE', '{limits}')
-) AS granted(duty, privilege, objects)
-CROSS JOIN unnest(objects) AS object;
-
--- Roles that have a duty already get what is new in it.
-DO $$
-DECLARE known record;
-BEGIN
-  FOR known IN
-    SELECT DISTINCT d.duty, r.rolname AS role
-    FROM (VALUES ('worker', 'has_ready'), ('operator', 'retry')) AS d(duty, function)
-    JOIN pg_proc p ON p.pronamespace = 'batchq'::regnamespace AND p.proname = d.function
-    CROSS JOIN LATERAL aclexplode(p.proacl) a JOIN pg_roles r ON r.oid = a.grantee
-    WHERE a.grantee <> p.proowner
-    UNION
-    SELECT d.duty, r.rolname
-    FROM (VALUES ('producer', 'batchq.batches'::regclass, 'INSERT'), ('viewer', 'batchq.queues', 'SELECT')) AS d(duty, relation, privilege)
-    JOIN pg_class c ON c.oid = d.relation JOIN pg_attribute t ON t.attrelid = c.oid AND t.attname = 'kind'
-    CROSS JOIN LATERAL (SELECT * FROM aclexplode(c.relacl) UNION ALL SELECT * FROM aclexplode(t.attacl)) a
-    JOIN pg_roles r ON r.oid = a.grantee
-    WHERE a.grantee <> c.relowner AND a.privilege_type = d.privilege
-  LOOP
-    PERFORM batchq.grant_duty(known.duty, known.role);
-  END LOOP;
-END $$;
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA batchq FROM PUBLIC;
 SELECT batchq.give_replica_identities();

@@ -12,7 +12,7 @@ from batchq.postgres.statements.running import Statement, array_text
 # lease_expires_at).
 KEPT: LiteralString = """id, queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items,
   timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_failed, cursor, created_at, trace_context, key,
-  after, on_failure, needs_left, is_needed"""
+  after, on_failure, is_needed"""
 # An id is negative if other batches wait for this one.
 _ID: LiteralString = "CASE WHEN is_needed THEN -id ELSE id END"
 # DELETE and INSERT, because updating the partition key raises 40001 in every session that waits for the row. No
