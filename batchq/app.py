@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from batchq.common.cron import MISSED, MOST_CATCH_UP, OVERLAPS, CronError, check
+from batchq.common.cron import ScheduleError, check_definition
 from batchq.common.text import json_text
 from batchq.errors import ConfigError
 from batchq.retry import Backoff
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _MAX_KIND_BYTES = 200
-_MAX_QUEUE_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -177,14 +176,25 @@ class App:
         catch_up_most: int = 100,
         overlap: str = "allow",
     ) -> Callable[[Function], Function]:
-        """Let workers make a batch for a handler at certain times: put it above ``@app.handler`` or below.
+        """Enqueue a batch for this handler on a schedule. The decorator may stand above or below ``@app.handler``.
 
         *cron*: an expression such as ``0 2 * * *``, or ``@every 30 s``. *name*: of the schedule (default: the kind).
         *missed*: coalesce, skip or catch_up (up to *catch_up_most* batches), for ticks at which no worker ran.
         *overlap*: allow, or skip (no batch while an earlier one is pending or processing). A row of batchq.schedules
         that a person has written or changed is valid instead (see docs/schedules.md). Raises ConfigError.
         """
-        _check_schedule(cron, name, time_zone, queue, missed, catch_up_most, overlap)
+        try:
+            check_definition(
+                cron=cron,
+                time_zone=time_zone,
+                missed=missed,
+                catch_up_most=catch_up_most,
+                overlap=overlap,
+                queue=queue,
+                **({} if name is None else {"name": name}),
+            )
+        except ScheduleError as error:
+            raise ConfigError(str(error)) from None
         text = json_text({} if payload is None else payload, "the payload of a schedule")
 
         def register(function: Function) -> Function:
@@ -203,7 +213,7 @@ class App:
             kind = kinds.get(id(declared.function))
             if kind is None:
                 where = _name_of(declared.function)
-                raise ConfigError(f"the schedule {declared.cron!r} is on {where}(), which is not the handler of a kind")
+                raise ConfigError(f"{where}() has the schedule {declared.cron!r}, but it is not the handler of a kind")
             columns = {key: value for key, value in vars(declared).items() if key != "function"}
             name = declared.name or kind
             if name in found:
@@ -240,31 +250,6 @@ def _checked_limits(kind: str, limits: DeclaredLimits) -> DeclaredLimits:
     if not isinstance(limits.burst_seconds, int | float) or not 0.001 <= limits.burst_seconds <= 3600:
         raise ConfigError(f"burst_seconds of {kind!r} is a number from 0.001 to 3600, not {limits.burst_seconds!r}")
     return limits
-
-
-def _check_schedule(
-    cron: str, name: str | None, time_zone: str, queue: str, missed: str, catch_up_most: int, overlap: str
-) -> None:
-    """Raise ConfigError for a schedule that the table or a worker would refuse."""
-    if not isinstance(cron, str) or not isinstance(time_zone, str):
-        raise ConfigError(
-            f"a schedule takes a cron expression and the name of a time zone, not {cron!r}, {time_zone!r}"
-        )
-    try:
-        check(cron, time_zone)
-    except CronError as error:
-        raise ConfigError(str(error)) from None
-    if name is not None and (not isinstance(name, str) or not 1 <= len(name.encode()) <= _MAX_KIND_BYTES):
-        raise ConfigError(f"the name of a schedule is a text of 1 to {_MAX_KIND_BYTES} bytes, not {name!r}")
-    if not isinstance(queue, str) or not 1 <= len(queue.encode()) <= _MAX_QUEUE_BYTES:
-        raise ConfigError(f"the name of a queue is a text of 1 to {_MAX_QUEUE_BYTES} bytes, not {queue!r}")
-    for what, value, known in (("missed", missed, MISSED), ("overlap", overlap, OVERLAPS)):
-        if value not in known:
-            raise ConfigError(f"{what} of a schedule is {' or '.join(known)}, not {value!r}")
-    if type(catch_up_most) is not int or not 1 <= catch_up_most <= MOST_CATCH_UP:
-        raise ConfigError(
-            f"catch_up_most of a schedule is a whole number from 1 to {MOST_CATCH_UP}, not {catch_up_most!r}"
-        )
 
 
 def _check_arguments(kind: str, function: Callable[..., Any], expected: str) -> list[str]:

@@ -1,16 +1,17 @@
 """Schedules: read the definition that people give, change a row of batchq.schedules, and put it in words."""
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from batchq.common.cron import MISSED, MOST_CATCH_UP, OVERLAPS, CronError, check, next_ticks, words
+from batchq.common.cron import MISSED, MOST_CATCH_UP, OVERLAPS, ScheduleError, check_definition, next_ticks, words
 from batchq.errors import InvalidInput
 from batchq.postgres.statements import schedules
 from batchq.postgres.statements.running import Conn
 
-_MOST_NAME_BYTES, _MOST_QUEUE_BYTES = 200, 128
+_NUMBER = re.compile("[0-9]{1,9}")
 Row = dict[str, Any]
 
 
@@ -94,27 +95,16 @@ ACTIONS = {
 def definition(name: str, cron: str, given: Mapping[str, str | None]) -> Row:
     """Return a definition from texts, by column; what is not given has its default. Raises InvalidInput."""
     texts = {field.name: given.get(field.name) or field.default for field in FIELDS}
-    if not 1 <= len(name.encode()) <= _MOST_NAME_BYTES:
-        raise InvalidInput(f"the name of a schedule must have 1 to {_MOST_NAME_BYTES} bytes")
-    if not 1 <= len(texts["kind"].encode()) <= _MOST_NAME_BYTES:
-        raise InvalidInput(f"a schedule needs a kind, of 1 to {_MOST_NAME_BYTES} bytes")
-    if len(texts["queue"].encode()) > _MOST_QUEUE_BYTES:
-        raise InvalidInput(f"the name of a queue must have 1 to {_MOST_QUEUE_BYTES} bytes")
-    for field in FIELDS:
-        if field.choices and texts[field.name] not in field.choices:
-            raise InvalidInput(f"{field.name} must be {' or '.join(field.choices)}, not {texts[field.name]!r}")
+    most = texts.pop("catch_up_most")
+    found = {"name": name, "cron": cron, **texts, "catch_up_most": int(most) if _NUMBER.fullmatch(most) else most}
     try:
-        check(cron, texts["time_zone"])
-    except CronError as error:
-        raise InvalidInput(str(error)) from None
-    try:
+        check_definition(**{column: value for column, value in found.items() if column != "payload"})
         json.loads(texts["payload"])
+    except ScheduleError as error:
+        raise InvalidInput(str(error)) from None
     except ValueError as error:
         raise InvalidInput(f"the payload is not valid JSON: {error}") from None
-    most = texts["catch_up_most"]
-    if not (most.isascii() and most.isdecimal() and len(most) < 10 and 1 <= int(most) <= MOST_CATCH_UP):
-        raise InvalidInput(f"catch_up_most must be a whole number from 1 to {MOST_CATCH_UP}, not {most!r}")
-    return {"name": name, "cron": cron, **texts, "catch_up_most": int(most)}
+    return found
 
 
 class Change(NamedTuple):
@@ -153,7 +143,7 @@ def upcoming(row: Mapping[str, Any], count: int = 3) -> list[datetime]:
     first = datetime.fromisoformat(str(row["next_at"]))
     try:
         return [first, *next_ticks(row["cron"], row["time_zone"], first, count - 1)]
-    except CronError:  # this machine does not know the time zone
+    except ScheduleError:  # this machine does not know the time zone
         return [first]
 
 

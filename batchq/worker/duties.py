@@ -36,6 +36,10 @@ class Duty:
         self._due_at = time.monotonic() + wait_seconds
         return pause_seconds
 
+    def wait_seconds(self) -> float:
+        """Return how long it is until it is due."""
+        return max(0.0, self._due_at - time.monotonic())
+
 
 class DutyLoop:
     """Runs duties (name, every so many seconds, function) in this order whenever they are due, until closed.

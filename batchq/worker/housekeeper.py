@@ -49,8 +49,12 @@ class Housekeeper(DutyLoop):
         super().__init__("housekeeper", link, tick_of(context.settings.lease_seconds), duties)
 
     def wait_seconds(self) -> float:
-        """Return how long to wait: until the next tick, or until a schedule is due."""
-        return self._schedules.wait_seconds(self.tick_seconds) if self._schedules else self.tick_seconds
+        """Return how long to wait: until the next tick, or until a schedule is due. Not before the end of a pause after
+        a failure: the thread would check again and again."""
+        if self._schedules is None:
+            return self.tick_seconds
+        due_seconds = max(self._schedules.wait_seconds(), self.duties["schedules"].wait_seconds())
+        return min(due_seconds, self.tick_seconds)
 
     def write_throughput(self) -> None:
         """Write what was counted since the last time, including the progress of batches that run."""

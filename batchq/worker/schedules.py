@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from batchq.common.cron import CronError, ticks
+from batchq.common.cron import ScheduleError, ticks
 from batchq.common.log import get_logger
 from batchq.common.text import cut
 from batchq.postgres.link import Link
@@ -44,7 +44,7 @@ def plan(schedule: DueSchedule, now: float) -> Plan:
             return Plan(name, revision, None, (), 0, _next_tick(schedule.cron, schedule.time_zone, after), None)
         until = max(due_at, datetime.fromtimestamp(now, UTC))
         due = _ticks(schedule.cron, schedule.time_zone, due_at, until)
-    except CronError as error:
+    except ScheduleError as error:
         return Plan(name, revision, due_at, (), 0, None, cut(str(error), 1000))
     passed, next_at = [due_at, *due[:-1]], due[-1]
     kept = schedule.catch_up_most if schedule.missed == "catch_up" else 1
@@ -63,7 +63,7 @@ def _next_tick(cron: str, time_zone: str, after: datetime) -> datetime:
 
 
 def _ticks(cron: str, time_zone: str, after: datetime, until: datetime) -> list[datetime]:
-    """Return the ticks after *after* up to *until*, and the one that follows: at most 10,000. Raises CronError."""
+    """Return the ticks after *after* up to *until*, and the one that follows: at most 10,000. Raises ScheduleError."""
     if until == after:
         return [_next_tick(cron, time_zone, after)]
     found: list[datetime] = []
@@ -89,9 +89,9 @@ class Schedules:
         self._looks_at = float("-inf")
         self._retry_seconds = _RETRY_SECONDS
 
-    def wait_seconds(self, most: float) -> float:
-        """Return how long it is until there is something to do, at most *most*."""
-        return min(max(0.0, min(self._due_at, self._looks_at) - time.monotonic()), most)
+    def wait_seconds(self) -> float:
+        """Return how long it is until there is something to do."""
+        return max(0.0, min(self._due_at, self._looks_at) - time.monotonic())
 
     def run_if_due(self) -> None:
         """Write what code declares, once; make the batches of what is due; query what is due next."""

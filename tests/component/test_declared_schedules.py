@@ -93,12 +93,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no text": ({"cron": 5}, "takes a cron expression"),
     "the decorator without its arguments": ({"cron": print}, "takes a cron expression"),
     "a time zone that is none": ({"time_zone": "Mars"}, "no time zone 'Mars'"),
-    "no name": ({"name": ""}, "the name of a schedule is a text"),
-    "a rule that is none": ({"missed": "all"}, "missed of a schedule is coalesce or skip or catch_up, not 'all'"),
-    "an overlap that is none": ({"overlap": True}, "overlap of a schedule is allow or skip, not True"),
+    "no name": ({"name": ""}, "the name of a schedule must have 1 to 200 bytes, not 0"),
+    "a rule that is none": ({"missed": "all"}, "missed must be coalesce or skip or catch_up, not 'all'"),
+    "an overlap that is none": ({"overlap": True}, "overlap must be allow or skip, not True"),
     "too many to catch up": ({"catch_up_most": 1001}, "a whole number from 1 to 1000, not 1001"),
     "half to catch up": ({"catch_up_most": 1.5}, "not 1.5"),
-    "a queue without a name": ({"queue": ""}, "the name of a queue"),
+    "a queue without a name": ({"queue": ""}, "the queue of a schedule must have 1 to 128 bytes"),
     "a payload that is no JSON": ({"payload": {1, 2}}, "the payload of a schedule cannot be stored as JSON"),
 }
 
@@ -113,7 +113,7 @@ def test_a_schedule_that_the_table_would_refuse_is_refused_in_code(wrong: str) -
 def test_a_schedule_needs_a_handler_and_a_name_of_its_own() -> None:
     app = batchq.App()
     app.schedule("0 2 * * *")(print)
-    with pytest.raises(ConfigError, match="which is not the handler of a kind"):
+    with pytest.raises(ConfigError, match="is not the handler of a kind"):
         app.declared_schedules()
     app = app_of(cron="0 2 * * *")
     app.schedule("0 3 * * *")(app.handlers["a"].function)

@@ -11,10 +11,11 @@ import psycopg
 import pytest
 
 import batchq
-from batchq.common.cron import CronError, check, next_ticks, ticks, words
+from batchq.common.cron import ScheduleError, check, next_ticks, ticks, words
 from batchq.postgres.statements import schedules as statements
 from batchq.postgres.statements.schedules import DueSchedule
 from batchq.testing import running_worker
+from batchq.worker.housekeeper import Housekeeper
 from batchq.worker.schedules import plan
 from tests.component.rows import Conn, value, values
 from tests.support.alone import run_alone
@@ -173,7 +174,7 @@ NONSENSE: dict[str, tuple[str, str]] = {
     "a name that is no day": ("0 0 * * MONDAY", "day-of-week cannot be 'MONDAY'"),
     "31 February": ("0 0 31 2 *", "never comes: no month 2 has such a day"),
     "31 in months of 30 days": ("0 0 31 4,6 *", "never comes: no month 4,6"),
-    "a fifth Monday on 31 February": ("0 0 */31 2 1#5", "never comes: there is no such date"),
+    "a fifth Monday on 31 February": ("0 0 */31 2 1#5", "never comes: no date in the next 50 years"),
     "every nothing": ("@every", "@every takes a time from 1 s"),
     "every 0 s": ("@every 0 s", "not '@every 0 s'"),
     "every 400 d": ("@every 400 d", "not '@every 400 d'"),
@@ -185,13 +186,13 @@ NONSENSE: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("bad", NONSENSE)
 def test_nonsense_is_named(bad: str) -> None:
     cron, message = NONSENSE[bad]
-    with pytest.raises(CronError, match=message):
+    with pytest.raises(ScheduleError, match=message):
         check(cron, "UTC")
 
 
 @pytest.mark.parametrize("zone", ["", "Europe", "Europe/Atlantis", "../../etc/passwd", "europe/berlin\0", "CEST"])
 def test_a_time_zone_that_is_none_is_named(zone: str) -> None:
-    with pytest.raises(CronError, match="there is no time zone"):
+    with pytest.raises(ScheduleError, match="there is no time zone"):
         check("0 0 * * *", zone)
 
 
@@ -461,6 +462,27 @@ def test_a_drain_neither_fires_nor_declares(conn: Conn, dsn: str) -> None:
     drain(app_of(name="mine", cron="* * * * *"), dsn)
     assert values(conn, "SELECT name FROM batchq.schedules") == ["one"]
     assert value(conn, "SELECT count(*) FROM batchq.batches") == 0
+
+
+def test_a_worker_that_may_not_read_schedules_does_not_ask_again_and_again(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(*_: Any) -> list[Any]:
+        raise psycopg.errors.InsufficientPrivilege("permission denied")
+
+    def count(loop: Housekeeper) -> float:
+        asked.append(seconds := wait_seconds(loop))
+        return seconds
+
+    wait_seconds = Housekeeper.wait_seconds
+    monkeypatch.setattr(statements, "due_schedules", refuse)
+    monkeypatch.setattr(Housekeeper, "wait_seconds", count)
+    with running_worker(app_of(), dsn):
+        time.sleep(2)
+    step("it waited %s times", len(asked))
+    assert 3 < len(asked) < 60
 
 
 if __name__ == "__main__":
