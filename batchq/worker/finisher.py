@@ -260,7 +260,7 @@ class Finisher:
             self._has_ended_needed = False
             try:
                 self.on_needed(self.link)
-            except psycopg.Error as error:
+            except Exception as error:  # the outcomes are written; nothing here may end the thread
                 _log.warning("flows postponed", error=one_line(error))
 
     # ------------------------------------------------------------------------------------------------- one statement

@@ -14,6 +14,7 @@ import pytest
 import batchq
 from batchq.batch.claimed import Claim, ClaimedBatch
 from batchq.errors import DatabaseAway, OutcomeUnknown
+from batchq.postgres.link import Link
 from batchq.postgres.statements import maintenance
 from batchq.postgres.statements.claims import END, START
 from batchq.postgres.statements.workers import Turn
@@ -120,6 +121,23 @@ def statuses(conn: Conn) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------------- the finisher
+
+
+@pytest.mark.parametrize("error", [OutcomeUnknown("lost"), psycopg.OperationalError("lost"), RuntimeError("a bug")])
+def test_ends_that_cannot_be_counted_at_once_are_counted_later(conn: Conn, parts: Parts, error: Exception) -> None:
+    def fail(_: Link) -> None:
+        raise error
+
+    parts.finisher.on_needed = fail
+    with conn.transaction():
+        first = batchq.enqueue(conn, "work")
+        batchq.enqueue(conn, "work", after=[first])
+    [batch] = parts.claim(1)
+    assert parts.lane.end(batch, COMPLETED)
+    parts.write()
+    assert statuses(conn) == ["completed", "waiting"]
+    assert parts.context.flows.follow(parts.claimer.link) == 1
+    assert statuses(conn) == ["completed", "pending"]
 
 
 @pytest.mark.parametrize(
