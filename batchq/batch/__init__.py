@@ -1,13 +1,11 @@
 """The batch as its handler sees it: input, progress, checkpoints and transactions."""
 
-import asyncio
 from typing import Any
 
 from batchq.batch.chunks import Chunk, Chunks
-from batchq.batch.claimed import UNCHANGED, ClaimedBatch, from_json, refuse_in_event_loop
+from batchq.batch.claimed import UNCHANGED, ClaimedBatch, Needed, from_json, refuse_in_event_loop
 from batchq.batch.transactions import BatchTransaction
 from batchq.errors import InvalidInput
-from batchq.postgres.statements.flows import Needed
 
 __all__ = ["Batch", "Chunk", "Needed"]
 
@@ -20,7 +18,7 @@ class Batch:
     worker's claim is lost, nothing commits and LeaseLost is raised.
     """
 
-    __slots__ = ("_claimed", "_items", "_payload", "attempt", "id", "items_total", "kind", "max_attempts")
+    __slots__ = ("_claimed", "_items", "_needed", "_payload", "attempt", "id", "items_total", "kind", "max_attempts")
 
     def __init__(self, claimed: ClaimedBatch) -> None:
         self._claimed = claimed
@@ -29,7 +27,7 @@ class Batch:
         self.attempt = claimed.attempt
         self.max_attempts = claimed.max_attempts
         self.items_total = claimed.items_total
-        self._payload = self._items = UNCHANGED
+        self._payload = self._items = self._needed = UNCHANGED
 
     # ------------------------------------------------------------------------------------------------- the input
 
@@ -69,13 +67,17 @@ class Batch:
 
     @property
     def needed(self) -> list[Needed]:
-        """The batches that this one waited for, by id: id, kind, status and result of each. Read once, when used."""
-        refuse_in_event_loop("batch.needed", "`await batch.needed_async()`")
-        return self._claimed.read_needed()
+        """The batches that this one waited for, by id: id, kind, status and result of each. Read at the first use."""
+        if self._needed is UNCHANGED:
+            refuse_in_event_loop("batch.needed", "`await batch.needed_async()`")
+            self._needed = self._claimed.read_needed()
+        return self._needed  # type: ignore[no-any-return]
 
     async def needed_async(self) -> list[Needed]:
         """Async version of `needed`."""
-        return await asyncio.to_thread(self._claimed.read_needed)
+        if self._needed is UNCHANGED:
+            self._needed = await self._claimed.claim.runtime.connections.in_thread(self._claimed.read_needed)
+        return self._needed  # type: ignore[no-any-return]
 
     # ---------------------------------------------------------------------------------------------- its progress
 

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
 import psycopg
@@ -17,7 +17,6 @@ from batchq.postgres.handler_connections import HandlerConnections
 from batchq.postgres.statements import checkpoints, claims, flows, inputs
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.claims import ClaimedRow
-from batchq.postgres.statements.flows import Needed
 from batchq.postgres.statements.running import Statement
 from batchq.retry import Conflicts
 
@@ -121,6 +120,19 @@ class _OpenTransaction(Protocol):
     def __exit__(self, *error: Any) -> bool | None: ...
 
     async def __aexit__(self, *error: Any) -> bool | None: ...
+
+
+class Needed(NamedTuple):
+    """A batch that another one waited for.
+
+    status: completed, failed or cancelled; if the other one did not wait for its end, the one that it has now. kind and
+    result are None if the batch is not stored any more.
+    """
+
+    id: int
+    kind: str | None
+    status: str | None
+    result: Any
 
 
 class ClaimedBatch:

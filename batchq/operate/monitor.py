@@ -3,7 +3,7 @@
 from typing import Any
 
 from batchq.postgres.link import Link
-from batchq.postgres.statements import health, inserts, views
+from batchq.postgres.statements import flows, health, inserts, views
 from batchq.postgres.statements.running import Conn
 
 _MOST_ROWS = 1000
@@ -33,10 +33,15 @@ class Monitor:
         return [row for row in rows if before.get(row["id"]) != _state(row)]
 
     def is_done(self) -> bool:
-        """Return whether nothing that is watched waits or runs."""
+        """Return whether nothing that is watched waits or runs. A batch that waits for others does, unless no batch of
+        any queue can begin or run: then only a person can let it go on."""
         with self.link.transaction() as conn:
             rows = views.queue_rows(conn, *self._of)
-        return not any(row["ready"] or row["scheduled"] or row["processing"] or row["waiting"] for row in rows)
+            if any(map(_is_busy, rows)):
+                return False
+            if not any(row["waiting"] for row in rows):
+                return True
+            return not any(map(_is_busy, views.queue_rows(conn, None, None))) and not flows.has_events(conn)
 
     def _read(self, conn: Conn) -> list[dict[str, Any]]:
         if self._since is None:
@@ -46,6 +51,10 @@ class Monitor:
         self._since = inserts.now_plus(conn, -_OVERLAP_SECONDS) if self._since else since
         self._after_id = max([self._after_id, *(row["id"] for row in rows)])
         return rows
+
+
+def _is_busy(row: dict[str, Any]) -> bool:
+    return bool(row["ready"] or row["scheduled"] or row["processing"])
 
 
 def _state(row: dict[str, Any]) -> tuple[Any, ...]:

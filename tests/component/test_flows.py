@@ -115,6 +115,33 @@ def test_a_handler_reads_what_it_waited_for(dsn: str, conn: Conn, ran: Ran) -> N
     assert ran.needed[third] == [(first, "work", "completed", {"rows": 7}), (second, "work", "failed", None)]
 
 
+def test_an_async_handler_reads_what_it_waited_for_also_within_its_transaction(dsn: str, conn: Conn, ran: Ran) -> None:
+    found: list[Any] = []
+
+    @ran.app.handler("async")
+    async def read(batch: batchq.Batch) -> None:
+        async with batch.transaction():
+            found.append(await batch.needed_async())
+        found.append(batch.needed)
+
+    first = enqueue(conn, {"returns": 7})
+    put(conn, "async", after=[first])
+    drain(ran.app, dsn)
+    assert found == [[(first, "work", "completed", 7)]] * 2
+    assert found[0] is found[1], "it is read once"
+
+
+def test_an_async_handler_that_would_block_the_event_loop_is_told_so(dsn: str, conn: Conn, ran: Ran) -> None:
+    @ran.app.handler("async")
+    async def read(batch: batchq.Batch) -> None:
+        batch.needed  # noqa: B018
+
+    put(conn, "async", max_attempts=1)
+    drain(ran.app, dsn)
+    [error] = values(conn, "SELECT errors -> -1 ->> 'error' FROM batchq.batches")
+    assert "await batch.needed_async()" in error
+
+
 def test_fan_out_and_fan_in_commit_with_the_handler(dsn: str, conn: Conn, ran: Ran) -> None:
     tries = []
 
@@ -201,6 +228,20 @@ def test_a_batch_that_was_cancelled_with_what_it_needs_waits_again(dsn: str, con
     assert status(conn, second) == "waiting"
     drain(ran.app, dsn)
     assert ran.ids == [first, first, second]
+
+
+def test_a_retry_marks_a_batch_that_others_have_begun_to_wait_for(dsn: str, conn: Conn, ran: Ran) -> None:
+    first = enqueue(conn, {"fails": True})
+    drain(ran.app, dsn)
+    enqueue(conn, after=[first])
+    assert values(conn, "SELECT changed FROM batchq.bulk('retry')") == [1]
+    assert values(conn, "SELECT is_needed FROM batchq.batches WHERE id = %s", first) == [True]
+
+
+def test_a_batch_that_waits_holds_its_unique_key(conn: Conn) -> None:
+    first = enqueue(conn)
+    enqueue(conn, after=[first], unique_key="k")
+    assert batchq.enqueue(conn, "work", unique_key="k") is None
 
 
 def test_a_batch_that_ran_does_not_wait_again_when_it_is_retried(dsn: str, conn: Conn, ran: Ran) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 import batchq as package
+from batchq.operate.monitor import Monitor
+from batchq.postgres.link import Link
 from tests.component.rows import Conn, values
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
@@ -68,6 +70,19 @@ def test_a_batch_shows_what_it_waits_for_and_the_status_how_many_wait(batchq: Co
     assert "Waiting" in batchq("status").out
     listed = json.loads(batchq("status", "--status", "waiting", "--json").out)["batches"]
     assert len(listed) == 4
+
+
+def test_a_monitor_is_done_when_only_a_person_can_let_what_waits_go_on(dsn: str, conn: Conn) -> None:
+    link = Link(dsn, 10)
+    monitor = Monitor(link, "mail", None)
+    needed = package.enqueue(conn, "part", queue="other") or 0
+    package.enqueue(conn, "mail", queue="mail", after=[needed])
+    assert not monitor.is_done(), "what it waits for can begin"
+    conn.execute("SELECT batchq.cancel(%s)", [needed])
+    assert not monitor.is_done(), "no worker has looked at the end yet"
+    conn.execute("SELECT batchq.follow_flows(0)")
+    assert monitor.is_done(), "it waits for a batch that was cancelled"
+    link.close()
 
 
 def test_the_command_line_enqueues_cancels_and_runs_what_waits(batchq: CommandLine, conn: Conn) -> None:

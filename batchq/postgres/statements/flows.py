@@ -1,8 +1,8 @@
 """Flows: follow what waits for what has ended, and read who waits for whom."""
 
-from typing import Any, LiteralString, NamedTuple
+from typing import Any, LiteralString
 
-from batchq.postgres.statements.running import Conn, Statement, fetch_all, fetch_json
+from batchq.postgres.statements.running import Conn, Statement, fetch_all, fetch_json, fetch_value
 
 FOLLOW: LiteralString = "SELECT seen, released, last_id, left_over FROM batchq.follow_flows(%(after)s, %(most)s)"
 # One row at most, and an index that is read from a known id on: what was done before is not walked over.
@@ -17,17 +17,9 @@ def follow(after: int, most: int) -> Statement:
     return FOLLOW, {"after": after, "most": most}
 
 
-class Needed(NamedTuple):
-    """A batch that another one waited for.
-
-    status: completed, failed or cancelled; if the other one did not wait for its end, the one that it has now. kind and
-    result are None if the batch is not stored any more.
-    """
-
-    id: int
-    kind: str | None
-    status: str | None
-    result: Any
+def has_events(conn: Conn) -> bool:
+    """Return whether workers still have something to do for flows."""
+    return fetch_value(conn, bool, f"SELECT {HAS_EVENTS}", {"after_event": 0})
 
 
 def needed(conn: Conn, batch_id: int) -> list[tuple[int, str | None, str | None, str | None]]:
