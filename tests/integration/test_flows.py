@@ -3,16 +3,15 @@
 import pytest
 
 from tests.instruments.flows import works
-from tests.instruments.flows.works import Place
-from tests.instruments.limits.works import Seen
 from tests.support.alone import run_alone
 from tests.support.steps import step
+from tests.support.trials import Place, Seen
 
 
 @pytest.fixture
 def place(admin_dsn: str, dsn: str) -> Place:
     """The test's database."""
-    return Place(admin_dsn, dsn)
+    return Place(admin_dsn, works.APP, dsn)
 
 
 def judge(seen: Seen) -> None:

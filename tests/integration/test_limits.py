@@ -3,15 +3,15 @@
 import pytest
 
 from tests.instruments.limits import works
-from tests.instruments.limits.works import Place, Seen
 from tests.support.alone import run_alone
 from tests.support.steps import step
+from tests.support.trials import Place, Seen
 
 
 @pytest.fixture
 def place(dsn: str) -> Place:
     """The test's database; its server stays up."""
-    return Place(dsn, dsn)
+    return Place(dsn, works.APP)
 
 
 def judge(seen: Seen) -> None:

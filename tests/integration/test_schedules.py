@@ -9,14 +9,14 @@ from batchq.testing import running_worker
 from tests.component.rows import Conn, value
 from tests.component.test_schedules import COUNTS, add, app_of
 from tests.instruments.schedules import works
-from tests.instruments.schedules.works import Place
 from tests.support.alone import run_alone
 from tests.support.steps import step
+from tests.support.trials import Place
 from tests.support.waiting import wait_until
 
 
 def test_each_tick_makes_one_batch_beside_kills(dsn: str) -> None:
-    seen = works.killed(Place(dsn), seconds=30, schedules=60, kill_every_seconds=5)
+    seen = works.killed(Place(dsn, works.APP), seconds=30, schedules=60, kill_every_seconds=5)
     step("%s", seen.figures)
     assert seen.faults == []
     assert seen.figures["kills"] > 0

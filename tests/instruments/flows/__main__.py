@@ -2,13 +2,9 @@
 
 import argparse
 import sys
-import tempfile
-from pathlib import Path
 
-from batchq.postgres import embedded
-from batchq.postgres.migrate import migrate
 from tests.instruments.flows import works
-from tests.instruments.flows.works import Place
+from tests.support.trials import Place, Seen, private_place
 
 WORKS = ("fan-in", "rounds", "chains", "graph")
 
@@ -20,21 +16,13 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=0.1, help="1: 100,000 batches, 10,000 rounds, 10,000 chains")
     options = parser.parse_args()
     faults = 0
-    with tempfile.TemporaryDirectory(prefix="batchq-flows-") as directory:
-        Path(directory).chmod(0o755)
-        with embedded.start(Path(directory) / "data", {"max_connections": "300"}) as server:
-            dsn = server.dsn()
-            migrate(dsn)
-            for name in options.works or WORKS:
-                seen = run(name, Place(dsn, dsn), options.scale)
-                faults += len(seen.faults)
-                print(
-                    f"{'FAULT' if seen.faults else 'ok'}: {name}: {seen.figures} {'; '.join(seen.faults)}", flush=True
-                )
+    with private_place(works.APP) as place:
+        for name in options.works or WORKS:
+            faults += run(name, place, options.scale).tell(name)
     return 1 if faults else 0
 
 
-def run(name: str, place: Place, scale: float) -> works.Seen:
+def run(name: str, place: Place, scale: float) -> Seen:
     """Run one of the works."""
     match name:
         case "fan-in":

@@ -5,9 +5,8 @@ import time
 from typing import Any
 
 import batchq
-from tests.instruments.limits.works import Place as AnyPlace
-from tests.instruments.limits.works import Seen, value
 from tests.support.processes import Processes
+from tests.support.trials import Place, Seen, value
 from tests.support.waiting import wait_until
 
 APP = "tests.instruments.flows.apps:app"
@@ -32,14 +31,6 @@ LEFT JOIN batchq.batches_finished n ON n.id = a.id
 WHERE n.id IS NULL OR n.finished_at > g.at OR (n.status <> 'completed' AND b.on_failure IS DISTINCT FROM 'run')
 """
 TWICE = "SELECT count(*) FROM (SELECT 1 FROM begins GROUP BY batch_id, attempt HAVING count(*) > 1) twice"
-
-
-class Place(AnyPlace):
-    """As for limits, with this app."""
-
-    def processes(self) -> Processes:
-        """Return the worker processes of one run."""
-        return Processes(self.workers_dsn, APP, self.dsn)
 
 
 def _restarted(processes: Processes, fleet: list[Any], rng: random.Random) -> None:

@@ -2,13 +2,9 @@
 
 import argparse
 import sys
-import tempfile
-from pathlib import Path
 
-from batchq.postgres import embedded
-from batchq.postgres.migrate import migrate
 from tests.instruments.limits import works
-from tests.instruments.limits.works import Place
+from tests.support.trials import Place, Seen, private_place
 
 WORKS = ("running", "items", "ordered", "keys", "throttled")
 
@@ -23,22 +19,13 @@ def main() -> int:
     )
     options = parser.parse_args()
     faults = 0
-    with tempfile.TemporaryDirectory(prefix="batchq-limits-") as directory:
-        Path(directory).chmod(0o755)
-        with embedded.start(Path(directory) / "data", {"max_connections": "300"}) as server:
-            dsn = server.dsn()
-            migrate(dsn)
-            place = Place(dsn, dsn, lambda: server.restart(immediate=True))
-            for name in options.works or WORKS:
-                seen = run(name, place, options.minutes, options.scale)
-                faults += len(seen.faults)
-                print(
-                    f"{'FAULT' if seen.faults else 'ok'}: {name}: {seen.figures} {'; '.join(seen.faults)}", flush=True
-                )
+    with private_place(works.APP) as place:
+        for name in options.works or WORKS:
+            faults += run(name, place, options.minutes, options.scale).tell(name)
     return 1 if faults else 0
 
 
-def run(name: str, place: Place, minutes: float, scale: float) -> works.Seen:
+def run(name: str, place: Place, minutes: float, scale: float) -> Seen:
     """Run one of the works."""
     match name:
         case "running":

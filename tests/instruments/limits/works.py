@@ -2,14 +2,13 @@
 
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
 
 from tests.instruments.limits.apps import NAP_SECONDS
 from tests.support.processes import Process, Processes
+from tests.support.trials import Place, Seen, value
 from tests.support.waiting import wait_until
 
 APP = "tests.instruments.limits.apps:app"
@@ -73,43 +72,6 @@ SMALL = "INSERT INTO batchq.batches (kind, key) SELECT 'plain', 'c' || mod(n, %s
 FEW_ITEMS = "INSERT INTO batchq.batches (kind, items, priority) SELECT 'throttled', to_jsonb(ARRAY[99, 100, 101]), -1"
 LIVE = "SELECT EXISTS (SELECT 1 FROM batchq.batches_live)"
 GRACE_SECONDS = 1.5  # until a share that came back is in use again
-
-
-@dataclass
-class Seen:
-    """What was seen: figures for people, and what must not be."""
-
-    figures: dict[str, Any] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-
-    def must(self, is_so: bool, otherwise: str) -> None:
-        """Note a fault unless it is so."""
-        if not is_so:
-            self.faults.append(otherwise)
-
-
-@dataclass
-class Place:
-    """A migrated database, a way to make processes for it, and one to restart its server (None: it stays up)."""
-
-    dsn: str
-    workers_dsn: str
-    restart: Callable[[], None] | None = None
-
-    def connect(self) -> psycopg.Connection[Any]:
-        """Return a connection of the run's own."""
-        return psycopg.connect(self.dsn, autocommit=True)
-
-    def processes(self) -> Processes:
-        """Return the worker processes of one run."""
-        return Processes(self.workers_dsn, APP, self.dsn)
-
-
-def value(conn: psycopg.Connection[Any], query: str, parameters: Any = None) -> Any:
-    """Return the one value of *query*."""
-    row = conn.execute(query.encode(), parameters).fetchone()
-    assert row is not None
-    return row[0]
 
 
 def running(

@@ -2,13 +2,9 @@
 
 import argparse
 import sys
-import tempfile
-from pathlib import Path
 
-from batchq.postgres import embedded
-from batchq.postgres.migrate import migrate
 from tests.instruments.schedules import works
-from tests.instruments.schedules.works import Place
+from tests.support.trials import private_place
 
 WORKS = ("killed", "punctual")
 
@@ -20,19 +16,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1, help="of each (default: 1)")
     parser.add_argument("--schedules", type=int, default=1000, help="for killed (default: 1000)")
     options = parser.parse_args()
-    faults = 0
+    faults, seconds = 0, 60 * options.minutes
     for name in options.works or WORKS:
-        with tempfile.TemporaryDirectory(prefix="batchq-schedules-") as directory:
-            Path(directory).chmod(0o755)
-            with embedded.start(Path(directory) / "data", {"max_connections": "300"}) as server:
-                migrate(server.dsn())
-                place, seconds = Place(server.dsn()), 60 * options.minutes
-                if name == "killed":
-                    seen = works.killed(place, seconds=seconds, schedules=options.schedules)
-                else:
-                    seen = works.punctual(place, seconds=seconds)
-        faults += len(seen.faults)
-        print(f"{'FAULT' if seen.faults else 'ok'}: {name}: {seen.figures} {'; '.join(seen.faults[:20])}", flush=True)
+        with private_place(works.APP) as place:
+            if name == "killed":
+                seen = works.killed(place, seconds=seconds, schedules=options.schedules)
+            else:
+                seen = works.punctual(place, seconds=seconds)
+        faults += seen.tell(name)
     return 1 if faults else 0
 
 

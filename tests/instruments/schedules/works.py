@@ -4,7 +4,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +12,7 @@ from psycopg.types.json import Jsonb
 
 from batchq.common.cron import ticks
 from tests.support.processes import Process, Processes
+from tests.support.trials import Place, Seen
 from tests.support.waiting import wait_until
 
 APP = "tests.instruments.schedules.apps:app"
@@ -39,29 +39,6 @@ SELECT (result #>> '{}')::float8 - date_part('epoch', (payload ->> 'tick')::time
 FROM batchq.batches WHERE payload ? 'schedule' AND status = 'completed' AND (payload ->> 'tick')::timestamptz > %s
 ORDER BY 1
 """
-
-
-@dataclass
-class Seen:
-    """What was seen: figures for people, and what must not be."""
-
-    figures: dict[str, Any] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Place:
-    """A migrated database, and a way to make processes for it."""
-
-    dsn: str
-
-    def connect(self) -> psycopg.Connection[Any]:
-        """Return a connection of the run's own."""
-        return psycopg.connect(self.dsn, autocommit=True, prepare_threshold=None)
-
-    def processes(self) -> Processes:
-        """Return the worker processes of one run."""
-        return Processes(self.dsn, APP)
 
 
 def some_schedules(count: int, rng: random.Random) -> list[dict[str, Any]]:
