@@ -98,6 +98,7 @@ def test_a_batch_that_has_ended_is_not_waited_for(dsn: str, conn: Conn, ran: Ran
     second = enqueue(conn, after=[first])
     drain(ran.app, dsn)
     assert ran.ids == [first, second]
+    assert values(conn, "SELECT count(*) FROM batchq.flow_events") == [0]
 
 
 def test_a_completed_batch_that_is_not_kept_counts(dsn: str, conn: Conn, ran: Ran) -> None:
@@ -266,7 +267,7 @@ def test_a_needed_batch_that_a_person_deletes_counts_as_cancelled(dsn: str, conn
 
 def test_a_needed_batch_that_moves_to_another_queue_is_still_needed(dsn: str, conn: Conn, ran: Ran) -> None:
     first = enqueue(conn, delay_seconds=3600)
-    second = enqueue(conn, after=[first], queue="two")
+    second = enqueue(conn, after=[first], queue="two", on_failure="cancel")
     drain(ran.app, dsn)
     conn.execute("SELECT batchq.move(%s, 'two')", [first])
     conn.execute("SELECT batchq.snooze(%s, '0')", [first])
@@ -414,6 +415,58 @@ def test_an_idle_worker_goes_on_at_once(dsn: str, conn: Conn, ran: Ran) -> None:
             assert begun.wait(10)
     step("from the end of one to the beginning of the next: %s ms", [round(1000 * seconds) for seconds in took])
     assert sorted(took)[len(took) // 2] < 0.1
+
+
+def follow(conn: Conn, after: int = 0) -> tuple[int, int]:
+    """Follow flows as a worker does; return how many batches became pending, and how many events were left."""
+    row = conn.execute("SELECT released, left_over FROM batchq.follow_flows(%s)", [after]).fetchone()
+    assert row
+    return row[0], row[1]
+
+
+def test_a_waiting_batch_that_somebody_has_locked_delays_only_itself(admin_dsn: str, conn: Conn) -> None:
+    with conn.transaction():
+        first = enqueue(conn)
+        second, third = enqueue(conn, after=[first]), enqueue(conn, after=[first])
+    conn.execute("UPDATE batchq.batches SET run_at = now() - interval '1 hour'")
+    conn.execute("DELETE FROM batchq.batches WHERE id = %s", [first])
+    conn.execute("UPDATE batchq.flow_events SET status = 'completed'")
+    with psycopg.connect(admin_dsn) as holder:
+        holder.execute("SELECT 1 FROM batchq.batches_live WHERE id = %s FOR UPDATE", [second])
+        with conn.transaction():
+            conn.execute("SET LOCAL lock_timeout = '2s'")
+            assert follow(conn) == (1, 1)
+        assert [status(conn, one) for one in (second, third)] == ["waiting", "pending"]
+        assert follow(conn) == (0, 1)
+    assert follow(conn) == (1, 0)
+    step("they are at the end of the claim order, where the next claim looks")
+    assert values(conn, "SELECT run_at > now() - interval '1 minute' FROM batchq.batches ORDER BY id") == [True, True]
+
+
+@pytest.mark.parametrize("on_failure", ["wait", "run"])
+def test_who_counts_by_a_list_that_is_out_of_date_counts_nothing_twice(conn: Conn, on_failure: Any) -> None:
+    first, other = enqueue(conn), enqueue(conn)
+    second = enqueue(conn, after=[first, other], on_failure=on_failure)
+    for _ in range(2):
+        values(conn, "SELECT batchq.count_needs('default', %s, %s, %s, '{completed}')", [second], [first], [second])
+    assert values(conn, "SELECT needs_left FROM batchq.batches WHERE id = %s", second) == [1]
+
+
+def test_events_that_were_dealt_with_are_not_read_again_while_a_snapshot_is_held(
+    admin_dsn: str, dsn: str, conn: Conn
+) -> None:
+    with holding_snapshot(dsn), psycopg.connect(admin_dsn, autocommit=True) as admin:
+        admin.execute("INSERT INTO batchq.flow_events (needed_id) SELECT 0 FROM generate_series(1, 30000)")
+        admin.execute("DELETE FROM batchq.flow_events")
+        explain = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT batchq.follow_flows(%s)"
+        pages = []
+        for after in (0, 30_000):
+            follow(conn, after)
+            plan = values(conn, explain, after)[0][0]["Plan"]
+            pages.append(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+    step("pages from the start, and from the last event on: %s", pages)
+    assert pages[0] > 100, "the snapshot does not matter here, so this test proves nothing"
+    assert pages[1] < 20
 
 
 RUN = """

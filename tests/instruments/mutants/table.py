@@ -31,7 +31,9 @@ ENDING = "component/test_ending.py"
 FLAT = "component/test_flat.py"
 LOOKS, FINISHER, VIEWS = (f"component/test_{name}.py" for name in ("looks", "finisher", "views"))
 BULK_ACTIONS = "component/test_bulk_verbs.py"
-PERMITS_TEST, KEYS_TEST, THROTTLED_TEST = (f"component/test_{name}.py" for name in ("permits", "keys", "throttled"))
+PERMITS_TEST, KEYS_TEST, THROTTLED_TEST, FLOWS_TEST = (
+    f"component/test_{name}.py" for name in ("permits", "keys", "throttled", "flows")
+)
 PERMITS, KEY_RING, BUCKET, ITEMS_FILE = (
     f"batchq/worker/{n}.py" for n in ("permits", "key_ring", "token_bucket", "items")
 )
@@ -175,6 +177,150 @@ MUTANTS = [
             ),
         ],
         SCHEDULES,
+    ),
+    # ---------------------------------------------------------------------------------------------------------- flows
+    *of(
+        "CREATE TRIGGER note_end",
+        FLOWS_TEST,
+        [("WHEN (OLD.is_needed) ", "WHEN (false) ", "the end of a needed batch is noticed")],
+        FLOWS_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.note_end(",
+        FLOWS_TEST,
+        [
+            ("IF FOUND THEN RETURN NULL; END IF;", "", "a batch that moves has not ended"),
+            ("coalesce(ended_as, CASE", "coalesce(CASE", "a batch that failed has not completed"),
+            (
+                "WHEN 'processing' THEN 'completed'",
+                "WHEN 'processing' THEN 'cancelled'",
+                "a batch that is not kept counts",
+            ),
+        ],
+        FLOWS_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.begin_waiting(",
+        FLOWS_TEST,
+        [
+            ("IF unknown <> '{}' AND NEW.created_at = now() THEN", "IF false THEN", "an unknown id is refused"),
+            ("ELSIF NEW.id = ANY (NEW.after) THEN", "ELSIF false THEN", "no batch waits for itself"),
+            ("AND b.xmin = pg_current_xact_id()::xid", "", "an enqueue locks no batch that others see"),
+            (
+                "SELECT DISTINCT u FROM unnest(NEW.after)",
+                "SELECT u FROM unnest(NEW.after)",
+                "an id that is given twice counts once",
+            ),
+        ],
+        FLOWS_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.mark_needed(",
+        FLOWS_TEST,
+        [
+            (
+                "SET is_needed = true",
+                "SET is_needed = b.is_needed",
+                "a batch is marked when others begin to wait for it",
+            ),
+            ("ended := ended || found.id;", "", "a batch that has ended by then counts"),
+        ],
+        FLOWS_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.follow_flows(",
+        FLOWS_TEST,
+        [
+            ("WHERE e.id > after_id ORDER", "ORDER", "what was dealt with is not read again"),
+            (
+                "AND b.status = 'waiting' FOR UPDATE SKIP LOCKED",
+                "AND b.status = 'waiting' FOR UPDATE",
+                "a locked batch delays only itself",
+            ),
+            ("WHERE u.needed_id <> ALL (kept)", "", "what could not be counted is counted later"),
+            ("IF cardinality(waiting) = most_needs THEN", "IF false THEN", "all that wait for one batch are counted"),
+        ],
+        FLOWS_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.count_needs(",
+        FLOWS_TEST,
+        [
+            ("ELSE n.ended_as IS NULL END", "ELSE true END", "an end counts once, whatever comes twice"),
+            (
+                "WHEN 'wait' THEN e.status = 'completed' AND",
+                "WHEN 'wait' THEN",
+                "what waits for a failed batch waits on",
+            ),
+            ("PERFORM batchq.cancel_live(", "PERFORM (", "with cancel, a failure goes down the line"),
+            ("greatest(b.run_at, earliest_at)", "b.run_at", "what is released is claimed at once"),
+        ],
+        FLOWS_SQL,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.revive(",
+        FLOWS_TEST,
+        [
+            (
+                "b.id = ANY (ARRAY(SELECT n.needed_id",
+                "false AND b.id = ANY (ARRAY(SELECT n.needed_id",
+                "a retried batch is still needed",
+            ),
+            (
+                "CASE WHEN c.after IS NULL OR c.needs_left > 0 THEN NULL ELSE 0 END",
+                "0",
+                "a batch cancelled while it waited waits again",
+            ),
+        ],
+        FLOWS_SQL,
+    ),
+    *of(
+        "def _follow_flows(",
+        "component/test_worker_parts.py",
+        [("except Exception as error:", "except KeyError as error:", "flows that cannot be followed end no thread")],
+        "batchq/worker/finisher.py",
+    ),
+    *of(
+        "def wait_seconds(",
+        SCHEDULES_TEST,
+        [
+            (
+                'max(self._schedules.wait_seconds(), self.duties["schedules"].wait_seconds())',
+                "self._schedules.wait_seconds()",
+                "a duty that fails does not spin",
+            )
+        ],
+        "batchq/worker/housekeeper.py",
+    ),
+    *of(
+        "def mark_running(",
+        "component/test_lanes.py",
+        [
+            (
+                "now - batch.leased_at < batch.claim.runtime.lease_seconds",
+                "True",
+                "what waited until its lease expired does not begin",
+            )
+        ],
+        "batchq/worker/lanes.py",
+    ),
+    *of(
+        "CREATE FUNCTION batchq.ready_of_keys(",
+        KEYS_TEST,
+        [(" - interval '1 hour'", "", "a claim that committed behind the position of leases counts")],
+        KEYS_SQL,
+    ),
+    *of(
+        "def _is_strict(",
+        KEYS_TEST,
+        [
+            (
+                "per_key(source.queue, kind) == 1",
+                "per_key(source.queue, kind) == -1",
+                "an urgent batch comes next in its key",
+            )
+        ],
+        "batchq/worker/keyed_claims.py",
     ),
     # ---------------------------------------------------------------------------------------------- limits and keys
     *of(
