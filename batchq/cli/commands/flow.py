@@ -1,4 +1,4 @@
-"""``batchq flow``: who waits for whom around a batch, as a tree; large flows by kind."""
+"""``batchq flow``: the batches that wait for each other around one batch: a tree or, if there are many, counts."""
 
 from argparse import Namespace
 from typing import Any
@@ -16,10 +16,10 @@ from batchq.operate.flow_graph import Graph
 
 def add_parser(subparsers: Any) -> None:
     """Add the command."""
-    parser = add_command(subparsers, "flow", _run, "show who waits for whom around a batch")
+    parser = add_command(subparsers, "flow", _run, "show which batches wait for which, around one batch")
     parser.description = (
-        "Show the flow that a batch is part of. Below each batch stand those that wait for it. A flow of more than "
-        "--limit batches is counted by kind and status."
+        "Show the flow that a batch is part of. The batches that wait for a batch are listed below it. A flow of more "
+        "than --limit batches is shown as counts by kind and status."
     )
     add_id(parser)
     parser.add_argument("--limit", type=natural, default=200, metavar="N", help="batches to list (default: 200)")

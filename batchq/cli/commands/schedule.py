@@ -22,8 +22,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.epilog = (
         "list [NAME] lists schedules. add NAME CRON --kind KIND adds one, or replaces the one with this name. pause, "
-        "resume, run (make a batch now) and remove take a NAME. CRON is an expression of 5 fields such as '0 2 * * *', "
-        "of 6 with seconds first, @daily or the like, or '@every 30 s'."
+        "resume, run (make a batch now) and remove take a NAME. CRON is a cron expression such as '0 2 * * *', with "
+        "seconds as a sixth field in front if needed; or @hourly, @daily, @weekly, @monthly, @yearly; or '@every 30 s'."
     )
     actions = ("list", "add", *ACTIONS)
     parser.add_argument("action", nargs="?", default="list", choices=actions, help="what to do (default: list)")
@@ -59,7 +59,7 @@ def _list(options: Namespace) -> int:
         put_json([_described(row) for row in rows])
     else:
         show(show_tables.schedule_table(rows)) if rows else put(
-            "there is no such schedule" if options.name else "nothing is scheduled"
+            f"there is no schedule {options.name}" if options.name else "there are no schedules"
         )
     return 0 if rows or options.name is None else 1
 
