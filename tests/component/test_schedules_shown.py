@@ -36,7 +36,7 @@ def live_worker(conn: Conn, *declares: str) -> None:
 
 
 def test_a_schedule_is_added_changed_and_listed_in_words(batchq: CommandLine, conn: Conn) -> None:
-    assert batchq("schedule").out == "nothing is scheduled\n"
+    assert batchq("schedule").out == "there are no schedules\n"
     first = batchq(*NIGHTLY, "--reason", "reports", "--actor", "ann")
     assert (first.code, first.out) == (0, "schedule nightly added: every day at 02:00 Europe/Berlin\n")
     assert "no live worker of queue default has a handler for kind a" in first.err
