@@ -107,9 +107,11 @@ def _on_workers(options: Namespace, verb: Verb, change: dict[str, Any]) -> int:
 
 
 def _on_batches(options: Namespace, verb: Verb, change: dict[str, Any]) -> int:
+    given = {name: getattr(options, name) for name in _FILTERS if getattr(options, name, None) is not None}
     if not verb.statuses:
+        if given or not options.ids:
+            raise InvalidInput(f"{verb.option} takes ids of batches, and no filter")
         return _on_each_batch(options, verb, change)
-    given = {name: getattr(options, name) for name in _FILTERS if getattr(options, name) is not None}
     if options.ids and (given or options.all):
         raise InvalidInput("give ids or a filter, not both")
     if options.ids and options.dry_run:

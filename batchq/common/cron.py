@@ -34,10 +34,10 @@ def check_definition(*, cron: Any, time_zone: Any, missed: Any, catch_up_most: A
     for what, value in names.items():
         if not isinstance(value, str):
             raise ScheduleError(f"the {what} of a schedule must be a text, not {value!r}")
-        if not 1 <= len(value.encode()) <= _MOST_BYTES[what]:
-            raise ScheduleError(
-                f"the {what} of a schedule must have 1 to {_MOST_BYTES[what]} bytes, not {len(value.encode())}"
-            )
+        if not value:
+            raise ScheduleError(f"a schedule needs a {what}")
+        if (length := len(value.encode())) > _MOST_BYTES[what]:
+            raise ScheduleError(f"the {what} of a schedule must have at most {_MOST_BYTES[what]} bytes, not {length}")
     if not isinstance(cron, str) or not isinstance(time_zone, str):
         raise ScheduleError(
             f"a schedule takes a cron expression and the name of a time zone, not {cron!r} and {time_zone!r}"

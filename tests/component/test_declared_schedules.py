@@ -93,12 +93,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no text": ({"cron": 5}, "takes a cron expression"),
     "the decorator without its arguments": ({"cron": print}, "takes a cron expression"),
     "a time zone that is none": ({"time_zone": "Mars"}, "no time zone 'Mars'"),
-    "no name": ({"name": ""}, "the name of a schedule must have 1 to 200 bytes, not 0"),
+    "no name": ({"name": ""}, "a schedule needs a name"),
     "a rule that is none": ({"missed": "all"}, "missed must be coalesce or skip or catch_up, not 'all'"),
     "an overlap that is none": ({"overlap": True}, "overlap must be allow or skip, not True"),
     "too many to catch up": ({"catch_up_most": 1001}, "a whole number from 1 to 1000, not 1001"),
     "half to catch up": ({"catch_up_most": 1.5}, "not 1.5"),
-    "a queue without a name": ({"queue": ""}, "the queue of a schedule must have 1 to 128 bytes"),
+    "a queue without a name": ({"queue": ""}, "a schedule needs a queue"),
     "a payload that is no JSON": ({"payload": {1, 2}}, "the payload of a schedule cannot be stored as JSON"),
 }
 

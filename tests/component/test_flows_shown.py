@@ -91,6 +91,9 @@ def test_the_command_line_enqueues_cancels_and_runs_what_waits(batchq: CommandLi
     new = values(conn, "SELECT max(id) FROM batchq.batches")[0]
     assert values(conn, "SELECT needs_left FROM batchq.batches WHERE id = %s", [new]) == [2]
     assert batchq("run-anyway", str(mail)).out == f"batch {mail}: pending\n"
+    for given in (["--all"], ["--kind", "mail"], ["--all", "--dry-run"], []):
+        refused = batchq("cancel", "--with-dependents", *given)
+        assert (refused.code, refused.err) == (2, "batchq: --with-dependents takes ids of batches, and no filter\n")
     assert batchq("cancel", str(bottom), "--with-dependents").out == f"batch {bottom}: cancelled\n"
     statuses = "SELECT status FROM batchq.batches WHERE id = ANY (%s) ORDER BY id"
     assert values(conn, statuses, [[top, right, bottom, mail, new]]) == [
