@@ -11,6 +11,9 @@ COMMENT ON COLUMN batchq.batches.on_failure IS
   'What happens when a batch of "after" fails or is cancelled: wait (also null) until it is retried and completes, run, or cancel.';
 COMMENT ON COLUMN batchq.batches.needs_left IS 'Number of batches that a waiting batch still waits for. Set by a trigger.';
 COMMENT ON COLUMN batchq.batches.is_needed IS 'Whether other batches wait for the end of this one. Set by batchq.';
+COMMENT ON COLUMN batchq.batches.unique_key IS
+  'Optional key. At most one live batch (waiting, pending or processing) per queue, kind and key exists. Insert with ON CONFLICT DO '
+  'NOTHING.';
 COMMENT ON COLUMN batchq.batches.status IS
   'pending, processing, then completed, failed or cancelled; before these waiting, until the batches of "after" have ended. '
   'batchq.status shows finer ones (scheduled, retrying, stalled).';

@@ -305,14 +305,12 @@ class Claimer:
         [(priority, start)] = starts.items()  # the usual case of an idle worker
         began_at, looks, after = time.monotonic(), source.ring.is_look_due(), self.context.flows.start()
         with self.link.reading() as conn:
-            is_ready, has_keys, has_events = probes.has_ready(
-                conn, source.queue, priority, source.kinds, start, looks, after
-            )
+            look = probes.has_ready(conn, source.queue, priority, source.kinds, start, looks, after)
         took_seconds = time.monotonic() - began_at
         if looks:
-            source.ring.looked(has_keys, source.cost(took_seconds))
-        self._follow_flows(has_events, after, source.cost(took_seconds))
-        return [priority] if is_ready else []
+            source.ring.looked(look.has_keys, source.cost(took_seconds))
+        self._follow_flows(look.has_events, after, source.cost(took_seconds))
+        return [priority] if look.is_ready else []
 
     def _follow_flows(self, has_events: bool, after: int, took_seconds: float) -> None:
         """Let go on what waited for others, if anything has ended since."""

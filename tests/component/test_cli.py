@@ -236,7 +236,7 @@ def test_enqueue_inserts_a_batch_with_its_options(batchq: CommandLine, conn: psy
     step("a second one with the key is none")
     assert batchq("enqueue", "good", "--queue", "mail", "--unique-key", "k", "--json").json == {"id": None}
     ended = batchq("enqueue", "good", "--queue", "mail", "--unique-key", "k")
-    assert ended.out == "nothing enqueued: a batch with unique key 'k' is pending or processing\n"
+    assert ended.out == "nothing enqueued: a batch with unique key 'k' is waiting, pending or processing\n"
     assert batchq("enqueue", "good").out == f"enqueued batch {values(conn, 'SELECT max(id) FROM batchq.batches')[0]}\n"
 
 

@@ -30,7 +30,7 @@ AT_ONE = 946_688_400.0  # the same, in seconds
 
 def by_one(conn: Conn, after: Position = START, until: Position = END) -> bool:
     """Look at one priority, as an idle worker does."""
-    return probes.has_ready(conn, "default", 0, [KIND], after)[0]
+    return probes.has_ready(conn, "default", 0, [KIND], after).is_ready
 
 
 def by_several(conn: Conn, after: Position = START, until: Position = END) -> bool:

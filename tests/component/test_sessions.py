@@ -125,7 +125,7 @@ def test_a_transaction_is_read_committed_whatever_the_roles_default_and_no_batch
 
 def ready(conn: Any) -> bool:
     """Look as an idle worker does."""
-    return probes.has_ready(conn, "default", 0, ["def"], claims.START)[0]
+    return probes.has_ready(conn, "default", 0, ["def"], claims.START).is_ready
 
 
 def read_by_link(dsn: str, look: Callable[[Any], Any]) -> Any:

@@ -444,7 +444,7 @@ def test_no_text_is_longer_than_every_pooler_takes(sim: SupaSim, messages: list[
         assert link.run(endings.requeue("default", [Requeue(*one, 1.0, False) for one in given])) == []
         assert len(link.run(leases.extend("default", ids, tokens, 60))) == count
         with link.reading() as conn:
-            assert not probes.has_ready(conn, "default", 0, [str(token) for token in tokens], claims.START)[0]
+            assert not probes.has_ready(conn, "default", 0, [str(token) for token in tokens], claims.START).is_ready
     link.close()
     assert sim.settled() == []
     longest = max(len(body) for kind, body in messages if kind in b"QP")

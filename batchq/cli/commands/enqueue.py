@@ -46,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
     add("--key", help="key, such as a customer: batches run key by key, in turn (default: none)")
     add("--priority", type=int, default=0, metavar="N", help="priority, lower runs first (default: 0)")
     add("--delay-seconds", type=float, default=0, metavar="N", help="seconds until the batch is ready (default: 0)")
-    unique = "insert nothing while a pending or processing batch of this kind has this key"
+    unique = "insert nothing while a live batch of this kind (waiting, pending or processing) has this key"
     add("--unique-key", metavar="KEY", help=unique)
     add("--max-attempts", type=int, default=5, metavar="N", help="maximum number of attempts (default: 5)")
     add("--max-failed-items", type=int, default=0, metavar="N", help="failed items that are tolerated (default: 0)")
@@ -77,7 +77,7 @@ def _sentence(options: Namespace, result: dict[str, Any]) -> str:
     if "batches" in result:
         return f"enqueued {result['batches']:,} batches of {options.kind}"
     if result["id"] is None:
-        return f"nothing enqueued: a batch with unique key {options.unique_key!r} is pending or processing"
+        return f"nothing enqueued: a batch with unique key {options.unique_key!r} is waiting, pending or processing"
     return f"enqueued batch {result['id']}"
 
 

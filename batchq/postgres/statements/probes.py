@@ -1,7 +1,7 @@
 """Probes of the claim index: which priorities have ready batches, and from which position."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import LiteralString
+from typing import LiteralString, NamedTuple
 
 from batchq.postgres.statements.claims import Position, bounds
 from batchq.postgres.statements.flows import HAS_EVENTS
@@ -142,6 +142,15 @@ def move_positions(conn: Conn, queues: Sequence[str], priorities: Sequence[int],
     )
 
 
+class Look(NamedTuple):
+    """What an idle worker finds: whether a batch is ready, whether batches with a key are pending (false if it was not
+    asked), and whether flows have an event that it has not seen."""
+
+    is_ready: bool
+    has_keys: bool
+    has_events: bool
+
+
 def has_ready(
     conn: Conn,
     queue: str,
@@ -150,9 +159,9 @@ def has_ready(
     after: Position,
     with_keys: bool = False,
     after_event: int = 0,
-) -> tuple[bool, bool, bool]:
-    """Return whether a batch of *kinds* is ready after a position; *with_keys*, whether batches with a key are pending;
-    and whether flows have an event after one. The cheap read of an idle worker."""
+) -> Look:
+    """Look for a batch of *kinds* after a position and, *with_keys*, for batches with a key. The cheap read of an idle
+    worker."""
     row = fetch_one(
         conn,
         f"""
@@ -169,7 +178,7 @@ def has_ready(
             "after_event": after_event,
         },
     )
-    return row[0], row[1], row[2]
+    return Look._make(row)
 
 
 READY_BETWEEN: LiteralString = """
