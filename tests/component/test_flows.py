@@ -443,6 +443,25 @@ def test_a_waiting_batch_that_somebody_has_locked_delays_only_itself(admin_dsn: 
     assert values(conn, "SELECT run_at > now() - interval '1 minute' FROM batchq.batches ORDER BY id") == [True, True]
 
 
+OLD_FINISH = """
+WITH gone AS (DELETE FROM batchq.batches_live WHERE id = %s RETURNING *)
+INSERT INTO batchq.batches_finished (id, queue, kind, payload, run_at, max_attempts, attempt, created_at, status,
+  finished_at)
+OVERRIDING SYSTEM VALUE
+SELECT id, queue, kind, payload, run_at, max_attempts, 1, created_at, %s, clock_timestamp() FROM gone
+"""
+
+
+@pytest.mark.parametrize(("end", "then"), [("completed", "pending"), ("failed", "waiting")])
+def test_an_end_that_a_worker_of_an_earlier_version_wrote_is_noticed(conn: Conn, end: str, then: str) -> None:
+    with conn.transaction():
+        first = enqueue(conn)
+        second = enqueue(conn, after=[first])
+    conn.execute(OLD_FINISH, [first, end])
+    assert follow(conn) == (int(then == "pending"), 0)
+    assert status(conn, second) == then
+
+
 @pytest.mark.parametrize("on_failure", ["wait", "run"])
 def test_who_counts_by_a_list_that_is_out_of_date_counts_nothing_twice(conn: Conn, on_failure: Any) -> None:
     first, other = enqueue(conn), enqueue(conn)
