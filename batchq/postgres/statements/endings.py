@@ -8,8 +8,8 @@ from uuid import UUID
 from batchq.postgres.statements.running import Statement, array_text
 
 # The columns that a batch keeps when it moves from batches_live to batches_finished. The others change with its status
-# (status, finished_at), may change with it (items_done, result, errors), or belong to a claim (claim_token,
-# lease_expires_at).
+# (status, finished_at), may change with it (items_done, result, errors), belong to a claim (claim_token,
+# lease_expires_at), or say nothing of a batch that ran (needs_left).
 KEPT: LiteralString = """id, queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items,
   timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_failed, cursor, created_at, trace_context, key,
   after, on_failure, is_needed"""
