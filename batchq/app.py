@@ -10,17 +10,33 @@ from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate
 
-from pydantic import BaseModel
+from typing_extensions import ParamSpec, TypeVar
 
-from batchq.common.cron import ScheduleError, check_definition
+from batchq.common import sealed as sealing
 from batchq.common.text import json_text
 from batchq.errors import ConfigError
+from batchq.hooks import Around, Hooks, Lifespan, OnFailure
 from batchq.retry import Backoff
 
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from batchq.batch import Batch
+
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+# A handler's types. Without a model, payload and items may be anything.
+Model = TypeVar("Model", bound="BaseModel", default=Any)
+Returned = TypeVar("Returned", default=Any)
+More = ParamSpec("More", default=...)  # of an item handler: batch and conn, if it takes them
+if TYPE_CHECKING:
+    BatchFunction = Callable[[Batch[Model]], Returned]
+    ItemFunction = Callable[Concatenate[Model, More], Returned]
+
 _MAX_KIND_BYTES = 200
+MOST_PARTS = 1000
 
 
 @dataclass(frozen=True)
@@ -48,8 +64,9 @@ class Handler:
     function: Callable[..., Any]
     timeout_seconds: float | None
     backoff: Backoff
-    payload_model: type[BaseModel] | None
+    payload_model: "type[BaseModel] | None"
     limits: DeclaredLimits
+    sealed: bool
 
     @property
     def is_async(self) -> bool:
@@ -61,12 +78,14 @@ class Handler:
 class ItemHandler(Handler):
     """A function that is called once for each item."""
 
-    item_model: type[BaseModel] | None
+    item_model: "type[BaseModel] | None"
     concurrency: int
     transactional: bool
     chunk_size: int
+    spread: int
     wants_batch: bool
     wants_conn: bool
+    run: Callable[[Any], Any] | None = None  # runs the handler on all items, inside the hooks; set by the worker
 
 
 @dataclass(frozen=True)
@@ -90,35 +109,37 @@ class App:
 
     handlers: dict[str, Handler] = field(default_factory=dict)
     schedules: list[DeclaredSchedule] = field(default_factory=list)
+    hooks: Hooks = field(default_factory=Hooks)
 
     def handler(
         self,
         kind: str,
         *,
-        payload: type[BaseModel] | None = None,
+        payload: type[Model] | None = None,
         timeout_seconds: float | None = None,
         backoff: Backoff | None = None,
         max_running: int | None = None,
         per_second: float | None = None,
         burst_seconds: float = 1.0,
         max_running_per_key: int | None = None,
-    ) -> Callable[[Function], Function]:
+        sealed: bool = False,
+    ) -> "Callable[[BatchFunction[Model, Returned]], BatchFunction[Model, Returned]]":
         """Register a function of one argument, the batch, as the handler of *kind*; it stays a plain function.
 
         *payload*: a pydantic model, of which batch.payload is then an instance; a batch whose payload does not fit the
         model fails without a retry. *timeout_seconds*: timeout of an attempt, unless the batch has its own. *backoff*:
         the waits between attempts. *max_running*, *per_second*, *burst_seconds*, *max_running_per_key*: limits for all
-        workers together, in each queue; a number in batchq.limits is valid instead (see docs/limits.md).
+        workers together, in each queue; a number in batchq.limits is valid instead (see docs/limits.md). *sealed*: a
+        batch in the clear is refused by enqueue, and fails without a retry if it is there (see docs/sealed.md).
         The return value (JSON) is stored as the batch's result. Raises ConfigError.
         """
-        _check_kind(kind)
         limits = _checked_limits(
             kind, DeclaredLimits(max_running, per_second, None, burst_seconds, max_running_per_key)
         )
 
-        def register(function: Function) -> Function:
+        def register(function: "BatchFunction[Model, Returned]") -> "BatchFunction[Model, Returned]":
             _check_batch_argument(kind, function)
-            self.add(Handler(kind, function, timeout_seconds, backoff or Backoff(), payload, limits))
+            self.add(Handler(kind, function, timeout_seconds, backoff or Backoff(), payload, limits, sealed))
             return function
 
         return register
@@ -130,8 +151,9 @@ class App:
         concurrency: int = 1,
         transactional: bool = False,
         chunk_size: int = 1000,
-        item: type[BaseModel] | None = None,
-        payload: type[BaseModel] | None = None,
+        spread: int = 1,
+        item: type[Model] | None = None,
+        payload: "type[BaseModel] | None" = None,
         timeout_seconds: float | None = None,
         backoff: Backoff | None = None,
         items_per_second: float | None = None,
@@ -139,27 +161,26 @@ class App:
         per_second: float | None = None,
         burst_seconds: float = 1.0,
         max_running_per_key: int | None = None,
-    ) -> Callable[[Function], Function]:
+        sealed: bool = False,
+    ) -> "Callable[[ItemFunction[Model, More, Returned]], ItemFunction[Model, More, Returned]]":
         """Register a function that is called once for each item of a batch; its error fails that item only.
 
         Its first argument is the item. It may also take ``batch`` and, if *transactional*, ``conn``: the connection of
         the chunk's transaction, which has a savepoint for each item and commits with the checkpoint. *concurrency*: how
-        many items of a batch run concurrently. *chunk_size*: maximum number of items per checkpoint, which is also
-        written after about a second. *item*: a pydantic model; an item that does not fit the model fails without a
-        retry. *items_per_second*: for how many items it is called per second, in all workers together. The other
-        options are those of `handler`. Raises ConfigError.
+        many items of a batch run concurrently. *chunk_size*: most items per checkpoint, which is also written after
+        about a second. *spread*: number of parts for a batch whose row does not set one (see docs/spread.md). *item*: a
+        pydantic model; an item that does not fit the model fails without a retry. *items_per_second*: for how many
+        items it is called per second, in all workers together. Other options: see `handler`. Raises ConfigError.
         """
-        _check_kind(kind)
-        limits = _checked_limits(
-            kind, DeclaredLimits(max_running, per_second, items_per_second, burst_seconds, max_running_per_key)
-        )
+        rates = (max_running, per_second, items_per_second, burst_seconds, max_running_per_key)
+        limits = _checked_limits(kind, DeclaredLimits(*rates))
 
-        def register(function: Function) -> Function:
+        def register(function: "ItemFunction[Model, More, Returned]") -> "ItemFunction[Model, More, Returned]":
             names = _check_item_arguments(kind, function, transactional)
-            _check_numbers(kind, concurrency, chunk_size, transactional)
-            common = (kind, function, timeout_seconds, backoff or Backoff(), payload, limits)
-            wants = ("batch" in names, "conn" in names)
-            self.add(ItemHandler(*common, item, concurrency, transactional, chunk_size, *wants))
+            _check_numbers(kind, concurrency, chunk_size, spread, transactional)
+            common = (kind, function, timeout_seconds, backoff or Backoff(), payload, limits, sealed)
+            numbers = (concurrency, transactional, chunk_size, spread)
+            self.add(ItemHandler(*common, item, *numbers, "batch" in names, "conn" in names))
             return function
 
         return register
@@ -183,18 +204,15 @@ class App:
         *overlap*: allow, or skip (no batch while an earlier one is pending or processing). A row of batchq.schedules
         that a person has written or changed is valid instead (see docs/schedules.md). Raises ConfigError.
         """
-        try:
-            check_definition(
-                cron=cron,
-                time_zone=time_zone,
-                missed=missed,
-                catch_up_most=catch_up_most,
-                overlap=overlap,
-                queue=queue,
-                **({} if name is None else {"name": name}),
-            )
-        except ScheduleError as error:
-            raise ConfigError(str(error)) from None
+        _check_schedule(
+            cron=cron,
+            time_zone=time_zone,
+            missed=missed,
+            catch_up_most=catch_up_most,
+            overlap=overlap,
+            queue=queue,
+            **({} if name is None else {"name": name}),
+        )
         text = json_text({} if payload is None else payload, "the payload of a schedule")
 
         def register(function: Function) -> Function:
@@ -203,6 +221,38 @@ class App:
             return function
 
         return register
+
+    def around(self, function: Around) -> Around:
+        """Run a generator function around the handler of each batch: ``@app.around``, with one yield.
+
+        A ``def`` one is for ``def`` handlers, an ``async def`` one for ``async def`` handlers. It takes the batch. What
+        the handler raises is raised at the yield; the hook may raise another error in its place, but cannot swallow it.
+        An error of the hook ends the attempt as if the handler had raised it. Of several hooks, the first one
+        registered is the outermost. Raises ConfigError.
+        """
+        self.hooks.add_around(function)
+        return function
+
+    def lifespan(self, function: Lifespan) -> Lifespan:
+        """Run a generator function, ``def`` or ``async def``, once per worker process: ``@app.lifespan``, with one
+        yield.
+
+        What is before the yield runs before the first claim, what is after it when the last handler has ended. Handlers
+        find what it yields in ``batch.app_state``. An ``async def`` one runs in the event loop of the handlers. An
+        error before the yield ends the worker (LifespanFailed), a later one is only logged. Raises ConfigError.
+        """
+        self.hooks.set_lifespan(function)
+        return function
+
+    def on_failure(self, function: OnFailure) -> OnFailure:
+        """Call a function with a `Failure` after a batch has failed for good: ``@app.on_failure``.
+
+        It is called once the failure is committed, by the worker that committed it, also for a batch whose worker has
+        died. It is called at most once, unless the connection breaks during that commit, and not at all if the process
+        ends before the call. An error of the function is only logged. Raises ConfigError.
+        """
+        self.hooks.add_on_failure(function)
+        return function
 
     def declared_schedules(self) -> list[dict[str, Any]]:
         """Return the schedules that the code declares, by column. Raises ConfigError for one without a handler, and for
@@ -215,10 +265,11 @@ class App:
                 where = _name_of(declared.function)
                 raise ConfigError(f"{where}() has the schedule {declared.cron!r}, but it is not the handler of a kind")
             columns = {key: value for key, value in vars(declared).items() if key != "function"}
+            payload = sealing.sealed_of_schedule(json.loads(declared.payload), kind)
             name = declared.name or kind
             if name in found:
                 raise ConfigError(f"two schedules have the name {name!r}; give one of them another name=")
-            found[name] = columns | {"name": name, "kind": kind, "payload": json.loads(declared.payload)}
+            found[name] = columns | {"name": name, "kind": kind, "payload": payload}
         return list(found.values())
 
     def add(self, handler: Handler) -> None:
@@ -229,6 +280,8 @@ class App:
         if handler.timeout_seconds is not None and not handler.timeout_seconds > 0:
             raise ConfigError(f"timeout_seconds of {handler.kind!r} must be over 0, not {handler.timeout_seconds!r}")
         self.handlers[handler.kind] = handler
+        if handler.sealed:
+            sealing.demand(handler.kind)
 
 
 def _check_kind(kind: str) -> None:
@@ -238,7 +291,8 @@ def _check_kind(kind: str) -> None:
 
 
 def _checked_limits(kind: str, limits: DeclaredLimits) -> DeclaredLimits:
-    """Return limits that the table would accept. Raises ConfigError for others."""
+    """Return limits that the table would accept. Raises ConfigError for others, and for a kind that it would not."""
+    _check_kind(kind)
     for name in ("max_running", "max_running_per_key"):
         value = getattr(limits, name)
         if value is not None and (type(value) is not int or not 0 <= value < 2**31):
@@ -250,6 +304,16 @@ def _checked_limits(kind: str, limits: DeclaredLimits) -> DeclaredLimits:
     if not isinstance(limits.burst_seconds, int | float) or not 0.001 <= limits.burst_seconds <= 3600:
         raise ConfigError(f"burst_seconds of {kind!r} is a number from 0.001 to 3600, not {limits.burst_seconds!r}")
     return limits
+
+
+def _check_schedule(**columns: Any) -> None:
+    """Raise ConfigError for columns of batchq.schedules that cannot be used."""
+    from batchq.common.cron import ScheduleError, check_definition  # only here: few apps have schedules
+
+    try:
+        check_definition(**columns)
+    except ScheduleError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_arguments(kind: str, function: Callable[..., Any], expected: str) -> list[str]:
@@ -290,7 +354,9 @@ def _check_item_arguments(kind: str, function: Callable[..., Any], transactional
     return extra
 
 
-def _check_numbers(kind: str, concurrency: int, chunk_size: int, transactional: bool) -> None:
+def _check_numbers(kind: str, concurrency: int, chunk_size: int, spread: int, transactional: bool) -> None:
+    if type(spread) is not int or not 1 <= spread <= MOST_PARTS:
+        raise ConfigError(f"spread of {kind!r} is a number of parts from 1 to {MOST_PARTS:,}, not {spread!r}")
     if concurrency < 1 or chunk_size < 1:
         raise ConfigError(f"{kind!r}: concurrency and chunk_size start at 1, not {concurrency} and {chunk_size}")
     if transactional and concurrency > 1:

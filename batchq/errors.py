@@ -11,8 +11,20 @@ class ConfigError(BatchqError):
     """A setting, a DSN, a schema or an app is wrong; the message says what is wrong and what to do."""
 
 
+class LifespanFailed(BatchqError):
+    """The app's lifespan raised an error before its yield: the worker ends, and has claimed nothing."""
+
+
 class InvalidInput(BatchqError, ValueError):
     """An argument cannot become a batch; the message names it and its value."""
+
+
+class CannotOpen(InvalidInput):
+    """A sealed value does not fit its key, kind or field, or a value is in the clear where it must be sealed."""
+
+
+class KeyMissing(BatchqError):
+    """A value is sealed with a key that this program does not have; the message names the key."""
 
 
 class OutcomeUnknown(BatchqError):

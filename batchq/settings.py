@@ -9,10 +9,12 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from batchq.common import hidden, sealed
 from batchq.common.env_file import FileSettings
 from batchq.common.hosts import host_names
-from batchq.common.secrets import SECRET_VARIABLES, know_password, know_passwords_of
+from batchq.common.secrets import SECRET_VARIABLES, know_keys, know_password, know_passwords_of
 from batchq.errors import ConfigError
+from batchq.postgres.databases import Database, databases_of, read_names
 from batchq.postgres.dsn import dsn_problems, not_a_dsn
 
 MAX_CONCURRENCY = 1000
@@ -61,13 +63,28 @@ class Settings(FileSettings):
     )
 
     dsn: SecretStr = Field(SecretStr(""), description="The database, directly or through a transaction-mode pooler.")
+    databases: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names of several databases, separated by commas, for `status`, `top`, `web`, `doctor` and "
+        "`workers`; the DSN of `eu` is `BATCHQ_DSN_EU`. Other commands need one of them, or `BATCHQ_DSN`.",
+    )
     migration_dsn: SecretStr = Field(
         SecretStr(""),
-        description="Used only by `batchq migrate`, where another role owns the schema. Default: `BATCHQ_DSN`.",
+        description="For `batchq migrate` and `distribute`, if another role owns the schema. Default: `BATCHQ_DSN`.",
     )
     listen_dsn: SecretStr = Field(
         SecretStr(""),
         description="A direct connection (no pooler) for immediate notifications of new batches; see `batchq.bell`.",
+    )
+    encryption_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Keys that seal and open batches, as `NAME:KEY` separated by commas: the first seals, all open. "
+        "Programs that enqueue need them, too. Needs the extra `crypto`; see docs/sealed.md.",
+    )
+    hidden_fields: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names of fields in payloads, items and results, separated by commas, whose values logs, errors, "
+        "the web UI and the command line show as `***`: `password,*_token`. See docs/sealed.md.",
     )
     queues: Annotated[tuple[str, ...], NoDecode] = Field(
         ("default",),
@@ -139,15 +156,32 @@ class Settings(FileSettings):
         """Hide the passwords of these settings in all that is logged or stored from now on."""
         for name in SECRET_SETTINGS:
             know_passwords_of(getattr(self, name).get_secret_value())
+        know_keys(self.encryption_keys.get_secret_value())
+        if self.hidden_fields:
+            hidden.use(self.hidden_fields)
         for name in SECRET_VARIABLES:
             know_password(os.environ.get(name, ""))
+
+    @field_validator("databases", mode="before")
+    @classmethod
+    def _split_databases(cls, value: Any) -> Any:
+        return read_names(value) if isinstance(value, str) else value
 
     @field_validator("queues", mode="before")
     @classmethod
     def _split_queues(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return tuple(name.strip() for name in value.split(",") if name.strip())
-        return value
+        if not isinstance(value, str):
+            return value
+        names = tuple(name.strip() for name in value.split(",") if name.strip())
+        if (
+            "," not in value
+            and len(names) == 1
+            and len(words := names[0].replace(" :", ":").replace(": ", ":").split()) > 1
+        ):
+            raise ValueError(
+                f"use a comma between queues: {','.join(words)}; a queue whose name has a space needs one after it"
+            )
+        return names
 
     @field_validator("queues")
     @classmethod
@@ -165,6 +199,12 @@ class Settings(FileSettings):
         """How many slots of its own each queue has that has any."""
         named = {queue: queue.slots for queue in self.queues if isinstance(queue, Queue)}
         return {queue: slots for queue, slots in named.items() if slots is not None}
+
+    @field_validator("hidden_fields", mode="before")
+    @classmethod
+    def _split_fields(cls, value: Any) -> Any:
+        names = value.split(",") if isinstance(value, str) else value
+        return tuple(name.strip() for name in names if name.strip())
 
     @field_validator("metrics_hosts", mode="before")
     @classmethod
@@ -188,12 +228,20 @@ class Settings(FileSettings):
         except ValidationError as error:
             raise ConfigError(_describe_problem(error)) from None
 
+    def use_encryption_keys(self) -> None:
+        """Seal and open batches with these keys in this process, if there are any. Raises ConfigError."""
+        if text := self.encryption_keys.get_secret_value():
+            sealed.use_keys(text)
+
     def require_dsn(self, *, for_migration: bool = False) -> str:
         """Return the DSN. Raises ConfigError if none is set, or if it cannot work through a pooler."""
         name, secret = "BATCHQ_DSN", self.dsn
         if for_migration and self.migration_dsn.get_secret_value():
             name, secret = "BATCHQ_MIGRATION_DSN", self.migration_dsn
         dsn = secret.get_secret_value()
+        if not dsn and self.databases:
+            only = self._only_database()
+            return (for_migration and only.migration_dsn) or only.dsn
         if not dsn:
             raise ConfigError(
                 f"{name} is not set; set it to your database, such as postgresql://user:password@host:6543/postgres"
@@ -201,6 +249,26 @@ class Settings(FileSettings):
         if problems := dsn_problems(dsn):
             raise ConfigError(f"{name}: {'; '.join(problems)}")
         return dsn
+
+    def named_databases(self) -> list[Database]:
+        """Return the databases that `BATCHQ_DATABASES` names; none if it is not set.
+
+        Raises ConfigError, which names the variable, if the DSN of one is not set or cannot work through a pooler.
+        """
+        return databases_of(self.databases)
+
+    def of_database(self, database: Database) -> Self:
+        """Return the settings of a program that works on one of the databases."""
+        secrets = {name: SecretStr(text) for name, text in database.dsns().items()}
+        return self.model_copy(update={**secrets, "databases": ()})
+
+    def _only_database(self) -> Database:
+        if len(self.databases) > 1:
+            raise ConfigError(
+                f"this works on one database, and BATCHQ_DATABASES names {len(self.databases)} "
+                f"({', '.join(self.databases)}); give --database {self.databases[0]}, or set BATCHQ_DSN"
+            )
+        return self.named_databases()[0]
 
     def checked_listen_dsn(self) -> str:
         """Return the DSN of the bell, "" if none is set. Raises ConfigError, without its text, if it is not a DSN."""
@@ -220,6 +288,7 @@ def _describe_problem(error: ValidationError) -> str:
     problems = []
     for detail in error.errors(include_url=False, include_input=True):
         name = ".".join(str(part) for part in detail["loc"])
-        shown = "" if "dsn" in name else f" (not {detail['input']!r})"
-        problems.append(f"BATCHQ_{name.upper()}: {detail['msg']}{shown}")
+        is_secret = "dsn" in name or "keys" in name or name == "databases"  # some people put DSNs there
+        shown = "" if is_secret else f" (not {detail['input']!r})"
+        problems.append(f"BATCHQ_{name.upper()}: {detail['msg'].removeprefix('Value error, ')}{shown}")
     return "; ".join(problems)

@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 from tests.support.databases import Databases
+from tests.support.layouts import PLAIN_ONLY, layout
 from tests.support.poolers import PgBouncer
 from tests.support.servers import NoServerError, Server, running_server
 from tests.support.supasim import SupaSim
@@ -34,11 +35,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where only what is `pooled` is asked for, leave out the tests that have no use for the way to their database."""
+    """Where only what is `pooled` is asked for, leave out the tests that have no use for the way to their database. On
+    another layout of the tables, leave out what it does otherwise."""
+    left_out = []
     if os.environ.get("BATCHQ_TEST_POOLED"):
-        direct = [item for item in items if "way" not in getattr(item, "fixturenames", [])]
-        config.hook.pytest_deselected(items=direct)
-        items[:] = [item for item in items if item not in direct]
+        left_out = [item for item in items if "way" not in getattr(item, "fixturenames", [])]
+    if layout() != "plain":
+        left_out += [item for item in items if item.nodeid.partition("[")[0].removeprefix("tests/") in PLAIN_ONLY]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def _heed_signals() -> None:

@@ -18,13 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.support import programs  # noqa: E402
+from tests.support.layouts import DISTRIBUTED, LAYOUTS  # noqa: E402
 from tests.support.plan import LAYERS, Plan, name_of, read_durations, write_durations  # noqa: E402
 from tests.support.pytest_runs import Outcome, Runner, in_words  # noqa: E402
 from tests.support.servers import NoServerError, Server, running_server  # noqa: E402
 from tests.support.through import POOLED, SAME_ON_ANY_SERVER, WAYS  # noqa: E402
 
 NAMES = (
-    f"layers ({', '.join(LAYERS)}), pooled, servers (what a pooler, or a server's version, may make a difference to)"
+    f"layers ({', '.join(LAYERS)}), pooled, servers, distributed "
+    "(what a pooler, a server's version, or the second layout may make a difference to)"
 )
 JOBS_PER_CORE = 2  # tests wait more than they work
 
@@ -54,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--without", action="append", default=[], metavar="WHAT", help="leave these out")
     parser.add_argument("--server", choices=["container", "embedded", "dsn"], help="which Postgres to test on")
     parser.add_argument("--through", choices=list(WAYS), default="direct", help="which pooler to test through")
+    parser.add_argument("--layout", choices=LAYOUTS, default="plain", help="which layout of the tables to test on")
     parser.add_argument("--jobs", type=int, metavar="N", help="files to run at a time (default: 2 per core, at most 8)")
     parser.add_argument("--strict", action="store_true", help="fail if a test is left out for want of a program")
     parser.add_argument("--again", action="store_true", help="run a failed file once more, alone; that result counts")
@@ -64,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
 def set_environment(arguments: argparse.Namespace) -> None:
     """Hand on to the pytest processes what the arguments say."""
     os.environ["BATCHQ_TEST_THROUGH"] = arguments.through
+    os.environ["BATCHQ_TEST_LAYOUT"] = arguments.layout
     if "pooled" in arguments.what:
         os.environ["BATCHQ_TEST_POOLED"] = "yes"
     if arguments.server:
@@ -81,6 +85,8 @@ def files_of(name: str) -> list[Path]:
     """Return the test files of one layer, those of a group, or the one file *name*."""
     if name == "pooled":
         return [ROOT / "tests" / file for file in POOLED]
+    if name == "distributed":
+        return [ROOT / "tests" / file for file in DISTRIBUTED]
     if name == "servers":
         left_out = {ROOT / "tests" / file for file in SAME_ON_ANY_SERVER}
         return [file for layer in LAYERS for file in files_of(layer) if file not in left_out]

@@ -1,7 +1,10 @@
 """The batch as its handler sees it: input, progress, checkpoints and transactions."""
 
-from typing import Any
+from typing import Any, Generic
 
+from typing_extensions import TypeVar
+
+from batchq.batch import callers
 from batchq.batch.chunks import Chunk, Chunks
 from batchq.batch.claimed import UNCHANGED, ClaimedBatch, Needed, from_json, refuse_in_event_loop
 from batchq.batch.transactions import BatchTransaction
@@ -9,20 +12,23 @@ from batchq.errors import InvalidInput
 
 __all__ = ["Batch", "Chunk", "Needed"]
 
+Payload = TypeVar("Payload", default=Any, covariant=True)
 
-class Batch:
-    """One claimed batch.
+
+class Batch(Generic[Payload]):
+    """One claimed batch. ``Batch[Mail]``, for a type checker: its payload is an instance of the model Mail.
 
     id, queue, kind, attempt (this one, from 1), max_attempts, items_total (None without items), items_done and
-    items_failed (at the last checkpoint) are as in batchq.batches. Everything written through it is fenced: if this
-    worker's claim is lost, nothing commits and LeaseLost is raised.
+    items_failed (at the last checkpoint) are as in batchq.batches. If a batch is spread, its handler sees one part of
+    it, under the id of the whole. Everything written through it is fenced: if this worker's claim is lost, nothing
+    commits and LeaseLost is raised.
     """
 
     __slots__ = ("_claimed", "_items", "_needed", "_payload", "attempt", "id", "items_total", "kind", "max_attempts")
 
     def __init__(self, claimed: ClaimedBatch) -> None:
         self._claimed = claimed
-        self.id = claimed.id
+        self.id = claimed.row.part_of or claimed.id
         self.kind = claimed.kind
         self.attempt = claimed.attempt
         self.max_attempts = claimed.max_attempts
@@ -34,7 +40,7 @@ class Batch:
     @property
     def queue(self) -> str:
         """The queue that it was claimed from."""
-        return self._claimed.claim.queue
+        return self._claimed.claim.whole_queue
 
     @property
     def key(self) -> str | None:
@@ -42,11 +48,16 @@ class Batch:
         return self._claimed.row.key
 
     @property
-    def payload(self) -> Any:
+    def app_state(self) -> Any:
+        """What the app's lifespan has yielded, such as a client or a pool; None without one."""
+        return self._claimed.claim.runtime.app_state()
+
+    @property
+    def payload(self) -> Payload:
         """The payload: a JSON value, or an instance of the handler's payload model."""
         if self._payload is UNCHANGED:
             self._payload = from_json(self._claimed.row.payload, "payload")
-        return self._payload
+        return self._payload  # type: ignore[no-any-return]
 
     @payload.setter
     def payload(self, value: Any) -> None:
@@ -151,6 +162,21 @@ class Batch:
                 "batch.transaction(complete=...) to say whether it completes them all"
             )
         return BatchTransaction(self._claimed, cursor, complete, result)
+
+    def complete_in(self, connection: Any, result: Any = None) -> None:
+        """Complete the batch, with *result* (JSON), in the transaction that *connection* has open; you commit it.
+
+        Your rows in it and the completion commit together or not at all. *connection*: SQLAlchemy's Session or
+        Connection, Django's connection, or psycopg's; its role needs the duty "worker". The handler should commit, then
+        return; if it was rolled back, the attempt has failed and runs again.
+
+        Raises LeaseLost if the claim is lost; InvalidInput without an open transaction, and while items are left.
+        """
+        callers.complete_in(self._claimed, connection, result)
+
+    async def complete_in_async(self, connection: Any, result: Any = None) -> None:
+        """Async version of `complete_in`: for SQLAlchemy's AsyncSession and AsyncConnection, asyncpg and psycopg."""
+        await callers.complete_in_async(self._claimed, connection, result)
 
     def chunks(self, size: int = 500) -> Chunks:
         """Return the remaining items, in chunks of *size*: ``for chunk in batch.chunks(500)``.

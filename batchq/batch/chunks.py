@@ -1,10 +1,13 @@
 """Chunks: groups of items, each of which is committed with a checkpoint."""
 
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+from batchq.batch import callers
 from batchq.batch.claimed import ClaimedBatch, from_json, refuse_in_event_loop
 from batchq.batch.transactions import FencedTransaction
+from batchq.common.hidden import note_items
 from batchq.common.text import MOST_ERROR_BYTES, error_text, one_line
 from batchq.errors import InvalidInput, Snooze, Throttled
 from batchq.postgres.statements import inputs
@@ -56,8 +59,7 @@ class Chunk:
         ``with chunk.transaction() as conn``, or ``async with``. Raises LeaseLost instead of committing if the claim is
         lost.
         """
-        if self._committed:
-            raise RuntimeError(f"this chunk of batch {self._batch.id} is committed already")
+        self._refuse_if_committed()
         return ChunkTransaction(self)
 
     def commit(self) -> None:
@@ -69,6 +71,27 @@ class Chunk:
         """Async version of `commit`."""
         async with self.transaction():
             pass
+
+    def commit_in(self, connection: Any) -> None:
+        """Write the checkpoint in the transaction that *connection* has open, together with your rows; you commit it.
+
+        Commit before the next chunk is requested. If it was rolled back, the attempt has failed; the next one continues
+        from the last checkpoint that was committed. *connection* and errors: as in `Batch.complete_in`.
+        """
+        refuse_in_event_loop("chunk.commit_in()", "`await chunk.commit_in_async()`")
+        self._committed = self._committed or callers.was_committed(self._batch)
+        self._refuse_if_committed()
+        callers.commit_in(self._batch, connection, self._progress())
+
+    async def commit_in_async(self, connection: Any) -> None:
+        """Async version of `commit_in`."""
+        self._committed = self._committed or await callers.was_committed_async(self._batch)
+        self._refuse_if_committed()
+        await callers.commit_in_async(self._batch, connection, self._progress())
+
+    def _refuse_if_committed(self) -> None:
+        if self._committed:
+            raise RuntimeError(f"this chunk of batch {self._batch.id} is committed already")
 
     def _progress(self) -> Progress:
         """Return how the commit of this chunk changes the progress of its batch."""
@@ -86,6 +109,8 @@ class Chunk:
             delay_seconds = min(float(error.seconds), _MOST_SNOOZED_SECONDS)
             return ItemFailure(self.indexes[position], one_line(error), retryable=True, delay_seconds=delay_seconds)
         message = error_text(error, MOST_ERROR_BYTES) if isinstance(error, str) else one_line(error)
+        if self._batch.keys is not None:
+            message = self._batch.keys.seal_line(message, self._batch.kind)
         return ItemFailure(self.indexes[position], message, not isinstance(error, InvalidInput))
 
 
@@ -133,8 +158,11 @@ class Chunks:
         refuse_in_event_loop("`for chunk in batch.chunks()`", "`async for`")
         self._batch.raise_if_interrupted()
         while (chunk := self._next_chunk()) is not None:
+            note_items(chunk.items)
             yield chunk
-            if not chunk._committed:
+            if self._batch.in_doubt is not None:
+                callers.settle(self._batch)
+            elif not chunk._committed:
                 chunk.commit()
             if self._batch.left_to_finish == "last chunk":
                 return
@@ -144,8 +172,11 @@ class Chunks:
         in_thread = self._batch.claim.runtime.connections.in_thread
         self._batch.raise_if_interrupted()
         while (chunk := await in_thread(self._next_chunk)) is not None:
+            note_items(chunk.items)
             yield chunk
-            if not chunk._committed:
+            if self._batch.in_doubt is not None:
+                await in_thread(partial(callers.settle, self._batch))
+            elif not chunk._committed:
                 await chunk.commit_async()
             if self._batch.left_to_finish == "last chunk":
                 return
@@ -189,4 +220,5 @@ class Chunks:
         rows = batch.read(inputs.failed_page, batch.queue, batch.id, batch.claim.token, batch.attempt, self._size)
         if not rows:
             return None
-        return Chunk(batch, [row[0] for row in rows], [from_json(row[1], "item") for row in rows], is_retry=True)
+        texts = [batch.opened_items(f"[{text}]", index)[1:-1] for index, text in rows]
+        return Chunk(batch, [row[0] for row in rows], [from_json(text, "item") for text in texts], is_retry=True)

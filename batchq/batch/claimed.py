@@ -5,15 +5,16 @@ import json
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
 import psycopg
 
-from batchq.common.text import one_line
+from batchq.common import sealed
+from batchq.common.text import MOST_RESULT_BYTES, one_line, result_text
 from batchq.errors import Interrupted, InvalidInput, LeaseLost, StopRequested, Throttled
-from batchq.postgres.handler_connections import HandlerConnections
 from batchq.postgres.statements import checkpoints, claims, flows, inputs
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.claims import ClaimedRow
@@ -31,7 +32,8 @@ _decoder = json.JSONDecoder()
 # "completion": complete it; checkpoints have counted the items.
 # "last chunk": complete it and count the last chunk, which has no checkpoint of its own.
 # "nothing": a transaction of the handler has completed the batch.
-LeftToFinish = Literal["all", "completion", "last chunk", "nothing"]
+# "parts": the batch waits for its parts, which work its items.
+LeftToFinish = Literal["all", "completion", "last chunk", "nothing", "parts"]
 
 
 class _Gate(Protocol):
@@ -68,29 +70,60 @@ def _open_gate(queue: str, kind: str) -> _Gate:  # noqa: ARG001
     return _OpenGate()
 
 
+def _no_state() -> None:
+    """Return the state of an app without a lifespan."""
+
+
 def _throttle_nobody(queue: str, kind: str, key: str | None, error: Throttled) -> None:
     """Do nothing: for a runtime without other workers."""
+
+
+class _LendsConnections(Protocol):
+    """Where a batch's connections come from: a worker's `HandlerConnections`, or in a test the test's connection."""
+
+    def transaction(self, check: Callable[[], None] = ..., /) -> AbstractContextManager[psycopg.Connection[Any]]: ...
+
+    def transaction_async(
+        self, check: Callable[[], None] = ..., /
+    ) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]: ...
+
+    def read(self, query: Callable[..., Result], /, *args: Any) -> Result: ...
+
+    async def in_thread(self, query: Callable[[], Result], /) -> Result: ...
+
+
+@dataclass(slots=True)
+class Layout:
+    """Which tables a worker's database has: known once the worker has checked it. See `batchq distribute`."""
+
+    is_distributed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """What a worker shares with all its batches.
 
-    gate: returns the gate of a queue and kind. throttle: lets what a Throttled names wait, in all workers.
+    gate: returns the gate of a queue and kind. throttle: lets what a Throttled names wait, in all workers. app_state:
+    returns what the app's lifespan has yielded.
     """
 
-    connections: HandlerConnections
+    connections: _LendsConnections
     lease_seconds: float
     stopping: threading.Event
     keep_completed: bool = True
     conflicts: Conflicts = field(default_factory=Conflicts)
     gate: Callable[[str, str], _Gate] = _open_gate
     throttle: Callable[[str, str, str | None, Throttled], None] = _throttle_nobody
+    app_state: Callable[[], Any] = _no_state
+    layout: Layout = field(default_factory=Layout)
 
 
 @dataclass(slots=True)
 class Claim:
-    """One claim statement. All batches it returned have the same queue, token and permits."""
+    """One claim statement. All batches it returned have the same queue, token and permits.
+
+    queue: the one of their rows. whole_queue: the one that people know; it differs where the queue is split.
+    """
 
     queue: str
     token: UUID
@@ -98,12 +131,14 @@ class Claim:
     began_at: float  # monotonic time before the statement: a lower bound for the start of the leases
     permits: tuple[Any, ...] = ()  # of batchq.worker.permits: what the batches need where there are limits
     reserved: int = 0  # how many permits the claim holds before its batches are known
+    whole_queue: str = ""  # the same as queue if it is not given
     arrived_at: float = field(init=False)  # monotonic time when the rows had arrived
     token_text: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.arrived_at = self.began_at
         self.token_text = str(self.token)
+        self.whole_queue = self.whole_queue or self.queue
 
 
 class _OpenTransaction(Protocol):
@@ -135,6 +170,16 @@ class Needed(NamedTuple):
     result: Any
 
 
+class InDoubt(NamedTuple):
+    """A write in a transaction of the caller's own, of which only the database knows whether it was committed.
+
+    progress: what it changes, None if it completes the batch. written_at: monotonic time before the write.
+    """
+
+    progress: Progress | None
+    written_at: float
+
+
 class ClaimedBatch:
     """One claimed batch. Handlers see it through a `batchq.Batch`. Every write for it is fenced by the claim token.
 
@@ -149,11 +194,13 @@ class ClaimedBatch:
         "begun_at",
         "claim",
         "id",
+        "in_doubt",
         "interrupt",
         "items_counted",
         "items_done",
         "items_failed",
         "items_total",
+        "keys",
         "kind",
         "leased_at",
         "left_to_finish",
@@ -168,7 +215,7 @@ class ClaimedBatch:
         # One unpacking of the row is faster than slices of it. Items done and failed are those at the last checkpoint.
         (
             self.id, self.kind, self.attempt, self.max_attempts, _, _,
-            self.items_total, self.items_done, self.items_failed, _, _, _, _, _,
+            self.items_total, self.items_done, self.items_failed, _, _, _, _, _, _, _,
         ) = row  # fmt: skip
         self.items_counted = self.items_done + self.items_failed  # in batchq.throughput, by any attempt
         self.leased_at = claim.began_at
@@ -176,12 +223,24 @@ class ClaimedBatch:
         self.left_to_finish: LeftToFinish = "all"
         self.interrupt: Interrupted | None = None
         self.open_transaction: _OpenTransaction | None = None
+        self.in_doubt: InDoubt | None = None
+        self.keys: sealed.Keys | None = None  # of a sealed batch that was opened: what is stored of it is sealed, too
         self._cursor = UNCHANGED
 
     @property
     def queue(self) -> str:
-        """Its queue."""
+        """The queue of its row: a shard, where the queue is split."""
         return self.claim.queue
+
+    @property
+    def whole_queue(self) -> str:
+        """Its queue as people know it."""
+        return self.claim.whole_queue
+
+    @property
+    def part_of(self) -> int | None:
+        """The batch that it is a part of, if any."""
+        return self.row.part_of
 
     # --------------------------------------------------------------------------------------------------- its input
 
@@ -189,7 +248,8 @@ class ClaimedBatch:
     def cursor(self) -> Any:
         """The cursor of the last checkpoint, None before the first."""
         if self._cursor is UNCHANGED:
-            self._cursor = from_json(self.row.cursor, "cursor")
+            # open_input opens it together with a sealed payload. If only the items are sealed, it is opened here.
+            self._cursor = sealed.open_value(from_json(self.row.cursor, "cursor"), self.kind, "cursor")
         return self._cursor
 
     def load(self) -> None:
@@ -203,6 +263,35 @@ class ClaimedBatch:
             raise self.lose()
         self.row = self.row._replace(payload=found[0], cursor=found[1])
 
+    def open_input(self, must_be_sealed: bool) -> None:
+        """Open payload and cursor, if the payload is sealed; cursor and items must be sealed then, too.
+
+        Raises KeyMissing; CannotOpen for what cannot be opened, and for what is in the clear and must be sealed.
+        """
+        payload = sealed.opened_text(self.row.payload or "", self.kind, "payload")
+        if payload is None:
+            if must_be_sealed:
+                raise sealed.in_the_clear("the payload", self.kind)
+            return
+        cursor = self.row.cursor
+        if cursor is not None and (cursor := sealed.opened_text(cursor, self.kind, "cursor")) is None:
+            raise sealed.in_the_clear("the cursor", self.kind)
+        self.row = self.row._replace(payload=payload, cursor=cursor)
+        self.keys = sealed.current()
+
+    def opened_items(self, text: str, first: int) -> str:
+        """Return the JSON text of a list of items, each opened if it is sealed. *first*: the number of the first one.
+
+        If they are sealed, all that is stored of the batch from now on is sealed, too. Raises as `open_input` does.
+        """
+        if self.keys is None and sealed.MARK not in text:
+            return text
+        opened = sealed.opened_items(text, self.kind, self.keys is not None, first)
+        if opened is None:
+            return text
+        self.keys = sealed.current()
+        return opened
+
     def read_items(self, first: int, count: int) -> str:
         """Return *count* items from number *first* as JSON text. Raises LeaseLost."""
         if count == 0:
@@ -210,12 +299,15 @@ class ClaimedBatch:
         text = self.read(inputs.items_page, self.queue, self.id, self.claim.token, first, count)
         if text is None:
             raise self.lose()
-        return text
+        return self.opened_items(text, first)
 
     def read_needed(self) -> list[Needed]:
         """Return the batches that it waited for."""
-        rows = self.read(flows.needed, self.id)
-        return [Needed(number, kind, status, from_json(result, "result")) for number, kind, status, result in rows]
+        rows = self.read(flows.needed, self.part_of or self.id)
+        return [
+            Needed(number, kind, status, sealed.open_value(from_json(result, "result"), kind or "", "result"))
+            for number, kind, status, result in rows
+        ]
 
     def read(self, query: Callable[..., Result], *args: Any) -> Result:
         """Return what *query* returns, on the connection of the open transaction if there is one.
@@ -263,9 +355,13 @@ class ClaimedBatch:
 
     @property
     def may_be_ending(self) -> bool:
-        """Whether a transaction that may complete the batch has begun, or has committed."""
+        """Whether a transaction that may complete the batch, or leave it to its parts, has begun or has committed."""
         opened = self.open_transaction
-        return self.completed or (opened is not None and opened.can_complete and opened.state != "waiting")
+        if self.left_to_finish in ("nothing", "parts") or (
+            self.in_doubt is not None and self.in_doubt.progress is None
+        ):
+            return True
+        return opened is not None and opened.can_complete and opened.state != "waiting"
 
     def begin_chunks(self) -> None:
         """Leave items to checkpoints from now on."""
@@ -281,11 +377,20 @@ class ClaimedBatch:
         """Note that a transaction of the handler has completed the batch."""
         self.left_to_finish = "nothing"
 
+    def leave_to_parts(self) -> None:
+        """Note that a transaction makes parts of the batch."""
+        self.left_to_finish = "parts"
+
+    def take_back_from_parts(self) -> None:
+        """Note that this transaction has failed."""
+        if self.left_to_finish == "parts":
+            self.left_to_finish = "all"
+
     def refuse_if_completed(self) -> None:
         """Raise RuntimeError if a transaction of the handler has completed the batch."""
         if self.completed:
             raise RuntimeError(
-                f"batch {self.id} was completed by its batch.transaction(); to use several, give each a cursor"
+                f"batch {self.id} was completed in a transaction of its handler; to use several, give each a cursor"
             )
 
     # ----------------------------------------------------------------------------------------------- its checkpoints
@@ -294,8 +399,19 @@ class ClaimedBatch:
         """Return the progress that changes nothing, starting at the last checkpoint."""
         return Progress(done_before=self.items_done, failed_before=self.items_failed)
 
+    def result_text(self, result: Any, what: str) -> str | None:
+        """Return a result as JSON text to store, sealed if the batch is. Raises InvalidInput, as `text.result_text`."""
+        text = result_text(result, what)
+        if text is None or self.keys is None:
+            return text
+        if len(text := self.keys.seal(text, self.kind, "result")) > MOST_RESULT_BYTES:
+            raise InvalidInput(f"{what}, sealed, is {len(text):,} bytes of JSON; at most {MOST_RESULT_BYTES:,}")
+        return text
+
     def checkpoint_statement(self, progress: Progress) -> Statement:
         """Return the fenced write of *progress*."""
+        if self.keys is not None and progress.cursor is not None:
+            progress = progress._replace(cursor=self.keys.seal(progress.cursor, self.kind, "cursor"))
         return checkpoints.checkpoint(self.queue, self.id, self.claim.token, self.claim.runtime.lease_seconds, progress)
 
     def apply(self, progress: Progress, written_at: float) -> None:

@@ -57,25 +57,26 @@ class FencedTransaction:
         self._context = self._run()
         return self._context.__enter__()
 
-    def __exit__(self, *error: Any) -> bool | None:
+    def __exit__(self, *error: Any) -> None:
         end_if_forked()
         self.state = "ending"
         assert self._context is not None  # noqa: S101 (for the type checker)
-        return self._context.__exit__(*error)
+        self._context.__exit__(*error)
 
     async def __aenter__(self) -> psycopg.AsyncConnection[Any]:
         self._async_context = self._run_async()
         return await self._async_context.__aenter__()
 
-    async def __aexit__(self, *error: Any) -> bool | None:
+    async def __aexit__(self, *error: Any) -> None:
         end_if_forked()
         self.state = "ending"
         assert self._async_context is not None  # noqa: S101 (for the type checker)
-        return await self._async_context.__aexit__(*error)
+        await self._async_context.__aexit__(*error)
 
     @contextmanager
     def _run(self) -> Iterator[psycopg.Connection[Any]]:
         batch = self._batch
+        written_at = None
         with self._opened():
             with batch.claim.runtime.connections.transaction(batch.raise_if_taken) as conn:
                 self.state, self.conn = "in block", conn
@@ -84,11 +85,12 @@ class FencedTransaction:
                 written_at = time.monotonic()
                 if conn.execute(*_storable(conn, self.write())).rowcount == 0:
                     raise batch.lose()
-            self._apply(written_at)
+            self._apply(_committed(written_at))
 
     @asynccontextmanager
     async def _run_async(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         batch = self._batch
+        written_at = None
         with self._opened():
             async with batch.claim.runtime.connections.transaction_async(batch.raise_if_taken) as conn:
                 self.state = "in block"
@@ -97,7 +99,7 @@ class FencedTransaction:
                 written_at = time.monotonic()
                 if (await conn.execute(*_storable(conn, self.write()))).rowcount == 0:
                     raise batch.lose()
-            self._apply(written_at)
+            self._apply(_committed(written_at))
 
     def _refuse_if_ended(self, conn: AnyConnection) -> None:
         """Raise InvalidInput if a statement of the handler has ended the transaction: its rows were not fenced."""
@@ -118,11 +120,23 @@ class FencedTransaction:
         if (other := batch.open_transaction) is not None:
             message = f"batch {batch.id} has a transaction open already; end it before the next"
             raise InvalidInput(message) if other.opened_by == self.opened_by else RuntimeError(message)
+        if batch.in_doubt is not None:
+            raise RuntimeError(
+                f"a transaction of the handler's own (complete_in or commit_in) has written for batch {batch.id}; "
+                "request the next chunk, or return, before batchq writes again"
+            )
         batch.open_transaction = self
         try:
             yield
         finally:
             batch.open_transaction = self.conn = None
+
+
+def _committed(written_at: float | None) -> float:
+    """Return *written_at*. Raises RuntimeError if psycopg.Rollback has ended the block: nothing was written."""
+    if written_at is None:
+        raise RuntimeError("psycopg.Rollback has undone the batch's transaction; raise an error of your own instead")
+    return written_at
 
 
 class BatchTransaction(FencedTransaction):
@@ -132,7 +146,7 @@ class BatchTransaction(FencedTransaction):
 
     def __init__(self, batch: ClaimedBatch, cursor: Any, complete: bool, result: Any) -> None:
         super().__init__(batch)
-        self._result = None if result is None else json_text(result, "the result")
+        self._result = batch.result_text(result, "the result")
         if cursor is not UNCHANGED:
             self.set_cursor(cursor)
         self._completes = complete
@@ -148,7 +162,9 @@ class BatchTransaction(FencedTransaction):
             return self._batch.checkpoint_statement(self.progress)
         claim = self._batch.claim
         if not claim.runtime.keep_completed:
-            return endings.complete(claim.queue, [self._batch.id], [claim.token_text], keep=False)
+            return endings.complete(
+                claim.queue, [self._batch.id], [claim.token_text], False, claim.runtime.layout.is_distributed
+            )
         return endings.finish(
             claim.queue, [Finish(self._batch.id, claim.token, "completed", self._result, all_done=True)]
         )

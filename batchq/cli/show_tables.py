@@ -4,34 +4,37 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.progress_bar import ProgressBar
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from batchq.cli.bars import progress
 from batchq.cli.rate import clock
-from batchq.common.terminal import block, line, styled
+from batchq.common.terminal import line, styled
 from batchq.operate.flow_graph import Group as FlowGroup
 from batchq.operate.limits import name_text, number_text, origin_text, use_text
+from batchq.operate.parts import Summary, range_text
+from batchq.operate.progress import items_text
 from batchq.operate.schedules import origin_of, rules_of, words_of
 from batchq.postgres.statements.views import MOST_OF_A_KEY
+from batchq.web.formats import duration
 
 _Row = dict[str, Any]
 _STYLES = {
     "ready": "cyan",
-    "scheduled": "dim",
-    "waiting": "dim cyan",
+    "scheduled": "",
+    "waiting": "",
     "retrying": "yellow",
     "processing": "blue",
     "stalled": "bold red",
     "completed": "green",
     "failed": "red",
     "cancelled": "magenta",
+    "working": "green",
 }
 _UNBROKEN = ("ID", "Status", "Items", "Attempt", "Age", "Oldest wait", "Time", "Action", "Until", "Paused since")
 _KEY_COLUMNS = ("Queue", "Key", "Waiting", "Scheduled", "Running", "Oldest wait")
 LIMIT_COLUMNS = ("Running", "Per second", "Items per second", "Per key", "Burst seconds")
-_COUNTED = ("ready", "scheduled", "processing", "stalled", "failed")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
@@ -42,7 +45,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         is_number = bool(made_rows) and all(isinstance(row[number], int | float) for row in made_rows)
         made.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=column in _UNBROKEN)
     for row in made_rows:
-        made.add_row(*(cell if isinstance(cell, Text | ProgressBar) else styled(cell) for cell in row))
+        made.add_row(*(cell if isinstance(cell, Text) else styled(cell) for cell in row))
     return made
 
 
@@ -76,7 +79,7 @@ def short(interval: str | None) -> str:
 
 def to_the_second(time: str | None) -> str:
     """Return a time of Postgres without its fraction and zone, which is the database's."""
-    return (time or "")[:19]
+    return (time or "")[:19].replace("T", " ")
 
 
 def processed(row: _Row) -> int:
@@ -84,17 +87,9 @@ def processed(row: _Row) -> int:
     return (row["items_done"] or 0) + (row["items_failed"] or 0)
 
 
-def bar(row: _Row, width: int = 16) -> ProgressBar | str:
-    """Return a progress bar, for a batch with items."""
-    return ProgressBar(row["items_total"], processed(row), width=width) if row["items_total"] else ""
-
-
 def items(row: _Row) -> str:
-    """Return how many items succeeded and failed."""
-    if row["items_total"] is None:
-        return ""
-    failed = f", {row['items_failed']:,} failed" if row["items_failed"] else ""
-    return f"{row['items_done']:,} of {row['items_total']:,}{failed}"
+    """Return how many items succeeded and failed, in the words of the web UI."""
+    return items_text(row)
 
 
 def attempts(row: _Row) -> str:
@@ -119,19 +114,22 @@ def workers_of(row: _Row) -> Any:
     return row["workers"]
 
 
-def state_of(worker: _Row) -> str:
-    """Return whether a worker is stopping."""
-    return "stopping" if worker["stopping"] else ""
+def state_of(worker: _Row) -> Text:
+    """Return what a worker does, or when it was last seen if its heartbeat is late: then nobody knows what it does."""
+    if worker["state"] in ("late", "gone"):
+        return styled(f"last seen {duration(worker['heartbeat_seconds'])} ago", "bold red")
+    return styled(worker["state"], _STYLES.get(worker["state"], "yellow"))
 
 
 def held_back(row: _Row) -> str:
     """Return how many ready batches of a queue are held back, and by which limits; empty if none is."""
-    return f"{_count(row, 'held_back')} by {row['held_back_by']}" if row["held_back"] else ""
+    return f"{count_text(row, 'held_back')} by {row['held_back_by']}" if row["held_back"] else ""
 
 
-def _count(row: _Row, name: str) -> int | str:
+def count_text(row: _Row, name: str) -> str:
+    """Return a count of batchq.queues; an estimate has a ~."""
     is_estimate = ("ready" if name == "held_back" else name) in row["estimated"]
-    return f"~{row[name]:,}" if is_estimate else row[name]
+    return f"{'~' if is_estimate else ''}{row[name]:,}"
 
 
 def _fact(value: Any) -> str:
@@ -151,11 +149,15 @@ def change_line(row: _Row) -> str:
     )
 
 
+def name_of(queue: str | None, kind: str | None) -> str:
+    """Return what a pause is of: "kind send in queue mail", "kind send", "queue mail"."""
+    return " in ".join(filter(None, (kind and f"kind {kind}", queue and f"queue {queue}")))
+
+
 def pause_line(row: _Row) -> str:
     """Return what is paused, and until when."""
-    kind, queue = row["kind"] and f"kind {row['kind']}", row["queue"] and f"queue {row['queue']}"
     until = f" until {to_the_second(row['until'])}" if row["until"] else ""
-    return line(" in ".join(filter(None, (kind, queue))) + until)
+    return line(name_of(row["queue"], row["kind"]) + until)
 
 
 def throttle_line(row: _Row) -> str:
@@ -165,52 +167,6 @@ def throttle_line(row: _Row) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
-
-
-def overview(status: _Row) -> RenderableType:
-    """Return queues, pauses, limits, throttles, schedules, workers and batches."""
-    parts = [_queue_table(status["queues"]), _worker_table(status["workers"]), _batch_table(status["batches"])]
-    shown = (
-        ("pauses", pause_table),
-        ("limits", limit_table),
-        ("throttles", throttle_table),
-        ("schedules", schedule_table),
-    )
-    parts[1:1] = [made(status[name]) for name, made in shown if status.get(name)]
-    return Group(*(part for shown in parts for part in (shown, Text())))
-
-
-def _queue_table(rows: list[_Row]) -> RenderableType:
-    if not rows:
-        return Text("no batches yet", style="dim")
-    counted = ("waiting", *_COUNTED) if any(row["waiting"] for row in rows) else _COUNTED  # few use flows
-    columns = ("Queue", "Kind", *map(str.capitalize, counted), "Oldest wait", "Per second", "Workers", "Held back")
-    cells = [
-        [row["queue"], row["kind"], *(_count(row, name) for name in counted),
-         short(row["oldest_wait"]), row["finished_per_second"], workers_of(row),
-         held_back(row)]
-        for row in rows
-    ]  # fmt: skip
-    return table("Queues", columns, cells)
-
-
-def _worker_table(rows: list[_Row]) -> RenderableType:
-    if not rows:
-        return Text("no live workers", style="dim")
-    cells = [[row["id"], ", ".join(row["queues"]), row["concurrency"], row["in_hand"], state_of(row)] for row in rows]
-    return table("Workers", ("Worker", "Queues", "Capacity", "Claimed", "State"), cells)
-
-
-def _batch_table(rows: list[_Row]) -> RenderableType:
-    if not rows:
-        return Text("no such batches", style="dim")
-    cells = [
-        [str(row["id"]), row["queue"], row["kind"], colored(row["status"]), bar(row), items(row), attempts(row),
-         short(row["age"]), first_line(row["last_error"])]
-        for row in rows
-    ]  # fmt: skip
-    columns = ("ID", "Queue", "Kind", "Status", "Progress", "Items", "Attempt", "Age", "Last error")
-    return table("Latest batches", columns, cells)
 
 
 def pause_table(rows: list[_Row]) -> RenderableType:
@@ -256,7 +212,7 @@ def schedule_table(rows: list[_Row]) -> RenderableType:
     """Return schedules, their next tick, and the outcome of the latest batch."""
     cells = [
         [row["name"], words_of(row), row["kind"], row["queue"], row["state"], to_the_second(row["next_at"]),
-         _latest(row), row["batches_made"], row["ticks_missed"], row["ticks_overlapped"], rules_of(row),
+         latest(row), row["batches_made"], row["ticks_missed"], row["ticks_overlapped"], rules_of(row),
          origin_of(row), row["error"]]
         for row in rows
     ]  # fmt: skip
@@ -265,7 +221,8 @@ def schedule_table(rows: list[_Row]) -> RenderableType:
     return table("Schedules", columns, cells)
 
 
-def _latest(row: _Row) -> str:
+def latest(row: _Row) -> str:
+    """Return the latest batch of a schedule, and what became of it."""
     return f"{row['last_batch_id']} {row['last_status'] or 'deleted'}" if row["last_batch_id"] else ""
 
 
@@ -290,21 +247,18 @@ def _details(given: Any) -> str:
     )
 
 
-def one_batch(batch: _Row, failed_items: list[_Row], needs: list[_Row]) -> RenderableType:
-    """Return everything about one batch. *needs*: what it waits or waited for."""
-    facts = table("", ("", ""), [[name, _fact(value)] for name, value in batch.items() if name != "errors"])
-    facts.show_header = False
-    parts: list[RenderableType] = [facts]
-    for error in map(as_error, batch["errors"]):
-        heading = f"attempt {error.get('attempt')}, {error.get('at')}: {error.get('error') or ''}"
-        parts += [Text(), styled(heading, "red"), Text(block(error.get("traceback")), style="dim")]
-    if failed_items:
-        cells = [[row["item_index"], _fact(row["item"]), row["attempt"], row["error"]] for row in failed_items]
-        parts += [Text(), table("Failed items", ("Index", "Item", "Attempt", "Error"), cells)]
-    if needs:
-        cells = [[row["id"], row["queue"], row["kind"], row["status"], row["on_failure"]] for row in needs]
-        parts += [Text(), table("After", ("ID", "Queue", "Kind", "Status", "If it fails"), cells)]
-    return Group(*parts)
+def part_table(spread: Summary) -> RenderableType:
+    """Return how many parts there are, and those that run or have a problem."""
+    more = f" ({spread.more:,} more run or have a problem)" if spread.more else ""
+    title = f"Parts: {spread.total:,}: {spread.text}{more}"
+    cells = [
+        [row["id"], range_text(row), colored(row["status"]), progress(row, 16), items(row),
+         attempts(row) if row["attempt"] is not None else "", row["claimed_by"]]
+        for row in spread.shown
+    ]  # fmt: skip
+    if not cells:
+        return Text(title, style="bold")
+    return table(title, ("ID", "Range", "Status", "Progress", "Items", "Attempt", "Worker"), cells)
 
 
 def flow_groups(groups: Iterable[FlowGroup], is_cut: bool) -> Table:

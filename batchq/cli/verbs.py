@@ -2,37 +2,39 @@
 
 import argparse
 import getpass
-import signal
-import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import psycopg
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from batchq.cli import show_tables
-from batchq.cli.arguments import add_command, batch_id, natural
-from batchq.cli.connections import connected, database, linked, refusal, settings_of
-from batchq.common.terminal import column, errors, put, put_json, show, styled
+from batchq.cli.arguments import add_command, batch_id, key_name, kind_name, natural, queue_name, some_text
+from batchq.cli.asking import add_yes
+from batchq.cli.bulk_runs import in_bulk
+from batchq.cli.connections import connected, database, settings_of
+from batchq.cli.known import warn_of_unknown, warn_of_unserved_queue
+from batchq.cli.verb_reports import Outcome, could, report
+from batchq.common.terminal import complain, put, put_json, show
 from batchq.common.text import period_seconds
 from batchq.errors import InvalidInput
-from batchq.operate.bulk import PAUSE_FACTOR, Bulk, Runner
+from batchq.operate.bulk import Bulk
+from batchq.operate.refusals import refusal
 from batchq.operate.verbs import VERBS, Argument, Verb
-from batchq.postgres.statements import session
-from batchq.postgres.statements.verbs import audit_rows, pause_rows
+from batchq.postgres.statements import limits, session, views
+from batchq.postgres.statements.running import Conn
+from batchq.postgres.statements.verbs import audit_rows, changed_now, pause_rows
 from batchq.postgres.transactions import transaction
 
-_EXIT_LEFT_OUT, _EXIT_INTERRUPTED = 1, 130
-_REPORT_SECONDS = 5.0
 _FILTERS = ("queue", "kind", "key", "status", "error_like", "older_than_seconds")
 _NEEDED = {
+    "pause": "--queue, --kind, or both",
     "resume": "--queue, --kind, or both, as the pause had them; batchq pause lists the pauses",
     "end_throttle": "--queue, and --kind and --key as the throttle has them; batchq limit lists the throttles",
 }
 _NO_BATCH = "there is no such batch"
+_HOW_TO_PAUSE = "to pause something: batchq pause --queue QUEUE, --kind KIND, or both"
 
 
 def commands() -> dict[str, list[Verb]]:
@@ -71,14 +73,32 @@ def audit(options: Namespace) -> int:
 
 def _on_queue(options: Namespace, verb: Verb, change: dict[str, Any]) -> int:
     if options.queue is None and options.kind is None:
-        if verb.name == "pause":
+        if verb.name == "pause" and not change:
             return _list_pauses(options)
-        raise InvalidInput(f"{verb.command} needs {_NEEDED[verb.name]}")
+        raise InvalidInput(f"nothing was changed: {verb.command} needs {_NEEDED[verb.name]}")
+    if verb.name == "end_throttle" and options.queue is None:
+        raise InvalidInput(f"nothing was changed: {verb.command} needs {_NEEDED[verb.name]}")
     target = {"queue": options.queue, "kind": options.kind}
     with database(options) as conn:
         is_changed = verb.do(conn, target, change, options.reason, options.actor)
-    put_json({"changed": is_changed}) if options.json else put(verb.done if is_changed else verb.unchanged)
+        if verb.name == "pause" or not is_changed:
+            warn_of_unknown(conn, options.queue, options.kind)
+        others = "" if is_changed else _in_force(conn, verb)
+    name = show_tables.name_of(options.queue, options.kind)
+    text = f"{verb.done}: {name}" if is_changed else f"{verb.unchanged}: {name}{others}"
+    put_json({"changed": is_changed}) if options.json else put(text)
     return 0
+
+
+def _in_force(conn: Conn, verb: Verb) -> str:
+    """Return which pauses or throttles there are, after one that does not exist was to end."""
+    if verb.name == "resume":
+        names = [show_tables.pause_line(row) for row in pause_rows(conn)]
+        return f"; paused now: {', '.join(names) or 'nothing'}"
+    if verb.name == "end_throttle":
+        names = [show_tables.throttle_line(row) for row in limits.throttle_rows(conn)]
+        return f"; throttled now: {', '.join(names) or 'nothing'}"
+    return ""
 
 
 def _list_pauses(options: Namespace) -> int:
@@ -87,9 +107,11 @@ def _list_pauses(options: Namespace) -> int:
     if options.json:
         put_json(rows)
     elif not rows:
-        put("nothing is paused")
+        put(f"nothing was paused, and nothing is paused now; {_HOW_TO_PAUSE}")
     else:
+        put("nothing was paused; these are paused now:")
         show(show_tables.pause_table(rows))
+        put(_HOW_TO_PAUSE)
     return 0
 
 
@@ -102,7 +124,7 @@ def _on_workers(options: Namespace, verb: Verb, change: dict[str, Any]) -> int:
         put_json(found)
     else:
         for id_, status in found.items():
-            put(f"{id_}: {status or 'there is no such worker'}")
+            put(f"{id_}: {status}") if status else complain(f"there is no worker {id_}; batchq status lists them")
     return 0 if all(found.values()) else 1
 
 
@@ -110,7 +132,7 @@ def _on_batches(options: Namespace, verb: Verb, change: dict[str, Any]) -> int:
     given = {name: getattr(options, name) for name in _FILTERS if getattr(options, name, None) is not None}
     if not verb.statuses:
         if given or not options.ids:
-            raise InvalidInput(f"{verb.option} takes ids of batches, and no filter")
+            raise InvalidInput(f"{verb.option or verb.command} takes ids of batches, and no filter")
         return _on_each_batch(options, verb, change)
     if options.ids and (given or options.all):
         raise InvalidInput("give ids or a filter, not both")
@@ -119,97 +141,47 @@ def _on_batches(options: Namespace, verb: Verb, change: dict[str, Any]) -> int:
     if options.ids:
         return _on_each_batch(options, verb, change)
     if not given and not options.all:
-        raise InvalidInput("no batches selected; pass ids, a filter (--kind, --queue, --status, ...) or --all")
-    return _in_bulk(options, Bulk(verb.name, given, change, options.reason, options.actor))
+        raise InvalidInput(
+            "nothing was changed: no batches selected; pass ids, a filter (--kind, --queue, --status, ...) or --all"
+        )
+    return in_bulk(options, Bulk(verb.name, given, change, options.reason, options.actor))
 
 
 def _on_each_batch(options: Namespace, verb: Verb, change: dict[str, Any]) -> int:
     # Each in a transaction of its own, so that one that is refused does not stop the others.
     results: dict[int, str] = {}
-    refused = False
+    outcomes = []
     seconds = settings_of(options).database_timeout_seconds
     with connected(options) as conn:
-        for id_ in options.ids:
+        for id_ in dict.fromkeys(options.ids):
             try:
                 with transaction(conn, seconds, settings=session.FIXED_FORMATS):
                     status = verb.do(conn, {"batch_id": id_}, change, options.reason, options.actor)
+                    outcomes.append(_outcome(conn, id_, status))
                 results[id_] = status or _NO_BATCH
             except (psycopg.errors.RaiseException, psycopg.errors.UniqueViolation) as error:
                 results[id_] = refusal(error)
-                refused = True
+                outcomes.append(Outcome(id_, None, refusal=refusal(error, as_command=True)))
+        if verb.name == "move":
+            with transaction(conn, seconds, settings=session.FIXED_FORMATS):
+                warn_of_unserved_queue(conn, change["to_queue"])
     if options.json:
         put_json(results)
     else:
-        for id_, text in results.items():
-            put(f"batch {id_}: {text}")
-    return 1 if refused or _NO_BATCH in results.values() else 0
+        for text in report(verb, outcomes):
+            put(text)
+    return 0 if all(could(verb, outcome) for outcome in outcomes) else 1
 
 
-# ----------------------------------------------------------------------------------------------------------- in bulk
-
-
-def _in_bulk(options: Namespace, bulk: Bulk) -> int:
-    with linked(options) as link:
-        runner = Runner(link, bulk, 0 if options.fast else PAUSE_FACTOR)
-        with _stopped_by_signals(runner):
-            with errors.status("counting what matches") as status:
-                total = runner.count(lambda count: status.update(styled(f"counting what matches: {count:,}")))
-            if not options.dry_run and not runner.stopping.is_set():
-                _change(runner, total)
-    return _report(options, runner, total)
-
-
-@contextmanager
-def _stopped_by_signals(runner: Runner) -> Iterator[None]:
-    """Let Ctrl-C or SIGTERM stop the runner after its current step, and a second one immediately."""
-
-    def stop(*_: Any) -> None:
-        if runner.stopping.is_set():
-            raise KeyboardInterrupt
-        runner.stopping.set()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _change(runner: Runner, total: int) -> None:
-    # Progress is a bar on a terminal, or else a line on standard error every few seconds.
-    bulk = runner.bulk
-    columns = (column(bulk.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    last_printed_at = time.monotonic()
-    with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("", total=total)
-        for _ in runner.changes():
-            progress.update(task, completed=bulk.changed)
-            if not errors.is_terminal and time.monotonic() - last_printed_at >= _REPORT_SECONDS:
-                last_printed_at = time.monotonic()
-                errors.print(styled(f"{bulk.changed:,} of {total:,} {bulk.verb.done}"), soft_wrap=True)
-
-
-def _report(options: Namespace, runner: Runner, total: int) -> int:
-    """Print what was done; return the exit code: 130 if it was interrupted, 1 if batches were left out."""
-    bulk, interrupted = runner.bulk, runner.stopping.is_set()
-    fields = {
-        "matched": total, "changed": bulk.changed, "left": bulk.left, "left_out": asdict(bulk.left_out()),
-        "interrupted": interrupted,
-        "longest_chunk_ms": round(1000 * runner.longest_seconds, 1), "audit_id": bulk.audit_id,
-    }  # fmt: skip
-    if options.json:
-        put_json(fields)
-    elif options.dry_run:
-        put(f"{total:,} batches would be {bulk.verb.done}")
-    elif interrupted:
-        put(f"{bulk.changed:,} batches {bulk.verb.done}; interrupted, {bulk.left:,} are left")
-    else:
-        left = f"; {bulk.left:,} left unchanged: {bulk.left_out()}" if bulk.left else ""
-        put(f"{bulk.changed:,} batches {bulk.verb.done}{left}")
-    if interrupted:
-        return _EXIT_INTERRUPTED
-    return _EXIT_LEFT_OUT if bulk.left and not options.dry_run else 0
+def _outcome(conn: Conn, batch_id: int, status: str | None) -> Outcome:
+    """Return what became of a batch. A role that may not read batchq.audit learns only its status."""
+    if status is None:
+        return Outcome(batch_id, None)
+    with suppress(psycopg.errors.InsufficientPrivilege), conn.transaction():
+        changed = changed_now(conn, batch_id)
+        row = None if changed else views.status_row(conn, batch_id)
+        return Outcome(batch_id, row["status"] if row else status, changed)
+    return Outcome(batch_id, status, int(status in ("pending", "cancelled")))
 
 
 # ---------------------------------------------------------------------------------------------------- their arguments
@@ -220,8 +192,8 @@ def add_parsers(subparsers: Any) -> None:
     for command, (verb, *variants) in commands().items():
         add_arguments(add_command(subparsers, command, run, verb.help), verb, variants)
     parser = add_command(subparsers, "audit", audit, "list who did what, and why")
-    parser.add_argument("--id", type=batch_id, help="show only actions on this batch")
-    parser.add_argument("--limit", type=natural, default=20, help="most actions to show (default: 20)")
+    parser.add_argument("--id", type=batch_id, metavar="ID", help="show only actions on this batch")
+    parser.add_argument("--limit", type=natural, default=20, metavar="N", help="most actions to show (default: 20)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -231,10 +203,12 @@ def add_arguments(parser: ArgumentParser, verb: Verb, variants: list[Verb]) -> N
     if verb.target == "batch":
         _add_batches(parser, verb)
     elif verb.target == "queue":
-        parser.add_argument("--queue", help="queue to act on")
-        parser.add_argument("--kind", help="kind to act on; with --queue, only in that queue")
+        parser.add_argument("--queue", type=queue_name, help="queue to act on")
+        parser.add_argument("--kind", type=kind_name, help="kind to act on; with --queue, only in that queue")
     else:
-        parser.add_argument("workers", nargs="+", metavar="WORKER", help="worker id, as batchq status shows it")
+        parser.add_argument(
+            "workers", nargs="+", type=some_text, metavar="WORKER", help="worker id, as batchq status shows it"
+        )
     if verb.argument:
         _add_argument(parser, verb.argument)
     for variant in variants:
@@ -255,14 +229,17 @@ def _add_batches(parser: ArgumentParser, verb: Verb) -> None:
 
 def _add_filters(parser: ArgumentParser, verb: Verb) -> None:
     group = parser.add_argument_group("in bulk", "instead of ids: all batches that match, in steps; Ctrl-C stops it")
-    group.add_argument("--queue", help="only batches of this queue")
-    group.add_argument("--kind", help="only batches of this kind")
-    group.add_argument("--key", help="only batches with this key")
+    group.add_argument("--queue", type=queue_name, help="only batches of this queue")
+    group.add_argument("--kind", type=kind_name, help="only batches of this kind")
+    group.add_argument("--key", type=key_name, help="only batches with this key")
     group.add_argument(
         "--status", choices=verb.statuses, help=f"only batches with this status (default: {verb.statuses[0]})"
     )
     group.add_argument(
-        "--error-like", metavar="TEXT", help="only batches with this in their last error; %% matches anything"
+        "--error-like",
+        metavar="TEXT",
+        type=some_text,
+        help="only batches whose last error has this; %% matches anything",
     )
     group.add_argument(
         "--older-than",
@@ -272,6 +249,7 @@ def _add_filters(parser: ArgumentParser, verb: Verb) -> None:
         help="only batches that finished or, while live, were inserted this long ago: 90s, 15m, 2h, 3d",
     )
     group.add_argument("--all", action="store_true", help="all batches of that status, without a filter")
+    add_yes(group)
     group.add_argument("--dry-run", action="store_true", help="only report how many batches match")
     group.add_argument(
         "--fast", action="store_true", help="do not pause between steps; workers may slow down meanwhile"
@@ -288,7 +266,9 @@ def _add_argument(parser: ArgumentParser, argument: Argument) -> None:
         return
     group = parser.add_mutually_exclusive_group(required=argument.is_required)
     group.add_argument("--for", dest="delay_seconds", type=reader(period_seconds), metavar="TIME", help=argument.help)
-    group.add_argument("--until", metavar="TIMESTAMP", help="end, as a timestamp: '2030-01-01 06:00+00'")
+    group.add_argument(
+        "--until", metavar="TIMESTAMP", type=some_text, help="end, as a timestamp: '2030-01-01 06:00+00'"
+    )
 
 
 def reader(read: Callable[[str], Any]) -> Callable[[str], Any]:

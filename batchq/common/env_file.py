@@ -5,10 +5,8 @@ must not get that user's settings, such as where the web UI listens and its toke
 names another file, which is read whoever wrote it; if it is empty, no file is read.
 """
 
-import grp
 import io
 import os
-import pwd
 import stat
 from pathlib import Path
 
@@ -108,6 +106,9 @@ def _trusted_users() -> set[int]:
 
 def _is_trusted_group(group_id: int) -> bool:
     """Return whether a group is root's, or one of only this user, as several systems give to each user."""
+    import grp  # not on Windows, and only workers get here
+    import pwd
+
     try:
         group, user = grp.getgrgid(group_id), pwd.getpwuid(os.geteuid())
     except KeyError:

@@ -9,6 +9,7 @@ import os
 import threading
 
 from batchq.common.log import current_batch, get_logger
+from batchq.common.portable import after_fork_in_child
 
 _EXIT_FORK = 70  # EX_SOFTWARE
 
@@ -21,7 +22,7 @@ def _note_fork() -> None:
         _is_fork_of_handler.set()
 
 
-os.register_at_fork(after_in_child=_note_fork)
+after_fork_in_child(_note_fork)
 
 
 def end_if_forked() -> None:

@@ -3,14 +3,13 @@
 import logging
 import sys
 import traceback
-from collections.abc import MutableMapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partialmethod
 from typing import Any, Protocol, TextIO
 
-import structlog
-
+from batchq.common import hidden as hidden_fields
 from batchq.common.outlet import Outlet
 from batchq.common.secrets import hide_password
 from batchq.common.text import visible, visible_line
@@ -20,6 +19,9 @@ class _HasIdentity(Protocol):
     id: int
     kind: str
     attempt: int
+
+    @property
+    def part_of(self) -> int | None: ...
 
 
 _INDENT = "    "
@@ -35,13 +37,22 @@ def _add_batch(logger: Any, method: str, event: MutableMapping[str, Any]) -> Mut
         event.setdefault("batch_id", batch.id)
         event.setdefault("kind", batch.kind)
         event.setdefault("attempt", batch.attempt)
+        if batch.part_of is not None:
+            event.setdefault("part_of", batch.part_of)
     return event
 
 
 def _hide_secrets(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:  # noqa: ARG001
-    for name, value in event.items():
-        event[name] = hidden(value)
+    event.update(_hidden_parts(event))
     return event
+
+
+def _hidden_parts(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    fields = hidden_fields.fields()
+    return {
+        name: hidden_fields.HIDDEN if fields is not None and fields.has(str(name)) else hidden(value)
+        for name, value in values.items()
+    }
 
 
 def _shortened(text: str) -> str:
@@ -56,7 +67,7 @@ def hidden(value: Any) -> Any:
     if isinstance(value, str):
         return hide_password(_shortened(value))
     if isinstance(value, dict):
-        return {name: hidden(part) for name, part in value.items()}
+        return _hidden_parts(value)
     if isinstance(value, list | tuple):
         return [hidden(part) for part in value]
     if value is None or isinstance(value, int | float):
@@ -83,8 +94,25 @@ def _indented(text: str) -> str:
     return visible(text).replace("\n", f"\n{_INDENT}")
 
 
+@contextmanager
+def _without_rich() -> Iterator[None]:
+    """Keep structlog from importing rich, for tracebacks that are never shown: it takes 2.8 MiB."""
+    name = "rich"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
 def configure(log_format: str, log_level: str) -> None:
     """Send the lines of structlog and `logging` to standard error, as *log_format* (console or json)."""
+    with _without_rich():
+        import structlog
+
     before: list[Any] = [
         structlog.contextvars.merge_contextvars,
         _add_batch,
@@ -135,6 +163,8 @@ def _handler_for(stream: TextIO | None) -> logging.Handler:
 
 
 def _last_processors(log_format: str) -> list[Any]:
+    import structlog
+
     remove_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     first = [remove_meta, structlog.processors.format_exc_info, _hide_secrets]
     if log_format == "json":
@@ -154,10 +184,14 @@ class _SafeLogger:
     """Writes batchq's own lines and raises nothing: a handler may have closed or replaced standard error."""
 
     def __init__(self) -> None:
-        self._logger: Any = structlog.get_logger("batchq")
+        self._logger: Any = None
 
     def _write(self, level: str, event: str, **fields: Any) -> None:
         with suppress(Exception):
+            if self._logger is None:
+                import structlog  # only here: programs that enqueue log next to nothing, and start sooner
+
+                self._logger = structlog.get_logger("batchq")
             getattr(self._logger, level)(event, **fields)
 
     info = partialmethod(_write, "info")  # what happened

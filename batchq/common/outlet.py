@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
+from batchq.common.portable import after_fork_in_child
+
 MOST_BYTES = 4_000_000
 _STUCK_SECONDS = 1.0
 
@@ -31,7 +33,7 @@ class Outlet:
         self._on_dropped = on_dropped
         self._write_now = _writer_that_never_waits(fd)
         self._begin()
-        os.register_at_fork(after_in_child=self._begin)
+        after_fork_in_child(self._begin)
 
     def _begin(self) -> None:
         # Also in a child process: the parent writes the lines that waited.

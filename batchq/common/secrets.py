@@ -1,7 +1,9 @@
 """The passwords that batchq knows, and how it keeps them out of logs, errors and stored texts."""
 
 import re
+from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
@@ -19,10 +21,16 @@ _LEAST_KNOWN_CHARACTERS = 6
 _NO_SECRETS = ("batchq", "postgres", "password")  # passwords for experiments, which are words in many messages
 SECRET_VARIABLES = ("PGPASSWORD", "BATCHQ_WEB_PASSWORD", "BATCHQ_WEB_TOKEN")
 known_passwords: dict[str, re.Pattern[str]] = {}
+# Of the batch that runs in this context, if fields are hidden: returns their values; see `hidden.BatchValues`.
+values_to_hide: ContextVar[Callable[[], list[str]] | None] = ContextVar("batchq_values_to_hide", default=None)
 
 
 def hide_password(text: str) -> str:
-    """Return *text* with *** for every password: in a DSN, after the word password, and known to `know_password`."""
+    """Return *text* with *** for every password: in a DSN, after the word password, and known to `know_password`; and
+    for every hidden value of the batch that runs."""
+    if (values := values_to_hide.get()) is not None:
+        for value in values():
+            text = text.replace(value, "***")
     for known in tuple(known_passwords.values()):
         text = known.sub("***", text)
     return _AFTER_ITS_NAME.sub(r"\1***", _IN_AN_ADDRESS.sub(r"\1:***@", text))
@@ -43,6 +51,12 @@ def know_passwords_of(dsn: str) -> None:
     with suppress(ProgrammingError):
         parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
         know_password(parts.get("password", ""), parts.get("user", ""), parts.get("dbname", ""))
+
+
+def know_keys(text: str) -> None:
+    """Let `hide_password` hide the keys of a list such as ``NAME:KEY,NAME:KEY``."""
+    for part in text.split(","):
+        know_password(part.partition(":")[2].strip())
 
 
 # Limited: otherwise a text of backslashes would be searched from each of them to its end.

@@ -2,27 +2,45 @@
 
 Kinds, errors, names of workers, reasons, file names: any of these may come from an attacker. Here each is one line,
 with its hidden characters spelled out, and colors are styles, never markup.
+
+What needs rich imports it when it is called: a worker prints only its log, and rich takes memory.
 """
 
 import json
 import os
 import sys
-from typing import Any
-
-from rich.console import Console, JustifyMethod, RenderableType
-from rich.progress import TextColumn
-from rich.text import Text
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from batchq.common.secrets import hide_password
 from batchq.common.text import visible, visible_json, visible_line
 
+if TYPE_CHECKING:
+    from rich.console import Console, JustifyMethod, RenderableType
+    from rich.progress import TextColumn
+    from rich.text import Text
+
 _PIPE_WIDTH = 300  # so that a row is one line there, unless COLUMNS is set
 _MOST_SHOWN = 20_000
 
-console = Console(highlight=False, markup=False, emoji=False)
-errors = Console(highlight=False, markup=False, emoji=False, stderr=True)
-if not console.is_terminal and not os.environ.get("COLUMNS"):
-    console.width = _PIPE_WIDTH
+
+@cache
+def console() -> "Console":
+    """Return what prints tables and bars to standard output."""
+    from rich.console import Console
+
+    made = Console(highlight=False, markup=False, emoji=False)
+    if not made.is_terminal and not os.environ.get("COLUMNS"):
+        made.width = _PIPE_WIDTH
+    return made
+
+
+@cache
+def errors() -> "Console":
+    """Return what prints bars and notes to standard error."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False, stderr=True)
 
 
 def line(value: Any) -> str:
@@ -45,13 +63,17 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ... ({len(text):,} characters)"
 
 
-def styled(value: Any, style: str = "", justify: JustifyMethod | None = None) -> Text:
+def styled(value: Any, style: str = "", justify: "JustifyMethod | None" = None) -> "Text":
     """Return a value as one line for a table or a bar."""
+    from rich.text import Text
+
     return Text(line(value), style=style, justify=justify)
 
 
-def column(template: str) -> TextColumn:
+def column(template: str) -> "TextColumn":
     """Return a column of a progress bar; its values are not markup."""
+    from rich.progress import TextColumn
+
     return TextColumn(template, markup=False)
 
 
@@ -62,7 +84,9 @@ def put(text: str, below: str = "") -> None:
 
 def put_marked(mark: str, style: str, text: str) -> None:
     """Print a line that begins with a colored mark."""
-    console.print(Text.assemble(Text(mark, style), " ", line(text)), soft_wrap=True)
+    from rich.text import Text
+
+    console().print(Text.assemble(Text(mark, style), " ", line(text)), soft_wrap=True)
 
 
 def put_json(value: Any, indent: int | None = 2) -> None:
@@ -70,14 +94,23 @@ def put_json(value: Any, indent: int | None = 2) -> None:
     print(visible_json(json.dumps(value, indent=indent, ensure_ascii=False)), flush=True)
 
 
-def show(*shown: RenderableType) -> None:
+def show(*shown: "RenderableType") -> None:
     """Print tables and texts made of the results of `line` and `styled`."""
-    console.print(*shown)
+    console().print(*shown)
 
 
 def complain(text: str) -> None:
     """Print a line on standard error, without the passwords in it."""
     print(f"batchq: {line(hide_password(text))}", file=sys.stderr, flush=True)
+
+
+def ask(question: str) -> str:
+    """Ask a question on standard error; return the answer, a line of standard input."""
+    print(f"{line(question)} ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):
+        print(file=sys.stderr)
+    return answer.strip()
 
 
 def one_line(text: str) -> str:

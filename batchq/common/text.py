@@ -5,9 +5,6 @@ import json
 import re
 import traceback
 from typing import Any
-from unicodedata import category
-
-from pydantic import BaseModel
 
 from batchq.common.secrets import hide_password
 from batchq.errors import InvalidInput
@@ -63,6 +60,8 @@ def _spelled_out(found: re.Match[str]) -> str:
 
 def _is_symbol(char: str) -> bool:
     """Return whether a character is a symbol such as ❤, an emoji, or a skin color."""
+    from unicodedata import category  # only here: its tables take 0.7 MB, and few texts need them
+
     return char != "" and (category(char) == "So" or "\U0001f3fb" <= char <= "\U0001f3ff")
 
 
@@ -81,7 +80,20 @@ def json_text(value: Any, what: str) -> str:
     return text
 
 
+def result_text(result: Any, what: str) -> str | None:
+    """Return the result of a batch as JSON text, None for None. Raises InvalidInput for what is not JSON, or too
+    large."""
+    if result is None:
+        return None
+    text = json_text(result, what)
+    if (size := len(text.encode())) > MOST_RESULT_BYTES:
+        raise InvalidInput(f"{what} is {size:,} bytes of JSON; at most {MOST_RESULT_BYTES:,}")
+    return text
+
+
 def _model_value(value: Any) -> Any:
+    from pydantic import BaseModel  # only here: most values are plain JSON, and programs that enqueue start sooner
+
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     close_coroutine(value)
@@ -173,9 +185,10 @@ def in_letters_of(text: str, encoding: str) -> str:
 
 
 def plain_object(text: str) -> str:
-    """Return the JSON object *text*, whose values are texts, with an escape for each character outside ASCII."""
+    """Return the JSON object *text* with an escape for each character outside ASCII in the texts that it has."""
     values = json.loads(text)
-    return json.dumps({name: value.encode("ascii", "backslashreplace").decode() for name, value in values.items()})
+    texts = {name: in_letters_of(value, "ascii") for name, value in values.items() if isinstance(value, str)}
+    return json.dumps(values | texts)
 
 
 def period_seconds(text: str) -> float:

@@ -5,6 +5,7 @@ follow OpenTelemetry's conventions for messaging. Runs need BATCHQ_TRACES and th
 """
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     Running = tuple[Span, Token[Context]]
 
 _FLUSH_SECONDS = 2.0
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _log = get_logger()
 
 
@@ -32,7 +34,7 @@ def require() -> None:
     try:
         import opentelemetry.trace  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ConfigError(f"traces need an extra ({error}): pip install 'batchq[otel]'") from None
+        raise ConfigError(f"traces need an extra ({error}): pip install 'pgbatchq[otel]'") from None
 
 
 def attributes(operation: str, kind: str, queue: str, **more: Any) -> dict[str, Any]:
@@ -45,6 +47,12 @@ def attributes(operation: str, kind: str, queue: str, **more: Any) -> dict[str, 
         "batchq.kind": kind,
         **{f"batchq.{name.replace('_', '.')}": value for name, value in more.items()},
     }
+
+
+def trace_id_of(trace_context: str | None) -> str | None:
+    """Return the trace id in a batch's trace_context, 32 hexadecimal digits; None if it has no valid one."""
+    found = _TRACEPARENT.fullmatch(trace_context or "")
+    return found[1] if found and found[1].strip("0") else None
 
 
 # -------------------------------------------------------------------------------------------------------- enqueue

@@ -58,8 +58,10 @@ class DemoFailed(BatchqError):
 def run(settings: Settings, directory: str | None, max_files: int, with_web: bool = False) -> int:
     """Run the demo on the database of *settings*, or on a private server; return 0 if every file is there once.
 
-    with_web: also serve the web UI; start when somebody opens it, and end at Ctrl-C.
+    with_web: also serve the web UI; start when somebody opens it, and end at Ctrl-C. A SIGTERM, or a terminal that
+    closes, ends the demo and its server as Ctrl-C does.
     """
+    _end_at_signals()
     paths = _source_files(max_files)
     with _server_dsn(settings, directory) as dsn:
         _prepare(dsn)
@@ -72,6 +74,19 @@ def run(settings: Settings, directory: str | None, max_files: int, with_web: boo
             code = _run_and_judge(dsn, paths, ids)
             ui.wait_for_ctrl_c()
             return code
+
+
+def _end_at_signals() -> None:
+    """Raise KeyboardInterrupt at the first SIGTERM or SIGHUP. A closing terminal sends SIGHUP twice."""
+    numbers = [signal.SIGTERM] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
+
+    def end(*_: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # the second one would interrupt the end of the server
+        raise KeyboardInterrupt
+
+    for each in numbers:
+        signal.signal(each, end)
 
 
 def _run_and_judge(dsn: str, paths: Sequence[str], ids: list[int]) -> int:
@@ -162,7 +177,7 @@ def _watch(dsn: str, workers: list[_Worker], total: int) -> None:
     columns = (column("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     give_up_at = time.monotonic() + _TIMEOUT_SECONDS
     is_killed = False
-    with closing(Link(dsn, 15)) as link, Progress(*columns, console=console) as progress:
+    with closing(Link(dsn, 15)) as link, Progress(*columns, console=console()) as progress:
         bars = [progress.add_task("all files", total=total)]
         bars += [progress.add_task(f"worker {worker.pid}", total=total) for worker in workers]
         while True:

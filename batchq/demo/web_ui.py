@@ -46,7 +46,9 @@ def serving(dsn: str) -> Iterator[WebUI]:
         from batchq.web.server import Web, server_of  # its extra need not be installed for the demo without --web
         from batchq.web.settings import WebSettings
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--web needs an extra (no module {error.name!r}); run: pip install 'batchq[web]'") from None
+        raise ConfigError(
+            f"--web needs an extra (no module {error.name!r}); run: pip install 'pgbatchq[web]'"
+        ) from None
     web = Web(dsn, WebSettings.load(host="127.0.0.1"), every_seconds=_EVERY_SECONDS)
     web.live.share = _SHARE
     server = server_of(web)

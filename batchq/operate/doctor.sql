@@ -217,7 +217,7 @@ SELECT 'warning',
   format('batchq limit %%s --%%s N raises it; to pause on purpose, batchq pause is clearer', f.flags, replace(n.column_name, '_', '-'))
 FROM (
   SELECT *, CASE WHEN kind IS NULL THEN format('queue %%s', queue) ELSE format('kind %%s in queue %%s', kind, queue) END AS name,
-    format('--queue %%L', queue) || coalesce(format(' --kind %%L', nullif(kind, '')), '') AS flags
+    format('--queue %%L', queue) || CASE WHEN kind <> '' THEN format(' --kind %%L', kind) ELSE '' END AS flags
   FROM batchq.limits_in_force
 ) f
 CROSS JOIN LATERAL (VALUES ('max_running', f.max_running::float8), ('per_second', f.per_second), ('items_per_second', f.items_per_second),
@@ -233,7 +233,7 @@ LIMIT 10
 SELECT 'note',
   format('the limit of %%s limits nothing: no live worker serves it, and it has no batches',
          CASE WHEN l.kind IS NULL THEN format('queue %%s', l.queue) ELSE format('kind %%s in queue %%s', l.kind, l.queue) END),
-  format('if the name is a mistake: batchq limit --queue %%L%%s --remove', l.queue, coalesce(format(' --kind %%L', nullif(l.kind, '')), ''))
+  format('if the name is a mistake: batchq limit --queue %%L%%s --remove', l.queue, CASE WHEN l.kind <> '' THEN format(' --kind %%L', l.kind) ELSE '' END)
 FROM batchq.limits l
 WHERE NOT EXISTS (SELECT 1 FROM batchq.workers w WHERE w.heartbeat_at > now() - interval '1 minute' AND l.queue = ANY (w.queues)
                     AND (l.kind IS NULL OR l.kind = ANY (w.kinds)))
@@ -324,11 +324,11 @@ LIMIT 10
 
 -- name: stalled
 SELECT 'warning',
-  format('batch %%s of kind %%s: the lease of %%s expired at %%s', id, kind, claimed_by, lease_expires_at),
-  format('start a worker for queue %%s: it rescues the batch', b.queue)
+  format('batch %%s of kind %%s%%s: the lease of %%s expired at %%s', id, kind, ', a part of batch ' || part_of, claimed_by, lease_expires_at),
+  format('start a worker for queue %%s: it rescues the batch', batchq.whole_queue(b.queue))
 FROM batchq.busy_queues() q
 CROSS JOIN LATERAL (
-  SELECT id, kind, queue, claimed_by, lease_expires_at
+  SELECT id, kind, queue, claimed_by, lease_expires_at, part_of
   FROM batchq.batches_live
   WHERE queue = q.queue
     AND status = 'processing'
@@ -369,14 +369,40 @@ ORDER BY batch_id, needed_id
 LIMIT 10
 
 -- name: poisoned
-SELECT 'warning', format('batch %%s of kind %%s: its worker died %%s times, attempt %%s of %%s', id, kind, died, attempt, max_attempts),
-  format('batchq logs %%s; check memory limits, and its handler for crashes; batchq cancel %%1$s stops it', id)
+SELECT 'warning', format('batch %%s of kind %%s: its worker died %%s times, attempt %%s of %%s%%s', coalesce(part_of, id), kind, died, attempt, max_attempts,
+                         ', with items ' || p.first_item || ' to ' || p.first_item + p.items - 1),
+  format('batchq logs %%s; check memory limits, and its handler for crashes; batchq cancel %%1$s stops it', coalesce(part_of, id))
 FROM batchq.batches_live
-JOIN unnest(ARRAY(SELECT batchq.newest_live(NULL, NULL, NULL, 9223372036854775807, 10000))) newest(id) USING (id)
+JOIN unnest(ARRAY(SELECT batchq.newest_live(NULL, NULL, NULL, 9223372036854775807, 10000))
+            || ARRAY(SELECT part_id FROM batchq.parts WHERE part_id IS NOT NULL AND NOT is_gathered LIMIT 10000)) newest(id) USING (id)
+LEFT JOIN batchq.parts p ON p.part_id = id
 CROSS JOIN LATERAL (SELECT count(*) AS died FROM jsonb_array_elements(errors) e WHERE e ->> 'error' LIKE 'worker died%%') d
 WHERE errors <> '[]'
   AND died >= 2
 LIMIT 10
+
+-- name: parts_that_nobody_counts
+WITH ended AS MATERIALIZED (
+  SELECT b.id, b.queue, b.kind, b.claimed_at
+  FROM batchq.spread_batches() AS s(id)
+  JOIN batchq.batches_live b ON b.id = s.id
+  WHERE b.status = 'waiting'
+    AND b.claimed_at < now() - interval '1 minute'
+    AND NOT EXISTS (SELECT 1
+                    FROM batchq.parts p
+                    JOIN batchq.batches_live l ON l.queue = p.queue AND l.id = p.part_id
+                    WHERE p.batch_id = b.id AND NOT p.is_gathered)
+  ORDER BY b.id
+  LIMIT 10
+)
+SELECT 'warning', format('batch %%s of kind %%s: all its parts have ended, and no worker has counted them', id, kind),
+  format('start a worker for queue %%s: it counts them and goes on with the batch', batchq.whole_queue(queue))
+FROM ended
+WHERE NOT EXISTS (SELECT 1
+                  FROM batchq.parts p
+                  JOIN batchq.batches_finished f ON f.id = p.part_id AND f.finished_at > now() - interval '1 minute'
+                  WHERE p.batch_id = ended.id AND NOT p.is_gathered)
+ORDER BY id
 
 -- name: connections_near_limit
 SELECT CASE WHEN used >= 0.95 * most THEN 'critical' ELSE 'warning' END, format('%%s of %%s connections of %%s are in use', used, most, what),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from batchq.common.numbers import read_whole
 from batchq.errors import InvalidInput
 from batchq.postgres.statements import limits
 from batchq.postgres.statements.running import Conn
@@ -32,7 +33,7 @@ class Number(NamedTuple):
         if self.is_optional and word in _INFINITE:
             return _MOST_WHOLE if self.is_whole else math.inf
         try:
-            number = int(word) if self.is_whole and len(word) < 20 else float(word)
+            number = read_whole(word) if self.is_whole and len(word) < 25 else float(word)
         except ValueError:
             number = math.nan
         if self.least <= number <= self.most and (not self.is_whole or isinstance(number, int)):

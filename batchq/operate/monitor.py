@@ -3,7 +3,7 @@
 from typing import Any
 
 from batchq.postgres.link import Link
-from batchq.postgres.statements import flows, health, inserts, views
+from batchq.postgres.statements import flows, health, inserts, parts, views
 from batchq.postgres.statements.running import Conn
 
 _MOST_ROWS = 1000
@@ -37,11 +37,12 @@ class Monitor:
         any queue can begin or run: then only a person can let it go on."""
         with self.link.transaction() as conn:
             rows = views.queue_rows(conn, *self._of)
-            if any(map(_is_busy, rows)):
+            if any(map(_is_busy, rows)) or parts.has_spread(conn, *self._of):
                 return False
             if not any(row["waiting"] for row in rows):
                 return True
-            return not any(map(_is_busy, views.queue_rows(conn, None, None))) and not flows.has_events(conn)
+            is_idle = not any(map(_is_busy, views.queue_rows(conn, None, None))) and not flows.has_events(conn)
+            return is_idle and not parts.has_spread(conn, None, None)
 
     def _read(self, conn: Conn) -> list[dict[str, Any]]:
         if self._since is None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from batchq.common.numbers import read_whole
 from batchq.postgres.statements.running import Conn
 from batchq.postgres.statements.verbs import call_verb
 from batchq.postgres.statements.views import STORED_STATUS
@@ -25,11 +26,11 @@ _FINISHED = ("failed", "cancelled", "completed")
 def whole_number(name: str, text: str, least: int, most: int) -> int:
     """Read a number. Raises ValueError."""
     try:
-        number = int(text) if len(text) < 25 else most + 1
+        number = read_whole(text) if len(text) < 25 else most + 1
     except ValueError:
         number = most + 1
     if not least <= number <= most:
-        raise ValueError(f"{name} must be a whole number from {least} to {most}")
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, not {text!r}")
     return number
 
 
@@ -234,7 +235,7 @@ _ALL = (
         "set_priority",
         "Change priority",
         explanation="Batches with a lower number run first.",
-        done="given their new priority",
+        done="given the new priority",
         command="priority",
         help="change the priority of pending batches",
         argument=Argument("number", "priority", "Priority", "new priority; lower runs first", _priority, suggested="0"),

@@ -12,7 +12,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from batchq.common.secrets import hide_password, know_password
 from batchq.errors import ConfigError
-from batchq.postgres.logins import CIRCUIT_BREAKER, backoff, is_login_failure
+from batchq.postgres.logins import CIRCUIT_BREAKER, backoffs, is_login_failure
 from batchq.postgres.server_checks import encoding_problem
 
 CONNECT_OPTIONS: dict[str, Any] = {
@@ -48,6 +48,7 @@ class Connection(psycopg.Connection[Any]):
 
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
+        backoff = backoffs.of(conninfo)
         with backoff.log_in(backoff.take_turn()):
             conn = super().connect(conninfo, **without_overridden(kwargs, conninfo))
         know_password(conn.info.password, conn.info.user, conn.info.dbname)  # from any source, such as a password file
@@ -63,6 +64,7 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
 
     @classmethod
     async def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
+        backoff = backoffs.of(conninfo)
         with backoff.log_in(await backoff.take_turn_async()):
             conn = await super().connect(conninfo, **without_overridden(kwargs, conninfo))
         await conn.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)

@@ -13,6 +13,8 @@ from typing import Any
 
 import psycopg
 
+from batchq.common.portable import after_fork_in_child
+
 
 class _Timer:
     """One thread for all connections of the process: it shuts down each socket whose deadline has passed."""
@@ -56,7 +58,7 @@ class _Timer:
 
 
 _timer = _Timer()
-os.register_at_fork(after_in_child=_timer.__init__)  # type: ignore[misc]
+after_fork_in_child(_timer.__init__)  # type: ignore[misc]
 
 
 @contextmanager

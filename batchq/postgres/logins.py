@@ -1,13 +1,14 @@
-"""Backoff after rejected logins, shared by all connections of the process."""
+"""Backoff after rejected logins, shared by all connections of the process to the same database."""
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psycopg
+
+from batchq.common.portable import after_fork_in_child
 
 TURN_SECONDS = 1.0
 CIRCUIT_BREAKER = "(ECIRCUITBREAKER)"  # Supavisor blocks the address for 2 min; this passes without a fix
@@ -79,6 +80,17 @@ def is_login_failure(error: BaseException) -> bool:
     return any(text in str(error) for text in LOGIN_REJECTED)
 
 
-backoff = LoginBackoff()
+class LoginBackoffs:
+    """The backoff of each DSN: a database that rejects logins, or does not answer, does not delay those to another."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, LoginBackoff] = {}
+
+    def of(self, dsn: str) -> LoginBackoff:
+        """Return the backoff of a DSN."""
+        return self._of.setdefault(dsn, LoginBackoff())
+
+
+backoffs = LoginBackoffs()
 # A forked child must not inherit a lock that a thread of the parent holds.
-os.register_at_fork(after_in_child=backoff.__init__)  # type: ignore[misc]
+after_fork_in_child(backoffs.__init__)  # type: ignore[misc]

@@ -18,6 +18,7 @@ from batchq.postgres.statements import ledger, session
 
 FILE_NAME = re.compile(r"(\d{4})_(\w+)\.sql")
 BREAKING_MARK = "-- breaking"
+BOTH_LAYOUTS_MARK = "-- for both layouts"  # of tables; see operate/distribute.py
 LEDGER = "0000_ledger.sql"
 SECONDS_A_FILE = 600
 PATIENCE_SECONDS = 60.0
@@ -69,6 +70,7 @@ def apply_all(conn: psycopg.Connection[Any]) -> list[str]:
     try:
         if ledger.has_ledger(conn):
             check_names(ledger.applied_migrations(conn))
+            check_layout(conn)
         return [name for migration in all_migrations() if (name := apply_patiently(conn, migration))]
     except psycopg.Error as error:
         raise ConfigError(f"migration failed: {hide_password(' '.join(str(error).split()))}") from error
@@ -138,6 +140,18 @@ def check_names(applied: Mapping[int, tuple[str, bool]]) -> None:
             raise ConfigError(
                 f"the schema was made by a batchq from before its first release ({version:04}_{name}) and cannot "
                 "be updated: keep what you need of its tables, run 'drop schema batchq cascade', then: batchq migrate"
+            )
+
+
+def check_layout(conn: psycopg.Connection[Any]) -> None:
+    """Raise ConfigError if a missing migration was not written for the layout of a distributed database."""
+    if not ledger.is_distributed(conn):
+        return
+    applied = ledger.applied_migrations(conn)
+    for migration in all_migrations():
+        if migration.version not in applied and BOTH_LAYOUTS_MARK not in migration.text:
+            raise ConfigError(
+                f"{migration.version:04}_{migration.name} was not written for the layout that batchq distribute makes"
             )
 
 

@@ -19,7 +19,18 @@ CONFLICTS = (
     psycopg.errors.DeadlockDetected,
     psycopg.errors.ReadOnlySqlTransaction,
 )
+_CONFLICT_STATES = tuple(error.sqlstate for error in CONFLICTS)
 LONGEST_TEXT = 15_000  # characters of one message: Amazon's RDS Proxy pins a client to one backend once it sends 16 KB
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Return whether a transaction may succeed if it is run again, of whatever driver its error is.
+
+    SQLAlchemy keeps the driver's error in `orig`, Django as the cause; psycopg2's errors have a `pgcode`.
+    """
+    errors = (error, getattr(error, "orig", None), error.__cause__)
+    states = [getattr(one, name, None) for one in errors for name in ("sqlstate", "pgcode")]
+    return any(state in _CONFLICT_STATES for state in states)
 
 
 def is_read_only_error(error: BaseException | None) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
 from batchq.operate.verbs import VERBS, Verb
 from batchq.web import bulk, formats, verbs
@@ -14,6 +14,7 @@ from batchq.web.guard import guard_of
 from batchq.web.pages import Pages
 from batchq.web.reads import Reader
 from batchq.web.sessions import is_equal
+from batchq.web.view import redirect, refuse_if_read_only
 
 
 class Actions:
@@ -39,7 +40,7 @@ class Actions:
         except verbs.Refused as error:
             return self._pages.page(request, "verb.html", 409, **_verb_values(verb, form, str(error)))
         target = {"batch": f"/batches/{form.get('id')}", "worker": "/workers"}.get(verb.target, "/")
-        return RedirectResponse(f"{target}?{formats.query(said=verb.name)}", 303)
+        return redirect(request, f"{target}?{formats.query(said=verb.name)}")
 
     def ask_bulk(self, request: Request) -> Response:
         """Ask for the filter of the batches to do a verb to."""
@@ -77,8 +78,7 @@ class Actions:
 
     def _verb(self, request: Request, *, in_bulk: bool = False) -> Verb:
         """Return the verb in an address. Raises HTTPException if there is none, or if the web UI is read-only."""
-        if self._pages.read_only:
-            raise HTTPException(403, "no actions: the web UI was started with --read-only")
+        refuse_if_read_only(request)
         verb = VERBS.get(request.path_params["verb"])
         if verb is None:
             raise HTTPException(404, "no such action")
@@ -100,4 +100,4 @@ def _opened(request: Request, form: dict[str, str]) -> bulk.Job:
 
 
 def _seal(request: Request, text: str) -> str:
-    return guard_of(request).sessions.seal(request.scope["session"], text)
+    return guard_of(request).seal(request, text)

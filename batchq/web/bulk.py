@@ -20,6 +20,7 @@ from batchq.web.verbs import Refused, change_of, refusals, why
 
 _COUNT_SECONDS = 1.0
 _MOST_FILTER_CHARACTERS = 300
+_AS_THEY_ARE = ("queue", "kind", "key", "status", "error_group")
 
 
 class TryAgain(Refused):
@@ -72,6 +73,8 @@ def asked(verb: Verb, form: dict[str, str]) -> Job:
     """Return what a form asks for. Raises Refused."""
     names = ("queue", "kind", "key", "error", "older")
     given = {name: text for name in names if (text := form.get(name, "").strip()[:_MOST_FILTER_CHARACTERS])}
+    if form.get("grouped"):  # said apart, since the group of batches without an error is empty
+        given["error_group"] = form.get("error_group", "")[:_MOST_FILTER_CHARACTERS]
     if not given and form.get("all") != "yes":
         raise Refused("no batches selected; give a queue, a kind, a key, an error or an age, or tick the box for all")
     given["status"] = form.get("status") or verb.statuses[0]
@@ -94,7 +97,7 @@ def take_step(reader: Reader, job: Job) -> None:
 
 
 def _filter(given: dict[str, str]) -> dict[str, str | float]:
-    found: dict[str, str | float] = {name: given[name] for name in ("queue", "kind", "key", "status") if name in given}
+    found: dict[str, str | float] = {name: given[name] for name in _AS_THEY_ARE if name in given}
     if "error" in given:
         found["error_like"] = f"%{_literal(given['error'])}%"
     if "older" in given:

@@ -4,8 +4,8 @@ from typing import Any
 from urllib.parse import urlencode
 
 from batchq.common import text as texts
-
-_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+from batchq.common.numbers import duration as duration
+from batchq.operate import progress
 
 
 def visible(value: Any) -> Any:
@@ -15,33 +15,11 @@ def visible(value: Any) -> Any:
     return texts.visible(value)
 
 
-def duration(seconds: float | None) -> str:
-    """Return a duration in one or two units: 850 ms, 12 s, 3 min 20 s, 2 d 4 h."""
-    if seconds is None:
-        return "–"
-    if seconds < 0:
-        return f"-{duration(-seconds)}"
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds > 1e11:
-        return "forever"
-    left = round(seconds)
-    parts: list[tuple[int, str]] = []
-    for size, unit in _UNITS:
-        if left >= size or parts:
-            parts.append((left // size, unit))
-            left %= size
-    return " ".join(f"{count} {unit}" for count, unit in parts[:2] if count)
-
-
 def number(value: float | None) -> str:
-    """Return a number with thin spaces between its thousands, or – for None."""
+    """Return a number with commas between its thousands, as the command line writes it, or – for None."""
     if value is None:
         return "–"
-    text = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
-    return text.replace(",", "\N{NARROW NO-BREAK SPACE}")
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def count(row: dict[str, Any], name: str) -> str:
@@ -52,6 +30,13 @@ def count(row: dict[str, Any], name: str) -> str:
     return f"≥\N{NARROW NO-BREAK SPACE}{text}" if name in ("failed", "waiting") else f"~{text}"
 
 
+def ago(seconds: float | None) -> str:
+    """Return how long ago something was: 12 s ago, just now, or – for None."""
+    if seconds is None:
+        return "–"
+    return "just now" if seconds < 1 else f"{duration(seconds)} ago"
+
+
 def processed(batch: dict[str, Any]) -> int:
     """Return how many items of a batch are processed, failed ones included."""
     return int(batch["items_done"] + batch["items_failed"])
@@ -60,6 +45,16 @@ def processed(batch: dict[str, Any]) -> int:
 def percent(batch: dict[str, Any]) -> int | None:
     """Return a batch's progress; None if it has no items."""
     return 100 * processed(batch) // batch["items_total"] if batch["items_total"] else None
+
+
+def items(batch: dict[str, Any]) -> str:
+    """Return how many items are done and how many failed, in the words of the command line."""
+    return progress.items_text(batch, number)
+
+
+def shares(batch: dict[str, Any]) -> tuple[int, int]:
+    """Return how much of a bar that is 1,000 wide is done, and how much failed; a failed item can always be seen."""
+    return progress.shares(batch, 1000, least=12)
 
 
 def query(**given: Any) -> str:

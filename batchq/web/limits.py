@@ -1,4 +1,4 @@
-"""The pages of limits: what is in force and in use, and a form that sets or removes the numbers of one limit.
+"""The pages of limits: what holds work back, what is in force and in use, and a form that changes one limit.
 
 Not a verb: a limit has several numbers; see batchq.operate.verbs.
 """
@@ -6,29 +6,42 @@ Not a verb: a limit has several numbers; see batchq.operate.verbs.
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
 from batchq.operate.limits import LIMITING, NUMBERS, number_text, replace
 from batchq.postgres.statements import limits
 from batchq.web import formats
 from batchq.web.forms import read_form
 from batchq.web.pages import Pages
-from batchq.web.reads import Conn, Reader
+from batchq.web.reads import MOST_ROWS, Conn, Reader, Row
 from batchq.web.verbs import Refused, refusals, why
+from batchq.web.view import redirect, refuse_if_read_only
 
 
 class Limits:
-    """Answers requests for the form of a limit."""
+    """Answers requests for the page of all limits, and for the form of one."""
 
     def __init__(self, reader: Reader, pages: Pages) -> None:
         self._reader = reader
         self._pages = pages
+        pages.add_live_part("limits", lambda _: self._values())
+
+    def show_all(self, request: Request) -> Response:
+        """Show what holds work back, the limits in force, what is in use of them, and the throttles."""
+        return self._pages.page(request, "limits.html", live="limits", **self._values())
+
+    def _values(self) -> dict[str, Any]:
+        ready = self._reader.read("held_back", limit=MOST_ROWS)
+        return {
+            "held": [row | {"reasons": found} for row in ready if (found := held_by(row))],
+            "limits": self._reader.read("limits", limit=MOST_ROWS),
+            "throttles": self._reader.read("throttles"),
+        }
 
     def ask(self, request: Request) -> Response:
         """Show the form, with the numbers that batchq.limits has for the queue and kind."""
-        self._refuse_if_read_only()
+        refuse_if_read_only(request)
         given = dict(request.query_params)
         queue, kind = _target(given)
         row = self._reader.ask(lambda conn: limits.own_limit(conn, queue, kind)) if _is_readable(queue, kind) else None
@@ -37,7 +50,7 @@ class Limits:
 
     async def do(self, request: Request) -> Response:
         """Set what the form has, or remove the limit; then show all limits."""
-        self._refuse_if_read_only()
+        refuse_if_read_only(request)
         form = await read_form(request)
         return await run_in_threadpool(self._do, request, form)
 
@@ -46,15 +59,19 @@ class Limits:
             _change(self._reader, form)
         except Refused as error:
             return self._form(request, form, str(error))
-        return RedirectResponse(f"/limits?{formats.query(said='set_limit')}", 303)
+        return redirect(request, f"/limits?{formats.query(said='set_limit')}")
 
     def _form(self, request: Request, given: dict[str, str], problem: str = "") -> Response:
         code = 409 if problem else 200
         return self._pages.page(request, "limit.html", code, numbers=NUMBERS, given=given, problem=problem)
 
-    def _refuse_if_read_only(self) -> None:
-        if self._pages.read_only:
-            raise HTTPException(403, "no actions: the web UI was started with --read-only")
+
+def held_by(row: Row) -> str:
+    """Return what holds the ready batches of a queue and kind back, such as "paused, max_running"; empty if nothing."""
+    reasons = ["paused"] if row["is_paused"] else []
+    if not row["workers"]:
+        reasons.append("no worker")
+    return ", ".join([*reasons, *([row["held_back_by"]] if row["held_back_by"] else [])])
 
 
 def _target(given: dict[str, str]) -> tuple[str, str | None]:

@@ -1,8 +1,9 @@
 """Live parts of pages, by server-sent events: however many people watch a part, it is read once for all of them.
 
 Each watched part has a task that reads and renders it, and sends the same text to all its viewers. After a read the
-task waits 100 times as long as the read took, at least 1.5 s and at most 10 s, so that a part costs at most a hundredth
-of one database connection's time.
+task waits 100 times as long as the read took, or 50 times for each part if people watch several. So one part costs a
+hundredth of one database connection's time, and all together cost a fiftieth, unless a read takes so long that the
+longest wait, 10 s, is too short for that.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
 import psycopg
+from starlette.exceptions import HTTPException
 
 from batchq.errors import BatchqError
 
@@ -19,7 +21,7 @@ EVERY_SECONDS = 1.5
 _SLOWEST_SECONDS = 10.0
 _SHARE = 100
 _COMMENT_SECONDS = 15.0  # how often a stream without news sends something, which also finds viewers that are gone
-_LONGEST_STREAM_SECONDS = 3600.0  # then the browser reconnects, and its session is checked again
+STREAM_SECONDS = 3600.0  # then the browser reconnects, and its session is checked again
 _MOST_PARTS = 200
 _MOST_VIEWERS = 500
 _MOST_OF_A_CLIENT = 150  # of the 200 connections that a client may have: the others are for its requests
@@ -54,8 +56,9 @@ class LivePart:
 class Live:
     """The parts that are watched now. Used in the event loop only."""
 
-    def __init__(self, every_seconds: float = EVERY_SECONDS) -> None:
+    def __init__(self, every_seconds: float = EVERY_SECONDS, stream_seconds: float = STREAM_SECONDS) -> None:
         self._every_seconds = every_seconds
+        self._stream_seconds = stream_seconds
         self.share = _SHARE
         self.watched: dict[str, LivePart] = {}
 
@@ -80,13 +83,13 @@ class Live:
         self, name: str, render: Render, is_let_in: Callable[[], bool], client: str = ""
     ) -> AsyncIterator[str]:
         """Yield an event whenever the part has changed, and a comment when 15 s have passed without one. End once the
-        viewer is no longer let in, for example after logging out."""
-        until = time.monotonic() + _LONGEST_STREAM_SECONDS
+        viewer is no longer let in, for example after logging out, or when its time is over: the browser reconnects."""
+        until = time.monotonic() + self._stream_seconds
         with self._viewing(name, render, client) as texts:
             yield "retry: 2000\n\n"
-            while time.monotonic() < until:
+            while (left := until - time.monotonic()) > 0:
                 try:
-                    news = _event(await asyncio.wait_for(texts.get(), _COMMENT_SECONDS))
+                    news = _event(await asyncio.wait_for(texts.get(), min(left, _COMMENT_SECONDS)))
                 except TimeoutError:
                     news = ": no change\n\n"
                 if not is_let_in():
@@ -114,7 +117,8 @@ class Live:
     async def _keep_reading(self, part: LivePart) -> None:
         while True:
             began_at = time.monotonic()
-            with contextlib.suppress(psycopg.Error, BatchqError):  # database unavailable: viewers keep the last text
+            # Viewers keep the last text while the database is unavailable, and of what is gone (HTTPException 404).
+            with contextlib.suppress(psycopg.Error, BatchqError, HTTPException):
                 text = await asyncio.to_thread(part.render)
                 part.reads += 1
                 part.publish(text)
@@ -122,7 +126,8 @@ class Live:
 
     def rest_seconds(self, spent_seconds: float) -> float:
         """Return how long to wait after a read."""
-        return min(max(self.share * spent_seconds, self._every_seconds), _SLOWEST_SECONDS)
+        parts = max(1.0, len(self.watched) / 2)
+        return min(max(self.share * parts * spent_seconds, self._every_seconds), _SLOWEST_SECONDS)
 
 
 def _event(text: str) -> str:

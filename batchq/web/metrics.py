@@ -6,14 +6,44 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from batchq.common.exposition import MOST_PAIRS, OTHER
+from batchq.web.reads import Reader
 
 STATES = ("ready", "scheduled", "waiting", "processing")
 _SUMS = (*STATES, "stalled", "failed", "held_back", "waiting_for_failed")
+_MOST_SCRAPED = 5000
 _IN_USE = {
     "max_running": "running",
     "per_second": "starts_per_second_shared",
     "items_per_second": "items_per_second_shared",
 }
+
+
+def metrics_of(reader: Reader) -> list[Metric]:
+    """Read a database, and return its metrics. Raises what `Reader.read` raises."""
+    stuck = {(row["queue"], row["kind"]): row["batches"] for row in reader.read("waiting_for_failed")}
+    queues = [
+        row | {"waiting_for_failed": stuck.get((row["queue"], row["kind"]), 0)}
+        for row in reader.read("queues", limit=_MOST_SCRAPED)
+    ]
+    workers = reader.read("workers", limit=_MOST_SCRAPED)
+    limits = reader.read("limits", limit=_MOST_SCRAPED)
+    schedules = reader.read("schedules", limit=_MOST_SCRAPED)
+    return list(queue_metrics(queues, sum(row["state"] != "gone" for row in workers), limits, schedules))
+
+
+def metrics_of_several(found: Mapping[str, list[Metric] | Exception]) -> Iterator[Metric]:
+    """Yield the metrics of several databases, each with the label `database`, and which of them are up.
+
+    found: for each, its metrics, or why there are none.
+    """
+    up = GaugeMetricFamily("batchq_database_up", "1 if the database answered, 0 if it is away.", labels=("database",))
+    families: dict[str, Metric] = {}
+    for name, metrics in found.items():
+        up.add_metric((name,), 0 if isinstance(metrics, Exception) else 1)
+        for metric in [] if isinstance(metrics, Exception) else metrics:
+            family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+            family.samples += [one._replace(labels={"database": name, **one.labels}) for one in metric.samples]
+    yield from (up, *families.values())
 
 
 def queue_metrics(

@@ -1,5 +1,6 @@
 """The database connections of the web UI: a small pool, and short transactions with a time limit."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
+from batchq.errors import DatabaseAway
 from batchq.postgres.handler_connections import HandlerConnections
-from batchq.postgres.statements import running, session, views
+from batchq.postgres.statements import running, session
 
 Conn = psycopg.Connection[Any]
 Row = dict[str, Any]
@@ -21,89 +23,78 @@ LOOK_ROWS = 5000  # how many batches one page of a filtered list searches
 MOST_CHARACTERS = 20_000  # of a payload
 HIGHEST_ID = 2**63 - 1
 SQL = running.load_statements(Path(__file__).with_name("queries.sql"))
-_STORED_STATUSES = {
-    "waiting": ["waiting"],
-    "ready": ["pending"],
-    "scheduled": ["pending"],
-    "retrying": ["pending"],
-    "completed": ["completed"],
-    "cancelled": ["cancelled"],
-}
-_EVERY_STATUS = ["waiting", "pending", "processing", "completed", "failed", "cancelled"]
-_SEARCHES = {"failed": "searched_failed", "processing": "searched_processing", "stalled": "searched_processing"}
+
+
+class KnownAway(DatabaseAway):
+    """One of several databases is away. The message may be shown to whoever looks at pages."""
 
 
 class Reader:
     """The pool. Each method runs one transaction, and raises QueryCanceled if it takes too long, or DatabaseAway."""
 
     def __init__(self, dsn: str, seconds: float = READ_SECONDS) -> None:
-        self._pool = HandlerConnections(
-            dsn, POOL_SIZE, seconds, seconds, queue_seconds=seconds, cleans=False, settings=session.FIXED_FORMATS
-        )
+        self._dsn = dsn
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._pool: HandlerConnections | None = None
+        self._is_closed = False
 
     def open(self) -> None:
         """Connect. Raises PoolTimeout."""
-        self._pool.open()
+        self.allow()
+        self._connections().open()
+
+    def allow(self) -> None:
+        """Let the next transaction connect, also after `close`."""
+        self._is_closed = False
 
     def close(self) -> None:
-        """Close the connections."""
-        self._pool.close()
+        """Close the connections. From now on a transaction raises DatabaseAway: a live part that is still read must not
+        connect again."""
+        with self._lock:
+            self._is_closed = True
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+
+    def _connections(self) -> HandlerConnections:
+        """Return the pool. The first transaction opens it, and waits for a connection as every other one does."""
+        with self._lock:
+            if self._is_closed:
+                raise DatabaseAway("the web UI has closed its connections")
+            if self._pool is None:
+                self._pool = HandlerConnections(
+                    self._dsn, POOL_SIZE, self._seconds, self._seconds, queue_seconds=self._seconds, cleans=False,
+                    settings=session.FIXED_FORMATS,
+                )  # fmt: skip
+                self._pool.pool.open()
+            return self._pool
 
     def read(self, name: str, **parameters: Any) -> list[Row]:
         """Return the rows of a named statement, from a read-only transaction."""
-        return self.ask(lambda conn: _rows(conn, SQL[name], parameters))  # type: ignore[no-any-return]
+        return self.ask(lambda conn: rows(conn, SQL[name], parameters))  # type: ignore[no-any-return]
+
+    def read_by_index(self, name: str, **parameters: Any) -> list[Row]:
+        """Do as *read*, and keep the planner from reading more rows than a LIMIT asks for."""
+
+        def question(conn: Conn) -> list[Row]:
+            conn.execute(SQL["by_index"])
+            return rows(conn, SQL[name], parameters)
+
+        return self.ask(question)  # type: ignore[no-any-return]
 
     def ask(self, question: Callable[[Conn], Any]) -> Any:
         """Return what *question* returns, from a read-only transaction."""
-        with self._pool.transaction() as conn:
+        with self._connections().transaction() as conn:
             conn.execute(SQL["only_read"])
             return question(conn)
 
     def act(self, action: Callable[[Conn], Any]) -> Any:
         """Return what *action* returns. Commits."""
-        with self._pool.transaction() as conn:
+        with self._connections().transaction() as conn:
             return action(conn)
 
 
-def _rows(conn: Conn, statement: bytes, parameters: Row) -> list[Row]:
+def rows(conn: Conn, statement: bytes, parameters: Row) -> list[Row]:
+    """Return the rows of a statement."""
     return conn.cursor(row_factory=dict_row).execute(statement, parameters or None).fetchall()
-
-
-def batch_list(
-    queue: str | None, kind: str | None, status: str | None, error: str | None, before: str | None
-) -> Callable[[Conn], tuple[list[Row], str | None, int]]:
-    """Return a question for `Reader.ask` that reads one page of batches: its rows, the key of the next page (None: this
-    is the last one), and how many batches it searched, at most 5,000 however rare the matches are."""
-    before_time, before_id = _read_key(before, is_failed=status == "failed")
-    is_filtered = any((queue, kind, error, status in ("ready", "scheduled", "retrying", "stalled")))
-    most = LOOK_ROWS if is_filtered else PAGE_ROWS + 1
-    statement = SQL[_SEARCHES.get(status or "", "searched_by_id")] + SQL["matching"]
-    statuses = _STORED_STATUSES.get(status or "", _EVERY_STATUS)
-    parameters = {
-        "queue": queue, "kind": kind, "status": status, "error": error, "most": most, "limit": PAGE_ROWS,
-        "live_status": "waiting" if status == "waiting" else None,
-        "before_time": before_time, "before_id": before_id, "statuses": statuses,
-        "final_statuses": [final for final in views.FINAL_STATUSES if final in statuses],
-    }  # fmt: skip
-
-    def read(conn: Conn) -> tuple[list[Row], str | None, int]:
-        found = _rows(conn, statement, parameters)
-        searched, last_key = found[0]["searched"], found[0]["last_key"]
-        page = [row for row in found if row["id"] is not None]
-        if len(page) > PAGE_ROWS:
-            return page[:PAGE_ROWS], page[PAGE_ROWS - 1]["key"], searched
-        return page, last_key if searched == most else None, searched
-
-    return read
-
-
-def _read_key(key: str | None, is_failed: bool) -> tuple[float, int]:
-    """Return the time and id in a page's key; those of the first page if it is not a key."""
-    try:
-        time_text, _, id_text = (key or "").rpartition(" ")
-        before_id = int(id_text)
-        if 0 <= before_id <= HIGHEST_ID and bool(time_text) == is_failed:
-            return float(time_text or "inf"), before_id
-    except ValueError:
-        pass
-    return float("inf"), HIGHEST_ID

@@ -6,6 +6,7 @@ from typing import Any
 
 import psycopg
 
+from batchq.operate.refusals import refusal
 from batchq.operate.verbs import Verb, whole_number
 from batchq.web.reads import HIGHEST_ID, Reader
 
@@ -46,7 +47,7 @@ def refusals() -> Iterator[None]:
     except psycopg.errors.LockNotAvailable:
         raise Refused("somebody else is using it at this moment; try again") from None
     except (psycopg.errors.RaiseException, psycopg.DataError, psycopg.IntegrityError) as error:
-        raise Refused("; ".join(filter(None, (error.diag.message_primary, error.diag.message_hint)))) from None
+        raise Refused(refusal(error) or str(error)) from None
     except ValueError as error:
         raise Refused(str(error)) from None
 

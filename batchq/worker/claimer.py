@@ -23,6 +23,7 @@ from batchq.worker.outage import Outage
 from batchq.worker.permits import reserve, unreserve
 from batchq.worker.positions import MOST_PRIORITIES, Pauses, Source, Track
 from batchq.worker.refused import Halving, Skipped, is_about_rows
+from batchq.worker.shards import Ready, ShardLooks
 from batchq.worker.turns import MOST_IDLE_SECONDS
 
 STEERING_SECONDS = 1.0  # between two readings of pauses, throttles and limits
@@ -55,6 +56,8 @@ class Claimer:
         self.polled_at = time.monotonic()
         self.unknown: list[Claim] = []  # whose COMMIT was interrupted
         self._keyed = KeyedClaims(context, link, self.skipped)
+        self._shard_looks = ShardLooks(context, link, self._follow_flows)
+        self._shards = context.shards  # as they were last applied
         self._steered: tuple[int, Pauses] = (0, frozenset())  # the version of the steering, and what is paused
         self._writable_at = time.monotonic()
         self._from_start = False  # recorded positions do not count
@@ -105,7 +108,8 @@ class Claimer:
     def _forget_positions(self) -> None:
         self.context.flows.read_from_start()
         for source in self.sources:
-            source.forget()
+            for shard in source.shards:
+                shard.forget()
         self._from_start = True
 
     def probe_seconds(self) -> float:
@@ -114,7 +118,7 @@ class Claimer:
 
     def known_priorities(self) -> list[int]:
         """Return every priority that was seen in any queue, and the default, 0."""
-        return sorted({0}.union(*(source.tracks.copy() for source in self.sources)))
+        return sorted({0}.union(*(shard.tracks.copy() for source in self.sources for shard in source.shards)))
 
     # ---------------------------------------------------------------------------------------------------- a round
 
@@ -127,7 +131,11 @@ class Claimer:
         self.permits.throttles.write(self.link)
         if self.permits.is_steered:
             self.steer()
-        self._looks_again = False
+        is_distributed = self.context.layout.is_distributed
+        self._looks_again = is_distributed and self.context.flows.collect(self.link, self._from_start)
+        if self.context.shards is not self._shards:
+            self._shards = self.context.shards
+            self._split_sources()
         self.sources.append(self.sources.pop(0))
         return sum(self.claim_from(source) for source in list(self.sources) if source.kinds and source.lane.room())
 
@@ -185,6 +193,12 @@ class Claimer:
                 source.permits = tuple(dict.fromkeys(permit for permit in found if permit is not None))
                 sources.append(source)
         self.sources = sources
+        self._split_sources()
+
+    def _split_sources(self) -> None:
+        """Serve all shards of the queues that are split."""
+        for source in self.sources:
+            source.split(self._shards.get(source.queue, ()))
 
     def _source(self, queue: str, lane: Lane, kind: str | None) -> Source:
         known = (s for s in self.sources if (s.queue, s.lane, s.limited_kind) == (queue, lane, kind))
@@ -194,9 +208,9 @@ class Claimer:
         """Claim what is ready of one source; return how many. Batches with and without a key come first in turn."""
         if source.permits and not self._may_claim(source):
             return 0
-        if not source.ring.has_keys:
+        if not source.has_keys:
             claimed = self._claim_keyless(source, 0)
-            return claimed + (self._claim_keyed(source, claimed) if source.ring.has_keys else 0)
+            return claimed + (self._claim_keyed(source, claimed) if source.has_keys else 0)
         source.is_keyed_first = not source.is_keyed_first
         if source.is_keyed_first:
             claimed = self._claim_keyed(source, 0)
@@ -211,7 +225,7 @@ class Claimer:
         now = time.monotonic()
         if now - source.asked_at >= _ASK_AGAIN_SECONDS:
             source.asked_at = now
-            source.is_held_back = source.ring.has_keys or bool(self.probe(source)) or source.ring.has_keys
+            source.is_held_back = source.has_keys or bool(self._look(source)) or source.has_keys
             if source.is_held_back and not self.steer():
                 unreserve(source.permits, reserve(source.permits, self._room(source, 0)))  # notes what is wanted
                 self.permits.refresh(self.link, _ASK_AGAIN_SECONDS / 2)
@@ -226,31 +240,38 @@ class Claimer:
         if self.steer():  # the sources may be others now
             self._looks_again = True
             return 0
-        for _ in range(_MOST_RANGES):
+        for _ in range(_MOST_RANGES + max(0, sum(shard.ring.has_keys for shard in source.shards) - 1)):
             room = self._room(source, claimed + count)
             if room <= 0 or self.lifecycle.stopping.is_set():
                 break
-            rows = self._claim(source, room, lambda claim, room: self._keyed.claim(source, claim, room))
-            if rows is None:
+            rows = self._claim_range(source.shard_of_ring(), room)
+            if rows is None and len(source.shards) == 1:
                 break
-            count += len(rows)
+            count += len(rows or ())
         return count
+
+    def _claim_range(self, shard: Source, room: int) -> list[ClaimedRow] | None:
+        """Claim from the keys that come next; None if none of the shard is due."""
+        rows = self._claim(shard, room, lambda claim, room: self._keyed.claim(shard, claim, room))
+        if rows is None or shard.ring.is_at_start:
+            shard.whole.leave_ring()
+        return rows
 
     def _claim_keyless(self, source: Source, claimed: int) -> int:
         """Claim ready batches without a key, the most urgent priority first; return how many."""
         before = claimed
-        claimed += self._sweep(source)
-        ready = self.probe(source)
+        claimed += sum(self._sweep(shard) for shard in source.shards)
+        ready = self._look(source)
         if ready and self.steer():
-            ready = self.probe(source) if source.kinds else []
-        for priority, start in ready:
+            ready = self._look(source) if source.kinds else []
+        for shard, priority, start in ready:
             room = self._room(source, claimed)
             if room <= 0 or self.lifecycle.stopping.is_set():
                 break
-            rows = self.claim(source, priority, room, start, END)
+            rows = self.claim(shard, priority, room, start, END)
             is_full = len(rows) == room
-            source.tracks[priority].claimed(rows, start, is_full=is_full)
-            source.busy_priority = priority if is_full else None
+            shard.tracks[priority].claimed(rows, start, is_full=is_full)
+            source.was_claimed(shard, priority, is_full)
             claimed += len(rows)
             if is_full:  # there may be more of this priority: a slot that is free by now is for those
                 break
@@ -274,13 +295,19 @@ class Claimer:
         return len(rows)
 
     def _room(self, source: Source, claimed: int) -> int:
-        lane = source.lane
+        lane, permits = source.lane, source.whole.permits
         room = lane.room() if claimed == 0 else lane.wanted() - lane.occupied
-        if any(permit.limit.max_running is not None for permit in source.permits):
+        if any(permit.limit.max_running is not None for permit in permits):
             room = min(room, max(1, lane.free_slots()))  # a batch that waits here keeps others from running elsewhere
         return min(room, int(_MOST_A_CLAIM * lane.prefetch.limit_factor))
 
     # ----------------------------------------------------------------------------------------------------- probes
+
+    def _look(self, source: Source) -> Ready:
+        """Return what is ready in the shards of a source, the most urgent first."""
+        if len(source.shards) > 1:
+            return self._shard_looks.ready(source, self._from_start)
+        return [(source, priority, start) for priority, start in self.probe(source)]
 
     def probe(self, source: Source) -> list[tuple[int, Position]]:
         """Return the priorities that have a ready batch, the most urgent first, and where to start in each."""
@@ -316,8 +343,9 @@ class Claimer:
         """Let go on what waited for others, if anything has ended since."""
         if not has_events:
             self.context.flows.looked(after, took_seconds)
-        elif self.context.flows.follow(self.link):
-            self._looks_again = True
+            return
+        self._looks_again = True  # also if others are following them at this moment
+        if self.context.flows.follow(self.link):
             self.lifecycle.wake.set()  # for another round
 
     def _discover_priorities(self, source: Source) -> None:
@@ -377,7 +405,7 @@ class Claimer:
         def run(claim: Claim, room: int) -> list[ClaimedRow]:
             statement = claims.claim(
                 source.queue, priority, source.kinds, room, self.context.worker_id, claim.token,
-                claim.runtime.lease_seconds, after, until, self.skipped.ids(),
+                claim.runtime.lease_seconds, after, until, self.skipped.ids(), claim.runtime.layout.is_distributed,
             )  # fmt: skip
             return sorted(map(ClaimedRow._make, self._run_claim(statement)), key=_IN_ORDER)
 
@@ -387,11 +415,13 @@ class Claimer:
         self, source: Source, room: int, run: Callable[[Claim, int], list[ClaimedRow] | None]
     ) -> list[ClaimedRow] | None:
         """Claim by *run* what there are permits for, up to *room*, and give it to the lane."""
+        permits = source.whole.permits
         claim = Claim(
-            source.queue, uuid.uuid4(), self.context.runtime, began_at=time.monotonic(), permits=source.permits
+            source.queue, uuid.uuid4(), self.context.runtime, time.monotonic(), permits, whole_queue=source.whole.queue
         )
-        if source.permits:
-            claim.reserved = room = reserve(source.permits, room)
+        if permits:
+            claim.reserved = room = reserve(permits, room)
+            self._looks_again = self._looks_again or not room
         rows: list[ClaimedRow] | None = None
         if room > 0:
             try:

@@ -23,8 +23,8 @@ from batchq.worker.turns import LOOK_SECONDS, Turns
 class Context:
     """Who a worker is, what it serves, and what its parts let each other know.
 
-    *turns*, *looks* and *dead_rows* are as of the last heartbeat: the keeper writes them; the claimer, the schedules
-    and the survey read them. Raises ConfigError for a DSN that is missing or will not do.
+    *turns*, *looks*, *dead_rows* and *shards* are as of the last heartbeat: the keeper writes them; the claimer, the
+    schedules and the survey read them. Raises ConfigError for a DSN that is missing or will not do.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -45,13 +45,17 @@ class Context:
             settings.keep_completed,
             gate=gates.of,
             throttle=self._throttle,
+            app_state=lambda: self.app_state,
         )
+        self.layout = self.runtime.layout
+        self.app_state: Any = None  # what the app's lifespan has yielded
         self.flows = Flows()
         self.lanes: Sequence[Lane] = ()
         self.links: list[Link] = []
         self.set_turn(Turn(1, 0, 0.0), 0.0)
         self.schedules: Sequence[Mapping[str, Any]] | None = None  # those that the app declares; None: takes no part
         self.dead_rows = 0
+        self.shards: Mapping[str, Sequence[str]] = {}  # of the queues that are split; the keeper replaces it
 
     def _throttle(self, queue: str, kind: str, key: str | None, error: Throttled) -> None:
         self.permits.throttle(queue, kind, key, error)
@@ -71,6 +75,16 @@ class Context:
         """Note this worker's turn; *known_at*: the monotonic time when the database's clock was *turn.now*."""
         self.turns = Turns(turn, known_at)
         self.looks = Turns(turn, known_at, 1 / LOOK_SECONDS)
+
+    def set_shards(self, shards: Mapping[str, Sequence[str]]) -> None:
+        """Note the stored names of the shards of each queue that is split."""
+        if shards != self.shards:
+            self.shards = shards
+
+    @property
+    def stored_queues(self) -> list[str]:
+        """The queues that it serves, as they are stored: with all shards."""
+        return [name for queue in self.settings.queues for name in self.shards.get(queue, (queue,))]
 
     def new_link(self, timeout_seconds: float | None = None) -> Link:
         """Return a connection for one service thread, closed with the worker."""

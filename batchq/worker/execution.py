@@ -2,22 +2,28 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from batchq.app import Handler, ItemHandler
-from batchq.batch import Batch
+from batchq.batch import Batch, callers
 from batchq.batch.claimed import ClaimedBatch
-from batchq.common import traces
+from batchq.common import sealed, traces
 from batchq.common.forks import end_if_forked
+from batchq.common.hidden import OF_THIS_PROGRAM, hide_values_of
 from batchq.common.log import current_batch, get_logger
-from batchq.common.text import MOST_RESULT_BYTES, error_object, json_text, message_object, message_of, one_line
+from batchq.common.sealed import MARK, MARK_WITHIN
+from batchq.common.text import error_object, message_object, message_of, one_line
 from batchq.errors import (
     Cancel,
+    CannotOpen,
     DatabaseAway,
+    Interrupted,
     InvalidInput,
+    KeyMissing,
     LeaseLost,
     Snooze,
     StopRequested,
@@ -26,10 +32,13 @@ from batchq.errors import (
     of_group,
 )
 from batchq.postgres.statements import inputs
-from batchq.postgres.transactions import CONFLICTS
+from batchq.postgres.transactions import is_conflict
 from batchq.retry import Backoff
 from batchq.worker.items import run_items, run_items_async, validate
+from batchq.worker.spread import PartFailed, parts_wanted, refuse_spread, spread
 
+Result = TypeVar("Result")
+_RETURNED = "what the handler returned"
 _log = get_logger()
 
 
@@ -61,14 +70,23 @@ def run(claimed: ClaimedBatch, handler: Handler) -> Outcome:
     current_batch.set(claimed)
     result = None
     try:
-        if claimed.row.payload is None:
+        if (payload := claimed.row.payload) is None:
             claimed.load()
+            payload = claimed.row.payload or ""
+        if handler.sealed or payload.find(MARK, 0, MARK_WITHIN) >= 0:
+            claimed.open_input(handler.sealed)
+        if OF_THIS_PROGRAM.fields is not None:
+            hide_values_of(claimed.row.payload or "")
         batch = Batch(claimed)
         if handler.payload_model is not None:
             batch.payload = validate(handler.payload_model, batch.payload, "payload")
         if isinstance(handler, ItemHandler):
-            run_items(claimed, batch, handler)
+            if (most := parts_wanted(claimed, handler)) > 1 and spread(claimed, most):
+                return WRITTEN
+            handler.run(batch) if handler.run else run_items(claimed, batch, handler)
         else:
+            if claimed.row.spread is not None:
+                refuse_spread(claimed.row.spread, handler)
             result = handler.function(batch)
         end_if_forked()
         if claimed.open_transaction is not None:
@@ -87,14 +105,24 @@ async def run_async(claimed: ClaimedBatch, handler: Handler) -> Outcome:
     current_batch.set(claimed)
     result = None
     try:
-        if claimed.row.payload is None:
+        if (payload := claimed.row.payload) is None:
             await claimed.claim.runtime.connections.in_thread(claimed.load)
+            payload = claimed.row.payload or ""
+        if handler.sealed or payload.find(MARK, 0, MARK_WITHIN) >= 0:
+            claimed.open_input(handler.sealed)
+        if OF_THIS_PROGRAM.fields is not None:
+            hide_values_of(claimed.row.payload or "")
         batch = Batch(claimed)
         if handler.payload_model is not None:
             batch.payload = validate(handler.payload_model, batch.payload, "payload")
         if isinstance(handler, ItemHandler):
-            await run_items_async(claimed, batch, handler)
+            most = parts_wanted(claimed, handler)
+            if most > 1 and await _in_thread(claimed, partial(spread, claimed, most)):
+                return WRITTEN
+            await (handler.run(batch) if handler.run else run_items_async(claimed, batch, handler))
         else:
+            if claimed.row.spread is not None:
+                refuse_spread(claimed.row.spread, handler)
             result = await handler.function(batch)
         end_if_forked()
         if claimed.open_transaction is not None:
@@ -111,7 +139,7 @@ async def run_async(claimed: ClaimedBatch, handler: Handler) -> Outcome:
 
 def run_traced(claimed: ClaimedBatch, handler: Handler) -> Outcome:
     """`run` in a span."""
-    span = traces.begin(claimed.kind, claimed.queue, claimed.id, claimed.attempt, claimed.row.trace_context)
+    span = traces.begin(claimed.kind, claimed.whole_queue, claimed.id, claimed.attempt, claimed.row.trace_context)
     outcome = run(claimed, handler)
     traces.end(span, _error_for_trace(claimed, outcome))
     return outcome
@@ -119,7 +147,7 @@ def run_traced(claimed: ClaimedBatch, handler: Handler) -> Outcome:
 
 async def run_async_traced(claimed: ClaimedBatch, handler: Handler) -> Outcome:
     """`run_async` in a span."""
-    span = traces.begin(claimed.kind, claimed.queue, claimed.id, claimed.attempt, claimed.row.trace_context)
+    span = traces.begin(claimed.kind, claimed.whole_queue, claimed.id, claimed.attempt, claimed.row.trace_context)
     outcome = await run_async(claimed, handler)
     traces.end(span, _error_for_trace(claimed, outcome))
     return outcome
@@ -132,10 +160,15 @@ def _error_for_trace(claimed: ClaimedBatch, outcome: Outcome) -> str | None:
     return None if outcome.status == "cancelled" else outcome.error
 
 
+async def _in_thread(claimed: ClaimedBatch, function: Callable[[], Result]) -> Result:
+    return await asyncio.shield(claimed.claim.runtime.connections.in_thread(function))
+
+
 async def _off_the_loop(claimed: ClaimedBatch, decide: Callable[[], Outcome]) -> Outcome:
-    """Return what *decide* returns, called in a thread where it queries the database (failed items, a lost lease)."""
-    if claimed.items_failed or claimed.interrupt is not None:
-        return await asyncio.shield(claimed.claim.runtime.connections.in_thread(decide))
+    """Return what *decide* returns, called in a thread where it queries the database: for failed items, a lost
+    lease, a write in doubt."""
+    if claimed.items_failed or claimed.interrupt is not None or claimed.in_doubt is not None:
+        return await _in_thread(claimed, decide)
     return decide()
 
 
@@ -152,6 +185,8 @@ def _refuse_open_transaction(claimed: ClaimedBatch) -> None:
 
 def returned(claimed: ClaimedBatch, handler: Handler, result: Any) -> Outcome:
     """Return the outcome of a handler that returned *result*."""
+    if claimed.in_doubt is not None:
+        callers.settle(claimed)
     if claimed.left_to_finish == "nothing":
         return WRITTEN
     if claimed.left_to_finish == "completion" and not claimed.all_items_worked:
@@ -161,16 +196,7 @@ def returned(claimed: ClaimedBatch, handler: Handler, result: Any) -> Outcome:
     all_done = claimed.items_total is not None and claimed.left_to_finish != "completion"
     if result is None and not all_done:
         return COMPLETED
-    return Outcome("completed", None if result is None else _result_text(result), all_done=all_done)
-
-
-def _result_text(result: Any) -> str:
-    """Return the result as JSON text. Raises InvalidInput for what is not JSON, or too large."""
-    text = json_text(result, "what the handler returned")
-    size = len(text.encode())
-    if size > MOST_RESULT_BYTES:
-        raise InvalidInput(f"what the handler returned is {size:,} bytes of JSON; at most {MOST_RESULT_BYTES:,}")
-    return text
+    return Outcome("completed", claimed.result_text(result, _RETURNED), all_done=all_done)
 
 
 def _left_early(claimed: ClaimedBatch, handler: Handler) -> Outcome:
@@ -188,11 +214,12 @@ def _with_failed_items(claimed: ClaimedBatch, handler: Handler, result: Any) -> 
     if left.snoozed_seconds is not None:
         _log.info("batch waits for snoozed items", seconds=round(max(left.snoozed_seconds, 0), 1))
         return Outcome("pending", delay_seconds=max(left.snoozed_seconds, 0), is_release=True)
-    message = f"{claimed.items_failed} of {claimed.items_total} items failed; the first: {left.first_error}"
+    first_error = sealed.shortened(left.first_error or "None")
+    message = f"{claimed.items_failed} of {claimed.items_total} items failed; the first: {first_error}"
     if left.retryable and claimed.attempt < claimed.max_attempts:
         return _retried(claimed, handler, message, message_object(message))
     if claimed.items_failed <= claimed.row.max_failed_items:
-        return Outcome("completed", None if result is None else _result_text(result))
+        return Outcome("completed", claimed.result_text(result, _RETURNED))
     return _failed(message, message_object(message))
 
 
@@ -206,8 +233,10 @@ def safely(
     try:
         return decide(claimed, handler, error)
     except BaseException as second:
-        _log.error("the outcome could not be determined", error=one_line(second))
-        text = message_object(f"{one_line(error)} (and determining the outcome raised: {one_line(second)})")
+        _log.error("the outcome could not be determined", error=line_of(claimed, second))
+        text = message_object(
+            f"{line_of(claimed, error)} (and determining the outcome raised: {line_of(claimed, second)})"
+        )
         if claimed.attempt < claimed.max_attempts:
             return Outcome("pending", error=text, delay_seconds=Backoff().delay_seconds(claimed.attempt))
         return Outcome("failed", error=text)
@@ -216,12 +245,15 @@ def safely(
 def raised(claimed: ClaimedBatch, handler: Handler, error: BaseException) -> Outcome:
     """Return the outcome of a handler that raised *error*."""
     error = of_group(_cause_of_cancellation(claimed, error))
+    if claimed.in_doubt is not None:
+        with contextlib.suppress(LeaseLost):
+            callers.was_committed(claimed)
     if claimed.completed:
-        _log.error("handler failed after its batch was completed", error=one_line(error))
+        _log.error("handler failed after its batch was completed", error=line_of(claimed, error))
         return WRITTEN
     conflicts = claimed.claim.runtime.conflicts
-    if isinstance(error, CONFLICTS) and (delay := conflicts.delay_seconds(claimed.id)) is not None:
-        _log.warning("batch conflicted", error=one_line(error), retry_in_seconds=round(delay, 1))
+    if is_conflict(error) and (delay := conflicts.delay_seconds(claimed.id)) is not None:
+        _log.warning("batch conflicted", error=line_of(claimed, error), retry_in_seconds=round(delay, 1))
         return Outcome("pending", delay_seconds=delay, is_release=True)
     match error:
         case StopRequested() | DatabaseAway():
@@ -233,17 +265,15 @@ def raised(claimed: ClaimedBatch, handler: Handler, error: BaseException) -> Out
         case TimedOut():
             return WRITTEN  # the keeper has ended the attempt
         case Throttled():
-            claimed.claim.runtime.throttle(claimed.queue, claimed.kind, claimed.row.key, error)
+            claimed.claim.runtime.throttle(claimed.whole_queue, claimed.kind, claimed.row.key, error)
             return Outcome("pending", delay_seconds=error.seconds, is_release=True)
         case Snooze():
             _log.info("batch snoozed", seconds=error.seconds)
             return Outcome("pending", delay_seconds=error.seconds, is_release=True)
         case Cancel():
-            reason = message_of(error)
-            _log.info("batch cancelled", reason=reason)
-            return Outcome("cancelled", error=message_object(f"cancelled: {reason}"))
+            return _cancelled(claimed, message_of(error))
         case InvalidInput():
-            return _failed(one_line(error), error_object(error))
+            return _failed(line_of(claimed, error), object_of(claimed, error))
     return failed_attempt(claimed, handler, error)
 
 
@@ -264,7 +294,7 @@ def _status_now(claimed: ClaimedBatch) -> str:
 
 def failed_attempt(claimed: ClaimedBatch, handler: Handler, error: BaseException) -> Outcome:
     """Return the outcome of a failed attempt: retried, or failed if it was the last one."""
-    return _failed_attempt(claimed, handler, one_line(error), error_object(error))
+    return _failed_attempt(claimed, handler, line_of(claimed, error), object_of(claimed, error))
 
 
 def _failed_attempt(claimed: ClaimedBatch, handler: Handler, message: str, error: str) -> Outcome:
@@ -284,6 +314,45 @@ def _failed(message: str, error: str) -> Outcome:
     """Return the outcome "failed", which is final."""
     _log.error("batch failed", error=message)
     return Outcome("failed", error=error)
+
+
+def _cancelled(claimed: ClaimedBatch, reason: str) -> Outcome:
+    text = message_object(f"cancelled: {reason}")
+    if claimed.keys is not None:
+        reason = claimed.keys.plain_line("")
+        text = _sealed_object(claimed, f"cancelled: {reason}", text)
+    _log.info("batch cancelled", reason=reason)
+    return Outcome("cancelled", error=text)
+
+
+# ------------------------------------------------------------------------------------------ errors of a sealed batch
+
+_WITHOUT_VALUES = (KeyMissing, CannotOpen, PartFailed, Interrupted)  # their messages are batchq's own
+
+
+def line_of(claimed: ClaimedBatch, error: BaseException) -> str:
+    """Return an error in one line for logs; of a sealed batch, only its type and the name of the key."""
+    line = one_line(error)
+    if claimed.keys is None or isinstance(error, _WITHOUT_VALUES):
+        return line
+    return claimed.keys.plain_line(line)
+
+
+def object_of(claimed: ClaimedBatch, error: BaseException) -> str:
+    """Return the JSON object of batchq.batches.errors for *error*; of a sealed batch, with message and traceback
+    sealed."""
+    if claimed.keys is None:
+        return error_object(error)
+    if isinstance(error, _WITHOUT_VALUES):
+        return message_object(one_line(error))
+    return _sealed_object(claimed, line_of(claimed, error), error_object(error))
+
+
+def _sealed_object(claimed: ClaimedBatch, line: str, text: str) -> str:
+    """Return an object of batchq.batches.errors with *line* for everybody, and the object *text* sealed."""
+    assert claimed.keys is not None  # noqa: S101 (for the type checker)
+    envelope = json.loads(claimed.keys.seal(text, claimed.kind, "error"))
+    return json.dumps({"error": line, "sealed": envelope}, ensure_ascii=False)
 
 
 def timed_out(claimed: ClaimedBatch, seconds: float) -> TimedOut:

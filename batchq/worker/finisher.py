@@ -20,10 +20,11 @@ from batchq.postgres.statements.endings import Finish, Requeue
 from batchq.postgres.statements.running import Statement
 from batchq.worker import permits
 from batchq.worker.execution import COMPLETED, Outcome
+from batchq.worker.failures import Failed
 from batchq.worker.lanes import Lane
 from batchq.worker.outage import Outage
 from batchq.worker.refused import MOST_LOGGED
-from batchq.worker.throughput import MOST_TIMED, Throughput, run_times_of
+from batchq.worker.throughput import MOST_TIMED, Throughput, run_times_of, waits_of
 
 MOST_A_GROUP = 2000
 MOST_RUNS = 800  # of consecutive ids: the text of so many still travels as one message
@@ -61,7 +62,7 @@ class Ended(NamedTuple):
 
 class Finisher:
     """Writes outcomes. *on_written* is called after each group, *on_needed* after one with batches that others wait
-    for, with the connection."""
+    for, with the connection, *on_failed* with each batch that has failed for good."""
 
     def __init__(
         self,
@@ -69,8 +70,10 @@ class Finisher:
         on_written: Callable[[], None],
         keep_completed: bool = True,
         on_needed: Callable[[Link], object] = lambda _: None,
+        on_failed: Callable[[Failed], None] | None = None,
     ) -> None:
         self.link = link
+        self.on_failed = on_failed
         self.on_written = on_written
         self.on_needed = on_needed
         self.keep_completed = keep_completed
@@ -158,6 +161,8 @@ class Finisher:
                     late_batches = {entry.batch for entry in late}
                     entries = [entry for entry in entries if entry.batch not in late_batches]
                 self._tally(entries)
+                if self.on_failed is not None:
+                    self._report_failed(entries, late if is_unknown else ())
                 return
 
     # ----------------------------------------------------------------------------------------- locked and refused rows
@@ -277,21 +282,25 @@ class Finisher:
 
     def statement(self, queue: str, entries: Sequence[Ended]) -> Statement:
         """Return the statement that writes entries of one way."""
-        match self._way(entries[0].outcome):
+        match self._way(entries[0]):
             case "complete":
                 ids = [entry.batch.id for entry in entries]
                 tokens = [entry.batch.claim.token_text for entry in entries]
-                return endings.complete(queue, ids, tokens, self.keep_completed)
+                is_distributed = entries[0].batch.claim.runtime.layout.is_distributed
+                return endings.complete(queue, ids, tokens, self.keep_completed, is_distributed)
             case "finish":
                 return endings.finish(queue, list(map(_as_finish, entries)))
             case _:
                 return endings.requeue(queue, list(map(_as_requeue, entries)))
 
-    def _way(self, outcome: Outcome) -> str:
+    def _way(self, entry: Ended) -> str:
+        outcome = entry.outcome
+        if not self.keep_completed and outcome.status == "completed":  # parts are kept until they are gathered
+            return "finish" if entry.batch.row.part_of is not None else "complete"
         if outcome is COMPLETED:
             return "complete"
         if outcome.status == "completed":
-            return "finish" if self.keep_completed else "complete"
+            return "finish"
         return "requeue" if outcome.status == "pending" else "finish"
 
     def by_target(self, group: Iterable[Ended]) -> dict[tuple[str, str], list[Ended]]:
@@ -299,7 +308,7 @@ class Finisher:
         targets: dict[tuple[str, str], list[Ended]] = defaultdict(list)
         for entry in group:
             if not entry.outcome.written:
-                targets[entry.batch.claim.queue, self._way(entry.outcome)].append(entry)
+                targets[entry.batch.claim.queue, self._way(entry)].append(entry)
         return targets
 
     # ----------------------------------------------------------------------------------------------------- counting
@@ -311,14 +320,27 @@ class Finisher:
             if entry.batch.claim.permits:
                 permits.has_ended(entry.batch.claim.permits, entry.batch)
 
+    def _report_failed(self, entries: Sequence[Ended], doubtful: Sequence[Ended]) -> None:
+        """Report the failures. *doubtful*: entries that the first COMMIT may have written, or that were lost before."""
+        in_doubt = {entry.batch for entry in doubtful}
+        for entry in entries:
+            batch = entry.batch
+            if entry.outcome.status == "failed" and batch.row.part_of is None and self.on_failed is not None:
+                self.on_failed(Failed(batch.queue, batch.id, batch.attempt, batch not in in_doubt))
+
     def _tally(self, entries: Sequence[Ended]) -> None:
+        has_parts = False
         for entry in entries:
             if entry.batch.items_total is not None:
                 self.throughput.progress(entry.batch, _items_processed(entry))
+                has_parts = has_parts or entry.batch.row.part_of is not None
+        if has_parts:  # their items count; the batch itself counts once, as a whole
+            entries = [entry for entry in entries if entry.batch.row.part_of is None]
         for (queue, kind, end), alike in _by_end(entries).items():
             timed = alike[:: len(alike) // MOST_TIMED + 1]
             run_times = run_times_of((entry.batch, entry.ended_at) for entry in timed)
-            self.throughput.ended(queue, kind, end, len(alike), run_times)
+            waits = waits_of((entry.batch for entry in timed), self.throughput.clock_ahead())
+            self.throughput.ended(queue, kind, end, len(alike), run_times, waits)
 
 
 def _retry_at(entry: Ended) -> float:
@@ -334,11 +356,13 @@ def _items_processed(entry: Ended) -> int:
 def _by_end(entries: Sequence[Ended]) -> dict[tuple[str, str, str], Sequence[Ended]]:
     """Return the entries by queue, kind and how they ended, without those that were only released."""
     if entries and entries[0].outcome is COMPLETED and len({entry.batch.kind for entry in entries}) == 1:
-        return {(entries[0].batch.queue, entries[0].batch.kind, "completed"): entries}  # one way: all are completed
+        return {
+            (entries[0].batch.whole_queue, entries[0].batch.kind, "completed"): entries
+        }  # one way: all are completed
     found: dict[tuple[str, str, str], list[Ended]] = defaultdict(list)
     for entry in entries:
         if end := _end_of(entry.outcome):
-            found[entry.batch.queue, entry.batch.kind, end].append(entry)
+            found[entry.batch.whole_queue, entry.batch.kind, end].append(entry)
     return dict(found)
 
 

@@ -10,6 +10,7 @@ from batchq.postgres.statements import flows, session
 _MOST = 500  # events in one transaction
 _FROM_START_SECONDS = 0.5  # between two reads from the start: for what was committed late
 _AGAIN_SECONDS = 0.05  # until what others have locked is tried again
+_COLLECTING_SECONDS = 0.5
 _PAUSE_FACTOR = 20  # an expensive read from the start is followed by a pause of that many times its cost
 
 _log = get_logger()
@@ -26,6 +27,7 @@ class Flows:
         self._lock = threading.Lock()
         self._after = 0
         self._from_start_at = 0.0
+        self._collect_at = 0.0
 
     def start(self) -> int:
         """Return the id after which to look for events."""
@@ -35,6 +37,18 @@ class Flows:
         """Record that nothing was found after *start*."""
         if start == 0:
             self._from_start_at = time.monotonic() + max(_FROM_START_SECONDS, _PAUSE_FACTOR * took_seconds)
+
+    def collect(self, link: Link, now: bool) -> bool:
+        """Every half second, or *now*, write down what no trigger has: on a distributed Postgres none can. Return
+        whether there was anything."""
+        if not now and time.monotonic() < self._collect_at:
+            return False
+        began_at = time.monotonic()
+        with link.transaction() as conn:
+            has_collected = flows.collect(conn, _MOST) > 0
+        pause_seconds = max(_COLLECTING_SECONDS, _PAUSE_FACTOR * (time.monotonic() - began_at))
+        self._collect_at = time.monotonic() + (0.0 if has_collected else pause_seconds)
+        return has_collected
 
     def read_from_start(self) -> None:
         """Let the next read begin at the first event."""

@@ -86,6 +86,7 @@ class Housekeeper(DutyLoop):
             with self.link.transaction() as conn:
                 maintenance.prune_records(conn)
                 maintenance.prune_needs(conn, self._context.settings.keep_finished_days)
+                maintenance.prune_parts(conn, self._context.settings.keep_finished_days)
         except psycopg.Error as error:
             if self.link.conn is None:  # lost: retried when the database is back
                 raise

@@ -63,7 +63,7 @@ class ChunkRun:
         self._positions = iter(range(len(chunk)))
         self._ends_at = time.monotonic() + _CHUNK_SECONDS
         self._ended_by: tuple[int, Snooze | Cancel] | None = None  # from which position on, and why
-        self._gate = claimed.claim.runtime.gate(claimed.queue, claimed.kind)
+        self._gate = claimed.claim.runtime.gate(claimed.whole_queue, claimed.kind)
         self._again: deque[int] = deque()  # the positions of items that were throttled
         self._has_begun = False  # an item
         self._has_token = False  # for the next item, from the gate
@@ -188,7 +188,7 @@ class ChunkRun:
     def _throttle(self, position: int, error: Throttled) -> None:
         """Let all wait. Run the item again afterwards: in this chunk if that is soon, else in the next run."""
         claimed = self._claimed
-        claimed.claim.runtime.throttle(claimed.queue, claimed.kind, claimed.row.key, error)
+        claimed.claim.runtime.throttle(claimed.whole_queue, claimed.kind, claimed.row.key, error)
         if error.scope != "key" and error.seconds <= MOST_WAITED_SECONDS:
             self._again.append(position)
             return

@@ -10,16 +10,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 
 from batchq.batch.claimed import ClaimedBatch
 from batchq.common.log import current_batch, get_logger
+from batchq.common.version import __version__
 from batchq.postgres.statements import leases as lease_statements
 from batchq.postgres.statements import workers
 from batchq.postgres.statements.workers import WorkerRow
 from batchq.worker.context import Context
 from batchq.worker.duties import Do, DutyLoop, tick_of
 from batchq.worker.execution import WRITTEN, failed_attempt, safely, timed_out
+from batchq.worker.failures import Failed
 from batchq.worker.lanes import Lane
 from batchq.worker.lifecycle import StopReason
 from batchq.worker.refused import Halving
@@ -36,11 +37,17 @@ _Held = Sequence[tuple[Lane | None, ClaimedBatch]]  # without a lane: its handle
 
 class Keeper(DutyLoop):
     """Runs the duties on which leases and timeouts depend. *unwritten*: batches that wait for their outcome's write.
+    *on_failed*: called with each batch that fails because its lease has expired.
 
     When a renewal is due, two thirds of the lease are left, and a statement may take a sixth (or 1 s, if that is more).
     """
 
-    def __init__(self, context: Context, unwritten: Callable[[], list[ClaimedBatch]]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        unwritten: Callable[[], list[ClaimedBatch]],
+        on_failed: Callable[[Failed], None] | None = None,
+    ) -> None:
         settings = context.settings
         tick_seconds = tick_of(settings.lease_seconds)
         link = context.new_link(max(1.0, min(settings.database_timeout_seconds, settings.lease_seconds / 6)))
@@ -48,7 +55,7 @@ class Keeper(DutyLoop):
         self.row = _worker_row(context)
         self.lost_slots = dict.fromkeys(context.lanes, 0)
         self.beat_at = time.monotonic()  # when the last heartbeat was written
-        self.rescuer = Rescuer(link, settings.queues, settings.lease_seconds, tick_seconds)
+        self.rescuer = Rescuer(link, settings.queues, settings.lease_seconds, tick_seconds, on_failed)
         self._unwritten = unwritten
         self._lease_seconds = settings.lease_seconds
         duties: list[tuple[str, float, Do]] = [
@@ -157,6 +164,8 @@ class Keeper(DutyLoop):
         self.beat_at = time.monotonic()
         self.context.set_turn(beat.turn, (began_at + self.beat_at) / 2)
         self.context.dead_rows = beat.dead_rows
+        self.context.set_shards(beat.shards)
+        self.rescuer.serve(self.context.stored_queues)
         if beat.is_asked_to_drain and not lifecycle.draining.is_set():
             _log.info("drain requested", worker=self.row.id)
             lifecycle.drain()
@@ -181,7 +190,7 @@ def _worker_row(context: Context) -> WorkerRow:
         context.worker_id,
         socket.gethostname(),
         os.getpid(),
-        version("batchq"),
+        __version__,
         list(context.settings.queues),
         sorted({kind for lane in context.lanes for kind in lane.kinds}),
         sum(lane.concurrency for lane in context.lanes),

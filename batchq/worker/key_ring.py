@@ -17,6 +17,7 @@ CHEAP_SECONDS = 0.005
 SLOW_KEY_SECONDS = 0.002
 PAUSE_FACTOR = 20
 MOST_KEYS = 500  # that one claim visits
+LARGE_ROOM = 50
 PART_KEYS = 2000
 _MOST_POSITIONS = 100
 
@@ -50,6 +51,16 @@ class _KeyPosition:
     run_at: float
     id: int
     from_start_at: float  # monotonic: when to read from the start again
+
+
+def per_turn(room: int, known_keys: int, keys_of_shard: int) -> int:
+    """Return how many batches to take of each key, so that the known keys of all shards share the room.
+
+    A large room is for batches that take no time. Then the keys of one shard share it, and those of the next shard the
+    next one: a claim and a finish of few batches would cost as much as one of many.
+    """
+    sharing = known_keys if room <= LARGE_ROOM else keys_of_shard
+    return max(1, math.ceil(room / sharing)) if known_keys and sharing else 1
 
 
 class KeyRing:
@@ -91,9 +102,10 @@ class KeyRing:
             self._go_to((self.number + 1) % len(self.parts))
         return None
 
-    def per_turn(self, room: int) -> int:
-        """Return how many batches to take of each key, so that the known keys share the room."""
-        return max(1, math.ceil(room / self.known_keys)) if self.known_keys else 1
+    @property
+    def is_at_start(self) -> bool:
+        """Whether the next claim begins a round."""
+        return self.number == 0 and not self.after
 
     def positions(self) -> dict[str, tuple[int, float, int]]:
         """Return the positions, by key, from which keys that are expensive to read are read."""

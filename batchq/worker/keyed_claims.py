@@ -10,7 +10,7 @@ from batchq.postgres.statements import claims, session
 from batchq.postgres.statements.claims import ClaimedRow
 from batchq.postgres.statements.running import Conn
 from batchq.worker.context import Context
-from batchq.worker.key_ring import MOST_KEYS, Visited
+from batchq.worker.key_ring import MOST_KEYS, Visited, per_turn
 from batchq.worker.positions import Source
 from batchq.worker.refused import Halving, Skipped
 
@@ -60,12 +60,13 @@ class KeyedClaims:
 
     def _visit(self, conn: Conn, source: Source, keys: tuple[str, str | None], room: int) -> list[Visited]:
         """Find what is ready of the next keys; lock those that have a limit."""
-        per_kind = [self._permits.per_key(source.queue, kind) for kind in source.kinds]
-        per_queue = self._permits.per_key(source.queue, None)
+        per_kind = [self._permits.per_key(source.whole.queue, kind) for kind in source.kinds]
+        per_queue = self._permits.per_key(source.whole.queue, None)
         is_limited = per_queue is not None or any(limit is not None for limit in per_kind)
         statement = claims.ready_of_keys(
             source.queue, source.kinds, per_kind, per_queue, keys[0], keys[1],
-            _MOST_LIMITED_KEYS if is_limited else MOST_KEYS, room, source.ring.per_turn(room),
+            _MOST_LIMITED_KEYS if is_limited else MOST_KEYS, room,
+            per_turn(room, source.whole.known_keys, source.ring.known_keys),
             {} if self._is_strict(source) else source.ring.positions(),
         )  # fmt: skip
         rows = conn.cursor(row_factory=tuple_row).execute(*statement).fetchall()
@@ -74,7 +75,7 @@ class KeyedClaims:
     def _is_strict(self, source: Source) -> bool:
         """Return whether keys of the source run in strict order. Then each is read from its start, however slow that
         is: an urgent batch may have come before a position."""
-        return any(self._permits.per_key(source.queue, kind) == 1 for kind in (None, *source.kinds))
+        return any(self._permits.per_key(source.whole.queue, kind) == 1 for kind in (None, *source.kinds))
 
     def _claim_ids(self, conn: Conn, claim: Claim, ids: Sequence[int]) -> list[ClaimedRow]:
         """Claim these batches. In a savepoint, so that one that is refused leaves the locks of the keys."""

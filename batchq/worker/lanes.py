@@ -113,7 +113,7 @@ class Lane:
         self.begin(batches)
 
     def _is_throttled(self, batch: ClaimedBatch) -> bool:
-        return (batch.queue, batch.kind) in self.throttled or (batch.queue, None) in self.throttled
+        return (batch.whole_queue, batch.kind) in self.throttled or (batch.whole_queue, None) in self.throttled
 
     def list_in_flight(self) -> list[ClaimedBatch]:
         """Return the batches in flight."""

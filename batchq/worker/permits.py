@@ -360,5 +360,5 @@ def _columns(limits: DeclaredLimits) -> dict[str, Any]:
 
 def _is_unpermitted(batch: ClaimedBatch, permit: Permit) -> bool:
     """Return whether a batch counts for a limit and was claimed without its permit."""
-    is_limited = batch.queue == permit.limit.queue and permit.limit.kind in (None, batch.kind)
+    is_limited = batch.whole_queue == permit.limit.queue and permit.limit.kind in (None, batch.kind)
     return is_limited and permit not in batch.claim.permits

@@ -23,6 +23,7 @@ MOST_PARTS = 1000
 MOST_PRIORITIES = 1000
 PROBE_VALID_SECONDS = 0.1
 NOISE_SECONDS = 0.002
+SHARD_SECONDS = 0.5  # for which one shard of a split queue comes first
 _PROBES = 3
 _DISCOVER_SECONDS = 0.25
 _RECORDED_PAUSE_SECONDS = 1.0  # after it, a worker sweeps what lies before the recorded position
@@ -96,11 +97,20 @@ class Source:
 
     kinds: those of the lane that it serves now, without paused ones. permits: those that each of its batches needs.
     busy_priority: that of the last claim, if it was full.
+
+    A queue that is split has a source for each shard, with its stored name. *whole*: the one of the queue itself, which
+    is also that of the first shard, and has them all in *shards*. Limits, pauses and permits are those of the whole.
     """
 
     # More than a dozen attributes: the tracks of batches without a key, the ring of those with one, and the permits.
-    def __init__(self, queue: str, lane: Lane, limited_kind: str | None = None) -> None:
+    def __init__(self, queue: str, lane: Lane, limited_kind: str | None = None, whole: "Source | None" = None) -> None:
         self.queue = queue
+        self.whole: Source = whole or self
+        self.shards: list[Source] = [self]
+        self.turns: list[tuple[Source, int]] = []  # shards and the priority in which they may have more
+        self._look_turn = 0  # the number of the shard that comes first
+        self._turned_at = 0.0  # monotonic: when it began to come first
+        self._ring_turn = 0  # the number of the shard in whose ring of keys the next claim continues
         self.lane = lane
         self.limited_kind = limited_kind  # it serves only this kind, whose claims are limited
         self.kinds = lane.kinds if limited_kind is None else [limited_kind]
@@ -125,22 +135,88 @@ class Source:
             for kind in kinds
             if not is_queue_paused and (None, kind) not in pauses and (self.queue, kind) not in pauses
         ]
-        if set(self.kinds) - set(before):
-            self.forget()
+        is_new = bool(set(self.kinds) - set(before))
+        for shard in self.shards:
+            shard.kinds = self.kinds
+            if is_new:
+                shard.forget()
 
     def forget(self) -> None:
         """Start from the beginning everywhere."""
         self.tracks.clear()
         self.busy_priority = None
+        self.turns.clear()
         self._discover_at = 0.0
         self.ring = KeyRing()
+
+    # ----------------------------------------------------------------------------------------------------- shards
+
+    def split(self, shards: Sequence[str]) -> None:
+        """Serve these shards, by their stored names; those that are known keep their positions."""
+        known = {shard.queue: shard for shard in self.shards}
+        for name in shards:
+            if name not in known:
+                self.shards.append(shard := Source(name, self.lane, self.limited_kind, whole=self))
+                shard.kinds = self.kinds
+                self._discover_at = 0.0
+
+    def in_turn(self) -> "list[Source]":
+        """Return the shards, beginning with another one every half second."""
+        now = time.monotonic()
+        if now - self._turned_at >= SHARD_SECONDS:
+            self._turned_at = now
+            self._look_turn = (self._look_turn + 1) % len(self.shards)
+        return self.shards[self._look_turn :] + self.shards[: self._look_turn]
+
+    def take_turns(self, ready: "list[tuple[Source, int, Position]]") -> "list[tuple[Source, int, Position]]":
+        """Note which shards have the most urgent batches, for the claims until the next look; return *ready*."""
+        self.turns = [(shard, priority) for shard, priority, _ in ready if priority == ready[0][1]]
+        return ready
+
+    def continuing(self) -> "list[tuple[Source, int, Position]]":
+        """Return where to claim without a look: in the shards that may have more, while the last look is recent."""
+        if time.monotonic() - self._probed_at > PROBE_VALID_SECONDS:
+            self.turns = []
+        return [(one, level, one.tracks[level].position) for one, level in self.turns if level in one.tracks]
+
+    def was_claimed(self, shard: "Source", priority: int, is_full: bool) -> None:
+        """Record a claim. A shard that may have more stays first: a finish is of one shard, and should be of many."""
+        shard.busy_priority = priority if is_full else None
+        if not is_full and self.turns:
+            self.turns = [turn for turn in self.turns if turn != (shard, priority)]
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether batches with a key are pending."""
+        return any(shard.ring.has_keys for shard in self.shards)
+
+    @property
+    def known_keys(self) -> int:
+        """How many keys the last round has visited in all shards; 0 if one of them has had none yet."""
+        counts = [shard.ring.known_keys for shard in self.shards if shard.ring.has_keys]
+        return sum(counts) if all(counts) else 0
+
+    def shard_of_ring(self) -> "Source":
+        """Return the shard whose keys come next: the keys of all shards are one ring, a shard after the other."""
+        if len(self.shards) == 1:
+            return self
+        for _ in self.shards:
+            shard = self.shards[self._ring_turn % len(self.shards)]
+            if shard.ring.has_keys:
+                return shard
+            self._ring_turn += 1
+        return self
+
+    def leave_ring(self) -> None:
+        """Continue with the keys of the next shard."""
+        self._ring_turn = (self._ring_turn + 1) % len(self.shards)
 
     # ----------------------------------------------------------------------------------------------------- probes
 
     def is_discovery_due(self) -> bool:
         """Return whether to search for unknown priorities now; if so, set the time of the next search."""
         now = time.monotonic()
-        if self.tracks and now < self._discover_at:
+        if now < self._discover_at and any(shard.tracks for shard in self.shards):
             return False
         self._discover_at = now + _DISCOVER_SECONDS
         return True

@@ -1,7 +1,7 @@
 """Rescues: batches whose lease has expired become pending again, or fail, whichever worker held them."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import psycopg
@@ -9,6 +9,7 @@ import psycopg
 from batchq.common.log import get_logger
 from batchq.postgres.link import Link
 from batchq.postgres.statements import leases, session
+from batchq.worker.failures import Failed
 from batchq.worker.refused import Halving, Skipped, is_about_rows
 
 RESCUES_A_ROUND = 1000
@@ -20,13 +21,27 @@ Rescued = list[tuple[int, str, int, str]]  # id, kind, attempt, status
 
 
 class Rescuer:
-    """Rescues the batches of these queues, for *most_seconds* at a time."""
+    """Rescues the batches of these queues, for *most_seconds* at a time. *on_failed* is called with each that fails."""
 
-    def __init__(self, link: Link, queues: Sequence[str], lease_seconds: float, most_seconds: float) -> None:
+    def __init__(
+        self,
+        link: Link,
+        queues: Sequence[str],
+        lease_seconds: float,
+        most_seconds: float,
+        on_failed: Callable[[Failed], None] | None = None,
+    ) -> None:
         self.link = link
+        self.on_failed = on_failed
         self.most_seconds = most_seconds
         self.expiries = {queue: Expiries() for queue in queues}
         self._spread_seconds = lease_seconds / 2
+
+    def serve(self, queues: Sequence[str]) -> None:
+        """Rescue the batches of these queues, too."""
+        for queue in queues:
+            if queue not in self.expiries:
+                self.expiries[queue] = Expiries()
 
     def rescue(self) -> bool:
         """Rescue what there is; return whether there may be more."""
@@ -53,6 +68,8 @@ class Rescuer:
             expiries.passed_until = now
         for batch_id, kind, attempt, status in rescued:
             _log.warning("batch rescued", batch_id=batch_id, kind=kind, attempt=attempt, status=status)
+            if self.on_failed is not None and status == "failed":
+                self.on_failed(Failed(queue, batch_id, attempt))
         return is_full
 
     def rescue_expired(self, queue: str, after: float, skipped: Skipped) -> Rescued:

@@ -11,6 +11,7 @@ from batchq.worker.claimer import Claimer
 from batchq.worker.context import Context
 from batchq.worker.execution import RELEASED
 from batchq.worker.finisher import Finisher
+from batchq.worker.hooks import LEAST_SECONDS
 from batchq.worker.lifecycle import Services
 from batchq.worker.refused import MOST_LOGGED
 
@@ -80,6 +81,11 @@ class Shutdown:
             self.context.permits.give_up(link)
         except Exception:
             _log.info("worker row not removed", worker=worker_id)
+
+    def seconds_left(self) -> float:
+        """Return how long hooks may take at the end: what is left of the handlers' time, but half a second at least."""
+        is_leaving = self.context.lifecycle.leaving.is_set()
+        return max(LEAST_SECONDS, 0.0 if is_leaving else self._handlers_until() - time.monotonic())
 
     def _handlers_until(self) -> float:
         return self.context.lifecycle.stopping_since + self.context.settings.shutdown_seconds

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchq.common.log import get_logger
@@ -31,6 +31,8 @@ class _Child:
     """One worker process after another; the next one starts *wait_seconds* after the last one exited early."""
 
     number: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     wait_seconds: float = 0.0
@@ -52,14 +54,26 @@ class _Child:
 class Supervisor:
     """Keeps *count* processes of ``batchq worker`` running, with *environment* added to this process's own.
 
+    *databases*: where there are several, the environment of the processes of each, by its name; then *count* processes
+    work for each. What is wrong with one database does not end the processes of another.
+
     A process without a liveness ping for *silent_seconds* is killed: a C call holds its interpreter. `stop` may be
     called from another thread; not from a signal handler.
     """
 
     def __init__(
-        self, count: int, arguments: Sequence[str], environment: Mapping[str, str], drain: bool, silent_seconds: float
+        self,
+        count: int,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        drain: bool,
+        silent_seconds: float,
+        databases: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        self._children = [_Child(number) for number in range(count)]
+        groups = [({"database": name}, own) for name, own in (databases or {}).items()] or [({}, {})]
+        children = [group for group in groups for _ in range(count)]
+        self._children = [_Child(number, *group) for number, group in enumerate(children)]
+        self._is_several = len(groups) > 1
         self._command = command(arguments)
         self._own_pings = LivenessPings(os.environ)
         self._environment = os.environ | dict(environment)
@@ -118,7 +132,7 @@ class Supervisor:
         """Start a process, in a session of its own, so that Ctrl-C reaches it only through this one."""
         child.pings_fd, its_end = os.pipe()
         os.set_blocking(child.pings_fd, False)
-        environment = self._environment | {LIVENESS_FD: str(its_end)}
+        environment = {**self._environment, **child.environment, LIVENESS_FD: str(its_end)}
         if (port := int(self._environment.get(_METRICS_PORT, "0"))) > 0:
             environment[_METRICS_PORT] = str(port + child.number)
         child.process = subprocess.Popen(self._command, env=environment, pass_fds=[its_end], start_new_session=True)
@@ -135,7 +149,9 @@ class Supervisor:
         if not child.has_pinged:
             most = max(most, _SILENT_AT_START_SECONDS)
         if child.silent_seconds > most:
-            _log.error("worker process unresponsive, killed", pid=process.pid, silent_seconds=round(most))
+            _log.error(
+                "worker process unresponsive, killed", **child.labels, pid=process.pid, silent_seconds=round(most)
+            )
             process.kill()
             child.silent_seconds = 0.0
 
@@ -149,17 +165,19 @@ class Supervisor:
             exited_well = code in (0, EXIT_REPLACE, -signal.SIGTERM)
             self._exit_code = self._exit_code or (0 if exited_well else 1)
             child.is_done = True
-        elif code == _EXIT_USAGE and not self._is_proven:
+        elif code == _EXIT_USAGE and not self._is_proven and not self._is_several:
             self._exit_code = _EXIT_USAGE  # the settings or the schema are wrong: another process would exit, too
             child.is_done = True
             self.stop()
         elif code == EXIT_REPLACE:
             child.wait_seconds = 0
-            _log.warning("worker process replaced", reason="lost slots")
+            _log.warning("worker process replaced", **child.labels, reason="lost slots")
         else:
             is_early = lived <= _SHORT_LIFE_SECONDS
             child.wait_seconds = min(2 * child.wait_seconds + 1, _MOST_WAIT_SECONDS) if is_early else 0
-            _log.warning("worker process exited", exit_code=code, replaced_in_seconds=child.wait_seconds)
+            _log.warning(
+                "worker process exited", **child.labels, exit_code=code, replaced_in_seconds=child.wait_seconds
+            )
 
 
 def command(arguments: Sequence[str]) -> list[str]:

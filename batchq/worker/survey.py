@@ -29,10 +29,10 @@ class Survey:
         began_at = time.monotonic()
         if self._context.dead_rows < _MANY_DEAD_ROWS or began_at < self._due_at:
             return
-        settings = self._context.settings
+        queues, lease_seconds = self._context.stored_queues, self._context.settings.lease_seconds
         try:
             with self._link.transaction(session.FORCE_INDEX) as conn:
-                probes.move_positions(conn, settings.queues, self._known_priorities(), settings.lease_seconds)
+                probes.move_positions(conn, queues, self._known_priorities(), lease_seconds)
         finally:
             now = time.monotonic()
             self._due_at = now + _PAUSE_FACTOR * (now - began_at)

@@ -2,7 +2,7 @@
 
 import threading
 from bisect import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import psycopg
@@ -13,7 +13,7 @@ from batchq.postgres.statements import workers
 from batchq.postgres.statements.workers import Tally
 
 ENDS = ("completed", "failed", "cancelled", "retried")
-BOUNDS = [2.0 ** (number / 2 - 16) for number in range(67)]  # of run times, in seconds: from 15 us to 36 hours
+BOUNDS = [2.0 ** (number / 2 - 16) for number in range(67)]  # of run times and waits, in seconds: 15 us to 36 hours
 MOST_TIMED = 64  # of the batches that end together
 
 
@@ -25,13 +25,13 @@ class Counts:
     items: int = 0
     run_seconds: float = 0.0
     run_times: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+    wait_times: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
 
     def tally(self, queue: str, kind: str) -> Tally:
         """Return the counts as they are written."""
-        used = max((number for number, count in enumerate(self.run_times, 1) if count), default=0)
         completed, failed, cancelled, retried = (self.ends.get(end, 0) for end in ENDS)
-        times = self.run_times[:used]
-        return Tally(queue, kind, completed, failed, cancelled, retried, self.items, self.run_seconds, times)
+        times = _used(self.run_times), _used(self.wait_times)
+        return Tally(queue, kind, completed, failed, cancelled, retried, self.items, self.run_seconds, *times)
 
     def add(self, other: "Counts") -> None:
         """Add other counts."""
@@ -40,29 +40,44 @@ class Counts:
         self.items += other.items
         self.run_seconds += other.run_seconds
         self.run_times = [a + b for a, b in zip(self.run_times, other.run_times, strict=True)]
+        self.wait_times = [a + b for a, b in zip(self.wait_times, other.wait_times, strict=True)]
+
+
+def _used(counts: list[int]) -> list[int]:
+    """Return the counts without the zeros at the end."""
+    used = len(counts)
+    while used and not counts[used - 1]:
+        used -= 1
+    return counts[:used]
 
 
 class Throughput:
-    """Counts batches and their run times when they end, and items when they are saved. Thread-safe."""
+    """Counts batches, their run times and their waits when they end, and items when they are saved. Thread-safe.
+
+    clock_ahead: returns what to add to a monotonic time for the database's clock; None while it is not known.
+    """
 
     def __init__(self) -> None:
+        self.clock_ahead: Callable[[], float | None] = lambda: None
         self.lock = threading.Lock()
         self.sums: dict[tuple[str, str], Counts] | None = None  # since the start, if set to {} for metrics
         self.counts: dict[tuple[str, str], Counts] = {}  # since the last write
 
-    def ended(self, queue: str, kind: str, end: str, count: int, run_times: Sequence[float]) -> None:
+    def ended(
+        self, queue: str, kind: str, end: str, count: int, run_times: Sequence[float], waits: Sequence[float] = ()
+    ) -> None:
         """Count *count* batches that ended alike: *end* is completed, failed, cancelled or retried.
 
-        *run_times*: seconds, of all these batches or of a sample of them.
+        *run_times* and *waits*: seconds, of all these batches or of a sample of them.
         """
         with self.lock:
             for counts in self._counts_of(queue, kind):
                 counts.ends[end] = counts.ends.get(end, 0) + count
-                each, rest = divmod(count, max(len(run_times), 1))
-                for number, seconds in enumerate(run_times):
-                    weight = each + (number < rest)
+                for seconds, weight in _weighted(run_times, count):
                     counts.run_times[bisect(BOUNDS, seconds)] += weight
                     counts.run_seconds += weight * seconds
+                for seconds, weight in _weighted(waits, count):
+                    counts.wait_times[bisect(BOUNDS, seconds)] += weight
 
     def progress(self, batch: ClaimedBatch, position: int) -> None:
         """Count the items of a batch up to *position* that were not counted before.
@@ -71,7 +86,7 @@ class Throughput:
         """
         with self.lock:
             if position > batch.items_counted:
-                for counts in self._counts_of(batch.queue, batch.kind):
+                for counts in self._counts_of(batch.whole_queue, batch.kind):
                     counts.items += position - batch.items_counted
                 batch.items_counted = position
 
@@ -97,6 +112,23 @@ class Throughput:
         """Return the counts to add to."""
         kept = (self.counts,) if self.sums is None else (self.counts, self.sums)
         return [by_pair.setdefault((queue, kind), Counts()) for by_pair in kept]
+
+
+def _weighted(sample: Sequence[float], count: int) -> Iterable[tuple[float, int]]:
+    """Return each of a sample, with the number of batches that it stands for: *count* in all."""
+    each, rest = divmod(count, max(len(sample), 1))
+    return [(seconds, each + (number < rest)) for number, seconds in enumerate(sample)]
+
+
+def waits_of(batches: Iterable[ClaimedBatch], clock_ahead: float | None) -> list[float]:
+    """Return how long those of the *batches* that have begun were ready before their handler began, in seconds.
+
+    The clock of the database is known to within the time that it takes to answer; without it, return none.
+    """
+    if clock_ahead is None:
+        return []
+    begun = [(batch.begun_at, batch.row.run_at) for batch in batches if batch.begun_at is not None]
+    return [max(0.0, begun_at + clock_ahead - run_at) for begun_at, run_at in begun]
 
 
 def run_times_of(batches: Iterable[tuple[ClaimedBatch, float]]) -> list[float]:

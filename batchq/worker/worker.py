@@ -11,6 +11,8 @@ from batchq.app import App
 from batchq.common import traces
 from batchq.common.log import get_logger
 from batchq.errors import ConfigError
+from batchq.postgres.statements import shards
+from batchq.postgres.statements.workers import Turn
 from batchq.settings import Settings
 from batchq.worker.bell import Bell
 from batchq.worker.checks import check_database, require_extras
@@ -18,6 +20,7 @@ from batchq.worker.claimer import Claimer
 from batchq.worker.context import Context
 from batchq.worker.event_loop import EventLoop
 from batchq.worker.finisher import Finisher
+from batchq.worker.hooks import WorkerHooks, in_hooks
 from batchq.worker.housekeeper import Housekeeper
 from batchq.worker.keeper import Keeper
 from batchq.worker.lanes import Ended, Lane
@@ -45,16 +48,18 @@ class Worker:
         require_extras(settings)
         self.settings = settings
         self.context = context = Context(settings)
-        self.id = context.worker_id
         self.lifecycle = context.lifecycle
         if not drain:
             context.schedules = app.declared_schedules()
+        self._hooks = WorkerHooks(app, context)
+        on_failed = self._hooks.on_failed
         self.finisher = Finisher(
-            context.new_link(), self.lifecycle.wake.set, settings.keep_completed, context.flows.follow
+            context.new_link(), self.lifecycle.wake.set, settings.keep_completed, context.flows.follow, on_failed
         )
-        self.lanes = context.lanes = _lanes(app, context, self.finisher.put)
+        self.finisher.throughput.clock_ahead = lambda: context.turns.clock_ahead
+        self.lanes = context.lanes = _lanes(app, context, self.finisher.put, self._hooks.event_loop)
         self.claimer = Claimer(context, context.new_link())
-        self.keeper = Keeper(context, self.finisher.unwritten)
+        self.keeper = Keeper(context, self.finisher.unwritten, on_failed)
         self.housekeeper = Housekeeper(context, self.finisher.throughput, self.claimer.known_priorities)
         listen_dsn = settings.checked_listen_dsn()
         self._bell = Bell(listen_dsn, self.lifecycle.wake.set) if listen_dsn else None
@@ -74,6 +79,11 @@ class Worker:
         self.stop()
 
     @property
+    def id(self) -> str:
+        """Its id in batchq.workers."""
+        return self.context.worker_id
+
+    @property
     def wants_replacement(self) -> bool:
         """Whether it has ended because of lost slots, and not because it was asked to stop or drain."""
         return self.lifecycle.wants_replacement
@@ -81,9 +91,12 @@ class Worker:
     def run(self) -> bool:
         """Run batches until stopped or, with drain, until none is ready. Return whether every outcome was written.
 
-        Raises ConfigError if the database, its schema or the DSN will not do.
+        Raises ConfigError if the database, its schema or the DSN will not do, LifespanFailed if the app's lifespan
+        raises before its yield.
         """
-        check_database(self.context.dsn, self.settings.database_timeout_seconds, self.keeper.row)
+        checked = check_database(self.context.dsn, self.settings.database_timeout_seconds, self.keeper.row)
+        self.context.set_turn(Turn(1, 0, checked.clock_ahead), 0.0)  # until the first heartbeat
+        self.context.layout.is_distributed = checked.is_distributed
         with switching_quickly(), collecting_seldom():
             try:
                 self._start()
@@ -96,17 +109,25 @@ class Worker:
 
     def _start(self) -> None:
         handlers = {kind: handler for lane in self.lanes for kind, handler in lane.handlers.items()}
+        self._read_shards()
         declare_limits(self.claimer.link, self.settings.queues, handlers)
         self._metrics = self.serve_metrics()
         self.context.connections.open()
         for lane in self.lanes:
             lane.start()
+        self._hooks.start(self._services)
         self._services.start("keeper", self.keeper.run)
         self._services.start("housekeeper", self.housekeeper.run)
         self._services.start("finisher", self.finisher.run)
         if self._bell:
             self._services.start("bell", self._bell.run)
         _log.info("worker started", worker=self.id, queues=self.settings.queues, kinds=self.keeper.row.kinds)
+
+    def _read_shards(self) -> None:
+        with self.claimer.link.reading() as conn:
+            self.context.set_shards(shards.shards_of(conn, self.settings.queues))
+            for shard, whole in shards.wholes_of(conn, self.settings.queues).items():
+                raise ConfigError(f"queue {shard!r} is a shard of queue {whole!r}; let the worker serve {whole!r}")
 
     def serve_metrics(self) -> "MetricsServer | None":
         """Serve metrics and health checks, if a port is set. Raises ConfigError."""
@@ -140,6 +161,7 @@ class Worker:
         self._close_keepers()
         if written and self._services.have_started():  # else the database does not answer, or there is no row
             shutdown.remove_row()
+        self._hooks.close(self._services, shutdown.seconds_left())
         self._close_all()
         lost_slots = sum(self.keeper.lost_slots.values())
         _log.info("worker stopped", worker=self.id, lost_slots=lost_slots, **self.finisher.counts)
@@ -165,14 +187,15 @@ class Worker:
             traces.flush()
 
 
-def _lanes(app: App, context: Context, ended: Ended) -> list[Lane]:
+def _lanes(app: App, context: Context, ended: Ended, loop: EventLoop | None) -> list[Lane]:
     """Return a lane for each style of handlers and each queue that has slots of its own, and for all other queues.
 
     A lane with slots of its own is not held up while handlers of other queues wait for connections.
     """
     settings, connections, own = context.settings, context.connections, context.settings.queue_slots
-    in_threads = {kind: handler for kind, handler in app.handlers.items() if not handler.is_async}
-    in_loop = {kind: handler for kind, handler in app.handlers.items() if handler.is_async}
+    handlers = in_hooks(app.handlers, app.hooks)
+    in_threads = {kind: handler for kind, handler in handlers.items() if not handler.is_async}
+    in_loop = {kind: handler for kind, handler in handlers.items() if handler.is_async}
     shared = [queue for queue in settings.queues if queue not in own]
     traced = settings.traces
     lanes: list[Lane] = []
@@ -184,8 +207,8 @@ def _lanes(app: App, context: Context, ended: Ended) -> list[Lane]:
                     in_threads, settings.concurrency, ended, connections.fair_queue, queues=shared, traced=traced
                 )
             )
-    if in_loop:
-        loop, fair_queue = EventLoop(connections), connections.async_fair_queue
+    if in_loop and loop is not None:
+        fair_queue = connections.async_fair_queue
         lanes += [
             LoopLane(in_loop, slots, ended, None, loop, queues=[queue], traced=traced) for queue, slots in own.items()
         ]

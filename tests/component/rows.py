@@ -67,7 +67,7 @@ def adapted(given: Any) -> Any:
 
 def batch(conn: Conn, batch_id: int) -> dict[str, Any]:
     """Return all columns of a batch."""
-    query = "SELECT * FROM batchq.batches WHERE id = %s"
+    query = "SELECT * FROM batchq.all_batches WHERE id = %s"
     row = conn.cursor(row_factory=dict_row).execute(query, [batch_id]).fetchone()
     assert row, f"batch {batch_id} is gone"
     return row

@@ -123,7 +123,7 @@ def test_it_is_refused_at_the_insert_by_name(conn: psycopg.Connection, bad: str)
     with pytest.raises(psycopg.Error) as caught:
         insert(conn, **columns)
     assert said in str(caught.value)
-    assert values(conn, "SELECT count(*) FROM batchq.batches") == [0]
+    assert values(conn, "SELECT count(*) FROM batchq.all_batches") == [0]
 
 
 # ---------------------------------------------------------------------------------- the end of its own batch only
@@ -180,7 +180,7 @@ def test_it_fails_its_own_batch_with_its_reason(dsn: str, conn: psycopg.Connecti
     with running_worker(make_app(), dsn, concurrency=1):
         batch_id = insert(conn, **columns)
         wait_for_status(conn, batch_id, "failed")
-        [error] = values(conn, "SELECT errors -> 0 ->> 'error' FROM batchq.batches WHERE attempt = 1")
+        [error] = values(conn, "SELECT errors -> 0 ->> 'error' FROM batchq.all_batches WHERE attempt = 1")
         assert error.startswith(said)
         step("the same worker goes on")
         assert await_status(conn, put(conn, "echo", "fine"), "completed").result == "fine"
@@ -224,7 +224,7 @@ def test_what_is_odd_but_right_is_worked(dsn: str, conn: psycopg.Connection, odd
     with running_worker(make_app(), dsn, concurrency=1):
         batch_id = insert(conn, kind="'echo'", **columns)
         wait_for_status(conn, batch_id, "completed")
-        [result] = values(conn, "SELECT result FROM batchq.batches WHERE id = %s", batch_id)
+        [result] = values(conn, "SELECT result FROM batchq.all_batches WHERE id = %s", batch_id)
         assert expected(result) if callable(expected) else result == expected
         await_status(conn, put(conn, "echo"), "completed")
 
@@ -259,7 +259,7 @@ def test_any_text_may_be_a_name(dsn: str, conn: psycopg.Connection, tmp_path: Pa
         assert "\x1b" not in ended.out
     rows = batchq_command("status", "--json", "--kind", name).json["batches"]
     assert [row["kind"] for row in rows] == [name, name]
-    assert values(conn, "SELECT count(*) FROM batchq.batches") == [2]
+    assert values(conn, "SELECT count(*) FROM batchq.all_batches") == [2]
 
 
 def test_a_kind_that_no_worker_knows_stays_pending_and_shows_up(dsn: str, conn: psycopg.Connection) -> None:
@@ -293,7 +293,9 @@ def test_a_long_number_in_an_item_can_be_recorded_as_failed(dsn: str, conn: psyc
     with running_worker(app, dsn):
         await_status(conn, batch_id, "failed")
     assert len(failed_items(conn, batch_id)) == 4
-    same = "SELECT f.item = b.items -> item_index FROM batchq.failed_items f JOIN batchq.batches b ON b.id = batch_id"
+    same = (
+        "SELECT f.item = b.items -> item_index FROM batchq.failed_items f JOIN batchq.all_batches b ON b.id = batch_id"
+    )
     assert set(values(conn, same)) == {True}
 
 
@@ -327,7 +329,7 @@ def test_enqueue_refuses_it_and_the_transaction_goes_on(conn: psycopg.Connection
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
         put(conn, "echo")
-    assert values(conn, "SELECT count(*) FROM batchq.batches") == [1]
+    assert values(conn, "SELECT count(*) FROM batchq.all_batches") == [1]
 
 
 def nested(levels: int) -> Any:
@@ -361,7 +363,7 @@ def test_dates_beyond_pythons_can_be_looked_at(dsn: str, conn: psycopg.Connectio
             conn.execute("SELECT batchq.cancel(%s)", [far])
             monitor.communicate(timeout=20)
         assert monitor.returncode == 0
-    assert values(conn, "SELECT status FROM batchq.batches WHERE id = %s", far) == ["cancelled"]
+    assert values(conn, "SELECT status FROM batchq.all_batches WHERE id = %s", far) == ["cancelled"]
 
 
 # ------------------------------------------------------------------------------------------------ settings, DSN, app
@@ -376,6 +378,11 @@ SETTINGS = {
     "a log format": ("BATCHQ_LOG_FORMAT", "xml", "BATCHQ_LOG_FORMAT: Input should be 'console' or 'json' (not 'xml')"),
     "a log level": ("BATCHQ_LOG_LEVEL", "loud", "BATCHQ_LOG_LEVEL"),
     "no queue": ("BATCHQ_QUEUES", " , ", "needs at least one queue"),
+    "queues without a comma": (
+        "BATCHQ_QUEUES",
+        "mail bulk",
+        "use a comma between queues: mail,bulk; a queue",
+    ),
     "days below zero": ("BATCHQ_KEEP_FINISHED_DAYS", "-1", "BATCHQ_KEEP_FINISHED_DAYS"),
     "no DSN": ("BATCHQ_DSN", "", "BATCHQ_DSN is not set"),
     "no DSN at all": ("BATCHQ_DSN", "what?", "BATCHQ_DSN: not a Postgres DSN"),

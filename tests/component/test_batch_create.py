@@ -20,7 +20,7 @@ from tests.support.alone import run_alone
 from tests.support.steps import step
 from tests.support.waiting import wait_until
 
-COUNT = "SELECT count(*) FROM batchq.batches"
+COUNT = "SELECT count(*) FROM batchq.all_batches"
 INSERT = "INSERT INTO batchq.batches (kind, {}) VALUES ('work', {})"
 LATER = datetime(2090, 1, 1, 12, tzinfo=timezone(timedelta(hours=2)))
 
@@ -64,6 +64,8 @@ REFUSED = [
     ("batches_status_is_known", "status", "'done'"),
     ("batches_on_failure_is_known", "on_failure", "'explode'"),
     ("batches_waiting_is_counted", "status", "'waiting'"),
+    ("batches_spread_fits", "items, spread", "'[1]', 0"),
+    ("batches_spread_has_items", "spread", "4"),
 ]
 
 
@@ -139,14 +141,14 @@ def test_a_table_becomes_batches_of_a_thousand_items_by_insert_select(conn: Conn
         ORDER BY n / 1000
         """
     )
-    assert values(conn, "SELECT items_total FROM batchq.batches ORDER BY id") == [1000, 1000, 500]
+    assert values(conn, "SELECT items_total FROM batchq.all_batches ORDER BY id") == [1000, 1000, 500]
 
 
 def test_on_conflict_do_nothing_inserts_one_live_batch_a_key(conn: Conn) -> None:
     statement = INSERT.format("unique_key", "'daily'") + " ON CONFLICT DO NOTHING RETURNING id"
     [first] = values(conn, statement)
     assert values(conn, statement) == []
-    assert values(conn, "SELECT id FROM batchq.batches") == [first]
+    assert values(conn, "SELECT id FROM batchq.all_batches") == [first]
 
 
 def test_a_second_live_batch_of_a_key_is_refused_by_name(conn: Conn) -> None:
@@ -209,7 +211,7 @@ def test_the_defaults_of_python_are_those_of_the_table(conn: Conn) -> None:
 
 def ids(conn: Conn) -> list[int]:
     """Return the ids of all batches, in order."""
-    return values(conn, "SELECT id FROM batchq.batches ORDER BY id")
+    return values(conn, "SELECT id FROM batchq.all_batches ORDER BY id")
 
 
 def comparable(row: dict[str, Any]) -> dict[str, Any]:
@@ -254,7 +256,7 @@ async def enqueue_async(conn: Conn, kind: str, payload: Any = None, **options: A
 def test_a_delay_counts_from_the_time_of_the_database(conn: Conn) -> None:
     batchq.enqueue(conn, KIND, delay_seconds=90)
     batchq.enqueue_many(conn, KIND, [None], delay_seconds=90.5)
-    delays = "SELECT extract(epoch FROM run_at - created_at)::float8 FROM batchq.batches ORDER BY id"
+    delays = "SELECT extract(epoch FROM run_at - created_at)::float8 FROM batchq.all_batches ORDER BY id"
     assert values(conn, delays) == [90.0, 90.5]
 
 
@@ -302,7 +304,7 @@ def test_many_writes_a_batch_before_it_asks_for_the_next_thousand(conn: Conn) ->
             asked.append(number)
             yield number
 
-    texts = item_rows(source(), 10, None)
+    texts = item_rows(source(), 10, None, "k")
     next(texts)
     assert len(asked) == 10
 
@@ -324,7 +326,7 @@ def test_many_are_stored_as_they_are_whatever_text_they_hold(conn: Conn) -> None
         batchq.enqueue_many(conn, odd, [odd, {odd: [odd]}, None, 1.5, True], queue=odd)
         batchq.enqueue_many(conn, odd, items=[odd, None, [odd]], payload=odd, queue=odd, items_per_batch=2)
         found = conn.execute(
-            "SELECT kind, payload, items FROM batchq.batches WHERE queue = %s ORDER BY id", [odd]
+            "SELECT kind, payload, items FROM batchq.all_batches WHERE queue = %s ORDER BY id", [odd]
         ).fetchall()
         assert found == [
             *((odd, payload, None) for payload in (odd, {odd: [odd]}, {}, 1.5, True)),
@@ -336,7 +338,7 @@ def test_many_are_stored_as_they_are_whatever_text_they_hold(conn: Conn) -> None
 def test_many_over_a_few_hundred_are_all_stored_in_order(conn: Conn) -> None:
     for count in (99, 100, 101, 250):
         assert batchq.enqueue_many(conn, f"k{count}", ({"n": n} for n in range(count))) == count
-        query = "SELECT (payload ->> 'n')::integer FROM batchq.batches WHERE kind = %s ORDER BY id"
+        query = "SELECT (payload ->> 'n')::integer FROM batchq.all_batches WHERE kind = %s ORDER BY id"
         assert values(conn, query, [f"k{count}"]) == [*range(count)]
 
 
@@ -403,7 +405,7 @@ def test_many_that_fails_midway_inserts_nothing_and_leaves_the_callers_transacti
         with pytest.raises(OSError, match="the source is gone"):
             batchq.enqueue_many(conn, KIND, payloads())
         batchq.enqueue(conn, "after")
-    assert values(conn, "SELECT kind FROM batchq.batches ORDER BY id") == ["before", "after"]
+    assert values(conn, "SELECT kind FROM batchq.all_batches ORDER BY id") == ["before", "after"]
 
 
 def test_many_that_the_table_refuses_inserts_nothing_outside_a_transaction_too(conn: Conn) -> None:

@@ -580,7 +580,7 @@ def test_hundreds_of_coroutines_run_at_once(dsn: str, conn: psycopg.Connection) 
 
     batchq.enqueue_many(conn, "work", ({"n": n} for n in range(200)))
     drain(app, dsn, async_concurrency=200)
-    assert values(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'completed'") == [200]
+    assert values(conn, "SELECT count(*) FROM batchq.all_batches WHERE status = 'completed'") == [200]
 
 
 # ------------------------------------------------------------------------------------------------- order, drain
@@ -647,7 +647,7 @@ def test_drain_works_what_its_batches_enqueue_and_leaves_what_is_not_ready(
 
     testing.drain(app, dsn)
 
-    done = values(conn, "SELECT payload FROM batchq.batches WHERE status = 'completed' ORDER BY id")
+    done = values(conn, "SELECT payload FROM batchq.all_batches WHERE status = 'completed' ORDER BY id")
     assert done == [1, 2, 3, 4, 5]
     assert look(conn, later).shown == "scheduled"
     assert (look(conn, unknown).shown, look(conn, unknown).attempt) == ("ready", 0)
@@ -678,7 +678,7 @@ class Blocked:
 
     def in_hand(self) -> int:
         """Return how many batches are claimed."""
-        return int(values(self.conn, "SELECT count(*) FROM batchq.batches WHERE status = 'processing'")[0])
+        return int(values(self.conn, "SELECT count(*) FROM batchq.all_batches WHERE status = 'processing'")[0])
 
     def wait_for_many_in_hand(self) -> None:
         """Wait until the slot is blocked and others are in hand behind it."""
@@ -698,7 +698,7 @@ def test_a_stop_gives_back_what_has_not_begun_without_charging_an_attempt(
         blocked.release.set()
 
     assert blocked.runs == list(range(501))
-    counts = "SELECT status, attempt, count(*) FROM batchq.batches GROUP BY 1, 2 ORDER BY 1"
+    counts = "SELECT status, attempt, count(*) FROM batchq.all_batches GROUP BY 1, 2 ORDER BY 1"
     assert conn.execute(counts).fetchall() == [("completed", 1, 501), ("pending", 0, 1499)]
     drain(blocked.app, dsn)
     assert sorted(blocked.runs) == list(range(2000))
@@ -710,7 +710,7 @@ def test_what_a_slow_batch_keeps_waiting_goes_back_after_a_second(dsn: str, conn
         [lane] = worker.lanes
         blocked.wait_for_many_in_hand()
         wait_until(lambda: blocked.in_hand() == 1, 10, "all but the running one to be given back, while it runs")
-        assert values(conn, "SELECT DISTINCT attempt FROM batchq.batches WHERE status = 'pending'") == [0]
+        assert values(conn, "SELECT DISTINCT attempt FROM batchq.all_batches WHERE status = 'pending'") == [0]
         step("they are not taken again: another worker has them all")
         claimed = lane.claimed
         assert lane.wanted() == 1

@@ -117,7 +117,7 @@ def test_what_workers_write_does_not_ring_but_a_retry_does(conn: Conn, ear: Call
 def test_an_item_counts_the_same_with_the_bell(conn: Conn, wanted: None) -> None:
     insert(conn, items=[1, 2])
     finished(conn, "failed", kind="other")
-    assert value(conn, "SELECT items_total FROM batchq.batches WHERE items IS NOT NULL") == 2
+    assert value(conn, "SELECT items_total FROM batchq.all_batches WHERE items IS NOT NULL") == 2
 
 
 @pytest.fixture

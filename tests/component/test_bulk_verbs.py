@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from batchq.operate.bulk import Bulk, LeftOut, Runner
@@ -34,6 +35,7 @@ from tests.component.rows import (
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
 from tests.support.steps import step
+from tests.support.terminals import on_terminal
 from tests.support.waiting import wait_until
 
 AUDIT = "SELECT verb, batches, queue, kind, reason, actor FROM batchq.audit ORDER BY id"
@@ -66,16 +68,15 @@ def add(conn: Conn, count: int, status: str = "pending", **columns: Any) -> list
     given = {"kind": KIND, "queue": "default", "error": "no", "hours": 0} | columns
     is_final = status in ("failed", "completed", "cancelled")
     given |= {"status": status, "count": count, "is_final": is_final}
-    return values_of(
-        conn.execute(
-            "INSERT INTO batchq.batches (kind, queue, status, errors, created_at, finished_at) "
-            "SELECT %(kind)s, %(queue)s, %(status)s, jsonb_build_array(jsonb_build_object('error', %(error)s::text)), "
-            "now() - %(hours)s * interval '1 hour' - n * interval '1 second', "
-            "CASE WHEN %(is_final)s THEN now() - %(hours)s * interval '1 hour' - n * interval '1 second' END "
-            "FROM generate_series(1, %(count)s) n RETURNING id",
-            given,
-        ).fetchall()
-    )
+    statement = sql.SQL(
+        "INSERT INTO batchq.{} (id, kind, queue, status, errors, created_at, finished_at) OVERRIDING SYSTEM VALUE "
+        "SELECT nextval(pg_get_serial_sequence('batchq.batches', 'id')), %(kind)s, %(queue)s, %(status)s, "
+        "jsonb_build_array(jsonb_build_object('error', %(error)s::text)), "
+        "now() - %(hours)s * interval '1 hour' - n * interval '1 second', "
+        "CASE WHEN %(is_final)s THEN now() - %(hours)s * interval '1 hour' - n * interval '1 second' END "
+        "FROM generate_series(1, %(count)s) n RETURNING id"
+    ).format(sql.Identifier("batches_finished" if is_final else "batches_live"))
+    return values_of(conn.execute(statement, given).fetchall())
 
 
 def values_of(rows: list[tuple[Any, ...]]) -> list[Any]:
@@ -85,7 +86,7 @@ def values_of(rows: list[tuple[Any, ...]]) -> list[Any]:
 
 def statuses(conn: Conn) -> dict[str, int]:
     """Return how many batches have each status."""
-    return dict(conn.execute("SELECT status, count(*) FROM batchq.batches GROUP BY status").fetchall())
+    return dict(conn.execute("SELECT status, count(*) FROM batchq.all_batches GROUP BY status").fetchall())
 
 
 # ------------------------------------------------------------------------------------------------------ all verbs
@@ -276,7 +277,8 @@ def test_a_dry_run_counts_and_changes_nothing(conn: Conn) -> None:
 def test_what_is_locked_is_left_and_not_waited_for(conn: Conn, dsn: str) -> None:
     failed, pending = add(conn, 5, "failed"), add(conn, 5)
     with psycopg.connect(dsn, prepare_threshold=None) as other:
-        other.execute("SELECT FROM batchq.batches WHERE id = ANY (%s) FOR UPDATE", [[failed[0], pending[0]]])
+        other.execute("SELECT FROM batchq.batches_live WHERE id = ANY (%s) FOR UPDATE", [pending[:1]])
+        other.execute("SELECT FROM batchq.batches_finished WHERE id = ANY (%s) FOR UPDATE", [failed[:1]])
         with conn.transaction():
             conn.execute("SET LOCAL statement_timeout = '5s'")
             assert list(chunks(conn, "set_priority", {}, 1000, priority=3)) == [(5, 4)]
@@ -362,7 +364,7 @@ def test_a_retry_in_bulk_takes_each_batch_once_though_some_are_left_out(
             fail_again(conn)
     assert retry.changed == 2997
     assert values(conn, "SELECT batches FROM batchq.audit") == [2997]
-    untouched = "SELECT id FROM batchq.batches WHERE status = 'failed' AND errors -> -1 ->> 'error' <> 'again'"
+    untouched = "SELECT id FROM batchq.all_batches WHERE status = 'failed' AND errors -> -1 ->> 'error' <> 'again'"
     assert set(values(conn, untouched)) <= {keyed, locked}
     if has_counted:
         assert retry.left_out() == LeftOut(keyed=1, locked=1)
@@ -393,7 +395,10 @@ def test_a_snooze_for_a_while_is_done_once_though_some_are_locked(conn: Conn, ds
         for _ in runner.changes():
             pass
     assert (snooze.changed, snooze.left_out()) == (4, LeftOut(locked=1))
-    assert value(conn, "SELECT count(DISTINCT run_at) FROM batchq.batches WHERE run_at > now() + interval '9 min'") == 1
+    assert (
+        value(conn, "SELECT count(DISTINCT run_at) FROM batchq.all_batches WHERE run_at > now() + interval '9 min'")
+        == 1
+    )
 
 
 def test_what_was_not_old_enough_at_the_beginning_is_left(conn: Conn) -> None:
@@ -435,7 +440,7 @@ def test_what_is_left_out_is_said_and_makes_the_exit_code(batchq: CommandLine, c
     insert(conn, unique_key="a")
     ended = batchq("retry", "--all")
     assert ended.code == 1
-    assert ended.out == "1 batches made pending again; 1 left unchanged: 1 with the unique_key of a live batch\n"
+    assert ended.out == "1 batch made pending again; 1 left unchanged: 1 with the unique_key of a live batch\n"
     assert batchq("retry", "--all", "--json").json["left_out"] == {"keyed": 1, "locked": 0, "changed": 0}
 
 
@@ -456,7 +461,7 @@ def test_each_verb_takes_ids_or_a_filter(
     others = add(conn, 2)
     one, bulk_ = batchq(*arguments, str(alone)), batchq(*arguments, "--kind", "many")
     assert (one.code, bulk_.code) == (0, 0), one.err + bulk_.err
-    query = f"SELECT id FROM batchq.batches WHERE ({column})::text = %s ORDER BY id"
+    query = f"SELECT id FROM batchq.all_batches WHERE ({column})::text = %s ORDER BY id"
     assert values(conn, query, [expected]) == sorted([alone, *many])
     assert {batch(conn, other)["status"] for other in others} == {"pending"}
 
@@ -466,6 +471,58 @@ def test_batches_must_be_named_one_way(batchq: CommandLine) -> None:
     assert "not both" in batchq("retry", "7", "--kind", "x").complaint
     assert "goes with a filter" in batchq("retry", "7", "--dry-run").complaint
     assert "choose one" in batchq("retry", "--all", "--items", "--whole").complaint
+
+
+@pytest.mark.parametrize(("typed", "code"), [("y\n", 0), ("Y\n", 0), ("n\n", 1), ("\n", 1), ("yes\n", 1), ("\x04", 1)])
+def test_many_batches_are_changed_on_a_terminal_only_after_a_y(
+    batchq: CommandLine, conn: Conn, typed: str, code: int
+) -> None:
+    add(conn, 1234)
+    ended, seen = on_terminal(batchq, "cancel", "--all", typed=typed)
+    assert ended == code, seen
+    assert "Cancel 1,234 batches? [y/N]" in seen
+    assert ("1,234 batches cancelled" in seen, "nothing was changed" in seen) == (code == 0, code == 1)
+    assert statuses(conn) == {"cancelled" if code == 0 else "pending": 1234}
+
+
+def test_nobody_is_asked_about_one_batch_with_yes_by_id_in_a_dry_run_or_in_a_script(
+    batchq: CommandLine, conn: Conn
+) -> None:
+    [one], many, more = add(conn, 1, kind="one"), add(conn, 3, kind="many"), add(conn, 3, kind="more")
+    for arguments in (
+        ["cancel", "--all", "--dry-run"], ["cancel", "--kind", "one"], ["cancel", "--kind", "many", "--yes"],
+        ["snooze", *map(str, more), "--for", "1h"],
+    ):  # fmt: skip
+        code, seen = on_terminal(batchq, *arguments)
+        assert (code, "[y/N]" in seen) == (0, False), seen
+    assert batch(conn, one)["status"] == batch(conn, many[0])["status"] == "cancelled"
+    assert batchq("cancel", "--all").out == "3 batches cancelled\n"
+
+
+QUESTIONS = {
+    "retry --all --whole": "Retry 2 batches from the start?",
+    "retry --all --items": "Retry the failed items of 2 batches?",
+    "priority --status pending --to 3": "Change the priority of 2 batches?",
+    "move --all --to slow": "Move 2 batches?",
+}
+
+
+@pytest.mark.parametrize("command", QUESTIONS)
+def test_the_question_says_what_would_be_done(batchq: CommandLine, conn: Conn, command: str) -> None:
+    for _ in range(2):
+        taken = processing(conn, items=[1, 2])
+        checkpoint(conn, taken, Progress(1, 1, [failure(1)], first_index=0))
+        finish(conn, endings.Finish(*taken, "failed"))
+    add(conn, 2)
+    code, seen = on_terminal(batchq, *command.split(), typed="n\n")
+    assert (code, f"{QUESTIONS[command]} [y/N]" in seen) == (1, True), seen
+
+
+def test_a_prune_of_more_than_workers_drop_is_asked_about(batchq: CommandLine) -> None:
+    code, seen = on_terminal(batchq, "prune", "--older-than-days", "1", typed="n\n")
+    assert (code, "Drop all finished batches older than 1 day, for good? [y/N]" in seen) == (1, True), seen
+    for more in (["--older-than-days", "90"], ["--older-than-days", "1", "--yes"], []):
+        assert on_terminal(batchq, "prune", *more)[0] == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -487,14 +544,20 @@ def test_a_bulk_that_is_interrupted_leaves_what_is_done_and_says_how_many(
 
 
 def test_pauses_from_the_command_line(batchq: CommandLine) -> None:
-    assert batchq("pause").out == "nothing is paused\n"
+    assert batchq("pause").out.startswith("nothing was paused, and nothing is paused now; to pause something: ")
     given = ["--queue", "mail", "--for", "2h", "--reason", "too dear", "--actor", "ann"]
-    assert [batchq("pause", *given).out, batchq("pause", "--queue", "mail", "--kind", "x").out] == ["paused\n"] * 2
+    said = [batchq("pause", *given).out, batchq("pause", "--queue", "mail", "--kind", "x").out]
+    assert said == ["paused: queue mail\n", "paused: kind x in queue mail\n"]
     listed = {(row["queue"], row["kind"], row["reason"], row["actor"]) for row in batchq("pause", "--json").json}
     assert ("mail", None, "too dear", "ann") in listed
     assert len(listed) == 2
-    assert "too dear" in batchq("pause").out
-    assert [batchq("resume", "--queue", "mail").out for _ in range(2)] == ["resumed\n", "no matching pause\n"]
+    lines = batchq("pause").out.splitlines()
+    assert lines[0] == "nothing was paused; these are paused now:"
+    assert "too dear" in "".join(lines)
+    assert lines[-1] == "to pause something: batchq pause --queue QUEUE, --kind KIND, or both"
+    assert [batchq("resume", "--queue", "mail").out for _ in range(2)] == [
+        "resumed: queue mail\n", "no matching pause: queue mail; paused now: kind x in queue mail\n",
+    ]  # fmt: skip
     assert "resume needs" in batchq("resume").complaint
     noted = [(row["verb"], row["queue"]) for row in batchq("audit", "--json").json]
     assert noted == [("resume", "mail"), ("pause", "mail"), ("pause", "mail")]

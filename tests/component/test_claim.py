@@ -36,7 +36,7 @@ from tests.support.alone import run_alone
 from tests.support.steps import step
 
 NO = '{"error": "no"}'
-STATUSES = "SELECT status FROM batchq.batches ORDER BY id"
+STATUSES = "SELECT status FROM batchq.all_batches ORDER BY id"
 
 
 def ready(conn: Conn, *, kind: str = KIND, queue: str = "default") -> list[int]:
@@ -101,7 +101,7 @@ def test_one_priority_that_is_not_known_is_noticed_wherever_it_lies(conn: Conn, 
 def test_a_priority_is_ready_only_behind_its_position(conn: Conn) -> None:
     batch_id = insert(conn)
     [row] = claim(conn, 1)
-    requeue(conn, Requeue(batch_id, value(conn, "SELECT claim_token FROM batchq.batches"), None, True))
+    requeue(conn, Requeue(batch_id, value(conn, "SELECT claim_token FROM batchq.all_batches"), None, True))
     before = Position(row.run_at, batch_id - 1)
     assert ready_priorities(conn, "default", [KIND], {0: before}) == [0]
     assert ready_priorities(conn, "default", [KIND], {0: row.position}) == []
@@ -117,7 +117,7 @@ def test_a_position_is_exact_to_the_microsecond(conn: Conn, run_at: str) -> None
     step("of batches that differ by a microsecond, or by their id alone, a claim goes on with the next")
     inserted = [insert(conn) for _ in range(4)]
     conn.execute(f"UPDATE batchq.batches SET run_at = {run_at} - (id / 2) * interval '1 us'".encode())
-    order = values(conn, "SELECT id FROM batchq.batches ORDER BY run_at, id")
+    order = values(conn, "SELECT id FROM batchq.all_batches ORDER BY run_at, id")
     after, found = START, []
     while rows := claim(conn, 1, after=after):
         found += ids(rows)

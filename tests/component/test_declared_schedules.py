@@ -37,7 +37,7 @@ def test_a_worker_writes_what_its_code_declares(conn: Conn, dsn: str) -> None:
     ).fetchall()
     stale = DueSchedule._make(due)
     assert conn.execute(*statements.fire_schedules([plan(stale, stale.now)])).fetchall() == [], "a plan of before"
-    assert value(conn, "SELECT count(*) FROM batchq.batches") == 0
+    assert value(conn, "SELECT count(*) FROM batchq.all_batches") == 0
 
 
 def test_the_worker_that_starts_last_is_right_unless_a_person_has_changed_the_row(conn: Conn, dsn: str) -> None:

@@ -68,7 +68,7 @@ def test_a_directory_closed_to_the_server_is_named(directory: Path) -> None:
 
 def test_without_the_wheel_the_error_says_what_to_install(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install 'batchq\[embedded\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'pgbatchq\[embedded\]'"):
         embedded.start(directory)
 
 

@@ -60,7 +60,7 @@ def app() -> batchq.App:
 
 def statuses(conn: Conn) -> list[str]:
     """Return the status of each batch, in the order of their ids."""
-    return [status for (status,) in conn.execute("SELECT status FROM batchq.batches ORDER BY id")]
+    return [status for (status,) in conn.execute("SELECT status FROM batchq.all_batches ORDER BY id")]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -136,7 +136,7 @@ def test_a_payload_that_is_not_utf8_fails_its_own_batch_only(
 
 def look_at_errors(conn: Conn, batch_id: int) -> list[str]:
     """Return the errors of a batch, past its payload."""
-    [(errors,)] = conn.execute("SELECT errors FROM batchq.batches WHERE id = %s", [batch_id]).fetchall()
+    [(errors,)] = conn.execute("SELECT errors FROM batchq.all_batches WHERE id = %s", [batch_id]).fetchall()
     return [error["error"] for error in errors]
 
 

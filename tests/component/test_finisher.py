@@ -59,13 +59,13 @@ def test_each_id_completes_by_its_own_token_in_whatever_order(conn: Conn, keep: 
     order.shuffle(given)
     step(f"{len(given)} ids, {len(wrong)} of them with the token of another claim of the same group")
     assert complete(conn, *given, keep=keep) == {one.id for one in right} - wrong
-    assert values(conn, "SELECT id FROM batchq.batches WHERE status = 'processing' ORDER BY id") == sorted(wrong)
+    assert values(conn, "SELECT id FROM batchq.all_batches WHERE status = 'processing' ORDER BY id") == sorted(wrong)
 
 
 def test_an_id_between_two_runs_is_not_touched(conn: Conn) -> None:
     ids, token = claim_some(conn, 5)
     assert complete(conn, *(Taken(batch_id, token) for batch_id in ids if batch_id != ids[2])) == {*ids} - {ids[2]}
-    assert values(conn, "SELECT id FROM batchq.batches WHERE status = 'processing'") == [ids[2]]
+    assert values(conn, "SELECT id FROM batchq.all_batches WHERE status = 'processing'") == [ids[2]]
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "not kept"])

@@ -12,12 +12,14 @@ import psycopg
 import pytest
 from psycopg.rows import tuple_row
 
-from batchq.postgres.statements import checkpoints, claims, endings, health, leases, probes, session, views
+from batchq.postgres.statements import checkpoints, claims, endings, health, leases, probes, session, shards, views
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.claims import END, Position
 from batchq.postgres.statements.endings import Finish, Requeue
 from batchq.postgres.statements.running import Statement
-from batchq.web.reads import batch_list
+from batchq.web import list_reads
+from batchq.web.list_reads import batch_list, sort_of
+from batchq.web.search import Terms
 from tests.component.rows import KIND, Conn, value
 from tests.support.alone import run_alone
 from tests.support.databases import Databases, holding_snapshot
@@ -133,6 +135,8 @@ OF_A_WORKER: dict[str, Callable[[Position], Statement]] = {
         {"run_at": at.run_at, "id": at.id},
     ),
     "probe of two priorities": lambda at: probes.ready_priorities("default", [KIND], {0: at, 5: at}),
+    "probe of two shards": lambda at: shards.ready_levels({("default", 0): at, ("default#1", 0): claims.START}, [KIND]),
+    "discovery in two shards": lambda _: shards.discovery({"default": [0], "default#1": []}, ["default"], 0),
     "probe of a part": lambda at: probes.ready_between("default", 0, [KIND], at, END),
     "unknown priority": lambda _: probes.unknown_priority("default", [0]),
     "recorded positions": lambda _: probes.known_positions("default"),
@@ -176,7 +180,7 @@ def test_a_statement_of_a_worker_reads_only_what_it_returns(table: Table, name: 
     assert read <= BASE_BUFFERS + BUFFERS_A_ROW * rows, plan
 
 
-@pytest.mark.parametrize("name", ["probe of two priorities", "probe of a part"])
+@pytest.mark.parametrize("name", ["probe of two priorities", "probe of two shards", "probe of a part"])
 def test_a_probe_ends_at_the_first_batch_of_a_kind_that_was_rare_when_statistics_were_taken(
     conn: Conn, name: str
 ) -> None:
@@ -207,8 +211,15 @@ LOOKED_AT: dict[str, Callable[[Conn], Any]] = {
     "failed": lambda conn: views.failed_rows(conn, None, None, 20),
     "monitor": lambda conn: views.changed_rows(conn, "2100-01-01", 2**62, [], None, None, 20),
     "newest id": health.newest_id,
-    "page": lambda conn: batch_list(None, None, None, None, None)(conn),
-    "page, processing": lambda conn: batch_list(None, None, "processing", None, None)(conn),
+    "page": lambda conn: batch_list(Terms(), sort_of(None, None))(conn),
+    "page, earliest run_at": lambda conn: batch_list(Terms(status="ready"), sort_of("ready", "run_at"))(conn),
+    "page, latest run_at": lambda conn: batch_list(Terms(status="ready"), sort_of("ready", "run_at_last"))(conn),
+    "page, longest running": lambda conn: batch_list(Terms(status="stalled"), sort_of("stalled", "longest"))(conn),
+    "page, unique key": lambda conn: batch_list(
+        Terms(unique_key="x", status="processing"), sort_of("processing", None), pairs=[("default", "work")] * 100
+    )(conn),
+    "page, counts": list_reads.counts(None, None, []),
+    "page, processing": lambda conn: batch_list(Terms(status="processing"), sort_of("processing", None))(conn),
     "doctor, stalled": lambda conn: health.findings(conn, "stalled", {}),
 }
 
@@ -216,10 +227,37 @@ LOOKED_AT: dict[str, Callable[[Conn], Any]] = {
 @pytest.mark.parametrize("name", LOOKED_AT)
 def test_what_people_look_at_does_not_read_the_dead(table: Table, name: str) -> None:
     rows = LOOKED_AT[name](table.conn)
-    returned = len(rows) if isinstance(rows, list) else 1
+    returned = len(rows) if isinstance(rows, list) else len(rows.rows) + 1 if isinstance(rows, list_reads.Found) else 1
     read = read_by(table.conn, LOOKED_AT[name])
     step("%s buffers for %s", read, returned)
     assert read <= 10 * BASE_BUFFERS + (BUFFERS_A_ROW + EVERY_PARTITION) * returned
+
+
+ENDED = [(sort, status) for status in ("completed", "failed", "cancelled") for sort in list_reads.sorts_for(status)]
+
+
+def test_a_list_of_what_has_ended_reads_a_page_by_an_index(conn: Conn) -> None:
+    fill = """
+    INSERT INTO batchq.batches (kind, status, finished_at)
+    SELECT 'work', CASE n % 10 WHEN 0 THEN 'failed' WHEN 1 THEN 'cancelled' ELSE 'completed' END,
+      now() - n % 5 * interval '1 day' - n * interval '1 second'
+    FROM generate_series(1, 100000) n
+    """
+    conn.execute(fill.encode())
+    for analyzed in (False, True):
+        if analyzed:
+            conn.execute("ANALYZE batchq.batches")
+        for sort, status in ENDED:
+            terms = Terms(status=status)
+            first = batch_list(terms, sort)(conn)
+            assert len(first.rows) == 50
+            for before in (None, first.next_key):
+                read = read_by(conn, batch_list(terms, sort, before))
+                step("%s %s: %s buffers", status, sort.name, read)
+                assert read <= 10 * BASE_BUFFERS + BUFFERS_A_ROW * 50, (status, sort.name)
+        read = read_by(conn, list_reads.counts(None, None, []))
+        step("counts: %s buffers", read)
+        assert read <= 10 * BASE_BUFFERS + 3 * 2 * 1001
 
 
 def test_counts_read_the_live_and_not_the_dead(table: Table) -> None:

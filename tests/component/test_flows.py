@@ -51,12 +51,14 @@ def enqueue(conn: Conn, payload: Any = None, **options: Any) -> int:
     """Enqueue a batch of kind work."""
     batch_id = batchq.enqueue(conn, "work", payload, **options)
     assert batch_id is not None
+    if options.get("after"):
+        conn.execute("SELECT batchq.collect_flows(10000)")  # as a worker does where no trigger could
     return batch_id
 
 
 def status(conn: Conn, batch_id: int) -> str:
     """Return the stored status."""
-    return str(values(conn, "SELECT status FROM batchq.batches WHERE id = %s", batch_id)[0])
+    return str(values(conn, "SELECT status FROM batchq.all_batches WHERE id = %s", batch_id)[0])
 
 
 # -------------------------------------------------------------------------------------------------------- begins once
@@ -73,15 +75,43 @@ def test_a_batch_runs_after_those_that_it_waits_for(dsn: str, conn: Conn, ran: R
     assert values(conn, "SELECT count(*) FROM batchq.flow_events") == [0]
 
 
+@pytest.mark.parametrize("count", [0, 1, 25])
+def test_the_items_of_a_batch_that_waited_are_worked(dsn: str, conn: Conn, ran: Ran, count: int) -> None:
+    worked: list[int] = []
+    ran.app.item_handler("list")(worked.append)
+    first = enqueue(conn)
+    listed = batchq.enqueue(conn, "list", items=list(range(count)), after=[first])
+    assert values(conn, "SELECT items_total FROM batchq.all_batches WHERE id = %s", listed) == [count]
+    drain(ran.app, dsn)
+    assert worked == list(range(count))
+    assert values(conn, "SELECT items_done FROM batchq.all_batches WHERE id = %s", listed) == [count]
+
+
+def test_a_drain_does_not_end_while_others_follow_what_it_would_run(
+    dsn: str, admin_dsn: str, conn: Conn, ran: Ran
+) -> None:
+    first = enqueue(conn)
+    second = enqueue(conn, after=[first])
+    draining = threading.Thread(target=drain, args=(ran.app, dsn))
+    with psycopg.connect(admin_dsn) as holder:
+        assert len(holder.execute("SELECT FROM batchq.flow_events FOR UPDATE").fetchall()) == 1
+        draining.start()
+        wait_until(lambda: ran.ids == [first], 10, "the first to run")
+        draining.join(1)
+        assert draining.is_alive()
+    draining.join()
+    assert ran.ids == [first, second]
+
+
 def test_any_client_can_let_a_batch_wait(dsn: str, conn: Conn, ran: Ran) -> None:
     first = enqueue(conn)
     insert = "INSERT INTO batchq.batches (kind, after) VALUES ('work', ARRAY[%s, %s]::bigint[]) RETURNING id"
     [second] = values(conn, insert, first, first)
-    assert values(conn, "SELECT needs_left FROM batchq.batches WHERE id = %s", second) == [1]
+    assert values(conn, "SELECT needs_left FROM batchq.all_batches WHERE id = %s", second) == [1]
     assert batchq.enqueue_many(conn, "work", [{}, {}], after=[second]) == 2
     each = batchq.enqueue_each(conn, "work", [{"returns": n} for n in range(250)], after=[first])
     assert values(
-        conn, "SELECT (payload ->> 'returns')::int FROM batchq.batches WHERE id = ANY (%s) ORDER BY id", each
+        conn, "SELECT (payload ->> 'returns')::int FROM batchq.all_batches WHERE id = ANY (%s) ORDER BY id", each
     ) == [*range(250)]
     drain(ran.app, dsn)
     assert ran.ids[0] == first
@@ -139,7 +169,7 @@ def test_an_async_handler_that_would_block_the_event_loop_is_told_so(dsn: str, c
 
     put(conn, "async", max_attempts=1)
     drain(ran.app, dsn)
-    [error] = values(conn, "SELECT errors -> -1 ->> 'error' FROM batchq.batches")
+    [error] = values(conn, "SELECT errors -> -1 ->> 'error' FROM batchq.all_batches")
     assert "await batch.needed_async()" in error
 
 
@@ -185,7 +215,7 @@ def test_what_happens_if_a_needed_batch_does_not_complete(
     drain(ran.app, dsn)
     assert [status(conn, one) for one in (second, third)] == [end, end]
     if end == "cancelled":
-        [error] = values(conn, "SELECT errors -> -1 ->> 'error' FROM batchq.batches WHERE id = %s", second)
+        [error] = values(conn, "SELECT errors -> -1 ->> 'error' FROM batchq.all_batches WHERE id = %s", second)
         assert (
             error == f"cancelled: batch {first}, which it waited for, {'failed' if how == 'fails' else 'was cancelled'}"
         )
@@ -196,7 +226,7 @@ def test_a_retry_that_succeeds_lets_the_others_go_on(dsn: str, conn: Conn, ran: 
     second = enqueue(conn, after=[first, other])
     drain(ran.app, dsn)
     for _ in range(2):
-        assert values(conn, "SELECT status, needs_left FROM batchq.batches WHERE id = %s", second) == ["waiting"]
+        assert values(conn, "SELECT status, needs_left FROM batchq.all_batches WHERE id = %s", second) == ["waiting"]
         conn.execute("SELECT batchq.retry(%s)", [first])
         drain(ran.app, dsn)
     conn.execute("SELECT batchq.retry(%s)", [first])
@@ -236,7 +266,7 @@ def test_a_retry_marks_a_batch_that_others_have_begun_to_wait_for(dsn: str, conn
     drain(ran.app, dsn)
     enqueue(conn, after=[first])
     assert values(conn, "SELECT changed FROM batchq.bulk('retry')") == [1]
-    assert values(conn, "SELECT is_needed FROM batchq.batches WHERE id = %s", first) == [True]
+    assert values(conn, "SELECT is_needed FROM batchq.all_batches WHERE id = %s", first) == [True]
 
 
 def test_a_batch_that_waits_holds_its_unique_key(conn: Conn) -> None:
@@ -316,7 +346,7 @@ def test_a_truncate_forgets_flows(admin_dsn: str, conn: Conn) -> None:
 def test_bulk_cancels_what_waits(conn: Conn) -> None:
     waits = enqueue(conn, after=[enqueue(conn)])
     conn.execute("SELECT batchq.bulk('cancel', '{\"status\": \"waiting\"}')")
-    assert values(conn, "SELECT id FROM batchq.batches WHERE status = 'cancelled'") == [waits]
+    assert values(conn, "SELECT id FROM batchq.all_batches WHERE status = 'cancelled'") == [waits]
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -326,7 +356,7 @@ def test_bulk_cancels_what_waits(conn: Conn) -> None:
 def test_python_refuses_what_are_not_ids(conn: Conn, after: Any) -> None:
     with pytest.raises(InvalidInput, match="after must"):
         batchq.enqueue(conn, "work", after=after)
-    assert values(conn, "SELECT count(*) FROM batchq.batches") == [0]
+    assert values(conn, "SELECT count(*) FROM batchq.all_batches") == [0]
 
 
 @pytest.mark.parametrize("given", [{"on_failure": "explode"}, {"on_failure": 1}, {"on_failure": ""}])
@@ -354,7 +384,7 @@ def test_the_table_refuses_by_name(conn: Conn, columns: str, given: str, constra
     with pytest.raises(psycopg.errors.CheckViolation) as refused:
         conn.execute(f"INSERT INTO batchq.batches (kind, {columns}) SELECT 'work', {given}".encode())
     assert refused.value.diag.constraint_name == constraint
-    assert values(conn, "SELECT count(*) FROM batchq.batches") == [0]
+    assert values(conn, "SELECT count(*) FROM batchq.all_batches") == [0]
 
 
 def test_a_batch_of_a_transaction_that_is_open_does_not_exist_for_others(dsn: str, conn: Conn) -> None:
@@ -440,7 +470,10 @@ def test_a_waiting_batch_that_somebody_has_locked_delays_only_itself(admin_dsn: 
         assert follow(conn) == (0, 1)
     assert follow(conn) == (1, 0)
     step("they are at the end of the claim order, where the next claim looks")
-    assert values(conn, "SELECT run_at > now() - interval '1 minute' FROM batchq.batches ORDER BY id") == [True, True]
+    assert values(conn, "SELECT run_at > now() - interval '1 minute' FROM batchq.all_batches ORDER BY id") == [
+        True,
+        True,
+    ]
 
 
 OLD_FINISH = """
@@ -468,7 +501,7 @@ def test_who_counts_by_a_list_that_is_out_of_date_counts_nothing_twice(conn: Con
     second = enqueue(conn, after=[first, other], on_failure=on_failure)
     for _ in range(2):
         values(conn, "SELECT batchq.count_needs('default', %s, %s, %s, '{completed}')", [second], [first], [second])
-    assert values(conn, "SELECT needs_left FROM batchq.batches WHERE id = %s", second) == [1]
+    assert values(conn, "SELECT needs_left FROM batchq.all_batches WHERE id = %s", second) == [1]
 
 
 def test_events_that_were_dealt_with_are_not_read_again_while_a_snapshot_is_held(

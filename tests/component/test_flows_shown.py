@@ -88,14 +88,17 @@ def test_a_monitor_is_done_when_only_a_person_can_let_what_waits_go_on(dsn: str,
 def test_the_command_line_enqueues_cancels_and_runs_what_waits(batchq: CommandLine, conn: Conn) -> None:
     top, _, right, bottom, mail = made(conn)
     assert batchq("enqueue", "k", "--after", str(top), str(bottom), "--on-failure", "cancel").code == 0
-    new = values(conn, "SELECT max(id) FROM batchq.batches")[0]
-    assert values(conn, "SELECT needs_left FROM batchq.batches WHERE id = %s", [new]) == [2]
-    assert batchq("run-anyway", str(mail)).out == f"batch {mail}: pending\n"
+    new = values(conn, "SELECT max(id) FROM batchq.all_batches")[0]
+    assert values(conn, "SELECT needs_left FROM batchq.all_batches WHERE id = %s", [new]) == [2]
+    assert batchq("run-anyway", str(mail)).out == f"batch {mail} made pending\n"
     for given in (["--all"], ["--kind", "mail"], ["--all", "--dry-run"], []):
         refused = batchq("cancel", "--with-dependents", *given)
         assert (refused.code, refused.err) == (2, "batchq: --with-dependents takes ids of batches, and no filter\n")
-    assert batchq("cancel", str(bottom), "--with-dependents").out == f"batch {bottom}: cancelled\n"
-    statuses = "SELECT status FROM batchq.batches WHERE id = ANY (%s) ORDER BY id"
+    assert (
+        batchq("cancel", str(bottom), "--with-dependents").out
+        == f"batch {bottom} cancelled, and 1 batch that waits for it\n"
+    )
+    statuses = "SELECT status FROM batchq.all_batches WHERE id = ANY (%s) ORDER BY id"
     assert values(conn, statuses, [[top, right, bottom, mail, new]]) == [
         "pending", "waiting", "cancelled", "pending", "cancelled",
     ]  # fmt: skip

@@ -192,7 +192,7 @@ def test_every_error_is_a_failed_attempt_and_the_one_slot_goes_on(dsn: str, conn
     ids = [put(conn, kind, name, max_attempts=1) for kind in ("raise", "raise_async") for name in ERRORS]
     ids.append(put(conn, "raise_items", items=list(ERRORS), max_attempts=1))
     is_fine(dsn, conn, app, *ids)
-    sizes = values(conn, "SELECT octet_length(errors -> 0 ->> 'error') FROM batchq.batches WHERE status = 'failed'")
+    sizes = values(conn, "SELECT octet_length(errors -> 0 ->> 'error') FROM batchq.all_batches WHERE status = 'failed'")
     assert max(sizes) <= 2_000
     assert values(conn, "SELECT count(*) FROM batchq.failed_items WHERE octet_length(error) <= 2000") == [len(ERRORS)]
 

@@ -87,13 +87,13 @@ def test_what_python_enqueues_is_kept_as_it_is_or_refused_before_the_database(
                 batchq.enqueue(conn, "echo", **given_as)
         with pytest.raises(batchq.InvalidInput, match="cannot be stored as JSON"):
             batchq.enqueue_many(conn, "echo", [value])
-        assert values(conn, "SELECT count(*) FROM batchq.batches") == [0]
+        assert values(conn, "SELECT count(*) FROM batchq.all_batches") == [0]
         return
     batchq.enqueue(conn, "echo", value)
     batchq.enqueue_many(conn, "echo", [value])
     batchq.enqueue(conn, "echo", items=value)
-    assert same(values(conn, "SELECT coalesce(items, payload) FROM batchq.batches"), [value] * 3)
-    assert values(conn, "SELECT items_total FROM batchq.batches WHERE items IS NOT NULL") == [len(value)]
+    assert same(values(conn, "SELECT coalesce(items, payload) FROM batchq.all_batches"), [value] * 3)
+    assert values(conn, "SELECT items_total FROM batchq.all_batches WHERE items IS NOT NULL") == [len(value)]
 
 
 def test_what_was_enqueued_comes_back_as_result_items_and_error(dsn: str, conn: psycopg.Connection) -> None:
@@ -115,7 +115,7 @@ def test_what_was_enqueued_comes_back_as_result_items_and_error(dsn: str, conn: 
         assert same(look(conn, batch_id).result, {} if value is None else value)
     assert same(look(conn, listed).result, found)
     assert look(conn, failing).items_failed == len(found)
-    pairs = "batchq.failed_items f JOIN batchq.batches b ON b.id = f.batch_id"
+    pairs = "batchq.failed_items f JOIN batchq.all_batches b ON b.id = f.batch_id"
     assert values(conn, f"SELECT bool_and(f.item = b.items -> item_index) FROM {pairs}") == [True]
 
 
@@ -181,7 +181,7 @@ def test_of_texts_that_are_json_to_some_sql_takes_what_postgres_takes_and_the_wo
             is_bad = isinstance(expected, str) and expected.startswith("InvalidInput")
             wait_for_status(conn, batch_id, "failed" if is_bad else "completed", 20)
             told = "CASE status WHEN 'failed' THEN errors -> 0 -> 'error' ELSE result END"
-            [found] = values(conn, f"SELECT {told} FROM batchq.batches WHERE id = %s", batch_id)
+            [found] = values(conn, f"SELECT {told} FROM batchq.all_batches WHERE id = %s", batch_id)
             assert found.startswith(expected) if is_bad else found == expected, name
         await_status(conn, put(conn, "echo", "fine"), "completed")
 
@@ -220,7 +220,7 @@ def test_the_command_line_takes_it_or_says_in_one_line_why_not(
             assert "Traceback" not in ended.err
             assert ended.err.count("\n") == 1
             assert len(ended.err) < 2_000
-    for stored in values(conn, "SELECT coalesce(items, payload)::text FROM batchq.batches"):
+    for stored in values(conn, "SELECT coalesce(items, payload)::text FROM batchq.all_batches"):
         step("taken: %s", stored[:80])
         assert "Infinity" not in stored
         assert "NaN" not in stored
@@ -254,7 +254,7 @@ def test_any_text_as_a_name_is_kept_as_it_is_or_refused_by_name(
                 way()
         else:
             way()
-    stored = conn.execute("SELECT kind, queue, unique_key FROM batchq.batches ORDER BY id").fetchall()
+    stored = conn.execute("SELECT kind, queue, unique_key FROM batchq.all_batches ORDER BY id").fetchall()
     assert {row[:2] for row in stored} <= {(kind, queue)}
     assert [row[2] for row in stored if row[2] is not None] in ([], [key])
 

@@ -98,7 +98,7 @@ def test_every_combination_of_columns_is_refused_by_name_or_comes_to_an_end(dsn:
     step("accepted: %s of %s", conn.execute(accepted).fetchall(), values(conn, "SELECT count(*) FROM tried"))
     with running_worker(app, dsn, lease_seconds=1, shutdown_seconds=1):
         await_status(conn, put(conn, "good", priority=9), "completed", 30)
-        live = "SELECT count(*) FROM batchq.batches WHERE status IN ('pending', 'processing')"
+        live = "SELECT count(*) FROM batchq.all_batches WHERE status IN ('pending', 'processing')"
         wait_until(lambda: values(conn, live) == [0], 30, "all that is there to end")
 
 
@@ -213,7 +213,7 @@ def test_what_is_gone_while_it_is_processed_is_gone_and_its_ids_begin_with_nothi
         gate.set()
         await_status(conn, put(conn, "good"), "completed", 20)
         assert not worker.lifecycle.stopping.is_set()
-    assert values(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'processing'") == [0]
+    assert values(conn, "SELECT count(*) FROM batchq.all_batches WHERE status = 'processing'") == [0]
 
 
 # ------------------------------------------------------------------------------------------- straight into partitions
@@ -224,7 +224,7 @@ STRAIGHT = {
     "live, with an id": "batches_live (id, kind) OVERRIDING SYSTEM VALUE VALUES (1000000, 'good')",
     "live, and finished": f"batches_live {ENDED} VALUES (1000000, 'good', 'completed', now())",
     "finished, and live": "batches_finished (id, kind) OVERRIDING SYSTEM VALUE VALUES (1000000, 'good')",
-    "finished, twice": f"batches_finished {ENDED} SELECT id, 'good', 'failed', now() FROM batchq.batches",
+    "finished, twice": f"batches_finished {ENDED} SELECT id, 'good', 'failed', now() FROM batchq.all_batches",
     "a day that has its own": f"finished_default {ENDED} VALUES (1000000, 'good', 'failed', now())",
     "a day without one": f"finished_default {ENDED} VALUES (1000000, 'good', 'failed', 'infinity')",
     "refused": "batches_refused (id, kind, status) OVERRIDING SYSTEM VALUE VALUES (1000000, 'good', 'odd')",

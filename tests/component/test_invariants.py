@@ -10,7 +10,7 @@ from psycopg.types.json import Jsonb
 
 import batchq
 from batchq.operate import invariants
-from batchq.postgres.statements import endings, health
+from batchq.postgres.statements import endings, health, parts
 from batchq.postgres.statements.checkpoints import Progress
 from tests.component.rows import (
     Conn,
@@ -61,13 +61,23 @@ WORKER = (
     "VALUES ('w', 'h', 7, '1', '{default}', '{work}', 8, -1)"
 )
 
-# By the invariant: statements of the hostile client, over batches 1 (pending), 2 (processing), 3 (completed), and
-# 4 (failed, with items a, b, c: b failed in its attempt 1, the others done).
+# By the invariant: statements of the hostile client, over batches 1 (pending), 2 (processing), 3 (completed), 4
+# (failed, with items a, b, c: b failed in its attempt 1, the others done), 5 (waits for 1), and 6 (spread; its parts 7
+# and 8 have two items each).
 HOSTILE: dict[str, list[str]] = {
     "live_is_not_final": [MISPLACE.format(partition="batches_live", finished_at="NULL")],
     "waiting_counts_what_it_needs": [
         "INSERT INTO batchq.batches (kind, status, needs_left) VALUES ('work', 'waiting', 1)",
     ],
+    "end_of_what_is_needed_will_be_noticed": ["UPDATE batchq.batches SET is_needed = NULL WHERE id = 1"],
+    "spread_counts_its_parts": ["UPDATE batchq.batches SET needs_left = 3 WHERE id = 6"],
+    "open_part_is_worked_or_has_ended": ["UPDATE batchq.batches SET is_needed = NULL WHERE id = 7"],
+    "open_part_has_a_waiting_whole": ["DELETE FROM batchq.batches WHERE id = 6"],
+    "live_part_has_its_range": [
+        "INSERT INTO batchq.batches (kind, items, items_total, part_of) VALUES ('work', '[1]', 1, 6)"
+    ],
+    "ranges_of_parts_fit_together": ["UPDATE batchq.parts SET first_item = 3 WHERE first_item = 2"],
+    "items_of_parts_are_within_their_range": ["UPDATE batchq.parts SET items_done = 3 WHERE first_item = 0"],
     "finished_is_final": [MISPLACE.format(partition="finished_default", finished_at="now()")],
     "no_other_status": [
         "ALTER TABLE batchq.batches_refused DROP CONSTRAINT batches_status_is_known",
@@ -75,7 +85,7 @@ HOSTILE: dict[str, list[str]] = {
     ],
     "processing_is_claimed": ["UPDATE batchq.batches SET claim_token = NULL WHERE id = 2"],
     "processing_has_a_lease": ["UPDATE batchq.batches SET lease_expires_at = NULL WHERE id = 2"],
-    "pending_is_unclaimed": ["UPDATE batchq.batches SET claimed_by = 'me' WHERE id = 1"],
+    "pending_or_waiting_is_unclaimed": ["UPDATE batchq.batches SET claimed_by = 'me' WHERE id = 1"],
     "finished_is_unclaimed": ["UPDATE batchq.batches SET claim_token = gen_random_uuid() WHERE id = 3"],
     "live_has_not_finished": ["UPDATE batchq.batches SET finished_at = now() WHERE id = 1"],
     "finished_has_finished_at": ["UPDATE batchq.batches SET finished_at = NULL WHERE id = 3"],
@@ -88,13 +98,19 @@ HOSTILE: dict[str, list[str]] = {
     "failed_item_was_worked": ["UPDATE batchq.batches SET items_done = 0 WHERE id = 4"],
     "failed_item_is_the_batchs": ["UPDATE batchq.failed_items SET item = '\"z\"'"],
     "failed_item_attempt_within_limits": ["UPDATE batchq.failed_items SET attempt = 9"],
-    "live_id_is_unique": ["INSERT INTO batchq.batches (id, kind) OVERRIDING SYSTEM VALUE VALUES (1, 'work')"],
+    "live_id_is_unique": ["INSERT INTO batchq.batches (id, kind) OVERRIDING SYSTEM VALUE VALUES (2, 'work')"],
     "not_live_and_finished": ["INSERT INTO batchq.batches (id, kind) OVERRIDING SYSTEM VALUE VALUES (3, 'work')"],
     "finished_id_is_unique": [
         "INSERT INTO batchq.batches (id, kind, status, finished_at) OVERRIDING SYSTEM VALUE "
         "VALUES (3, 'work', 'completed', now())"
     ],
     "unique_key_is_unique": ["INSERT INTO batchq.batches (kind, unique_key) VALUES ('work', 'k'), ('work', 'k')"],
+    "key_is_on_one_shard": [
+        "SELECT batchq.split_queue('mail', 2)",
+        "INSERT INTO batchq.batches (queue, kind, key) VALUES ('mail', 'work', 'k')",
+        "UPDATE batchq.batches_live SET queue = CASE queue WHEN 'mail' THEN 'mail#1' ELSE 'mail' END WHERE key = 'k'",
+        "INSERT INTO batchq.batches (queue, kind, key) VALUES ('mail', 'work', 'k')",
+    ],
     "finished_lies_in_its_day": [
         f"DO $$ BEGIN EXECUTE format('ALTER TABLE batchq.finished_%s RENAME TO finished_20010101', "
         f"to_char({TODAY}, 'YYYYMMDD')); END $$"
@@ -115,7 +131,8 @@ HOSTILE: dict[str, list[str]] = {
 
 
 def lives(conn: Conn) -> None:
-    """Have one batch of each sort: 1 pending, 2 processing, 3 completed, 4 failed with a failed item of three."""
+    """Have one batch of each sort: 1 pending, 2 processing, 3 completed, 4 failed with a failed item of three, 5 that
+    waits for 1, 6 that is spread, 7 and 8 its parts."""
     insert(conn, queue="later")
     processing(conn)
     finished(conn)
@@ -124,6 +141,10 @@ def lives(conn: Conn) -> None:
     assert checkpoint(conn, taken, progress) == 1
     end = endings.Finish(taken.id, taken.token, "failed", error='{"error": "no"}')
     assert conn.execute(*endings.finish("default", [end])).fetchall() == [(taken.id,)]
+    batchq.enqueue(conn, "work", after=[1])
+    assert value(conn, "SELECT seen FROM batchq.follow_flows(0)") == 1
+    whole = processing(conn, items=["a", "b", "c", "d"])
+    assert parts.spread_batch(conn, "default", whole.id, whole.token, 2) == (2, None, True)
 
 
 @pytest.fixture
@@ -215,10 +236,22 @@ def test_a_batch_with_a_key_that_waits_to_continue_violates_none(conn: Conn, adm
     app.handler("work", backoff=batchq.Backoff(3600, 3600))(fail)
     insert(conn, key="k")
     drain(app, dsn)
-    assert value(conn, "SELECT status || ' ' || (claimed_at IS NOT NULL) FROM batchq.batches") == "pending true"
+    assert value(conn, "SELECT status || ' ' || (claimed_at IS NOT NULL) FROM batchq.all_batches") == "pending true"
     assert invariants.violations(admin) == []
     admin.execute("UPDATE batchq.batches SET key = NULL")
-    assert [violation.invariant for violation in invariants.violations(admin)] == ["pending_is_unclaimed"]
+    assert [violation.invariant for violation in invariants.violations(admin)] == ["pending_or_waiting_is_unclaimed"]
+
+
+def test_ranges_of_parts_begin_where_the_batch_itself_has_come(conn: Conn, admin: Conn) -> None:
+    whole = processing(conn, items=list(range(6)))
+    assert checkpoint(conn, whole, Progress(done=1, failed=1, failures=[failure(1)], first_index=0)) == 1
+    assert parts.spread_batch(conn, "default", whole.id, whole.token, 2) == (2, None, True)
+    assert invariants.violations(admin) == []
+    for change in ("first_item = 1, items = 3 WHERE first_item = 2", "items = 1 WHERE first_item = 2"):
+        with admin.transaction(force_rollback=True):
+            admin.execute(f"UPDATE batchq.parts SET {change}".encode())
+            admin.execute("UPDATE batchq.batches_live SET items_total = 1 WHERE part_of IS NOT NULL")
+            assert "ranges_of_parts_fit_together" in {one.invariant for one in invariants.violations(admin)}
 
 
 def fail(batch: batchq.Batch) -> None:

@@ -30,7 +30,7 @@ from tests.component.rows import (
 )
 from tests.support.alone import run_alone
 
-TOTALS = "SELECT items_total FROM batchq.batches ORDER BY id"
+TOTALS = "SELECT items_total FROM batchq.all_batches ORDER BY id"
 
 # What workers from before wrote at the end of batches: it does not name items_total.
 OLD_FINISH = """
@@ -190,7 +190,7 @@ def test_who_may_only_insert_may_insert_items(conn: Conn, admin_dsn: str, databa
             copy(admin, ["items"], ["[1]"])
             with pytest.raises(psycopg.errors.CheckViolation, match="batches_items_is_array"):
                 admin.execute("INSERT INTO batchq.batches (kind, items) VALUES ('work', '{}')")
-            for forbidden in ("UPDATE batchq.batches SET items_total = 1", "SELECT id FROM batchq.batches"):
+            for forbidden in ("UPDATE batchq.batches SET items_total = 1", "SELECT id FROM batchq.all_batches"):
                 with pytest.raises(psycopg.errors.InsufficientPrivilege):
                     admin.execute(forbidden)
         finally:
@@ -272,7 +272,7 @@ def test_an_old_worker_works_beside_the_new_schema(conn: Conn) -> None:
     ended = [Finish(*one, "completed", '{"a": 1}', all_done=True) for one in taken]
     stale = Finish(taken[3].id, uuid4(), "failed")
     assert old_finish(conn, *ended[:3], stale) == {one.id for one in taken[:3]}
-    assert values(conn, "SELECT items_done FROM batchq.batches WHERE status = 'completed' ORDER BY id") == [1, 2, 3]
+    assert values(conn, "SELECT items_done FROM batchq.all_batches WHERE status = 'completed' ORDER BY id") == [1, 2, 3]
     assert values(conn, TOTALS) == [1, 2, 3, 4]
 
 

@@ -24,7 +24,7 @@ from tests.support.batches import STYLES, drain, put, register, register_items
 from tests.support.steps import step
 
 FORGETTING: dict[str, Any] = {"keep_completed": False}
-KINDS = "SELECT kind FROM batchq.batches ORDER BY id"
+KINDS = "SELECT kind FROM batchq.all_batches ORDER BY id"
 AT_ONCE = batchq.Backoff(0, 0)
 both_styles = pytest.mark.parametrize("style", STYLES)
 
@@ -51,12 +51,12 @@ def test_what_completes_is_gone_and_what_fails_or_is_cancelled_is_kept(conn: Con
         put(conn, kind, max_attempts=2)
     drain(app, dsn, **FORGETTING)
     assert values(conn, KINDS) == ["fails", "is cancelled"]
-    assert values(conn, "SELECT status FROM batchq.batches ORDER BY id") == ["failed", "cancelled"]
-    assert values(conn, "SELECT jsonb_array_length(errors) FROM batchq.batches ORDER BY id") == [2, 1]
+    assert values(conn, "SELECT status FROM batchq.all_batches ORDER BY id") == ["failed", "cancelled"]
+    assert values(conn, "SELECT jsonb_array_length(errors) FROM batchq.all_batches ORDER BY id") == [2, 1]
     step("without the setting everything is kept")
     put(conn, "returns")
     drain(app, dsn)
-    assert value(conn, "SELECT result FROM batchq.batches WHERE status = 'completed'") == {"a": 1}
+    assert value(conn, "SELECT result FROM batchq.all_batches WHERE status = 'completed'") == {"a": 1}
 
 
 @both_styles
@@ -74,7 +74,7 @@ def test_failed_items_go_with_a_batch_that_tolerates_them_and_stay_with_one_that
     put(conn, "items", items=[1, 2, 3])
     failed = put(conn, "items", items=[1, -2, -3], max_failed_items=1, max_attempts=2)
     drain(app, dsn, **FORGETTING)
-    assert values(conn, "SELECT id FROM batchq.batches") == [failed]
+    assert values(conn, "SELECT id FROM batchq.all_batches") == [failed]
     assert values(conn, "SELECT batch_id FROM batchq.failed_items") == [failed, failed]
 
 
@@ -105,7 +105,7 @@ def test_a_batch_that_completes_in_its_own_transaction_is_gone_with_it(
     batch_id = put(conn, style, items=[1, 2], max_failed_items=2)
     drain(app, dsn, **FORGETTING)
     assert values(conn, "SELECT id FROM done") == [batch_id]
-    assert value(conn, "SELECT count(*) FROM batchq.batches") == 0
+    assert value(conn, "SELECT count(*) FROM batchq.all_batches") == 0
     assert value(conn, "SELECT count(*) FROM batchq.failed_items") == 0
 
 
@@ -127,7 +127,7 @@ def test_a_transaction_with_a_cursor_keeps_its_batch(conn: Conn, dsn: str, style
 
     batch_id = put(conn, style)
     drain(app, dsn, **FORGETTING)
-    assert conn.execute("SELECT id, status, cursor FROM batchq.batches").fetchall() == [
+    assert conn.execute("SELECT id, status, cursor FROM batchq.all_batches").fetchall() == [
         (batch_id, "cancelled", {"at": 1})
     ]
 
@@ -155,7 +155,7 @@ def test_a_transaction_whose_claim_is_lost_deletes_nothing(conn: Conn, dsn: str,
 
     put(conn, style)
     drain(app, dsn, **FORGETTING)
-    assert values(conn, "SELECT status FROM batchq.batches") == ["processing"]
+    assert values(conn, "SELECT status FROM batchq.all_batches") == ["processing"]
     assert value(conn, "SELECT count(*) FROM done") == 0
 
 
@@ -168,7 +168,7 @@ def test_a_stale_token_deletes_nothing_and_its_failed_items_stay(conn: Conn) -> 
     stale = theirs._replace(token=uuid4())
     swapped = theirs._replace(token=mine.token)
     assert complete(conn, mine, stale, swapped, given_back, keep=False) == {mine.id}
-    assert values(conn, "SELECT id FROM batchq.batches ORDER BY id") == [theirs.id, given_back.id]
+    assert values(conn, "SELECT id FROM batchq.all_batches ORDER BY id") == [theirs.id, given_back.id]
     assert values(conn, "SELECT batch_id FROM batchq.failed_items") == [theirs.id]
 
 
@@ -184,7 +184,7 @@ def test_a_unique_key_is_free_again(conn: Conn, dsn: str) -> None:
         assert batchq.enqueue(conn, "once", unique_key="k") is not None
         assert batchq.enqueue(conn, "once", unique_key="k") is None
         drain(app, dsn, **FORGETTING)
-    assert value(conn, "SELECT count(*) FROM batchq.batches") == 0
+    assert value(conn, "SELECT count(*) FROM batchq.all_batches") == 0
 
 
 def test_ids_and_tokens_of_many_claims_are_told_apart(conn: Conn) -> None:
@@ -196,7 +196,7 @@ def test_ids_and_tokens_of_many_claims_are_told_apart(conn: Conn) -> None:
     assert complete(conn, taken[2], others[1], taken[0], keep=False) == {taken[2].id, taken[0].id}
     assert complete(conn, taken[3], others[1], keep=True) == {taken[3].id}
     insert(conn)
-    assert values(conn, "SELECT status FROM batchq.batches ORDER BY id") == ["processing", "completed", "pending"]
+    assert values(conn, "SELECT status FROM batchq.all_batches ORDER BY id") == ["processing", "completed", "pending"]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_the_view_counts_what_waits_and_runs_of_each_key(conn: Conn) -> None:
     for key in ("b", "a", "a", "é"):
         insert(conn, key=key)
     conn.execute("UPDATE batchq.batches SET run_at = now() + interval '1 hour' WHERE key = 'é'")
-    conn.execute(CLAIM_ONE, values(conn, "SELECT min(id) FROM batchq.batches WHERE key = 'a'"))
+    conn.execute(CLAIM_ONE, values(conn, "SELECT min(id) FROM batchq.all_batches WHERE key = 'a'"))
     conn.execute(CLAIM_ONE, [insert(conn, queue="mail", key="only runs")])
     assert conn.execute(KEYS).fetchall() == [
         ("default", "a", 1, 0, 1, True, False),
@@ -93,14 +93,14 @@ def test_an_action_on_a_key_leaves_the_others(batchq: CommandLine, conn: Conn) -
 
 def test_the_command_enqueues_with_a_key(batchq: CommandLine, conn: Conn) -> None:
     assert batchq("enqueue", "k", "--key", "customer 7").code == 0
-    assert values(conn, "SELECT key FROM batchq.batches") == ["customer 7"]
-    assert "batches_key_fits" in batchq("enqueue", "k", "--key", "").err
+    assert values(conn, "SELECT key FROM batchq.all_batches") == ["customer 7"]
+    assert "must be a key, which has 1 to 500 bytes" in batchq("enqueue", "k", "--key", "").err
 
 
 def test_a_moved_batch_keeps_its_key(conn: Conn) -> None:
     batch_id = insert(conn, key="a")
     conn.execute("SELECT batchq.move(%s, 'mail')", [batch_id])
-    assert conn.execute("SELECT queue, key FROM batchq.batches").fetchall() == [("mail", "a")]
+    assert conn.execute("SELECT queue, key FROM batchq.all_batches").fetchall() == [("mail", "a")]
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def write_plain_checkpoint(conn: Conn, queue: str, taken: Taken) -> bool:
 
 def counters(conn: Conn) -> tuple[int, int]:
     """Return how many items of the first batch are done, and how many have failed."""
-    row = conn.execute("SELECT items_done, items_failed FROM batchq.batches ORDER BY id LIMIT 1").fetchone()
+    row = conn.execute("SELECT items_done, items_failed FROM batchq.all_batches ORDER BY id LIMIT 1").fetchone()
     return row or (0, 0)
 
 
@@ -107,7 +107,7 @@ WRITES = [
 
 def everything(conn: Conn) -> list[Any]:
     """Return all there is of batches and failed items."""
-    return values(conn, "SELECT to_jsonb(b) FROM batchq.batches b ORDER BY id") + values(
+    return values(conn, "SELECT to_jsonb(b) FROM batchq.all_batches b ORDER BY id") + values(
         conn, "SELECT to_jsonb(f) FROM batchq.failed_items f ORDER BY batch_id, item_index"
     )
 
@@ -190,7 +190,7 @@ def test_of_many_finishes_each_batch_has_its_own(conn: Conn) -> None:
 def test_of_many_requeues_each_batch_has_its_own(conn: Conn) -> None:
     first, second = claimed_together(conn)
     assert requeue(conn, Requeue(*first, 60, False), Requeue(*second, 7200, True)) == {first.id, second.id}
-    delays = values(conn, "SELECT extract(epoch FROM run_at - now())::float8 FROM batchq.batches ORDER BY id")
+    delays = values(conn, "SELECT extract(epoch FROM run_at - now())::float8 FROM batchq.all_batches ORDER BY id")
     assert (delays[0] <= 60, delays[1] > 7000) == (True, True)
     assert [batch(conn, one.id)["attempt"] for one in (first, second)] == [1, 0]
 
@@ -239,7 +239,9 @@ def test_whole_and_fractional_delays_go_in_one_requeue(conn: Conn) -> None:
     snoozed, failed, released = processing(conn), processing(conn), processing(conn)
     requeues = Requeue(*snoozed, 60, True), Requeue(*failed, 7.5, False), Requeue(*released, None, True)
     assert requeue(conn, *requeues) == {snoozed.id, failed.id, released.id}
-    query = "SELECT round(extract(epoch FROM run_at - now()))::integer FROM batchq.batches WHERE id <> %s ORDER BY id"
+    query = (
+        "SELECT round(extract(epoch FROM run_at - now()))::integer FROM batchq.all_batches WHERE id <> %s ORDER BY id"
+    )
     assert [delay >= 0 for delay in values(conn, query, [released.id])] == [True, True]
 
 
@@ -255,7 +257,7 @@ def test_counters_items_and_cursor_move_together(conn: Conn, taken: Taken) -> No
 def test_a_checkpoint_extends_the_lease(conn: Conn, taken: Taken) -> None:
     expire_lease(conn, taken.id)
     checkpoint(conn, taken, Progress(done_before=1, failed_before=1), lease_seconds=30)
-    left = "SELECT extract(epoch FROM lease_expires_at - now())::float8 FROM batchq.batches"
+    left = "SELECT extract(epoch FROM lease_expires_at - now())::float8 FROM batchq.all_batches"
     assert 25 < value(conn, left) <= 30
 
 
@@ -278,7 +280,7 @@ def test_a_checkpoint_at_the_end_of_a_long_transaction_does_not_shorten_the_leas
             lambda: value(conn, f"SELECT clock_timestamp() > '{began}'::timestamptz + interval '0.2 s'"), 5, "0.2 s"
         )
         conn.execute(*checkpoints.checkpoint("default", *taken, 60, unchanged))
-    left = f"SELECT extract(epoch FROM lease_expires_at - '{began}'::timestamptz)::float8 FROM batchq.batches"
+    left = f"SELECT extract(epoch FROM lease_expires_at - '{began}'::timestamptz)::float8 FROM batchq.all_batches"
     assert value(conn, left) >= 60.2
 
 
@@ -446,7 +448,7 @@ def test_a_batch_that_kills_its_worker_ends_as_failed_with_its_attempts(conn: Co
 def test_what_is_rescued_again_is_spread_out_so_that_a_killer_has_other_neighbours(conn: Conn) -> None:
     for _ in range(8):
         insert(conn)
-    waits = "SELECT greatest(extract(epoch FROM run_at - now()), 0)::float8 FROM batchq.batches ORDER BY id"
+    waits = "SELECT greatest(extract(epoch FROM run_at - now()), 0)::float8 FROM batchq.all_batches ORDER BY id"
     for _ in range(2):
         change_all = "UPDATE batchq.batches_live SET run_at = now() - interval '1 s' WHERE status = 'pending'"
         conn.execute(change_all)
@@ -455,7 +457,7 @@ def test_what_is_rescued_again_is_spread_out_so_that_a_killer_has_other_neighbou
         step("rescued for the first time: ready at once; again: each at a time of its own")
         lease_statements.rescue(conn, "default", 10, spread_seconds=30)
         seen = values(conn, waits)
-        assert (max(seen) == 0) == (value(conn, "SELECT max(attempt) FROM batchq.batches") == 1)
+        assert (max(seen) == 0) == (value(conn, "SELECT max(attempt) FROM batchq.all_batches") == 1)
     assert max(seen) <= 4 * 30
     assert len({round(seconds) for seconds in seen}) > 3
 

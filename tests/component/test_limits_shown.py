@@ -113,8 +113,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a negative number per key": (["--max-running-per-key=-3"], "not '-3'"),
     "only a burst": (["--burst-seconds", "2"], "burst_seconds limits nothing without a rate"),
     "a number to remove": (["--remove", "--max-running", "3"], "leave out --max-running, or leave out --remove"),
-    "a kind of 201 bytes": (["--kind", "k" * 201, "--max-running", "1"], "limits_kind_is_named"),
-    "a kind without a name": (["--kind", "", "--max-running", "1"], "limits_kind_is_named"),
+    "a kind of 201 bytes": (["--kind", "k" * 201, "--max-running", "1"], "must be a kind, which has 1 to 200 bytes"),
+    "a kind without a name": (["--kind", "", "--max-running", "1"], "must be a kind, which has 1 to 200 bytes"),
 }
 
 
@@ -283,11 +283,14 @@ def test_a_throttle_is_ended_once_by_its_name(batchq: CommandLine, conn: Conn) -
     for kind, key in ((None, None), ("send", None), ("send", "acme")):
         conn.execute("SELECT batchq.throttle('mail', %s, %s, 60)", [kind, key])
     send = ["unthrottle", "--queue", "mail", "--kind", "send"]
-    assert batchq(*send, "--key", "acme", "--reason", "they recovered").out == "throttle ended\n"
-    assert batchq(*send, "--key", "acme").out == "no matching throttle\n"
+    assert batchq(*send, "--key", "acme", "--reason", "they recovered").out == (
+        "throttle ended: kind send in queue mail\n"
+    )
+    ended = batchq(*send, "--key", "acme")
+    assert ended.out.startswith("no matching throttle: kind send in queue mail; throttled now: ")
     assert conn.execute("SELECT kind, key FROM batchq.throttles ORDER BY kind").fetchall() == [("", ""), ("send", "")]
     assert batchq(*send, "--json").json == {"changed": True}
-    assert batchq("unthrottle", "--queue", "mail").out == "throttle ended\n"
+    assert batchq("unthrottle", "--queue", "mail").out == "throttle ended: queue mail\n"
     noted = conn.execute("SELECT verb, queue, kind, details, reason FROM batchq.audit ORDER BY id").fetchall()
     assert noted[0] == ("end_throttle", "mail", "send", {"key": "acme"}, "they recovered")
     assert [row[2] for row in noted] == ["send", "send", None]
@@ -303,7 +306,7 @@ def test_a_throttle_to_end_needs_its_queue(batchq: CommandLine, conn: Conn) -> N
     with pytest.raises(psycopg.errors.RaiseException, match="takes a queue"):
         conn.execute("SELECT batchq.end_throttle()")
     assert "unthrottle needs --queue" in batchq("unthrottle").complaint
-    assert "takes a queue" in batchq("unthrottle", "--kind", "send").complaint
+    assert "unthrottle needs --queue" in batchq("unthrottle", "--kind", "send").complaint
 
 
 if __name__ == "__main__":

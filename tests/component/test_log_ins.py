@@ -16,6 +16,7 @@ from rich.console import Console
 import batchq
 from batchq.cli import connections, main
 from batchq.cli.commands import status, top
+from batchq.cli.top.source import Source
 from batchq.operate import bulk
 from batchq.postgres.statements import views
 from batchq.web.reads import POOL_SIZE
@@ -57,7 +58,7 @@ def command(proxy: CountingProxy) -> Callable[..., int]:
 def ids(conn: Conn) -> list[str]:
     """Return the ids of a hundred batches."""
     assert batchq.enqueue_many(conn, "work", [{}] * 100) == 100
-    return [str(id_) for id_ in values(conn, "SELECT id FROM batchq.batches")]
+    return [str(id_) for id_ in values(conn, "SELECT id FROM batchq.all_batches")]
 
 
 def after(looks: int, monkeypatch: pytest.MonkeyPatch, query: str, act: Callable[[], Any]) -> None:
@@ -82,7 +83,7 @@ def test_a_verb_logs_in_once_for_a_hundred_batches(
         step("%s", verb)
         assert command(verb, *ids, *more) == 0
         assert proxy.log_ins == number
-    assert values(conn, "SELECT DISTINCT queue || priority || status FROM batchq.batches") == ["mail3pending"]
+    assert values(conn, "SELECT DISTINCT queue || priority || status FROM batchq.all_batches") == ["mail3pending"]
 
 
 @pytest.mark.usefixtures("ids")
@@ -91,7 +92,7 @@ def test_a_verb_in_bulk_logs_in_once_for_all_chunks(
 ) -> None:
     monkeypatch.setattr(bulk, "MOST_CHANGED", 10)
     assert command("cancel", "--all", "--fast") == 0
-    assert values(conn, "SELECT DISTINCT status FROM batchq.batches") == ["cancelled"]
+    assert values(conn, "SELECT DISTINCT status FROM batchq.all_batches") == ["cancelled"]
     assert proxy.log_ins == 1
 
 
@@ -160,13 +161,16 @@ def test_top_logs_in_once_and_its_threads_take_turns(
     batch_id = put(conn, "work")
     seen: list[Any] = []
 
-    def run(_: Any, look: Callable[[], Any], show: Callable[[int], Any]) -> None:
+    def run(source: Source, *_: Any) -> None:
         with ThreadPoolExecutor(4) as threads:
-            asked = [threads.submit(look) if n % 2 else threads.submit(show, batch_id) for n in range(4 * LOOKS)]
+            asked = [
+                threads.submit(source.tables) if n % 2 else threads.submit(source.page, batch_id)
+                for n in range(4 * LOOKS)
+            ]
             seen.extend(each.result() for each in asked)
 
-    monkeypatch.setattr(top, "console", Console(force_terminal=True))
-    monkeypatch.setattr(top, "load_screen", lambda: SimpleNamespace(run=run))
+    monkeypatch.setattr(top, "console", lambda: Console(force_terminal=True))
+    monkeypatch.setattr(top, "load_app", lambda: SimpleNamespace(run=run))
     assert command("top") == 0
     assert len(seen) == 4 * LOOKS
     assert all(seen)
@@ -203,7 +207,7 @@ def test_a_file_of_items_is_enqueued_over_one_log_in(
 ) -> None:
     (tmp_path / "lines").write_text("item\n" * 100)
     assert command("enqueue", "work", "--lines", str(tmp_path / "lines"), "--items-per-batch", "1") == 0
-    assert len(values(conn, "SELECT id FROM batchq.batches")) == 100
+    assert len(values(conn, "SELECT id FROM batchq.all_batches")) == 100
     assert proxy.log_ins == 1
 
 

@@ -123,7 +123,7 @@ def test_a_claim_of_unknown_outcome_is_given_back_in_its_own_queue_alone(conn: C
     token = uuid4()
     claim(conn, token=token)
     assert claims.release_claim(conn, "other", token) == 0
-    assert value(conn, "SELECT status FROM batchq.batches") == "processing"
+    assert value(conn, "SELECT status FROM batchq.all_batches") == "processing"
     assert claims.release_claim(conn, "default", token) == 1
 
 

@@ -162,7 +162,7 @@ def test_a_worker_that_has_lost_half_of_its_slots_stops_to_be_replaced_and_gives
     assert not runs.is_alive()
     assert worker.wants_replacement
     assert [look(conn, batch_id).shown for batch_id in lost] == ["failed"] * count
-    assert values(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'processing'") == [0]
+    assert values(conn, "SELECT count(*) FROM batchq.all_batches WHERE status = 'processing'") == [0]
     assert values(conn, "SELECT count(*) FROM batchq.workers") == [0]
     assert len(named(events, "worker stopping")) == 1
     assert named(events, "worker stopped")[0]["lost_slots"] >= 2

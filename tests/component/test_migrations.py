@@ -166,10 +166,10 @@ def test_a_new_file_is_applied_to_a_database_with_data(dsn: str, conn: Conn, fil
     insert(conn, kind="waits")
     processing(conn)
     finished(conn, "failed")
-    before = values(conn, "SELECT to_jsonb(b) FROM batchq.batches b ORDER BY id")
+    before = values(conn, "SELECT to_jsonb(b) FROM batchq.all_batches b ORDER BY id")
     (files / "0090_more.sql").write_text("ALTER TABLE batchq.batches ADD COLUMN more integer NOT NULL DEFAULT 7;")
     assert migrate(dsn) == ["0090_more"]
-    assert values(conn, "SELECT to_jsonb(b) - 'more' FROM batchq.batches b ORDER BY id") == before
+    assert values(conn, "SELECT to_jsonb(b) - 'more' FROM batchq.all_batches b ORDER BY id") == before
     assert values(conn, "SELECT DISTINCT more FROM batchq.batches") == [7]
 
 
@@ -180,7 +180,7 @@ def test_a_migration_gives_way_while_its_lock_is_not_free_and_holds_up_nobody(
     applied: list[str] = []
     thread = Thread(target=lambda: applied.extend(migrate(dsn)))
     with psycopg.connect(admin_dsn) as person:
-        person.execute("SELECT count(*) FROM batchq.batches")
+        person.execute("SELECT count(*) FROM batchq.all_batches")
         thread.start()
         waits = []
         until = time.monotonic() + 2.5

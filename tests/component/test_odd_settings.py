@@ -247,6 +247,13 @@ def test_a_verb_in_bulk_takes_what_is_as_old_as_was_asked(odd: Conn, plain: Conn
     assert [look(plain, batch_id).status for batch_id in (young, old)] == ["pending", "cancelled"]
 
 
+def test_a_queue_is_split(odd: Conn, plain: Conn) -> None:
+    odd.execute("SELECT batchq.split_queue('mail', 3)")
+    batchq.enqueue_many(odd, "work", range(100), queue="mail")
+    assert odd.execute("SELECT DISTINCT queue FROM batchq.status").fetchall() == [("mail",)]
+    assert plain.execute("SELECT count(DISTINCT shard) FROM batchq.status").fetchone() == (3,)
+
+
 def test_ready_rows_beside_one_that_is_refused_are_claimed(odd_dsn: str, odd: Conn, plain: Conn) -> None:
     for _ in range(8):
         batchq.enqueue_many(odd, "work", [{}, {"refuses": "change"}, {}])
@@ -258,7 +265,8 @@ def test_ready_rows_beside_one_that_is_refused_are_claimed(odd_dsn: str, odd: Co
 
 def test_the_page_reads_and_acts_under_plain_settings(odd_dsn: str) -> None:
     def seen(conn: Conn) -> dict[str, str]:
-        return {name: conn.execute(f"SHOW {name}".encode()).fetchall()[0][0] for name in session.FIXED_FORMATS}
+        shown = {name: conn.execute(f"SHOW {name}".encode()).fetchall()[0][0] for name in session.FIXED_FORMATS}
+        return {name: value.replace('"', "") for name, value in shown.items()}  # quote_all_identifiers
 
     with closing(Reader(odd_dsn)) as reader:
         reader.open()

@@ -161,7 +161,7 @@ def test_a_running_worker_heeds_a_pause_and_its_end(conn: Conn, dsn: str) -> Non
         insert(conn, kind="a")
         insert(conn, kind="b")
         wait_until(lambda: left(conn) == {("default", "a")}, 20, "the other kind to be worked")
-        assert value(conn, "SELECT count(*) FROM batchq.batches WHERE kind = 'a' AND status = 'pending'") == 2
+        assert value(conn, "SELECT count(*) FROM batchq.all_batches WHERE kind = 'a' AND status = 'pending'") == 2
         call(conn, "resume", kind="a")
         wait_until(lambda: left(conn) == set(), 20, "the rest to be worked")
 
@@ -176,7 +176,7 @@ def test_a_pause_ends_by_itself(conn: Conn, dsn: str) -> None:
     insert(conn, kind="a")
     with running_worker(app, dsn):
         wait_until(lambda: left(conn) == set(), 20, "the batch to be worked")
-    late = "SELECT b.claimed_at >= p.until FROM batchq.batches b, batchq.pauses p"
+    late = "SELECT b.claimed_at >= p.until FROM batchq.all_batches b, batchq.pauses p"
     assert value(conn, late)
 
 
@@ -190,7 +190,7 @@ def test_what_is_claimed_when_the_pause_comes_runs_to_its_end(conn: Conn, dsn: s
         wait_until(lambda: bool(worker.context.permits.paused), 20, "the worker to know")
         gate.set()
         wait_until(lambda: left(conn) == {("default", "a")}, 20, "the batch to end")
-    assert value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [batch_id]) == "completed"
+    assert value(conn, "SELECT status FROM batchq.all_batches WHERE id = %s", [batch_id]) == "completed"
 
 
 def test_an_idle_worker_reads_no_pauses_and_heeds_one_before_its_next_claim(
@@ -254,7 +254,7 @@ def test_a_worker_that_is_drained_finishes_what_runs_and_ends(conn: Conn, dsn: s
         gate.set()
         worker.stop()
         thread.join()
-    statuses = "SELECT status FROM batchq.batches WHERE id = %s"
+    statuses = "SELECT status FROM batchq.all_batches WHERE id = %s"
     assert [value(conn, statuses, [batch_id]) for batch_id in (running, waiting)] == ["completed", "pending"]
     assert values(conn, "SELECT count(*) FROM batchq.workers") == [0]
     assert values(conn, "SELECT verb || ' ' || (details ->> 'worker') FROM batchq.audit") == [

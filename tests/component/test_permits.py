@@ -10,6 +10,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
+import batchq
 from batchq.batch.claimed import Claim, ClaimedBatch, Runtime
 from batchq.postgres.link import Link
 from batchq.postgres.statements.claims import ClaimedRow
@@ -18,7 +19,7 @@ from batchq.worker.gates import Gates
 from batchq.worker.permits import Permit, Permits, begin, has_ended, reserve, unreserve
 from batchq.worker.token_bucket import TokenBucket, take_from_all
 from tests.support.alone import run_alone
-from tests.support.batches import values
+from tests.support.batches import drain, values
 from tests.support.clock import Clock
 from tests.support.steps import step
 
@@ -238,6 +239,20 @@ def test_batches_that_were_claimed_before_the_limit_was_known_count(conn: Conn, 
         assert one.ask(9) == 2
         flying.pop()
         assert one.ask(9) == 1
+
+
+def test_a_drain_does_not_end_before_what_a_limit_holds_back_has_run(conn: Conn, dsn: str) -> None:
+    conn.execute("INSERT INTO batchq.limits (queue, max_running) VALUES ('default', 2)")
+    app = batchq.App()
+    ran: list[int] = []
+
+    @app.handler("limited")
+    def limited(batch: batchq.Batch) -> None:
+        ran.append(batch.id)
+
+    batchq.enqueue_many(conn, "limited", [{}] * 20)
+    drain(app, dsn)
+    assert len(ran) == 20
 
 
 def test_of_two_limits_both_must_have_room(conn: Conn, workers: list[OneWorker]) -> None:

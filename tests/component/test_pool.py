@@ -24,7 +24,7 @@ from tests.support.waiting import wait_until
 
 both_styles = pytest.mark.parametrize("style", STYLES)
 IMPATIENT = {"pool_size": 2, "database_timeout_seconds": 1}
-ACTIVE = "SELECT count(*) FROM batchq.batches WHERE status = 'processing'"
+ACTIVE = "SELECT count(*) FROM batchq.all_batches WHERE status = 'processing'"
 
 
 class Gate:

@@ -223,6 +223,17 @@ def lane() -> StillLane:
     return StillLane(app.handlers, 1, lambda *_: None)
 
 
+def test_a_kind_that_is_resumed_is_looked_for_from_the_beginning_in_every_shard(lane: Lane) -> None:
+    source = Source("mail", lane)
+    source.split(["mail", "mail#1"])
+    source.serve(["k"], {("mail", "k")})
+    assert [shard.kinds for shard in source.shards] == [[], []]
+    for shard in source.shards:
+        shard.tracks[0] = Track()
+    source.serve(["k"], set())
+    assert [(shard.kinds, shard.tracks) for shard in source.shards] == [(["k"], {})] * 2
+
+
 def test_a_look_costs_what_it_takes_longer_than_the_fastest(clock: Clock, lane: StillLane) -> None:
     source = Source("default", lane)
     noise = positions.NOISE_SECONDS
@@ -289,7 +300,7 @@ def person(conn: Conn, admin_dsn: str) -> Iterator[Conn]:
     conn.execute("INSERT INTO batchq.batches (kind) SELECT 'work' FROM generate_series(1, 6000)")
     with psycopg.connect(admin_dsn) as person:
         person.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        person.execute("SELECT count(*) FROM batchq.batches")
+        person.execute("SELECT count(*) FROM batchq.all_batches")
         yield person
         person.rollback()
 
@@ -407,7 +418,7 @@ def test_batches_are_handed_over_in_the_order_of_claims_and_the_position_is_behi
     for _ in range(5):
         insert(conn)
     conn.execute("UPDATE batchq.batches SET run_at = now() - id % 3 * interval '1 hour'")
-    order = values(conn, "SELECT id FROM batchq.batches ORDER BY run_at, id")
+    order = values(conn, "SELECT id FROM batchq.all_batches ORDER BY run_at, id")
     claiming.claimed()
     assert handed_over == order != sorted(order)
     assert claiming.source.tracks[0].position.id == order[-1]
@@ -518,7 +529,7 @@ def test_what_lands_behind_the_position_is_found(
 ) -> None:
     ahead.lane.in_flight.clear()
     batch_id = land(conn, dsn)
-    assert value(conn, "SELECT status FROM batchq.batches WHERE id = %s", [batch_id]) == "pending"
+    assert value(conn, "SELECT status FROM batchq.all_batches WHERE id = %s", [batch_id]) == "pending"
     ahead.claims(batch_id)
 
 
@@ -572,7 +583,9 @@ def test_more_priorities_than_are_remembered_all_get_claimed(conn: Conn, claimin
     conn.execute(
         "INSERT INTO batchq.batches (kind, priority) SELECT 'work', n FROM generate_series(-3, %s, 50) n", [count]
     )
-    wait_until(lambda: len(claiming.claimed()) == value(conn, "SELECT count(*) FROM batchq.batches"), 10, "the rest")
+    wait_until(
+        lambda: len(claiming.claimed()) == value(conn, "SELECT count(*) FROM batchq.all_batches"), 10, "the rest"
+    )
     assert len(claiming.source.tracks) <= count + 100
 
 
@@ -594,9 +607,9 @@ def test_a_drain_ends_only_when_a_look_from_the_beginning_finds_nothing(
 
     insert(conn, kind="link", payload={"n": 0})
     drain(chain, dsn)
-    assert sorted(values(conn, "SELECT (payload ->> 'n')::integer FROM batchq.batches WHERE status = 'completed'")) == [
-        *range(9)
-    ]
+    assert sorted(
+        values(conn, "SELECT (payload ->> 'n')::integer FROM batchq.all_batches WHERE status = 'completed'")
+    ) == [*range(9)]
 
 
 def test_nothing_is_ever_left_whatever_commits_when(
@@ -625,7 +638,7 @@ def test_nothing_is_ever_left_whatever_commits_when(
         thread.start()
     for thread in writers:
         thread.join()
-    count = "SELECT count(*) FROM batchq.batches WHERE status = 'completed' AND attempt = 1"
+    count = "SELECT count(*) FROM batchq.all_batches WHERE status = 'completed' AND attempt = 1"
     wait_until(lambda: value(conn, count) == 3 * 60 * 10, 20, f"all to be completed, not {value(conn, count)}")
     for worker in workers:
         worker.stop()

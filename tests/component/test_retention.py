@@ -27,7 +27,7 @@ WHERE i.inhparent = 'batchq.batches_finished'::regclass
 ORDER BY c.relname
 """
 TODAY = "(now() AT TIME ZONE 'UTC')::date"
-WHERE = "SELECT tableoid::regclass::text FROM batchq.batches WHERE id = %s"
+WHERE = "SELECT tableoid::regclass::text FROM batchq.batches_finished WHERE id = %s"
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def ended(conn: Conn, days_ago: int) -> int:
     """Return the id of a batch that ended in the last second of a day."""
     batch_id = finished(conn)
     conn.execute(
-        f"UPDATE batchq.batches SET finished_at = ({TODAY} - %s + 1) AT TIME ZONE 'UTC' - interval '1 second' "
+        f"UPDATE batchq.batches_finished SET finished_at = ({TODAY} - %s + 1) AT TIME ZONE 'UTC' - interval '1 second' "
         "WHERE id = %s".encode(),
         [days_ago, batch_id],
     )
@@ -136,7 +136,7 @@ def test_only_days_that_lie_wholly_before_are_dropped(conn: Conn) -> None:
     kept, gone = ended(conn, 30), ended(conn, 31)
     assert prune(conn, 30) == 2
     assert values(conn, PARTITIONS) == [*(name(conn, days_ago) for days_ago in (30, 29, 0)), "finished_default"]
-    assert values(conn, "SELECT id FROM batchq.batches WHERE id = ANY (%s)", [[kept, gone]]) == [kept]
+    assert values(conn, "SELECT id FROM batchq.all_batches WHERE id = ANY (%s)", [[kept, gone]]) == [kept]
     assert prune(conn, 30) == 0
 
 
@@ -150,7 +150,7 @@ def test_live_batches_are_never_pruned_however_old(conn: Conn) -> None:
 def test_old_rows_of_the_default_partition_go_with_the_days(conn: Conn) -> None:
     kept, gone = ended(conn, 30), ended(conn, 31)
     assert prune(conn, 30) == 0
-    assert values(conn, "SELECT id FROM batchq.batches WHERE id = ANY (%s)", [[kept, gone]]) == [kept]
+    assert values(conn, "SELECT id FROM batchq.all_batches WHERE id = ANY (%s)", [[kept, gone]]) == [kept]
 
 
 def fail_an_item(conn: Conn, batch_id: int, days_ago: int) -> None:

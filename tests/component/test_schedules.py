@@ -251,7 +251,7 @@ def test_a_due_schedule_makes_one_batch_and_gets_its_next_time_in_one_transactio
     planned(conn, 0)
     fire(conn)
     [(queue, kind, payload, unique_key)] = conn.execute(
-        "SELECT queue, kind, payload, unique_key FROM batchq.batches"
+        "SELECT queue, kind, payload, unique_key FROM batchq.all_batches"
     ).fetchall()
     tick = value(
         conn, "SELECT to_char(last_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"') FROM batchq.schedules"
@@ -285,7 +285,7 @@ def test_what_was_planned_for_an_earlier_state_does_nothing(conn: Conn) -> None:
     conn.execute("UPDATE batchq.schedules SET paused = true")
     assert conn.execute(*statements.fire_schedules([plan(due[0], due[0].now)])).fetchall() == []
     assert fire(conn) == []
-    assert value(conn, "SELECT count(*) FROM batchq.batches") == 1
+    assert value(conn, "SELECT count(*) FROM batchq.all_batches") == 1
 
 
 def test_a_plan_that_is_carried_out_twice_makes_one_batch_though_the_next_tick_is_due(conn: Conn) -> None:
@@ -318,7 +318,7 @@ def test_two_workers_with_the_same_plan_make_one_batch(conn: Conn, dsn: str) -> 
         thread.start()
     for thread in threads:
         thread.join()
-    assert value(conn, "SELECT count(*) FROM batchq.batches") == 40
+    assert value(conn, "SELECT count(*) FROM batchq.all_batches") == 40
     assert values(conn, "SELECT DISTINCT batches_made FROM batchq.schedules") == [1]
 
 
@@ -434,7 +434,7 @@ def test_a_worker_fires_each_tick_and_its_handler_begins_within_a_moment(conn: C
     lags = sorted(at % 1 for at in begun)
     step("lags in seconds: %s", [round(lag, 4) for lag in lags])
     assert lags[len(lags) // 2] < 0.3
-    ticks_seen = values(conn, "SELECT payload ->> 'tick' FROM batchq.batches ORDER BY id")
+    ticks_seen = values(conn, "SELECT payload ->> 'tick' FROM batchq.all_batches ORDER BY id")
     assert len(ticks_seen) == len(set(ticks_seen))
     made, missed, _ = conn.execute(COUNTS).fetchall()[0]
     assert (made, missed) == (len(ticks_seen), 0)
@@ -461,7 +461,7 @@ def test_a_drain_neither_fires_nor_declares(conn: Conn, dsn: str) -> None:
     planned(conn, 0)
     drain(app_of(name="mine", cron="* * * * *"), dsn)
     assert values(conn, "SELECT name FROM batchq.schedules") == ["one"]
-    assert value(conn, "SELECT count(*) FROM batchq.batches") == 0
+    assert value(conn, "SELECT count(*) FROM batchq.all_batches") == 0
 
 
 def test_a_worker_that_may_not_read_schedules_does_not_ask_again_and_again(

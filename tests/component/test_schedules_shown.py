@@ -65,14 +65,14 @@ def test_a_schedule_is_paused_resumed_run_and_removed(batchq: CommandLine, conn:
     assert batchq("schedule", "pause", "nightly", "--reason", "holiday").out == "schedule nightly paused\n"
     assert batchq("schedule", "pause", "nightly").out == "schedule nightly already paused\n"
     made = batchq("schedule", "run", "nightly").out
-    assert made == f"batch {value(conn, 'SELECT id FROM batchq.batches')}\n"
+    assert made == f"schedule nightly run: batch {value(conn, 'SELECT id FROM batchq.all_batches')}\n"
     assert value(conn, "SELECT last_status FROM batchq.schedule_status") == "pending"
     assert batchq("schedule", "resume", "nightly").out == "schedule nightly resumed\n"
     assert batchq("schedule", "resume", "nightly", "--json").json == {"changed": False}
     assert batchq("schedule", "remove", "nightly").out == "schedule nightly removed\n"
     for action in ("pause", "resume", "run", "remove"):
         ended = batchq("schedule", action, "nightly")
-        assert (ended.code, ended.out) == (1, "there is no schedule nightly\n")
+        assert (ended.code, ended.complaint) == (1, "there is no schedule nightly")
     assert values(conn, "SELECT verb FROM batchq.audit ORDER BY id") == [
         "pause_schedule", "run_schedule", "resume_schedule", "remove_schedule",
     ]  # fmt: skip

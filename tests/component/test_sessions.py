@@ -85,7 +85,7 @@ def test_the_next_batch_on_a_connection_finds_the_session_as_it_was(admin_dsn: s
         pids += [seen[0], seen[2]]
         assert seen[1] == clean
         assert pids[0] == pids[1], "not the same connection"
-        assert values(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'completed'") == [3]
+        assert values(conn, "SELECT count(*) FROM batchq.all_batches WHERE status = 'completed'") == [3]
 
 
 # -------------------------------------------------------------------------------------------- defaults of the role

@@ -117,7 +117,7 @@ def test_slow_batches_of_one_queue_do_not_hold_up_a_queue_with_slots_of_its_own(
         load.gate.set()
         wait_until(lambda: values(conn, "SELECT count(*) FROM batchq.batches_live") == [0], 20, "the others")
     assert load.most_mails == 2
-    assert values(conn, "SELECT count(*) FROM batchq.batches WHERE attempt = 1") == [110]
+    assert values(conn, "SELECT count(*) FROM batchq.all_batches WHERE attempt = 1") == [110]
 
 
 @pytest.mark.parametrize("style", ["def", "async def"])

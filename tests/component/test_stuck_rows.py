@@ -77,7 +77,7 @@ def count_statements(link: Link, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def statuses(conn: Conn) -> dict[str, int]:
     """Return how many batches have each status."""
-    rows = conn.execute("SELECT status, count(*) FROM batchq.batches GROUP BY status").fetchall()
+    rows = conn.execute("SELECT status, count(*) FROM batchq.all_batches GROUP BY status").fetchall()
     return {str(status): int(count) for status, count in rows}
 
 
@@ -101,7 +101,7 @@ def test_a_row_that_a_person_has_locked_costs_one_short_wait_and_holds_up_no_oth
         step("one statement waits, one finds out which row is locked, one writes all the others")
         assert len(sent) == 3
         assert time.monotonic() - began_at < OWN_LOCK_SECONDS - 1, "it has waited for longer than 200 ms"
-        assert values(conn, "SELECT id FROM batchq.batches WHERE status = 'processing'") == [batches[200].id]
+        assert values(conn, "SELECT id FROM batchq.all_batches WHERE status = 'processing'") == [batches[200].id]
         assert (parts.lane.unwritten, parts.lane.occupied) == (1, 0)
         step("its lease is extended as before, and it waits for its turn")
         assert parts.finisher.unwritten() == [batches[200]]
@@ -133,7 +133,7 @@ def test_a_postponed_batch_that_is_cancelled_meanwhile_is_lost_and_not_written(
         person.commit()
     write_postponed(parts)
     assert [entry.batch for entry in lost] == [batches[0]]
-    assert values(conn, "SELECT id FROM batchq.batches WHERE status = 'cancelled'") == [batches[0].id]
+    assert values(conn, "SELECT id FROM batchq.all_batches WHERE status = 'cancelled'") == [batches[0].id]
     assert parts.lane.unwritten == 0
 
 
@@ -167,7 +167,7 @@ def refusing(admin_dsn: str) -> Iterator[None]:
 def enqueue_some_bad(conn: Conn, count: int, refuses: str) -> set[int]:
     """Enqueue batches, of which a few are refused; return the ids of those."""
     batchq.enqueue_many(conn, "work", [{"refuses": refuses} if number in BAD else {} for number in range(count)])
-    return set(values(conn, "SELECT id FROM batchq.batches WHERE payload ? 'refuses'"))
+    return set(values(conn, "SELECT id FROM batchq.all_batches WHERE payload ? 'refuses'"))
 
 
 def refuse(conn: Conn, ids: Iterable[int], refuses: str) -> None:
@@ -228,7 +228,7 @@ def test_a_finish_writes_all_but_the_rows_that_the_database_refuses_to_change(
     end_all(parts, batches, outcome)
     with capture_logs() as logs:
         parts.finisher.write_group()
-    assert set(values(conn, "SELECT id FROM batchq.batches WHERE status = 'processing'")) == bad
+    assert set(values(conn, "SELECT id FROM batchq.all_batches WHERE status = 'processing'")) == bad
     lines = [line for line in logs if line["event"] == "outcomes postponed"]
     assert {batch_id for line in lines for batch_id in line["batch_ids"]} == bad
     assert all("is under audit" in line["error"] for line in lines)
@@ -299,7 +299,7 @@ def test_all_but_refused_rows_are_rescued(
     refuse(conn, bad, refuses)
     parts.keeper.rescuer.rescue()
     assert statuses(conn) == {status: 120 - len(bad), "processing": len(bad)}
-    assert set(values(conn, "SELECT id FROM batchq.batches WHERE status = 'processing'")) == bad
+    assert set(values(conn, "SELECT id FROM batchq.all_batches WHERE status = 'processing'")) == bad
     step("they are left out for a while: no rescue fails for them, and no search for what has failed finds them")
     skipped = parts.keeper.rescuer.expiries["default"].skipped
     assert set(skipped.ids()) == bad

@@ -142,7 +142,7 @@ def test_an_item_that_is_throttled_for_long_gives_its_slot_back(dsn: str, conn: 
     drain(app, dsn)
     row = look(conn, batch_id)
     assert (row.shown, row.attempt, once.called()) == ("scheduled", 0, [0, 1, 2, 3])
-    assert 3590 < values(conn, "SELECT date_part('epoch', run_at - now()) FROM batchq.batches")[0] <= 3600
+    assert 3590 < values(conn, "SELECT date_part('epoch', run_at - now()) FROM batchq.all_batches")[0] <= 3600
     conn.execute("DELETE FROM batchq.throttles")
     conn.execute("UPDATE batchq.failed_items SET run_at = now()")
     conn.execute("UPDATE batchq.batches SET run_at = now()")
@@ -318,7 +318,7 @@ def test_without_a_key_the_scope_of_a_key_is_the_batch_alone(dsn: str, conn: psy
     drain(app, dsn)
     drain(app, dsn)
     assert values(conn, "SELECT count(*) FROM batchq.throttles") == [0]
-    assert values(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'completed'") == [1]
+    assert values(conn, "SELECT count(*) FROM batchq.all_batches WHERE status = 'completed'") == [1]
 
 
 def test_a_handler_that_is_throttled_waits_for_no_statement(dsn: str, conn: psycopg.Connection) -> None:

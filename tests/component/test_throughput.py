@@ -243,7 +243,7 @@ def test_batches_that_are_not_kept_are_counted(conn: Conn, dsn: str) -> None:
     for _ in range(300):
         insert(conn)
     drain(app, dsn, keep_completed="no")
-    assert value(conn, "SELECT count(*) FROM batchq.batches") == 0
+    assert value(conn, "SELECT count(*) FROM batchq.all_batches") == 0
     assert totals(conn) == {"work": (300, 0, 0, 0, 0)}
     assert value(conn, "SELECT sum(n) FROM batchq.throughput_minutes, unnest(run_times) n") == 300
 

@@ -77,6 +77,36 @@ def test_rows_and_completion_are_there_once_wherever_the_handler_fails(
 
 
 @both_styles
+def test_rollback_of_psycopg_fails_the_attempt_with_a_clear_error(
+    dsn: str, conn: psycopg.Connection, style: str
+) -> None:
+    def hook(batch: batchq.Batch, where: str) -> None:
+        if where == "inside" and batch.attempt == 1:
+            raise psycopg.Rollback
+
+    batch_id = put(conn, style)
+    drain(make_app(hook), dsn)
+    row = look(conn, batch_id)
+    assert (row.status, row.attempt, values(conn, DONE)) == ("completed", 2, [2])
+    assert row.errors[0]["error"].startswith("RuntimeError: psycopg.Rollback has undone the batch's transaction")
+
+
+def test_a_result_that_is_too_large_is_refused_before_anything_is_written(dsn: str, conn: psycopg.Connection) -> None:
+    app = batchq.App()
+
+    @app.handler("large")
+    def work(batch: batchq.Batch) -> None:
+        with batch.transaction(result="x" * 1_000_000) as own:
+            own.execute(INSERT, [batch.id, batch.attempt])
+
+    batch_id = put(conn, "large")
+    drain(app, dsn)
+    row = look(conn, batch_id)
+    assert (row.status, values(conn, DONE)) == ("failed", [])
+    assert "the result is 1,000,002 bytes of JSON; at most 1,000,000" in row.errors[0]["error"]
+
+
+@both_styles
 def test_nothing_is_seen_before_the_commit_and_all_of_it_after(dsn: str, conn: psycopg.Connection, style: str) -> None:
     seen: list[tuple[str, list[int], str]] = []
 
@@ -88,7 +118,7 @@ def test_nothing_is_seen_before_the_commit_and_all_of_it_after(dsn: str, conn: p
     assert seen == [("before", [], "processing"), ("inside", [], "processing"), ("after", [1], "completed")]
 
 
-CANCEL = "SELECT batchq.cancel(id) FROM batchq.batches"
+CANCEL = "SELECT batchq.cancel(id) FROM batchq.all_batches"
 STEAL = "UPDATE batchq.batches SET claim_token = gen_random_uuid(), claimed_by = 'another'"
 RESCUE = """UPDATE batchq.batches
             SET status = 'pending', claim_token = NULL, claimed_by = NULL, claimed_at = NULL, lease_expires_at = NULL,
@@ -252,7 +282,7 @@ def test_a_checkpoint_alone_is_seen_at_once_and_extends_the_lease(
         conn.execute("UPDATE batchq.batches SET lease_expires_at = now() + interval '1 second'")
 
     def note(batch: batchq.Batch) -> None:
-        extended = values(conn, "SELECT lease_expires_at > now() + interval '50 seconds' FROM batchq.batches")[0]
+        extended = values(conn, "SELECT lease_expires_at > now() + interval '50 seconds' FROM batchq.all_batches")[0]
         seen.append((look(conn, batch.id).cursor, extended))
 
     @app.handler("def")
@@ -443,7 +473,9 @@ def test_after_completion_nothing_more_is_written_and_the_error_says_why(
 
     batch_id = put(conn, style)
     drain(app, dsn)
-    assert told == [f"batch {batch_id} was completed by its batch.transaction(); to use several, give each a cursor"]
+    assert told == [
+        f"batch {batch_id} was completed in a transaction of its handler; to use several, give each a cursor"
+    ]
     assert values(conn, DONE) == [1]
     assert look(conn, batch_id).status == "completed"
 

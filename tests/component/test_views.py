@@ -154,7 +154,7 @@ def test_times_tell_how_old_a_batch_is_and_how_long_its_attempt_ran(conn: Conn) 
 
 def test_next_run_at_is_only_of_batches_that_wait(conn: Conn) -> None:
     waiting, running = scheduled(conn), processing(conn).id
-    run_at = value(conn, "SELECT run_at FROM batchq.batches WHERE id = %s", [waiting])
+    run_at = value(conn, "SELECT run_at FROM batchq.all_batches WHERE id = %s", [waiting])
     assert status(conn, waiting)["next_run_at"] == run_at
     assert status(conn, waiting)["running_time"] is None
     assert status(conn, running)["next_run_at"] is None

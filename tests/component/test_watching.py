@@ -1,30 +1,23 @@
-"""`batchq watch`, `batchq logs` and `batchq top`: one batch to its end, its past, and everything on a full screen."""
+"""`batchq watch`, `batchq logs` and `batchq top` into a pipe: one batch to its end, its past, and all tables."""
 
-import asyncio
 import json
 import os
 import pty
 import subprocess
 import threading
-from argparse import Namespace
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from textual.widgets import DataTable, TabbedContent
 
 import batchq
-from batchq.cli import top_screen
-from batchq.cli.commands import top
 from batchq.cli.rate import Rate, clock
 from batchq.settings import Settings
 from batchq.worker.worker import Worker
 from tests.support.alone import run_alone
 from tests.support.batches import await_status, drain, put
 from tests.support.commands import CommandLine
-from tests.support.screen import until
 from tests.support.steps import step
 from tests.support.terminals import read_all
 
@@ -93,12 +86,12 @@ def test_watch_ends_with_the_batch_and_tells_how(
     assert ended.err == ("" if kind == "good" else f"batchq: batch {batch_id}: ValueError: no good because\n")
 
 
-def test_watch_of_a_cancelled_batch_ends_with_3_and_of_none_with_2(conn: Conn, command: CommandLine) -> None:
+def test_watch_of_a_cancelled_batch_ends_with_3_and_of_none_with_1(conn: Conn, command: CommandLine) -> None:
     batch_id = put(conn, "good")
     conn.execute("SELECT batchq.cancel(%s)", [batch_id])
     assert command("watch", str(batch_id)).code == 3
     ended = command("watch", str(batch_id + 1))
-    assert (ended.code, ended.err) == (2, f"batchq: there is no batch {batch_id + 1}\n")
+    assert (ended.code, ended.err) == (1, f"batchq: there is no batch {batch_id + 1}\n")
 
 
 def test_watch_follows_the_items_a_line_a_change(conn: Conn, dsn: str, command: CommandLine) -> None:
@@ -175,7 +168,8 @@ def test_logs_tell_each_attempt_with_its_error(conn: Conn, dsn: str, command: Co
 
 def test_logs_tell_what_a_batch_waits_for_or_who_runs_it(conn: Conn, command: CommandLine) -> None:
     waiting = put(conn, "good")
-    assert "ready, to run from then on" in command("logs", str(waiting)).out
+    assert "ready, next run: as soon as a worker is free; ready since " in command("logs", str(waiting)).out
+    assert '"event": "ready, to run from then on"' in command("logs", str(waiting), "--json").out
     conn.execute(
         "UPDATE batchq.batches SET status = 'processing', attempt = 1, claimed_by = 'worker-7', claim_token = "
         "gen_random_uuid(), claimed_at = now(), lease_expires_at = now() + interval '1 minute' WHERE id = %s",
@@ -207,128 +201,6 @@ def test_top_into_a_pipe_is_plain_and_json_has_all_tables(
     for name in ("top", "status"):
         assert "too dear" in command(name).out
     assert [row["kind"] for row in command("top", "--json", "--kind", "good").json["queues"]] == ["good"]
-
-
-def on_screen(dsn: str, act: Callable[[top_screen.Top, Any], Coroutine[Any, Any, None]]) -> None:
-    """Run the full screen on a database, without a terminal, and *act* on it."""
-    options = Namespace(queue=None, kind=None)
-
-    def look() -> top_screen.Rows:
-        with psycopg.connect(dsn) as conn:
-            return top.read_tables(conn, options)
-
-    def show(batch_id: int) -> str:
-        return f"all about {batch_id}"
-
-    async def run() -> None:
-        screen = top_screen.Top(look, show, 0.1)
-        async with screen.run_test(size=(140, 40)) as pilot:
-            await act(screen, pilot)
-
-    asyncio.run(run())
-
-
-def cells(table: "DataTable[Any]") -> list[list[str]]:
-    """Return the texts of a table."""
-    return [[str(cell) for cell in table.get_row_at(number)] for number in range(table.row_count)]
-
-
-def test_top_shows_each_table_sorts_pauses_and_opens_a_batch(conn: Conn, dsn: str, app: batchq.App) -> None:
-    failed = [put(conn, "bad", max_attempts=1) for _ in range(3)]
-    drain(app, dsn)
-    put(conn, "good [bold]not markup", delay_seconds=60)
-
-    async def act(screen: top_screen.Top, pilot: Any) -> None:
-        await until(pilot, lambda: screen.table("queues").row_count == 2)
-        assert screen.screen.max_scroll_y == 0, "all fits, so that the last row and the keys are seen"
-        assert "good [bold]not markup" in [row[1] for row in cells(screen.table("queues"))]
-        await pilot.press("3")
-        assert screen.query_one(TabbedContent).active == "failures"
-        assert [row[0] for row in cells(screen.table("failures"))] == [str(one) for one in reversed(failed)]
-        await pilot.press("r")
-        assert [row[0] for row in cells(screen.table("failures"))] == [str(one) for one in failed]
-        for _ in range(len(top_screen.TABLES["failures"])):
-            await pilot.press("s")
-        assert [row[0] for row in cells(screen.table("failures"))] == [str(one) for one in failed], "all sort"
-        step("what is paused is told on top")
-        conn.execute("SELECT batchq.pause('mail', 'bad', '2100-01-01 06:00+00'), batchq.pause('slow')")
-        said = "PAUSED: kind bad in queue mail until 2100-01-01T06:00:00; queue slow"
-        await until(pilot, lambda: said in str(screen.state.render()))
-        step("a paused screen stands still")
-        await pilot.press("p")
-        put(conn, "late", delay_seconds=60)
-        await pilot.pause(0.5)
-        assert screen.table("queues").row_count == 2
-        await pilot.press("p")
-        await until(pilot, lambda: screen.table("queues").row_count == 3)
-        step("enter opens the batch, escape goes back")
-        await pilot.press("enter")
-        await until(pilot, lambda: isinstance(screen.screen, top_screen.Details))
-        assert screen.screen.shown == f"all about {failed[0]}"
-        await pilot.press("escape")
-        await until(pilot, lambda: not isinstance(screen.screen, top_screen.Details))
-
-    on_screen(dsn, act)
-
-
-def test_top_shows_limits_what_is_held_back_and_throttles(conn: Conn, dsn: str) -> None:
-    put(conn, "good")
-    conn.execute("SELECT batchq.set_limit('default', 'good', max_running => 10), batchq.set_limit(per_second => 50)")
-    conn.execute("SELECT batchq.throttle('mail', 'send', 'acme', 600)")
-    conn.execute(
-        "INSERT INTO batchq.limit_shares (queue, kind, worker, in_use, lease_seconds, held_back_by, refreshed_at) "
-        "VALUES ('default', 'good', 'a', 3, 15, 'max_running', now() + interval '1 minute')"
-    )
-
-    async def act(screen: top_screen.Top, pilot: Any) -> None:
-        await until(pilot, lambda: screen.table("queues").row_count == 1)
-        assert cells(screen.table("queues"))[0][-1] == "1 by max_running"
-        assert "THROTTLED: kind send in queue mail key acme for " in str(screen.state.render())
-        await pilot.press("5")
-        assert screen.query_one(TabbedContent).active == "limits"
-        rows = {row[1]: row[2:] for row in cells(screen.table("limits"))}
-        assert rows["good"] == ["3 of 10", "", "", "", "1", "set", "max_running"]
-        assert rows["(all)"][:2] == ["", "0 of 50"]
-        for _ in top_screen.TABLES["limits"]:
-            await pilot.press("s")
-        assert screen.table("limits").row_count == 2, "all sort"
-
-    on_screen(dsn, act)
-
-
-def test_top_says_that_the_database_is_away_and_goes_on() -> None:
-    answers: list[top_screen.Rows | Exception] = [OSError("gone away")]
-
-    def look() -> top_screen.Rows:
-        found = answers[-1]
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    async def act() -> None:
-        screen = top_screen.Top(look, str, 0.05)
-        async with screen.run_test() as pilot:
-            await until(pilot, lambda: "the database is unavailable, retrying: gone away" in str(screen.state.render()))
-            answers.append({name: [] for name in (*top_screen.TABLES, "pauses", "throttles")})
-            await until(pilot, lambda: "ready 0" in str(screen.state.render()))
-
-    asyncio.run(act())
-
-
-def test_top_looks_the_less_often_the_longer_it_takes_unless_told() -> None:
-    screen = top_screen.Top(dict, str, None)
-    assert [screen.rest_seconds(took) for took in (0.001, 0.05, 3.0)] == [1.0, 5.0, 10.0]
-    assert top_screen.Top(dict, str, 0.1).rest_seconds(3.0) == 0.1
-
-
-@pytest.mark.parametrize(
-    ("less", "more"), [("00:00:09", "00:10:00"), ("23:59:59.9", "1 day 00:00:00"), ("9 days", "10 days 01:00:00")]
-)
-def test_intervals_sort_by_their_length(less: str, more: str) -> None:
-    shorter, longer = top_screen.length(less), top_screen.length(more)
-    assert shorter is not None
-    assert longer is not None
-    assert shorter < longer
 
 
 if __name__ == "__main__":

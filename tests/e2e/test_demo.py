@@ -1,6 +1,7 @@
 """The demonstration does what it says, from nothing, and leaves nothing running."""
 
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from tests.support.alone import run_alone
 from tests.support.processes import ROOT
 from tests.support.servers import open_directory
 from tests.support.steps import step
-from tests.support.waiting import wait_until
+from tests.support.waiting import allowed, wait_until
 
 DEMO_SECONDS = 60
 
@@ -72,6 +73,28 @@ def test_with_a_page_it_begins_when_somebody_looks_and_ends_at_ctrl_c() -> None:
             assert demo.wait(30) == 0, log.read_text()
         finally:
             demo.kill()
+        assert servers_of(directory) == []
+
+
+def test_with_a_page_it_stops_its_server_when_the_terminal_closes() -> None:
+    with open_directory() as directory:
+        words = [sys.executable, "-m", "batchq", "demo", "--web", "--files", "60", "--directory", str(directory)]
+        screen, terminal = pty.openpty()
+        demo = subprocess.Popen(
+            ["setsid", "--ctty", *words], cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal
+        )
+        try:
+            os.close(terminal)
+            said = b""
+            while b"the demo starts when you do" not in said:
+                said += os.read(screen, 65_536)
+            assert len(servers_of(directory)) == 1
+            step("the terminal closes")
+            os.close(screen)
+            demo.wait(allowed(30))
+        finally:
+            demo.kill()
+            demo.wait()
         assert servers_of(directory) == []
 
 

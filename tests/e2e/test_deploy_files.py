@@ -22,7 +22,7 @@ import batchq
 from batchq.cli import make_parser
 from batchq.cli.signals import SPARE_SECONDS
 from batchq.settings import Settings
-from batchq.web.metrics import STATES, queue_metrics
+from batchq.web.metrics import STATES, metrics_of_several, queue_metrics
 from batchq.web.settings import WebSettings
 from batchq.worker.metrics import worker_metrics
 from batchq.worker.throughput import Counts
@@ -256,6 +256,7 @@ def exported() -> set[str]:
                 | dict.fromkeys(("overdue_seconds", "batches_made", "ticks_missed", "ticks_overlapped"), 0)
             ],
         ),
+        *metrics_of_several({"eu": []}),
     ]
     return {sample.name for family in families for sample in family.samples}
 

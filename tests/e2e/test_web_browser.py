@@ -1,6 +1,7 @@
 """The web UI in a real browser: it is live, it obeys its policy, hostile texts are text, and people can use it."""
 
 from collections.abc import Iterator
+from urllib.parse import urlencode
 
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
@@ -15,7 +16,9 @@ from tests.support.web import PASSWORD, Site, served
 LEAST_CONTRAST = 4.5
 expect.set_options(timeout=WAIT_MILLISECONDS)
 PATHS = ("/", "/batches", "/batches/{id}", "/workers", "/audit", "/verbs/cancel?id={id}", "/verbs/pause",
-         "/batches?queue=bulk", "/bulk/retry?queue=bulk", "/flow/{flow}", "/batches/{flow}")  # fmt: skip
+         "/batches?queue=bulk", "/bulk/retry?queue=bulk", "/flow/{flow}", "/batches/{flow}", "/failures",
+         "/failures/group?{group}", "/bulk/retry?status=failed&grouped=yes&{group}", "/charts",
+         "/charts?range=7d")  # fmt: skip
 HOSTILE = "<script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">\u202egnp.exe"
 
 # The contrast of every text with what lies behind it (WCAG 2.1, 1.4.3), from the styles that the browser has computed.
@@ -81,16 +84,16 @@ def test_a_bar_moves_by_itself_and_focus_and_opened_details_stay(conn: Conn, sit
     batch_id = set_scene(conn)
     page.goto(f"{site.url}/batches/{batch_id}")
     expect(page.locator("#live-label")).to_have_text("Live")
-    bar = page.locator(".whole progress")
-    expect(bar).to_have_js_property("value", 620)
-    page.locator("summary").click()
+    bar = page.locator(".whole .share")
+    expect(bar).to_have_accessible_name("614 done, 6 failed, of 1,000 items")
+    page.locator("[id^=summary-]").click()
     page.locator("#verb-cancel").focus()
     for done in (700, 994):
         advance(conn, batch_id, done)
-        expect(bar).to_have_js_property("value", done + 6)
+        expect(bar).to_have_accessible_name(f"{done} done, 6 failed, of 1,000 items")
     expect(page.locator(".under b")).to_have_text("100 %")
     assert page.evaluate("document.activeElement.id") == "verb-cancel"
-    expect(page.locator("details pre")).to_be_visible()
+    expect(page.locator(".timeline pre")).to_be_visible()
 
 
 def test_live_updates_can_be_paused(conn: Conn, site: Site, page: Page) -> None:
@@ -101,7 +104,7 @@ def test_live_updates_can_be_paused(conn: Conn, site: Site, page: Page) -> None:
     expect(page.locator("#live-label")).to_have_text("Paused")
     advance(conn, batch_id, 700)
     page.locator("#live-switch").click()
-    expect(page.locator(".whole progress")).to_have_js_property("value", 706)
+    expect(page.locator(".whole .share")).to_have_accessible_name("700 done, 6 failed, of 1,000 items")
 
 
 def test_a_batch_is_cancelled_and_retried_by_hand(conn: Conn, site: Site, page: Page) -> None:
@@ -154,10 +157,10 @@ def ask_to_cancel(page: Page, site: Site) -> None:
     """Go from the list of mails to the page that shows how many would be cancelled."""
     page.goto(f"{site.url}/batches?kind=mail")
     page.get_by_text("Act on all matching batches").click()
-    page.get_by_role("link", name="Cancel").click()
+    page.get_by_role("link", name="Cancel", exact=True).click()
     page.get_by_label("Reason").fill("too many")
     page.get_by_role("button", name="Count batches").click()
-    expect(page.locator("#bulk-text")).to_contain_text("3\N{NARROW NO-BREAK SPACE}000 batches match")
+    expect(page.locator("#bulk-text")).to_contain_text("3,000 batches match")
     expect(page.locator("#bulk-stop")).to_be_hidden()
 
 
@@ -169,12 +172,10 @@ def test_a_verb_is_done_to_all_that_match_with_a_bar_to_the_end(conn: Conn, site
     page.get_by_role("button", name="Cancel: 3").click()
     bar = page.get_by_label("Batches cancelled")
     expect(bar).to_have_js_property("value", 3000)
-    expect(page.locator("#bulk-text")).to_have_text("3\N{NARROW NO-BREAK SPACE}000 batches cancelled.")
+    expect(page.locator("#bulk-text")).to_have_text("3,000 batches cancelled.")
     expect(page.locator("#bulk-stop")).to_be_hidden()
     step("who cannot see the bar is told")
-    expect(page.locator("#live-news[aria-live=polite]")).to_have_text(
-        "3\N{NARROW NO-BREAK SPACE}000 batches cancelled."
-    )
+    expect(page.locator("#live-news[aria-live=polite]")).to_have_text("3,000 batches cancelled.")
     assert value(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'cancelled'") == 3000
     assert value(conn, "SELECT status FROM batchq.batches WHERE kind = 'work'") == "pending"
 
@@ -194,15 +195,13 @@ def test_a_verb_for_all_that_match_is_stopped_and_gone_on_with(conn: Conn, site:
     page.locator("#bulk-stop").focus()
     page.keyboard.press("Enter")
     held[0].continue_()
-    expect(page.locator("#bulk-text")).to_contain_text(
-        "Stopped. 2\N{NARROW NO-BREAK SPACE}000 of 3\N{NARROW NO-BREAK SPACE}000"
-    )
+    expect(page.locator("#bulk-text")).to_contain_text("Stopped. 2,000 of 3,000")
     assert page.evaluate("document.activeElement.id") == "bulk-text"
     assert value(conn, "SELECT count(*) FROM batchq.batches WHERE status = 'cancelled'") == 2000
     assert len(held) == 1
     page.unroute("**/bulk/cancel")
     page.get_by_role("button", name="Continue").click()
-    expect(page.locator("#bulk-text")).to_have_text("3\N{NARROW NO-BREAK SPACE}000 batches cancelled.")
+    expect(page.locator("#bulk-text")).to_have_text("3,000 batches cancelled.")
     assert value(conn, "SELECT batches FROM batchq.audit") == 3000
 
 
@@ -221,7 +220,7 @@ def test_everything_works_without_javascript(conn: Conn, site: Site, browser: Br
     for done in (1000, 2000):
         expect(page.locator("#bulk-bar")).to_have_js_property("value", done)
         page.get_by_role("button", name="Continue").click()
-    expect(page.locator("#bulk-text")).to_have_text("3\N{NARROW NO-BREAK SPACE}000 batches cancelled.")
+    expect(page.locator("#bulk-text")).to_have_text("3,000 batches cancelled.")
     context.close()
 
 
@@ -264,11 +263,13 @@ def test_hostile_texts_are_text(conn: Conn, site: Site, page: Page) -> None:
 @pytest.mark.parametrize("theme", THEMES)
 def test_it_can_be_read_in_both_themes_and_at_both_widths(conn: Conn, site: Site, browser: Browser, theme: str) -> None:
     batch_id, flow = set_scene(conn), set_flow(conn)
+    [(kind, error)] = conn.execute("SELECT kind, error FROM batchq.failures ORDER BY failures DESC LIMIT 1").fetchall()
+    group = urlencode({"kind": kind, "error": error, "error_group": error})
     for width in WIDTHS:
         context = browser.new_context(color_scheme=theme, viewport={"width": width, "height": 844})  # type: ignore[arg-type]
         watched = Watched(context.new_page(), site.url)
         for path in PATHS:
-            watched.page.goto(site.url + path.format(id=batch_id, flow=flow))
+            watched.page.goto(site.url + path.format(id=batch_id, flow=flow, group=group))
             check_readable(watched.page, f"{path} {theme} {width}")
         context.close()
         assert watched.complaints == []
@@ -296,22 +297,25 @@ def test_the_keyboard_goes_everywhere_in_order_and_shows_where_it_is(conn: Conn,
     page.locator("#live-switch").click()
     page.evaluate("document.activeElement.blur(); document.body.focus()")
     page.goto(f"{site.url}/batches/{batch_id}")
+    expect(page.locator("#live-label")).to_have_text("Live")
     names = []
-    for _ in range(12):
+    for _ in range(19):
         page.keyboard.press("Tab")
         names.append(page.evaluate("document.activeElement.textContent.trim() || document.activeElement.id"))
         style = page.evaluate(
             "(s => s.outlineStyle + parseFloat(s.outlineWidth))(getComputedStyle(document.activeElement))"
         )
         assert style.startswith("solid"), (names[-1], style)
-    assert names[:8] == ["Skip to content", "batchq", "Overview", "Batches", "Workers", "Limits", "Schedules", "Audit"]
-    assert names[8:] == ["find-id", "Live", "Cancel", "Traceback"]
+    assert names[:6] == ["Skip to content", "batchq", "Overview", "Batches", "Failures", "Charts"]
+    assert names[6:11] == ["Flows", "Workers", "Limits", "Schedules", "Audit"]
+    assert names[11:16] == ["find-id", "Live", "?", "import_contacts", "Cancel"]
+    assert names[16:] == ["Enqueue a copy", "bulk", "jobs-1-4411-5eed1"]
     step("the skip link skips")
     page.goto(f"{site.url}/batches/{batch_id}")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "verb-cancel"
+    assert page.evaluate("document.activeElement.id") == "kind-link"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from batchq.postgres.deadlines import deadline
 from batchq.postgres.dsn import dsn_problems
 from batchq.postgres.handler_connections import POOL_OPTIONS, HandlerConnections
 from batchq.postgres.link import Link
-from batchq.postgres.logins import backoff, is_login_failure
+from batchq.postgres.logins import backoffs, is_login_failure
 from batchq.postgres.server_checks import check_server
 from batchq.postgres.statements import claims, endings, leases, probes, session
 from batchq.postgres.statements.endings import Finish, Requeue
@@ -81,7 +81,7 @@ def admin(admin_dsn: str) -> Iterator[Conn]:
 def open_gate() -> Iterator[None]:
     """Forget refused log-ins of this test."""
     yield
-    backoff.__init__()  # type: ignore[misc]
+    backoffs.__init__()  # type: ignore[misc]
 
 
 # ------------------------------------------------------------------------------------------------------ the settings
@@ -241,7 +241,7 @@ def test_a_transaction_that_raises_is_rolled_back(link: Link) -> None:
     with pytest.raises(KeyError):
         fail()
     with link.reading() as conn:
-        assert value(conn, "SELECT count(*) FROM batchq.batches") == 0
+        assert value(conn, "SELECT count(*) FROM batchq.all_batches") == 0
 
 
 # ------------------------------------------------------------------------------------------------- cut when overdue
@@ -360,7 +360,7 @@ def test_a_connection_lost_before_commit_has_a_known_outcome(link: Link, admin: 
         lose(link, admin)
     assert not isinstance(caught.value, OutcomeUnknown)
     with link.transaction() as conn:
-        assert value(conn, "SELECT count(*) FROM batchq.batches") == 0
+        assert value(conn, "SELECT count(*) FROM batchq.all_batches") == 0
 
 
 def test_a_commit_that_the_database_refuses_is_no_unknown_outcome(link: Link, admin: Conn) -> None:
@@ -425,7 +425,7 @@ def test_a_statement_goes_as_one_message_with_its_transaction(
     assert link.run(made("SELECT %(word)s || '!'", word="it's")) == [("it's!",)]
     [(kind, body)] = messages
     assert kind == b"Q"
-    assert body.startswith(b"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_catalog.set_config(")
+    assert body.startswith(b"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = ")
     assert body.endswith(b"'it''s' || '!'; COMMIT\0")
     link.close()
     assert sim.settled() == []
@@ -511,7 +511,7 @@ def test_a_statement_that_fails_leaves_nothing_and_the_connection_usable(running
     for text, error in failures * 2:
         with pytest.raises(error):
             running.run(made(text, word="a\0b"))
-        assert running.run(made("SELECT count(*) FROM batchq.batches")) == [(0,)]
+        assert running.run(made("SELECT count(*) FROM batchq.all_batches")) == [(0,)]
     assert running.conn is kept is not None
     assert running.conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
@@ -594,7 +594,7 @@ def test_payloads_results_and_errors_are_stored_as_they_are(running: Link) -> No
         assert json.loads(row[4] or "null") in ({"word": word}, None)
         end = Finish(row[0], token, "failed", json.dumps({"word": word}), json.dumps({"error": word}))
         assert running.run(endings.finish("default", [end])) == [(batch_id,)]
-        stored = "SELECT result ->> 'word', errors -> 0 ->> 'error', claimed_by FROM batchq.batches WHERE id = %s"
+        stored = "SELECT result ->> 'word', errors -> 0 ->> 'error', claimed_by FROM batchq.all_batches WHERE id = %s"
         with running.reading() as conn:
             assert conn.execute(stored, [batch_id]).fetchone() == (word, word, worker)
 
@@ -800,7 +800,7 @@ def test_a_database_that_is_away_does_not_shut_the_gate(clock: Clock) -> None:
     for _ in range(3):
         with pytest.raises(psycopg.OperationalError, match=r"refused|failed"):
             Connection.connect(nowhere, **CONNECT_OPTIONS)
-    backoff.check()
+    backoffs.of(nowhere).check()
 
 
 @pytest.mark.parametrize(
@@ -837,7 +837,7 @@ def test_trouble_that_passes_is_not_taken_for_a_refusal(text: str) -> None:
 def test_a_refusal_is_a_mistake_of_the_users_and_an_outage_is_not(strict: SupaSim) -> None:
     with pytest.raises(ConfigError, match=r"cannot connect: .*password authentication failed"):
         connect(strict.dsn(password="wrong"))
-    backoff.__init__()  # type: ignore[misc]
+    backoffs.__init__()  # type: ignore[misc]
     with pytest.raises(psycopg.OperationalError, match="cannot connect: "):
         connect(f"host=127.0.0.1 port={free_port()} dbname=x")
 
@@ -965,7 +965,7 @@ def test_errors_of_connecting_never_show_a_password(strict: SupaSim) -> None:
         with pytest.raises((ConfigError, psycopg.Error)) as caught:
             connect(dsn)
         assert PASSWORD not in f"{caught.value}{caught.value!r}"
-        backoff.__init__()  # type: ignore[misc]
+        backoffs.__init__()  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("log_format", ["console", "json"])

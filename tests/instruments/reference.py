@@ -10,12 +10,14 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import is_dataclass
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 import psycopg
 from pydantic.fields import FieldInfo
 
 import batchq
+from batchq import testing
 from batchq.cli import make_parser
 from batchq.operate.verbs import VERBS
 from batchq.settings import Settings
@@ -29,16 +31,16 @@ PAGE = ROOT / "docs" / "reference.md"
 INTRODUCTION = """\
 # Reference
 
-Made by `python -m tests.instruments.reference`, from the code: edit it there. [Python](#python) · [Settings](#settings)
-· [Command line](#command-line) · [Exit codes](#exit-codes) · [Schema](#schema). What it is for is told in
-[handlers](handlers.md), [enqueue](enqueue.md), [steering](steering.md) and [operations](operations.md).
+Made by `python -m tests.instruments.reference`, from the code: edit it there. [Python](#python) · [Tests](#tests) ·
+[Settings](#settings) · [Command line](#command-line) · [Exit codes](#exit-codes) · [Schema](#schema). What it is for is
+told in [handlers](handlers.md), [enqueue](enqueue.md), [steering](steering.md) and [operations](operations.md).
 """
 # What a program may use of a class; the other names are the worker's own.
 MEMBERS = {
-    "App": ("handler", "item_handler", "schedule"),
+    "App": ("handler", "item_handler", "schedule", "around", "lifespan", "on_failure"),
     "Batch": (
-        "payload", "items", "cursor", "queue", "stop_requested", "all_items_worked", "transaction", "checkpoint",
-        "checkpoint_async", "chunks", "raise_if_interrupted",
+        "payload", "items", "cursor", "app_state", "queue", "stop_requested", "all_items_worked", "transaction",
+        "checkpoint", "checkpoint_async", "chunks", "raise_if_interrupted",
     ),
     "Chunk": ("fail", "end_at", "transaction", "commit", "commit_async"),
     "Settings": ("load",),
@@ -59,16 +61,20 @@ RELATIONS = (
 RELATIONS += ("throttles", "schedules", "schedule_status", "audit")
 FUNCTIONS = (
     *dict.fromkeys(verb.function for verb in VERBS.values()), "bulk", "set_limit", "set_schedule", "pause_schedule",
-    "resume_schedule", "run_schedule", "remove_schedule",
+    "resume_schedule", "run_schedule", "remove_schedule", "enqueue_copy",
     "prune", "create_finished_partitions", "bell", "give_replica_identities", "newest_live",
-    "grant_duty", "duty_statements", "shown_status",
+    "split_queue", "whole_queue", "shards_of", "shard_of",
+    "failed_items_of", "progress_of_parts", "grant_duty", "duty_statements", "shown_status",
+    "claim", "extend", "items", "items_to_retry", "checkpoint", "complete", "fail", "release", "rescue",
 )  # fmt: skip
 UNITS = {"seconds": " seconds", "days": " days"}
 
 
 def page(conn: psycopg.Connection[Any]) -> str:
     """Return the page. *conn*: to a database with the newest schema."""
-    return "\n".join([INTRODUCTION, *python(), *settings(), *command_line(), *exit_codes(), *schema(conn)])
+    return "\n".join(
+        [INTRODUCTION, *python(), *testing_names(), *settings(), *command_line(), *exit_codes(), *schema(conn)]
+    )
 
 
 def table(*rows: tuple[str, ...]) -> str:
@@ -80,8 +86,20 @@ def table(*rows: tuple[str, ...]) -> str:
 def python() -> Iterator[str]:
     """Yield what ``import batchq`` gives."""
     yield "## Python\n"
-    for name in batchq.__all__:
-        thing = getattr(batchq, name)
+    yield from names(batchq)
+
+
+def testing_names() -> Iterator[str]:
+    """Yield what ``batchq.testing`` gives."""
+    yield "## Tests\n"
+    yield "The names of `batchq.testing`; [testing](testing.md) shows how they are used.\n"
+    yield from names(testing)
+
+
+def names(module: ModuleType) -> Iterator[str]:
+    """Yield the public names of a module."""
+    for name in module.__all__:
+        thing = getattr(module, name)
         yield f"### {name}\n"
         if inspect.isfunction(thing):
             yield f"`{signature(name, thing)}`\n"
@@ -105,7 +123,8 @@ def signature(name: str, thing: Any) -> str:
     [node] = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
     assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     node.args.args = [argument for argument in node.args.args if argument.arg not in ("self", "cls")]
-    arguments = re.sub(r"(: [^=,()]+)=", r"\1 = ", ast.unparse(node.args))
+    unquoted = re.sub(r": '([^']+)'", r": \1", ast.unparse(node.args))
+    arguments = re.sub(r"(: [^=,()]+)=", r"\1 = ", unquoted)
     result = ast.unparse(node.returns or ast.Constant(None)).strip("'")
     awaited = "async " if isinstance(node, ast.AsyncFunctionDef) else ""
     return f"{awaited}{name}({arguments}) -> {result}"

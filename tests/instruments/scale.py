@@ -69,7 +69,10 @@ def timed_pages(conn: psycopg.Connection) -> Iterator[tuple[str, float]]:
         conn.execute("SELECT id FROM batchq.batches_live WHERE status = 'processing' LIMIT 1").fetchone(),
         conn.execute("SELECT id FROM batchq.batches_finished WHERE status = 'failed' LIMIT 1").fetchone(),
     ]
-    paths = ["/", "/workers", "/audit", "/metrics", "/batches", *(f"/batches?status={status}" for status in STATUSES)]
+    paths = ["/limits", "/keys", "/keys?key=a", "/flows", "/spread", "/schedules", "/kinds?queue=default&kind=work"]
+    paths += [f"/workers?id={row[0]}" for row in conn.execute("SELECT id FROM batchq.workers LIMIT 1")]
+    paths += ["/", "/workers", "/audit", "/metrics", "/batches", *(f"/batches?status={status}" for status in STATUSES)]
+    paths += ["/failures", "/charts", "/charts?range=24h", "/charts?range=7d"]
     paths += [f"/batches?{each}" for each in FILTERS] + [f"/batches/{row[0]}" for row in ids if row]
     with web(conn.info.dsn) as url, httpx.Client(base_url=url, timeout=60) as client:
         for path in paths:

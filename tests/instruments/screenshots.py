@@ -3,21 +3,19 @@
 python -m tests.instruments.screenshots
 """
 
-import asyncio
 import re
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from playwright.sync_api import Page
 
-from batchq.cli.commands.top import read_tables
-from batchq.cli.top_screen import Rows, Top
+from batchq.cli.top.app import Top
 from tests.support.browser import THEMES, WIDTHS, chromium
 from tests.support.databases import Databases
 from tests.support.scene import Conn, advance, set_flow, set_scene
-from tests.support.screen import until
+from tests.support.screen import on_screen, until
 from tests.support.servers import running_server
 from tests.support.web import served
 
@@ -41,9 +39,10 @@ def make(conn: Conn, dsn: str, folder: Path) -> None:
     """Make them all in a folder, of an empty queue that is filled for it."""
     folder.mkdir(parents=True, exist_ok=True)
     batch_id = set_scene(conn)
-    asyncio.run(take_top(conn, batch_id, folder))
+    take_top(conn, dsn, batch_id, folder)
     with served(dsn) as site:
-        paths = {"overview": "/", "batch": f"/batches/{batch_id}", "list": "/batches?queue=bulk"}
+        paths = {"overview": "/", "batch": f"/batches/{batch_id}", "list": "/batches?queue=bulk",
+                 "failures": "/failures", "charts": "/charts"}  # fmt: skip
         take({name: site.url + path for name, path in paths.items()}, folder)
         take_many(conn, site.url, folder)
         take({"flow": f"{site.url}/flow/{set_flow(conn)}"}, folder)
@@ -52,23 +51,23 @@ def make(conn: Conn, dsn: str, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ the terminal
 
 
-async def take_top(conn: Conn, batch_id: int, folder: Path) -> None:
+def take_top(conn: Conn, dsn: str, batch_id: int, folder: Path) -> None:
     """Take pictures of `batchq top`, while the batch goes on."""
-    steps = iter(range(614, 990))
 
-    def look() -> Rows:
-        advance(conn, batch_id, next(steps))
-        return read_tables(conn, Namespace(queue=None, kind=None))
-
-    screen = Top(look, str, every_seconds=0.1)
-    async with screen.run_test(size=TERMINAL) as pilot:
-        await until(pilot, lambda: any(row.get("seconds_left") for row in screen.rows["running"]))
-        for name, key in TABS.items():
+    async def act(screen: Top, pilot: Any) -> None:
+        for number, (name, key) in enumerate(TABS.items()):
+            advance(conn, batch_id, 620 + 10 * number)
             await pilot.press(key)
-            await pilot.pause(0.3)
+            if name == "running":
+                await until(pilot, lambda: bool(screen.main.rows.get("running")))
+                advance(conn, batch_id, 700)
+                await until(pilot, lambda: any(row.get("seconds_left") for row in screen.main.rows["running"]))
+            await pilot.pause(0.5)
             picture = FONTS_FROM_ELSEWHERE.sub("", screen.export_screenshot(title=f"batchq top: {name}"))
             (folder / f"top-{name}.svg").write_text(picture)
             print(folder / f"top-{name}.svg")
+
+    on_screen(dsn, act, TERMINAL)
 
 
 # -------------------------------------------------------------------------------------------------------- the web UI

@@ -1,7 +1,8 @@
-"""What watching costs the server: one viewer of the page's overview and one `batchq top`, beside a busy worker.
+"""What watching costs the server: viewers of the web UI's pages and one `batchq top`, beside a busy worker.
 
     python -m tests.instruments.watching                                # 100,000 live, a million finished; some minutes
     python -m tests.instruments.watching --live 1_000_000 --rounds 1
+    python -m tests.instruments.watching --viewers 10                   # of ten pages at the same time
 
 A worker works some 50 batches a second beside what waits in other queues. For a minute nobody watches, then both do,
 and so on; printed is the server's processor time in each, and that of the watchers' own connections. Exit code 1 if
@@ -36,6 +37,7 @@ from tests.support.waiting import wait_until
 MOST_PERCENT = 2.0
 RATE = 50
 QUEUE = "watched"
+PAGES = ("overview", "batches/", "failures", "charts/", "workers", "limits", "keys/", "flows", "spread", "schedules")
 WATCHERS = ("watching_page", "watching_top")  # each is a role, to know its connections by
 SETTLE_SECONDS = 5.0
 
@@ -48,7 +50,7 @@ def main() -> int:
             database.conn.execute(f"CREATE ROLE {watcher} LOGIN SUPERUSER".encode())
         fill(database.conn, options.live, options.finished, 30)
         with records.directory() as directory, busy(database, directory):
-            found = [measure(database, options.seconds) for _ in range(options.rounds)]
+            found = [measure(database, options.seconds, options.viewers) for _ in range(options.rounds)]
     difference = statistics.median(watched - alone for alone, watched, _ in found)
     share = statistics.median(sum(own.values()) for _, _, own in found)
     print(
@@ -66,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--live", type=int, default=100_000)
     parser.add_argument("--finished", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each measurement (default: 60)")
+    parser.add_argument("--viewers", type=int, default=1, help="of as many pages of the web UI (default: 1)")
     parser.add_argument("--rounds", type=int, default=2, help="without and with watchers (default: 2)")
     return parser.parse_args()
 
@@ -99,12 +102,12 @@ def busy(database: Database, directory: Path) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(database: Database, seconds: float) -> tuple[float, float, dict[str, float]]:
+def measure(database: Database, seconds: float, viewers: int) -> tuple[float, float, dict[str, float]]:
     """Return the server's share of a core while nobody watches, while both do, and that of each watcher's connections,
     in percent."""
     alone, _ = spent(database, seconds)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        stack.enter_context(page_viewer(database.dsn, Path(name)))
+        stack.enter_context(page_viewers(database.dsn, Path(name), viewers))
         stack.enter_context(top(database.dsn))
         wait_until(lambda: all(pids_of(database, watcher) for watcher in WATCHERS), 60, "both to watch")
         time.sleep(SETTLE_SECONDS)
@@ -156,8 +159,8 @@ def pids_of(database: Database, watcher: str) -> list[int]:
 
 
 @contextmanager
-def page_viewer(dsn: str, directory: Path) -> Iterator[None]:
-    """Serve the page, and watch its overview, while the block runs."""
+def page_viewers(dsn: str, directory: Path, viewers: int) -> Iterator[None]:
+    """Serve the web UI, and watch pages of it, each by one viewer, while the block runs."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with (
@@ -166,12 +169,21 @@ def page_viewer(dsn: str, directory: Path) -> Iterator[None]:
     ):
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: is_served(url), 60, "the page to be served")
-        with httpx.stream("GET", f"{url}/live/overview", trust_env=False, timeout=60) as live:
-            reader = threading.Thread(target=read, args=[live], daemon=True)
-            reader.start()
+        with ExitStack() as stack:
+            readers = [watch(stack, f"{url}/live/{PAGES[number % len(PAGES)]}") for number in range(viewers)]
             yield
-            if not reader.is_alive():
-                raise RuntimeError("the page's stream has ended: nobody watched")
+            if not all(reader.is_alive() for reader in readers):
+                raise RuntimeError("a page's stream has ended: nobody watched it")
+
+
+def watch(stack: ExitStack, url: str) -> threading.Thread:
+    """Watch a page until the stack ends; return the thread that does."""
+    live = stack.enter_context(httpx.stream("GET", url, trust_env=False, timeout=60))
+    if live.status_code != httpx.codes.OK:
+        raise RuntimeError(f"{url} answers {live.status_code}")
+    reader = threading.Thread(target=read, args=[live], daemon=True)
+    reader.start()
+    return reader
 
 
 def read(live: httpx.Response) -> None:

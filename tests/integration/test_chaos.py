@@ -16,7 +16,7 @@ import pytest
 
 import batchq
 from batchq.testing import drain
-from tests.instruments.chaos import ledger, report, spans
+from tests.instruments.chaos import flows, ledger, report, spans
 from tests.instruments.chaos.cli import main
 from tests.instruments.chaos.faults import FAULTS, Fault, wait_for_work, worked_by_style
 from tests.instruments.chaos.ledger import Violation, check_at_end, check_so_far
@@ -79,7 +79,7 @@ def one_round(names: list[str]) -> Iterator[list[str]]:
 # --------------------------------------------------------------------------------------------------- the arithmetic
 
 
-COUNTS = {"hungry": 0, "keyed": 30}  # other than 10
+COUNTS = {"hungry": 0, "keyed": 30, "needed": 0, "tick": 0}  # other than 10
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Worked:
 
     def id_of(self, kind: str) -> int:
         """Return the first batch of a kind."""
-        row = self.conn.execute("SELECT min(id) FROM batchq.batches WHERE kind = %s", [kind]).fetchone()
+        row = self.conn.execute("SELECT min(id) FROM batchq.all_batches WHERE kind = %s", [kind]).fetchone()
         assert row
         return int(row[0])
 
@@ -124,7 +124,7 @@ def worked_once(server: Server, databases: Databases, tmp_path_factory: pytest.T
 
 def is_drained(app: batchq.App, dsn: str, conn: Conn) -> bool:
     """Work what is ready; tell whether nothing of the app's kinds waits for another attempt."""
-    drain(app, dsn, concurrency=10, queues=["default", spans.QUEUE])
+    drain(app, dsn, raises=False, concurrency=10, queues=["default", spans.QUEUE, flows.QUEUE])
     return conn.execute("SELECT FROM batchq.batches_live WHERE kind = ANY (%s)", [list(app.handlers)]).rowcount == 0
 
 
@@ -139,10 +139,14 @@ def test_a_database_in_which_all_went_well_comes_out_even(worked: Worked) -> Non
     assert worked.check() == []
     assert worked.conn.execute("SELECT FROM effects").rowcount > 100
     assert {mark.batch_id for mark in worked.marks} == {
-        row[0] for row in worked.conn.execute("SELECT id FROM batchq.batches")
+        row[0] for row in worked.conn.execute("SELECT id FROM batchq.all_batches")
     }
 
 
+SCHEDULE = (  # due after two ticks
+    "INSERT INTO batchq.schedules (name, cron, kind, paused) VALUES ('two', '@every 1 s', 'tick', true); "
+    "UPDATE batchq.schedules SET next_at = date_trunc('second', changed_at) + interval '4 s', ticks_missed = {missed}"
+)
 LAST_OF_ITS_KEY = "(SELECT batch_id FROM spans WHERE kind = 'keyed' ORDER BY began_at DESC LIMIT 1)"
 AGAIN = "INSERT INTO spans SELECT batch_id, token, queue, kind, key, priority, created_at, running"
 BEGAN_AT_FIRST = f"{AGAIN}, began_at - interval '1 hour' FROM spans"
@@ -170,7 +174,7 @@ PLANTED: dict[str, tuple[str, str]] = {
     "a batch that ended otherwise": ("status", "UPDATE batchq.batches SET status = 'failed' WHERE id = {plain}"),
     "a batch that is there twice": (
         "doubled",
-        "INSERT INTO batchq.batches (kind, payload) SELECT kind, payload FROM batchq.batches WHERE id = {tx}"),
+        "INSERT INTO batchq.batches (kind, payload) SELECT kind, payload FROM batchq.all_batches WHERE id = {tx}"),
     "a text that has lost its letters in a result": (
         "lost", "UPDATE batchq.batches SET payload = payload || jsonb_build_object('text', '批') WHERE id = {plain}"),
     "a text that has lost its letters in a batch's error": (
@@ -188,14 +192,32 @@ PLANTED: dict[str, tuple[str, str]] = {
     "a batch that was worked again": ("order", f"{BEGAN_AT_LAST} WHERE batch_id = {LAST_OF_ITS_KEY}"),
     "a batch that let a less urgent one go first": ("order", MORE_URGENT),
     "a batch that has let all others of its key go first": ("order", NEVER_BEGAN),
+    "a batch that began before what it waits for": (
+        "order", "UPDATE fan_ins SET unended = 1 WHERE batch_id = {fan_in}"),
+    "a batch that began and waits": (
+        "order",
+        "WITH gone AS (DELETE FROM batchq.batches_finished WHERE id = {fan_in} RETURNING *) "
+        "INSERT INTO batchq.batches (id, kind, status, needs_left) OVERRIDING SYSTEM VALUE "
+        "SELECT id, kind, 'waiting', 1 FROM gone"),
+    "a bar that is not full": (
+        "counters", "UPDATE batchq.batches SET items_done = items_done - 1 WHERE id = {spread}"),
+    "a bar over 100 %": ("counters", "UPDATE batchq.parts SET items_done = 3 WHERE batch_id = {spread}"),
+    "a tick without a batch": ("lost", SCHEDULE.format(missed=1)),
+    "a batch without a tick": (
+        "doubled", SCHEDULE.format(missed=2) + "; INSERT INTO batchq.batches (kind, payload) VALUES ('tick', '{{}}')"),
     "a batch that nobody works": ("stuck", "INSERT INTO batchq.batches (kind) VALUES ('plain')"),
 }  # fmt: skip
+
+
+def test_ticks_that_come_out_even_are_no_violation(worked: Worked) -> None:
+    worked.conn.execute(SCHEDULE.format(missed=2).encode())
+    assert worked.check() == []
 
 
 @pytest.mark.parametrize("planted", PLANTED)
 def test_what_is_planted_is_found(worked: Worked, planted: str) -> None:
     what, statement = PLANTED[planted]
-    ids = {kind: worked.id_of(kind) for kind in ORDERS if kind != "hungry"}
+    ids = {kind: worked.id_of(kind) for kind in ORDERS if kind not in ("hungry", "tick")}
     step("when there is %s", planted)
     assert worked.conn.execute(statement.format(**ids).encode()).rowcount > 0
     assert what in {each.what for each in worked.check()}
@@ -246,7 +268,7 @@ def test_a_batch_that_is_ready_and_never_claimed_is_stuck_while_work_goes_on(wor
 
 def test_what_finished_long_ago_is_not_counted_again_until_the_end(worked: Worked) -> None:
     worked.conn.execute("INSERT INTO effects SELECT * FROM effects WHERE batch_id = %s", [worked.id_of("tx")])
-    newest = worked.conn.execute("SELECT date_part('epoch', max(finished_at)) FROM batchq.batches").fetchone()
+    newest = worked.conn.execute("SELECT date_part('epoch', max(finished_at)) FROM batchq.all_batches").fetchone()
     assert newest
     assert check_so_far(worked.conn, newest[0] + 1, 4, 60) == []
     assert check_so_far(worked.conn, ledger.EVER, 4, 60) != []

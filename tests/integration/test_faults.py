@@ -129,7 +129,9 @@ class Load:
             wait_until(lambda: statuses(conn) == {"completed"} or None, 30, f"completion, not {statuses(conn)}")
             plain = {
                 row[0]
-                for row in conn.execute("SELECT (payload ->> 'seq')::integer FROM batchq.batches WHERE kind = 'quick'")
+                for row in conn.execute(
+                    "SELECT (payload ->> 'seq')::integer FROM batchq.all_batches WHERE kind = 'quick'"
+                )
             }
             executed = {row[0] for row in conn.execute("SELECT seq FROM executions")}
             enqueued = {row[0] for row in conn.execute(ENQUEUED)}
@@ -142,15 +144,15 @@ class Load:
 
 
 ENQUEUED = """
-SELECT (payload ->> 'seq')::integer FROM batchq.batches WHERE kind IN ('note', 'note_async')
+SELECT (payload ->> 'seq')::integer FROM batchq.all_batches WHERE kind IN ('note', 'note_async')
 UNION ALL
-SELECT jsonb_array_elements(items)::integer FROM batchq.batches WHERE kind = 'items'
+SELECT jsonb_array_elements(items)::integer FROM batchq.all_batches WHERE kind = 'items'
 """
 
 
 def statuses(conn: psycopg.Connection[Any]) -> set[str]:
     """Return the statuses that there are."""
-    return {row[0] for row in conn.execute("SELECT DISTINCT status FROM batchq.batches")}
+    return {row[0] for row in conn.execute("SELECT DISTINCT status FROM batchq.all_batches")}
 
 
 @pytest.fixture
@@ -232,7 +234,7 @@ def test_a_claim_that_a_crash_forgets_is_made_again_and_its_token_writes_nothing
         crash_server()
         link.close()
         with psycopg.connect(admin_dsn, autocommit=True) as conn:
-            held = conn.execute("SELECT status, attempt, claim_token FROM batchq.batches").fetchone()
+            held = conn.execute("SELECT status, attempt, claim_token FROM batchq.all_batches").fetchone()
             assert held
             if held[0] == "pending":
                 forgotten += 1
@@ -263,7 +265,7 @@ def test_what_is_finished_is_finished_after_a_crash(
     crash_server()
     link.close()
     with psycopg.connect(admin_dsn, autocommit=True) as conn:
-        found = conn.execute("SELECT status, attempt FROM batchq.batches ORDER BY id").fetchall()
+        found = conn.execute("SELECT status, attempt FROM batchq.all_batches ORDER BY id").fetchall()
     assert found == [("completed", 1)] * keep + [("failed", 1), ("pending", 1)]
 
 
@@ -490,7 +492,7 @@ def test_leases_are_kept_while_the_other_duties_fail(dsn: str, admin_dsn: str, a
         admin.execute("INSERT INTO gates (name) VALUES ('stubborn 1')")
         wait_until(lambda: statuses(admin) == {"completed"}, 10, "completion")
         assert worker.stop() == 0
-        assert admin.execute("SELECT attempt, errors FROM batchq.batches").fetchall() == [(1, [])]
+        assert admin.execute("SELECT attempt, errors FROM batchq.all_batches").fetchall() == [(1, [])]
 
 
 @pytest.mark.parametrize("commits", [False, True], ids=["held until the end", "committed"])
@@ -508,7 +510,7 @@ def test_a_row_that_somebody_has_locked_is_all_that_a_stop_leaves_to_its_lease(
         step("then the worker says so in seconds, and all others are worked and written")
         batchq.enqueue_many(admin, "quick", [{"seq": seq} for seq in range(1, 500)])
         assert worker.wait_for("outcomes postponed", 5)["batch_ids"] == [held]
-        completed = "SELECT count(*) FROM batchq.batches WHERE status = 'completed'"
+        completed = "SELECT count(*) FROM batchq.all_batches WHERE status = 'completed'"
         wait_until(lambda: admin.execute(completed).fetchone() == (499,), 30, "the others to be completed")
 
         step("and when it is stopped, it is told of that one row only, unless the lock is gone")
@@ -543,7 +545,7 @@ def test_a_worker_that_may_not_make_partitions_works_all_the_same(
             assert worker.stop() == 0
             assert len(worker.lines("maintenance postponed")) == 1
             assert worker.lines("database error") == []
-            assert admin.execute("SELECT attempt, errors FROM batchq.batches").fetchall() == [(1, [])]
+            assert admin.execute("SELECT attempt, errors FROM batchq.all_batches").fetchall() == [(1, [])]
     finally:
         admin.execute(sql.SQL("DROP OWNED BY {role}; DROP ROLE {role}").format(role=role))
 
@@ -582,7 +584,7 @@ def test_an_outcome_on_its_way_to_the_finisher_is_written_before_a_worker_ends(
         batchq.enqueue(admin, "brief")
         assert ended.wait(10)
         step("when it is stopped in between, then the outcome is written all the same")
-    assert admin.execute("SELECT status, attempt FROM batchq.batches").fetchall() == [("completed", 1)]
+    assert admin.execute("SELECT status, attempt FROM batchq.all_batches").fetchall() == [("completed", 1)]
 
 
 # Log-ins

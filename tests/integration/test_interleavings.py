@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 import psycopg
 import pytest
 
+from batchq.postgres.statements import health
+from tests.instruments.model.flow_orders import flow_cases, parts_cases
 from tests.instruments.model.limit_orders import key_cases, share_cases, two_kinds_cases
 from tests.instruments.model.orders import Case, Laboratory, cases, operations
 from tests.instruments.model.reality import drop_partitions_ahead
@@ -84,6 +86,31 @@ def test_any_order_of_two_changes_of_the_shares_of_a_limit_has_a_serial_outcome(
     step("of %s orders: %s", len(list(share_cases())), dict(tried))
     assert not wrong, f"{len(wrong)} of {tried['orders']} orders:\n" + "\n\n".join(wrong[:5])
     assert any(one != other for one, other in laboratory.serial.values()), "who comes first makes a difference"
+
+
+def test_any_order_of_two_transactions_around_a_flow_has_a_serial_outcome(laboratory: Laboratory) -> None:
+    releases = check_flows(laboratory, flow_cases())
+    assert releases, "some were released"
+
+
+def test_any_order_of_two_transactions_around_parts_has_a_serial_outcome(laboratory: Laboratory) -> None:
+    releases = check_flows(laboratory, parts_cases())
+    assert releases, "some were released"
+
+
+def check_flows(laboratory: Laboratory, cases_of_flows: Iterable[Case]) -> int:
+    """Try orders around flows: in each, nothing may be left to do, and nothing may be violated. Return in how many
+    serial outcomes a batch was released."""
+    every = list(cases_of_flows)
+    tried = Counter[str]()
+    wrong = [told for case in chosen(every) if (told := attempt(laboratory, case, tried))]
+    step("of %s orders: %s", len(every), dict(tried))
+    assert not wrong, f"{len(wrong)} of {tried['orders']} orders:\n" + "\n\n".join(wrong[:5])
+    outcomes = {rows: key for key, pair in laboratory.serial.items() for rows, _ in pair}
+    signs = ["'left to do'", *(f"('{name}'" for name in health.invariants())]
+    broken = [f"{key}:\n{rows}" for rows, key in outcomes.items() if any(sign in rows for sign in signs)]
+    assert not broken, "\n\n".join(broken[:5])
+    return sum("'released'" in rows for rows in outcomes)
 
 
 def test_the_orders_that_were_wrong_once(laboratory: Laboratory) -> None:

@@ -1,5 +1,5 @@
 """Random lives of batches, from several connections: after every step the rows are those of a simple model. And random
-histories of the shares of a limit.
+histories of the shares of a limit, and of batches that wait for others, and of batches that are spread.
 
 BATCHQ_TEST_MODEL_STEPS: about how many steps are taken, 4,000 by default; BATCHQ_TEST_MODEL_SEED: other lives.
 A life that fails is made shorter, and its steps are printed.
@@ -9,13 +9,16 @@ import logging
 import os
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from batchq.postgres.link import Link
 from batchq.worker import permits
+from tests.instruments.model.flow_lives import FlowLives
 from tests.instruments.model.keyed_lives import KeyedLives
+from tests.instruments.model.parts_lives import PartsLives
 from tests.instruments.model.reality import Reality
 from tests.instruments.model.shares import Clock, Shares
 from tests.support.alone import run_alone
@@ -71,6 +74,34 @@ MUST_HAPPEN_TO_SHARES = {
 }
 
 
+FLOW_STEPS = 5_000
+MUST_HAPPEN_TO_FLOWS = {
+    "cancel_with_dependents some",
+    "cancelled, needed",
+    "completed, needed",
+    "failed, needed",
+    "followed flows, released some",
+    "forgotten, needed",
+    "put back, needed",
+    "retried, waits again",
+    "run anyway",
+}
+PARTS_STEPS = 8_000
+MUST_HAPPEN_TO_PARTS = {
+    "a part was cancelled",
+    "a part was failed",
+    "cancelled, waiting",
+    "completed, after it was spread",
+    "not spread: a part has failed",
+    "retried as a whole, cancelled, spread",
+    "retried, cancelled, spread",
+    "retried, failed, spread",
+    "spread again, no items left",
+    "spread again, some items left",
+    "worked some of a part",
+}
+
+
 @pytest.fixture
 def real(admin_dsn: str) -> Iterator[Reality]:
     """Return the workers and the database, the same for all lives."""
@@ -122,6 +153,24 @@ def test_shares_never_exceed_their_limit_and_all_of_it_is_given_out(clock: Clock
     step("%s steps without a violation; what happened: %s", Shares.steps, dict(sorted(Shares.seen.items())))
     assert Shares.steps >= SHARES_STEPS * 0.5
     assert MUST_HAPPEN_TO_SHARES - Shares.seen.keys() == set()
+
+
+def test_batches_that_wait_for_others_are_those_of_the_model_after_every_step(admin_dsn: str) -> None:
+    with psycopg.connect(admin_dsn, autocommit=True, prepare_threshold=0) as conn:
+        FlowLives.prepare(conn)
+        run(FlowLives, FLOW_STEPS)
+    step("%s steps without a violation; what happened: %s", FlowLives.steps, dict(sorted(FlowLives.seen.items())))
+    assert FlowLives.steps >= FLOW_STEPS * 0.5
+    assert MUST_HAPPEN_TO_FLOWS - FlowLives.seen.keys() == set()
+
+
+def test_parts_are_those_of_the_model_after_every_step(admin_dsn: str) -> None:
+    with psycopg.connect(admin_dsn, autocommit=True, prepare_threshold=0) as conn:
+        PartsLives.prepare(conn)
+        run(PartsLives, PARTS_STEPS)
+    step("%s steps without a violation; what happened: %s", PartsLives.steps, dict(sorted(PartsLives.seen.items())))
+    assert PartsLives.steps >= PARTS_STEPS * 0.5
+    assert MUST_HAPPEN_TO_PARTS - PartsLives.seen.keys() == set()
 
 
 if __name__ == "__main__":

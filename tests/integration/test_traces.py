@@ -137,7 +137,7 @@ def test_every_way_to_enqueue_from_python_takes_the_context_along(
         put(conn, "by_sync")
         asyncio.run(one_more())
         enqueue_many(conn, "by_copy", [1, 2, 3], queue="mail")
-    rows = conn.execute("SELECT kind, queue, payload, trace_context FROM batchq.batches ORDER BY id").fetchall()
+    rows = conn.execute("SELECT kind, queue, payload, trace_context FROM batchq.all_batches ORDER BY id").fetchall()
     assert rows == [
         ("by_sync", "default", {}, traceparent(span("send by_sync"))),
         ("by_async", "mail", {}, traceparent(span("send by_async"))),
@@ -248,7 +248,7 @@ def test_a_span_is_an_error_if_its_attempt_has_failed(
     register(app, "def", "k", body)
     conn.execute("INSERT INTO batchq.batches (kind, max_attempts, trace_context) VALUES ('k', 1, %s)", [BY_HAND])
     work(app, dsn)
-    assert conn.execute("SELECT status, trace_context FROM batchq.batches").fetchall() == [(status, BY_HAND)]
+    assert conn.execute("SELECT status, trace_context FROM batchq.all_batches").fetchall() == [(status, BY_HAND)]
     assert (span("process k").status.status_code, span("process k").status.description) == (code, description)
 
 
@@ -281,7 +281,7 @@ def test_the_context_goes_along_when_a_worker_died_for_the_last_time(conn: psyco
         conn.execute(*claims.claim("default", 0, ["k"], 1, "dead", uuid4(), 1.0))
         conn.execute("UPDATE batchq.batches_live SET lease_expires_at = now() - interval '1 second'")
     leases.rescue(conn, "default", 10)
-    assert conn.execute("SELECT status, trace_context FROM batchq.batches").fetchall() == [("failed", BY_HAND)]
+    assert conn.execute("SELECT status, trace_context FROM batchq.all_batches").fetchall() == [("failed", BY_HAND)]
 
 
 @pytest.mark.parametrize("many", ["one", "bulk"])
@@ -293,10 +293,10 @@ def test_the_context_goes_along_with_the_verbs(
     conn.execute("INSERT INTO batchq.batches (kind, trace_context) VALUES ('k', %s)", [BY_HAND])
     for verb, before, after in (("cancel", "pending", "cancelled"), ("retry", "cancelled", "pending")):
         if many == "one":
-            conn.execute(f"SELECT batchq.{verb}(id) FROM batchq.batches".encode())
+            conn.execute(f"SELECT batchq.{verb}(id) FROM batchq.all_batches".encode())
         else:
             conn.execute("SELECT batchq.bulk(%s, jsonb_build_object('status', %s::text))", [verb, before])
-        rows = conn.execute("SELECT status, trace_context FROM batchq.batches").fetchall()
+        rows = conn.execute("SELECT status, trace_context FROM batchq.all_batches").fetchall()
         assert rows == [(after, BY_HAND)]
     work(app, dsn)
     assert linked(span("process k")) == [BY_HAND]
@@ -318,7 +318,7 @@ def test_without_a_span_that_is_recorded_nothing_is_written(
         monkeypatch.delitem(sys.modules, "opentelemetry.trace")
         put(conn, "k")
         enqueue_many(conn, "k", [1])
-    assert conn.execute("SELECT count(*), count(trace_context) FROM batchq.batches").fetchone() == (4, 0)
+    assert conn.execute("SELECT count(*), count(trace_context) FROM batchq.all_batches").fetchone() == (4, 0)
     assert spans("send k") == []
 
 
@@ -347,7 +347,7 @@ def test_a_worker_without_the_extra_says_what_to_install(dsn: str, monkeypatch: 
     register(app, "def", "k", nothing)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     monkeypatch.delitem(sys.modules, "opentelemetry.trace")
-    with pytest.raises(ConfigError, match=r"traces need an extra .*: pip install 'batchq\[otel\]'"):
+    with pytest.raises(ConfigError, match=r"traces need an extra .*: pip install 'pgbatchq\[otel\]'"):
         drain(app, dsn, traces=True)
 
 
@@ -410,7 +410,7 @@ def test_traces_that_fail_stop_no_enqueue(conn: psycopg.Connection, dsn: str, br
         assert asyncio.run(one_more()) == 2
         assert enqueue_many(conn, "k", [1, 2]) == 2
         assert trace.get_current_span() is request
-    assert conn.execute("SELECT count(*) FROM batchq.batches").fetchone() == (4,)
+    assert conn.execute("SELECT count(*) FROM batchq.all_batches").fetchone() == (4,)
 
 
 def test_an_enqueue_that_fails_makes_its_span_an_error(

@@ -48,7 +48,7 @@ def look(conn: psycopg.Connection, batch_id: int) -> SimpleNamespace:
     """Return the batch's columns, and as *shown* its status in batchq.status, as *wait_seconds* run_at - now()."""
     query = """
         SELECT b.*, s.status AS shown, extract(epoch FROM b.run_at - now())::float8 AS wait_seconds
-        FROM batchq.batches b JOIN batchq.status s USING (id)
+        FROM batchq.all_batches b JOIN batchq.status s USING (id)
         WHERE b.id = %s
     """
     row = conn.cursor(row_factory=dict_row).execute(query, [batch_id]).fetchone()

@@ -19,8 +19,14 @@ FOLDERS = (
     "operate",
     "cli",
     "cli/commands",
+    "cli/top",
     "web",
     "demo",
+    "testing",
+    "contrib",
+    "contrib/django",
+    "contrib/django/management",
+    "contrib/django/management/commands",
     "common",
 )
 

@@ -9,9 +9,12 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 
+from tests.support import citus
+from tests.support.layouts import lay_out, layout
 from tests.support.servers import Server
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
+DISTRIBUTE = MIGRATIONS.parent / "batchq" / "operate" / "distribute.sql"
 TEMPLATE_LOCK = 0x62617463_68715F74  # one process at a time makes the template
 
 
@@ -26,8 +29,23 @@ class Databases:
     @contextmanager
     def migrated(self) -> Iterator[str]:
         """Yield the name of a new database that has batchq's schema."""
+        if layout() == "citus":
+            with self._on_cluster() as name:
+                yield name
+            return
         self._template = self._template or self._ensure_template()
         with self._database(self._template) as name:
+            yield name
+
+    @contextmanager
+    def _on_cluster(self) -> Iterator[str]:
+        """Yield the name of a new database on all nodes: Citus cannot copy one."""
+        from batchq.postgres.migrate import migrate
+
+        name = f"batchq_test_{uuid.uuid4().hex[:12]}"
+        with citus.database(self.server, name) as dsn:
+            migrate(dsn)
+            lay_out(dsn)
             yield name
 
     @contextmanager
@@ -67,7 +85,7 @@ class Databases:
             _drop(conn, self._finished.pop())
 
     def _ensure_template(self) -> str:
-        name = f"batchq_template_{_migrations_digest()}"
+        name = f"batchq_template_{_migrations_digest()}_{layout()}"
         with self._admin() as conn:
             conn.execute("SELECT pg_advisory_lock(%s)", [TEMPLATE_LOCK])
             if name not in _templates(conn):
@@ -79,10 +97,12 @@ class Databases:
         from batchq.postgres.migrate import migrate
 
         for old in _templates(conn):
-            _drop(conn, old)
+            if not old.startswith(f"batchq_template_{_migrations_digest()}"):
+                _drop(conn, old)
         building = f"{name}_building"
         _create(conn, building, "template1")
         migrate(self.server.dsn(building))
+        lay_out(self.server.dsn(building))
         rename = sql.SQL("ALTER DATABASE {} RENAME TO {}")
         conn.execute(rename.format(sql.Identifier(building), sql.Identifier(name)))
 
@@ -101,9 +121,9 @@ def holding_snapshot(dsn: str) -> Iterator[None]:
 
 
 def _migrations_digest() -> str:
-    """Return what changes when any migration does."""
+    """Return what changes when any migration does, or the second layout."""
     digest = hashlib.sha256()
-    for file in sorted(MIGRATIONS.glob("*.sql")):
+    for file in [*sorted(MIGRATIONS.glob("*.sql")), DISTRIBUTE]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -26,9 +26,11 @@ TO_COME = {
         END
         $$;
         CREATE TRIGGER tell BEFORE INSERT ON batchq.batches_live FOR EACH ROW EXECUTE FUNCTION batchq.tell();
-        CREATE OR REPLACE VIEW batchq.failures AS SELECT kind, error, failures, latest_at, first_at, example_id
+        CREATE OR REPLACE VIEW batchq.failures AS
+        SELECT kind, error, failures, latest_at, first_at, example_id, example, queues
         FROM (SELECT kind, left(error, 300) AS error, count(*) AS failures, max(finished_at) AS latest_at,
-                min(finished_at) AS first_at, max(id) AS example_id
+                min(finished_at) AS first_at, max(id) AS example_id, max(error) AS example,
+                array_agg(DISTINCT queue) AS queues
               FROM batchq.latest_failures() GROUP BY 1, 2) latest;
     """,
     "9004_forgotten": """

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +21,10 @@ from pglast import parse_plpgsql, parse_sql
 from pglast.parser import ParseError
 from pglast.visitors import Visitor
 
-DISTRIBUTED = {"batches", "batches_live", "batches_finished", "finished_default", "failed_items", "throughput_minutes"}
+DISTRIBUTED = {
+    "batches", "batches_live", "batches_finished", "finished_default", "all_batches", "failed_items",
+    "throughput_minutes", "needs",
+}  # fmt: skip
 VIEWS = {"status", "queues", "throughput", "failures"}
 RULES = {
     "returning": "RETURNING, CASE and coalesce of a write call immutable functions only",
@@ -34,10 +36,11 @@ RULES = {
     "recursive": "a recursive query names the queue",
     "no columns": "each SELECT has a column",
     "whole row": "to_jsonb takes no row of a view",
+    "setting": "no statement calls set_config, which acts on the coordinator alone; SET LOCAL reaches the nodes",
 }
 PLACEHOLDER = re.compile(r"%\((\w+)\)s|%s")
 OWN_ROW_TYPE = re.compile(r" batchq\.\w+;")  # in a declaration: libpg_query knows no schema but its own
-A_STATEMENT = re.compile(r"\s*(SELECT|WITH|INSERT|UPDATE|DELETE)\b")
+A_STATEMENT = re.compile(r"\s*(SELECT|WITH|INSERT|UPDATE|DELETE)\b\s*\S")
 
 
 @dataclass
@@ -94,16 +97,26 @@ def parsed(name: str, text: str) -> Iterator[tuple[str, Any]]:
     assert "{" in text, f"{name} cannot be parsed: {text}"
 
 
-def routines(folder: Path) -> list[Routine]:
-    """Return the functions and views that the migrations in a folder make."""
+DEFINITIONS = """
+SELECT pg_get_functiondef(p.oid)
+FROM pg_proc p
+WHERE p.pronamespace = 'batchq'::regnamespace
+  AND p.prokind = 'f'
+UNION ALL
+SELECT format('CREATE VIEW batchq.%I AS %s', c.relname, pg_get_viewdef(c.oid))
+FROM pg_class c
+WHERE c.relnamespace = 'batchq'::regnamespace
+  AND c.relkind = 'v'
+"""
+
+
+def routines(conn: psycopg.Connection[Any]) -> list[Routine]:
+    """Return the functions and views of a database's schema."""
     found: list[Routine] = []
-    for file in sorted(folder.glob("*.sql")):
-        text = file.read_text(encoding="utf-8")
+    for (text,) in conn.execute(DEFINITIONS).fetchall():
         for raw in parse_sql(text):
-            start, length = raw.stmt_location, raw.stmt_len
-            source = text.encode()[start : start + length if length else None].decode()
             if isinstance(raw.stmt, pg.CreateFunctionStmt):
-                found.append(Routine(raw.stmt.funcname[-1].sval, list(bodies(raw.stmt, source))))
+                found.append(Routine(raw.stmt.funcname[-1].sval, list(bodies(raw.stmt, text))))
             elif isinstance(raw.stmt, pg.ViewStmt):
                 found.append(Routine(f"view {raw.stmt.view.relname}", [raw.stmt.query]))
     for routine in found:
@@ -207,6 +220,8 @@ class Checker(Visitor):  # type: ignore[misc]
     def visit_FuncCall(self, _: Any, node: pg.FuncCall) -> None:
         """Note a call."""
         self.calls.add(node.funcname[-1].sval)
+        if node.funcname[-1].sval == "set_config":
+            self.found.add("setting")
 
     def visit_SelectStmt(self, ancestors: Any, node: pg.SelectStmt) -> None:
         """Check a SELECT."""
@@ -215,7 +230,7 @@ class Checker(Visitor):  # type: ignore[misc]
         tables = list(tables_of(node.fromClause))
         distributed = [table for table in tables if is_distributed(table)]
         named = queues_named(node.whereClause, node.fromClause)
-        if node.lockingClause and any(not names_queue(table, named, tables) for table in distributed):
+        if node.lockingClause and any(not fixes_queue(table, named, tables) for table in distributed):
             self.found.add("queue")
         if len(distributed) > 1 and any(not names_queue(table, named, tables) for table in distributed):
             self.found.add("join")
@@ -262,7 +277,7 @@ class Checker(Visitor):  # type: ignore[misc]
         others = getattr(node, "fromClause", None) or getattr(node, "usingClause", None)
         tables = [node.relation, *tables_of(others)]
         named = queues_named(node.whereClause, others)
-        if not names_queue(node.relation, named, tables):
+        if not fixes_queue(node.relation, named, tables):
             self.found.add("queue")
         if self.is_unstable(returning_of(node)):
             self.found.add("returning")
@@ -359,6 +374,16 @@ def names_queue(table: pg.RangeVar, pairs: list[tuple[str | None, str | None]], 
     """Return whether a condition says which queue the rows of a table are of."""
     name = name_of(table)
     return any(one == name or (one == "" and len(tables) == 1) for one, _ in pairs)
+
+
+def fixes_queue(table: pg.RangeVar, pairs: list[tuple[str | None, str | None]], tables: list[pg.RangeVar]) -> bool:
+    """Return whether the queue of a table's rows is said to equal a value, perhaps by that of another table. What is no
+    table of the statement is a variable."""
+    names = {name_of(one) for one in tables} | {""}
+    fixed: set[str | None] = {one for one, other in pairs if other not in names}
+    for _ in pairs:
+        fixed |= {one for one, other in pairs if other in fixed}
+    return names_queue(table, [(one, None) for one in fixed], tables)
 
 
 class Finder(Visitor):  # type: ignore[misc]

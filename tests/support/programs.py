@@ -13,11 +13,15 @@ import pytest
 
 PACKAGES = {
     "chromium": ("chromium", "fonts-dejavu-core", "libatomic1"),  # the last for the node that drives it
+    "fish": ("fish",),
     "nginx": ("nginx-light",),
+    "node": ("nodejs",),  # for the worker in TypeScript, which npm gets the compiler for
+    "npm": ("npm",),
     "pgbouncer": ("pgbouncer",),
     "prometheus": ("prometheus",),
     "promtool": ("prometheus",),
     "ps": ("procps",),
+    "zsh": ("zsh",),
 }
 SERVICES = {
     "nginx",

@@ -10,7 +10,7 @@ from batchq.postgres.statements import workers
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.endings import Finish
 from batchq.postgres.statements.workers import WorkerRow
-from tests.component.rows import checkpoint, claim, expire_lease, failure, finish, finished, insert, processing
+from tests.component.rows import Taken, checkpoint, claim, expire_lease, failure, finish, finished, insert, processing
 
 Conn = psycopg.Connection[Any]
 TRACEBACK = """Traceback (most recent call last):
@@ -23,10 +23,13 @@ ValueError: no @ in 'ann.example.com'
 TIMEOUT = "TimeoutError: geocode.example did not answer within 10 s"
 THROUGHPUT = """
 INSERT INTO batchq.throughput_minutes
-  (minute, queue, kind, worker, completed, failed, cancelled, retried, items, run_seconds, run_times)
+  (minute, queue, kind, worker, completed, failed, cancelled, retried, items, run_seconds, run_times,
+   wait_times)
 SELECT date_trunc('minute', now()) - n * interval '1 minute', k.queue, k.kind, '',
        greatest(0, (k.pace * (1 + 0.35 * sin(n / 7.0 + k.pace) + 0.2 * sin(n * 1.7)))::integer),
-       CASE WHEN n % k.each = 3 THEN n % 9 + k.pace / 12 ELSE 0 END, 0, 0, k.pace * 20, k.pace * 0.4, '{}'
+       CASE WHEN n % k.each = 3 THEN n % 9 + k.pace / 12 ELSE 0 END, 0, 0, k.pace * 20, k.pace * 0.4,
+       array_fill(0, ARRAY[26 + n / 20 % 3]) || '{20,40,25,10,4,1}',
+       array_fill(0, ARRAY[16 + n / 9 % 5]) || '{5,20,40,20,10,4,1}'
 FROM generate_series(0, 59) n
 CROSS JOIN (VALUES ('default', 'send_receipt', 140, 17), ('bulk', 'import_contacts', 36, 5),
                    ('bulk', 'geocode', 60, 11))
@@ -116,3 +119,19 @@ def end_of_kind(conn: Conn, kind: str, number: int, status: str = "completed") -
     finish(conn, *(Finish(one.id, token, status, error=error) for one in taken), queue="media")
     while conn.execute("SELECT seen FROM batchq.follow_flows(0)").fetchall() != [(0,)]:
         pass
+
+
+def set_spread(
+    conn: Conn, count: int = 400, parts: int = 4, running: int = 2, kind: str = "work", **columns: Any
+) -> tuple[int, list[Taken]]:
+    """Enqueue a batch that is spread to parts, of which some run; return its id, and those parts."""
+    whole = processing(conn, kind=kind, items=list(range(count)), spread=parts, **columns)
+    queue = columns.get("queue", "default")
+    made = "SELECT parts FROM batchq.spread_batch(%s, %s, %s, %s)"
+    assert conn.execute(made, [queue, whole.id, whole.token, parts]).fetchall() == [(parts,)]
+    taken = []
+    for number in range(running):
+        token = uuid4()
+        worker = f"jobs-{number % 3 + 1}-441{number % 3 + 1}-5eed{number % 3 + 1}"
+        taken += [Taken(row.id, token) for row in claim(conn, 1, queue=queue, kinds=[kind], token=token, worker=worker)]
+    return whole.id, taken

@@ -9,9 +9,10 @@ from tests.support.commands import CommandLine
 SECONDS = 60
 
 
-def on_terminal(command: CommandLine, *arguments: str, **environment: str) -> tuple[int, str]:
-    """Return the exit code of a command, and all that it wrote on a terminal of 120 columns."""
+def on_terminal(command: CommandLine, *arguments: str, typed: str = "", **environment: str) -> tuple[int, str]:
+    """Return the exit code of a command, and all that it wrote on a terminal of 120 columns; *typed*: the answers."""
     screen, terminal = pty.openpty()
+    os.write(screen, typed.encode())
     with subprocess.Popen(
         command.command(*arguments),
         cwd=command.directory,

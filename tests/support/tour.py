@@ -24,7 +24,9 @@ LOOKS = (
 )  # fmt: skip
 PAGES = (
     "/", "/batches", "/batches?status=failed", "/batches?status=ready", "/batches?queue=default&kind=good",
-    "/batches?error=bad", "/batches/1", "/workers", "/audit", "/readyz", "/metrics",
+    "/batches?error=bad", "/batches?search=payload.n+%3D+2", "/batches/1", "/batches/1/payload.json", "/flow/1",
+    "/failures", "/charts", "/charts?range=7d", "/flows", "/spread", "/limits", "/keys", "/keys?key=a", "/schedules",
+    "/kinds?queue=default&kind=good", "/workers", "/audit", "/readyz", "/metrics",
 )  # fmt: skip
 VERBS = (
     "snooze {} --for 1h", "priority {} --to 3", "move {} --to later", "pause --queue later", "resume --queue later",
@@ -115,7 +117,8 @@ def look(dsn: str, directory: Path) -> dict[str, str]:
     found = {}
     for command in LOOKS:
         ended = batchq_command(*command.split())
-        if ended.code == 2 or "batchq: " in ended.err or "Traceback" in ended.err:
+        complaints = [line for line in ended.err.splitlines() if "batchq: " in line and " is known (" not in line]
+        if ended.code == 2 or complaints or "Traceback" in ended.err:
             found[command] = ended.out + ended.err
     with served(dsn) as site:
         for path in PAGES:

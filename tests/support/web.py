@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from html import unescape
 from typing import Any
 
 import httpx
@@ -61,6 +62,13 @@ class Site:
         return self.post(f"/verbs/{verb}", self.form_token(f"/verbs/{verb}{target}"), **fields)
 
 
+def text_of(site: Site, path: str) -> str:
+    """Return the text of a page's main part, with one space between words."""
+    answer = site.client.get(path)
+    assert answer.status_code == 200, answer.text
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", answer.text.partition("<main")[2])).split())
+
+
 def answers(url: str) -> bool:
     """Return whether a URL answers with 200."""
     try:
@@ -74,19 +82,36 @@ def served(dsn: str, read_seconds: float = 20.0, every_seconds: float = 0.1, **s
     """Serve the web UI while the block runs."""
     web = Web(dsn, WebSettings.load(**settings), read_seconds, every_seconds)
     web.live.share = 1  # a busy machine makes reads slow, and what is waited for comes all the same
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = server_of(web)
-        server.config.timeout_graceful_shutdown = 1
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        site = Site(web, listening.getsockname()[1], server)
+    server = server_of(web)
+    with running(server) as port:
+        site = Site(web, port, server)
         try:
-            wait_until(lambda: server.started or not thread.is_alive(), START_SECONDS, "the web UI to be served")
-            assert server.started, "the web UI could not be served"
             yield site
         finally:
             site.client.close()
+
+
+@contextmanager
+def running(server: uvicorn.Server) -> Iterator[int]:
+    """Run a server in a thread while the block runs; yield its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server.config.timeout_graceful_shutdown = 1
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            wait_until(lambda: server.started or not thread.is_alive(), START_SECONDS, "the web UI to be served")
+            assert server.started, "the web UI could not be served"
+            yield listening.getsockname()[1]
+        finally:
             server.should_exit = True
             thread.join(START_SECONDS)
             with suppress(OSError):
                 listening.close()
+
+
+@contextmanager
+def hosted(application: Any, **options: Any) -> Iterator[str]:
+    """Serve an ASGI application while the block runs; yield its address, without a slash at the end."""
+    config = uvicorn.Config(application, log_level="error", proxy_headers=False, **options)
+    with running(uvicorn.Server(config)) as port:
+        yield f"http://127.0.0.1:{port}"

@@ -12,6 +12,7 @@ from batchq.cli.connections import database
 from batchq.common.terminal import complain, put_json, show, styled
 from batchq.operate import flow_graph
 from batchq.operate.flow_graph import Graph
+from batchq.operate.parts import missing_text
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,8 +30,9 @@ def add_parser(subparsers: Any) -> None:
 def _run(options: Namespace) -> int:
     with database(options) as conn:
         graph = flow_graph.read(conn, options.id)
+        missing = "" if graph else missing_text(conn, options.id)
     if graph is None:
-        complain(f"there is no batch {options.id}")
+        complain(missing)
         return 1
     if options.json:
         put_json({

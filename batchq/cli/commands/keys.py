@@ -4,8 +4,9 @@ from argparse import Namespace
 from typing import Any
 
 from batchq.cli import show_tables
-from batchq.cli.arguments import add_command, natural
+from batchq.cli.arguments import add_command, natural, queue_name
 from batchq.cli.connections import database
+from batchq.cli.known import warn_of_unknown
 from batchq.common.terminal import put, put_json, show
 from batchq.postgres.statements import views
 
@@ -17,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
         "Show keys that have live batches, the longest waiting first: of the first 1,000 keys by queue and name, or of "
         "the first 1,000 of one queue. Of each key, at most 100 waiting and 100 running batches are counted."
     )
-    parser.add_argument("--queue", help="show only this queue")
+    parser.add_argument("--queue", type=queue_name, help="show only this queue")
     parser.add_argument("--limit", type=natural, default=20, metavar="N", help="maximum number of keys (default: 20)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -25,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
 def _run(options: Namespace) -> int:
     with database(options) as conn:
         rows = views.key_rows(conn, options.queue, options.limit)
+        warn_of_unknown(conn, options.queue, None)
     if options.json:
         put_json(rows)
     elif rows:

@@ -7,8 +7,9 @@ from typing import Any
 from rich.text import Text
 
 from batchq.cli import show_tables
-from batchq.cli.arguments import add_command
+from batchq.cli.arguments import add_command, kind_name, queue_name
 from batchq.cli.connections import database
+from batchq.cli.known import warn_of_unknown
 from batchq.cli.verbs import reader, user_name
 from batchq.common.terminal import complain, put, put_json, show
 from batchq.errors import InvalidInput
@@ -26,8 +27,10 @@ def add_parser(subparsers: Any) -> None:
         "Numbers that are not given stay as they are in batchq.limits. 0 pauses. none removes one number, so that the "
         "one declared in code holds; infinity lifts that one, too."
     )
-    parser.add_argument("--queue", help="queue to limit, or to list")
-    parser.add_argument("--kind", help="kind to limit within the queue (default: all kinds together), or to list")
+    parser.add_argument("--queue", type=queue_name, help="queue to limit, or to list")
+    parser.add_argument(
+        "--kind", type=kind_name, help="kind to limit within the queue (default: all kinds together), or to list"
+    )
     _add_numbers(parser)
     parser.add_argument("--remove", action="store_true", help="remove all numbers; what code declares holds again")
     parser.add_argument("--reason", help="reason to record in batchq.audit")
@@ -63,6 +66,8 @@ def _list(options: Namespace) -> int:
     with database(options) as conn:
         rows = limits.limit_rows(conn, options.queue, options.kind)
         throttles = limits.throttle_rows(conn, options.queue, options.kind)
+        if not rows:
+            warn_of_unknown(conn, options.queue, options.kind)
     if options.json:
         put_json({"limits": rows, "throttles": throttles})
         return 0

@@ -5,10 +5,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from batchq.cli.arguments import add_command, add_id
+from batchq.cli.batch_view import moment, next_run
 from batchq.cli.connections import database
 from batchq.cli.show_tables import as_error
 from batchq.common.terminal import complain, put, put_json
+from batchq.operate.parts import missing_text
 from batchq.postgres.statements import views
+from batchq.postgres.statements.verbs import clock_json
+
+_TO_RUN = ", to run from then on"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -21,11 +26,18 @@ def add_parser(subparsers: Any) -> None:
 def _run(options: Namespace) -> int:
     with database(options) as conn:
         batch = views.batch_object(conn, options.id, inputs_as_text=True)
+        now = clock_json(conn)
+        missing = "" if batch else missing_text(conn, options.id)
     if batch is None:
-        complain(f"there is no batch {options.id}")
+        complain(missing)
         return 1
     for event in _history(batch):
-        put_json(event, indent=None) if options.json else put(_event_line(event), event.get("traceback") or "")
+        if options.json:
+            put_json(event, indent=None)
+        elif event["event"].endswith(_TO_RUN):
+            put(f"{batch['status']}, next run: {next_run(batch, now)}")
+        else:
+            put(_event_line(event, now), event.get("traceback") or "")
     return 0
 
 
@@ -37,14 +49,16 @@ def _history(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
             name: error.get(name) for name in ("error", "traceback")
         }
     if batch["status"] in ("processing", "stalled"):
-        event = f"attempt {batch['attempt']} runs, claimed by {batch['claimed_by']}"
+        is_spread = batch["stored_status"] == "waiting"
+        by = f"in parts: batchq show {batch['id']}" if is_spread else f"claimed by {batch['claimed_by']}"
+        event = f"attempt {batch['attempt']} runs, {by}"
         yield {"at": batch["claimed_at"], "event": event}
     elif batch["finished_at"]:
         yield {"at": batch["finished_at"], "event": f"{batch['status']} in attempt {batch['attempt']}"}
     else:
-        yield {"at": batch["next_run_at"], "event": f"{batch['status']}, to run from then on"}
+        yield {"at": batch["next_run_at"], "event": batch["status"] + _TO_RUN}
 
 
-def _event_line(event: dict[str, Any]) -> str:
+def _event_line(event: dict[str, Any], now: str) -> str:
     error = f": {event['error']}" if event.get("error") else ""
-    return f"{event['at']}  {event['event']}{error}"
+    return f"{moment(event['at'], now)}  {event['event']}{error}"

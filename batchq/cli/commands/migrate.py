@@ -13,7 +13,9 @@ from batchq.postgres.server_checks import check_server, check_writable
 
 def add_parser(subparsers: Any) -> None:
     """Add the command."""
-    add_command(subparsers, "migrate", _run, "create or update the schema", settings=("dsn", "migration_dsn"))
+    add_command(
+        subparsers, "migrate", _run, "create or update the schema", settings=("dsn", "databases", "migration_dsn")
+    )
 
 
 def _run(options: Namespace) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from batchq.cli.arguments import add_command, add_filters, add_interval
 from batchq.cli.connections import linked, patiently
+from batchq.cli.known import warn_of_unknown
 from batchq.cli.show_tables import change_line
 from batchq.common.terminal import put, put_json
 from batchq.errors import ConfigError
@@ -32,6 +33,8 @@ def _run(options: Namespace) -> int:
     if unknown := exit_on - {"failed", "stalled", "cancelled", "retrying"}:
         raise ConfigError(f"--exit-on takes failed, stalled, cancelled or retrying, not {', '.join(sorted(unknown))}")
     with linked(options) as link:
+        with link.transaction() as conn:
+            warn_of_unknown(conn, options.queue, options.kind)
         return _follow(Monitor(link, options.queue, options.kind), options, exit_on)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import psycopg
 
 from batchq.cli.arguments import add_command
+from batchq.cli.asking import add_yes, is_confirmed
 from batchq.cli.connections import connected, settings_of
+from batchq.common.numbers import counted
 from batchq.common.terminal import complain, put, put_json
 from batchq.errors import InvalidInput
 from batchq.postgres.statements import maintenance, session
@@ -20,6 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--older-than-days", type=float, metavar="N", help="minimum age in days (default: BATCHQ_KEEP_FINISHED_DAYS)"
     )
+    add_yes(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -28,16 +31,24 @@ def _run(options: Namespace) -> int:
     if days is None:
         days = settings_of(options).keep_finished_days
     if not 0 <= days < 1_000_000:
-        raise InvalidInput(f"--older-than-days must be 0 or more, and less than 1000000, not {days:g}")
+        raise InvalidInput(f"--older-than-days must be 0 or more, and less than 1,000,000, not {days:g}")
+    if options.older_than_days is not None and days < settings_of(options).keep_finished_days:
+        question = f"Drop all finished batches older than {days:g} {'day' if days == 1 else 'days'}, for good?"
+        if not is_confirmed(question, options.yes):
+            return 1
     dropped = 0
     try:
         for count in _prune(options, days):
             dropped += count
     except psycopg.errors.LockNotAvailable:
-        complain(f"a table is in use, {dropped} daily partitions were dropped; try again")
+        complain(f"a table is in use; {_days(dropped)} dropped so far; try again")
         return 1
-    put_json({"dropped_partitions": dropped}) if options.json else put(f"dropped {dropped} daily partitions")
+    put_json({"dropped_partitions": dropped}) if options.json else put(f"dropped {_days(dropped)}")
     return 0
+
+
+def _days(dropped: int) -> str:
+    return counted(dropped, "daily partition")
 
 
 def _prune(options: Namespace, days: float) -> Iterator[int]:

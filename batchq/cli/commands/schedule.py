@@ -6,11 +6,14 @@ from typing import Any
 from batchq.cli import show_tables
 from batchq.cli.arguments import add_command
 from batchq.cli.connections import database
+from batchq.cli.known import warn_of_unknown
 from batchq.cli.verbs import user_name
+from batchq.common.numbers import did_you_mean, listed
 from batchq.common.terminal import complain, put, put_json, show
 from batchq.errors import InvalidInput
 from batchq.operate.schedules import ACTIONS, FIELDS, Action, change, definition, do, upcoming, words_of
 from batchq.postgres.statements import schedules
+from batchq.postgres.statements.running import Conn
 
 _Row = dict[str, Any]
 
@@ -55,13 +58,16 @@ def _run(options: Namespace) -> int:
 def _list(options: Namespace) -> int:
     with database(options) as conn:
         rows = schedules.schedule_rows(conn, options.name, options.queue, options.kind)
+        missing = "" if rows or options.name is None else _missing(conn, options.name)
+        if not rows and not missing:
+            warn_of_unknown(conn, options.queue, options.kind)
+    if missing:
+        complain(missing)
     if options.json:
         put_json([_described(row) for row in rows])
-    else:
-        show(show_tables.schedule_table(rows)) if rows else put(
-            f"there is no schedule {options.name}" if options.name else "there are no schedules"
-        )
-    return 0 if rows or options.name is None else 1
+    elif not missing:
+        show(show_tables.schedule_table(rows)) if rows else put("there are no schedules")
+    return 1 if missing else 0
 
 
 def _described(row: _Row) -> _Row:
@@ -86,12 +92,22 @@ def _add(options: Namespace) -> int:
 def _act(options: Namespace, action: Action) -> int:
     with database(options) as conn:
         answer = do(conn, action, options.name, options.reason, options.actor)
+        missing = _missing(conn, options.name) if answer is None else ""
+    if missing:
+        complain(missing)
     if options.json:
         put_json({"batch_id": answer} if action.name == "run" else {"changed": bool(answer)})
-    elif answer is None:
-        put(f"there is no schedule {options.name}")
+    elif missing:
+        pass
     elif action.name == "run":
-        put(f"batch {answer}")
+        put(f"schedule {options.name} run: batch {answer}")
     else:
         put(f"schedule {options.name} {action.done if answer else action.unchanged}")
-    return 1 if answer is None else 0
+    return 1 if missing else 0
+
+
+def _missing(conn: Conn, name: str) -> str:
+    """Return that there is no such schedule, and which name was probably meant."""
+    names = [row["name"] for row in schedules.schedule_rows(conn, None)]
+    known = f" (known: {listed(names)})" if names else ""
+    return f"there is no schedule {name}{known}{did_you_mean(name, names)}"

@@ -5,23 +5,25 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from rich.progress import BarColumn, Progress
+from rich.progress import Progress
 
 from batchq.cli import show_tables
 from batchq.cli.arguments import add_command, add_id, add_interval
-from batchq.cli.connections import linked, patiently
+from batchq.cli.bars import BatchBarColumn
+from batchq.cli.connections import database, linked, patiently
 from batchq.cli.rate import Rate, clock
 from batchq.common.terminal import column, complain, console, line, put, put_json
+from batchq.operate.parts import missing_text
 from batchq.postgres.statements import views
 
 _EXIT_CODES = {"completed": 0, "failed": 1, "cancelled": 3}
-_NO_SUCH_BATCH = 2
+_NO_SUCH_BATCH = 1
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(subparsers, "watch", _run, "follow one batch until it finishes")
-    parser.epilog = "Exits 0 if the batch completes, 1 if it fails, 3 if it is cancelled, 2 if it does not exist."
+    parser.epilog = "Exits 0 if the batch completes, 1 if it fails or does not exist, 3 if it is cancelled."
     add_id(parser)
     add_interval(parser, 0.5, "0.5")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
@@ -30,9 +32,10 @@ def add_parser(subparsers: Any) -> None:
 def _run(options: Namespace) -> int:
     """Show a bar on a terminal; else print a line, or with --json a JSON object, for each change."""
     rows = _rows_until_final(options)
-    last = _show_bar(rows) if console.is_terminal and not options.json else _print_changes(rows, options.json)
+    last = _show_bar(rows) if console().is_terminal and not options.json else _print_changes(rows, options.json)
     if last is None:
-        complain(f"there is no batch {options.id}")
+        with database(options) as conn:
+            complain(missing_text(conn, options.id))
         return _NO_SUCH_BATCH
     if last["last_error"] and last["status"] != "completed":
         complain(f"batch {options.id}: {show_tables.first_line(last['last_error'])}")
@@ -66,10 +69,10 @@ def _print_changes(rows: Iterator[dict[str, Any]], as_json: bool) -> dict[str, A
 
 def _show_bar(rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the last row."""
-    columns = (column("{task.description}"), BarColumn(40), column("{task.fields[state]}"))
+    columns = (column("{task.description}"), BatchBarColumn(40), column("{task.fields[state]}"))
     rate, last = Rate(), None
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=None, visible=False, state="")
+    with Progress(*columns, console=console()) as progress:
+        bar = progress.add_task("", total=None, visible=False, state="", row=None)
         for last in rows:
             processed, is_final = show_tables.processed(last), last["status"] in _EXIT_CODES
             rate.add(processed, time.monotonic())
@@ -77,13 +80,15 @@ def _show_bar(rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
             completed = processed if last["items_total"] else int(is_final)
             description = line(f"batch {last['id']} {last['kind']}: {last['status']}")
             state = _state(last, rate)
-            progress.update(bar, description=description, total=total, completed=completed, state=state, visible=True)
+            progress.update(
+                bar, description=description, total=total, completed=completed, state=state, row=last, visible=True
+            )
     return last
 
 
 def _state(row: dict[str, Any], rate: Rate) -> str:
     """Return items, rate and time left, attempt."""
-    parts = [show_tables.items(row)]
+    parts = [show_tables.items(row) if row["items_total"] is not None else ""]
     if row["status"] == "processing" and row["items_total"]:
         per_second, left = rate.per_second(), clock(rate.seconds_left(row["items_total"]))
         parts += [f"{per_second:,.0f}/s" if per_second else "", f"{left} left" if left else ""]

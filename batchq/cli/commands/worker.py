@@ -7,13 +7,14 @@ from typing import Any
 
 from batchq.app import App, hidden_modules, load_app
 from batchq.cli.arguments import add_command
-from batchq.cli.connections import settings_of
+from batchq.cli.connections import check_each, one_or_several, settings_of
 from batchq.cli.leaving import flush
 from batchq.cli.signals import StopSignals
 from batchq.common import log
 from batchq.common.env_file import file_in_use
 from batchq.common.terminal import complain
-from batchq.errors import InvalidInput
+from batchq.errors import ConfigError, InvalidInput
+from batchq.postgres.databases import Database
 from batchq.settings import SECRET_SETTINGS, Settings
 from batchq.worker import memory
 from batchq.worker.checks import check_database, require_extras
@@ -21,7 +22,8 @@ from batchq.worker.liveness import LivenessPings
 from batchq.worker.supervisor import EXIT_REPLACE, Supervisor, command
 from batchq.worker.worker import Worker
 
-_SETTINGS = tuple(name for name in Settings.model_fields if name != "migration_dsn")
+# Keys are never flags: a list of processes would show them.
+_SETTINGS = tuple(name for name in Settings.model_fields if name not in ("migration_dsn", "encryption_keys"))
 
 
 def add_parser(subparsers: Any) -> None:
@@ -68,20 +70,42 @@ def _start_again(options: Namespace, settings: Settings, directory: Path) -> Non
 
 
 def _run_several(options: Namespace) -> int:
-    settings = settings_of(options)
+    settings, databases = one_or_several(options)
     if options.processes < 1:
         raise InvalidInput(f"the number of processes must be 1 or more, not {options.processes}")
-    dsn = settings.require_dsn()
+    if databases and settings.listen_dsn.get_secret_value():
+        raise ConfigError(
+            "BATCHQ_LISTEN_DSN is the connection to one database, and there are several; "
+            f"set one for each, such as {databases[0].variable.replace('DSN', 'LISTEN_DSN', 1)}"
+        )
+    dsn = "" if databases else settings.require_dsn()
+    settings.use_encryption_keys()  # a mistake in them is reported once, instead of by each process
     log.configure(settings.log_format, settings.log_level)
     _log_env_file()
     signals = StopSignals()
     _load(options)
-    check_database(dsn, settings.database_timeout_seconds)  # here once, instead of in each process
-    arguments, environment = _worker_arguments(options), _secrets_of(settings)
-    environment["BATCHQ_METRICS_PORT"] = str(settings.metrics_port)
-    supervisor = Supervisor(options.processes, arguments, environment, options.drain, settings.lease_seconds)
+    if databases:
+        check_each(databases, lambda dsn: check_database(dsn, settings.database_timeout_seconds), _log_away)
+    else:
+        check_database(dsn, settings.database_timeout_seconds)  # here once, instead of in each process
+    arguments, (environment, of_databases) = _worker_arguments(options), environments(settings, databases)
+    supervisor = Supervisor(
+        options.processes, arguments, environment, options.drain, settings.lease_seconds, of_databases
+    )
     signals.follow(supervisor.stop, supervisor.stop)
     return supervisor.run()
+
+
+def environments(settings: Settings, databases: list[Database]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Return what is in the environment of all worker processes, and what is in that of each of several databases."""
+    port = {"BATCHQ_METRICS_PORT": str(settings.metrics_port)}
+    if not databases:
+        return _secrets_of(settings) | port, {}
+    return port, {each.name: _secrets_of(settings.of_database(each)) for each in databases}
+
+
+def _log_away(name: str, error: str) -> None:
+    log.get_logger().warning("database away, its workers start when it is back", database=name, error=error)
 
 
 def _load(options: Namespace) -> App:
@@ -101,12 +125,15 @@ def _worker_arguments(options: Namespace) -> list[str]:
     arguments = [options.app, *(["--drain"] if options.drain else [])]
     for name, value in vars(options).items():
         setting = name.removeprefix("set_")
-        if setting != name and value is not None and setting not in (*SECRET_SETTINGS, "metrics_port"):
+        if setting != name and value is not None and setting not in (*SECRET_SETTINGS, "databases", "metrics_port"):
             arguments += ["--" + setting.replace("_", "-"), value]
     return arguments
 
 
 def _secrets_of(settings: Settings) -> dict[str, str]:
-    """Return the secrets that are set, wherever from, as a worker process gets them: by its environment."""
+    """Return the secrets that are set, wherever from, as a worker process gets them: by its environment.
+
+    The process works on one database, whatever `BATCHQ_DATABASES` is here.
+    """
     found = {name: getattr(settings, name).get_secret_value() for name in SECRET_SETTINGS}
-    return {f"BATCHQ_{name.upper()}": value for name, value in found.items() if value}
+    return {"BATCHQ_DATABASES": ""} | {f"BATCHQ_{name.upper()}": value for name, value in found.items() if value}

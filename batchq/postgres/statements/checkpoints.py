@@ -23,7 +23,7 @@ WITH mine AS (
 ), recovered AS (
   DELETE FROM batchq.failed_items f
   USING mine
-  WHERE f.queue = mine.queue
+  WHERE f.queue = %(queue)s
     AND f.batch_id = mine.id
     AND f.item_index = ANY (%(recovered)s::integer[])
 ), failure AS (
@@ -48,7 +48,7 @@ WITH mine AS (
       failed_at = pg_catalog.now()
   FROM mine, failure
   WHERE %(first_index)s::integer IS NULL
-    AND f.queue = mine.queue
+    AND f.queue = %(queue)s
     AND f.batch_id = mine.id
     AND f.item_index = failure.item_index
 )

@@ -12,7 +12,7 @@ from batchq.postgres.statements.running import Statement, array_text
 # lease_expires_at), or say nothing of a batch that ran (needs_left).
 KEPT: LiteralString = """id, queue, kind, payload, items, priority, run_at, unique_key, max_attempts, max_failed_items,
   timeout_seconds, attempt, claimed_by, claimed_at, items_total, items_failed, cursor, created_at, trace_context, key,
-  after, on_failure, is_needed"""
+  after, on_failure, is_needed, spread, part_of"""
 # An id is negative if other batches wait for this one.
 _ID: LiteralString = "CASE WHEN is_needed THEN -id ELSE id END"
 # DELETE and INSERT, because updating the partition key raises 40001 in every session that waits for the row. No
@@ -81,6 +81,12 @@ FROM gone
 WHERE items_failed = 0
    OR batchq.forget_failed_items(queue, id)
 """  # noqa: S608 (constants)
+# The same for a distributed Postgres, where a statement calls no function that writes.
+COMPLETE_AND_FORGET_DISTRIBUTED: LiteralString = """
+SELECT id
+FROM batchq.complete_and_forget(%(queue)s, %(firsts)s::bigint[], %(lengths)s::integer[], %(numbers)s::integer[],
+  %(tokens)s::uuid[]) AS id
+"""
 
 
 class Finish(NamedTuple):
@@ -112,7 +118,9 @@ def finish(queue: str, finishes: Sequence[Finish]) -> Statement:
     }
 
 
-def complete(queue: str, ids: Sequence[int], tokens: Sequence[str], keep: bool = True) -> Statement:
+def complete(
+    queue: str, ids: Sequence[int], tokens: Sequence[str], keep: bool = True, is_distributed: bool = False
+) -> Statement:
     """Return the fenced statement that completes batches without a result or, unless *keep*, deletes them.
 
     It returns the ids whose claim was held, negative for those that others wait for. *tokens* are texts; few are
@@ -121,7 +129,8 @@ def complete(queue: str, ids: Sequence[int], tokens: Sequence[str], keep: bool =
     """
     numbers = {token: number for number, token in enumerate(dict.fromkeys(tokens), 1)}
     starts = [index for index, is_start in enumerate(starts_of_runs(ids, tokens)) if is_start]
-    return COMPLETE if keep else COMPLETE_AND_FORGET, {
+    forget = COMPLETE_AND_FORGET_DISTRIBUTED if is_distributed else COMPLETE_AND_FORGET
+    return COMPLETE if keep else forget, {
         "queue": queue,
         "firsts": array_text(ids[index] for index in starts),
         "lengths": array_text(end - start for start, end in pairwise([*starts, len(ids)])),

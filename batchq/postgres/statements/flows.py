@@ -17,6 +17,12 @@ def follow(after: int, most: int) -> Statement:
     return FOLLOW, {"after": after, "most": most}
 
 
+def collect(conn: Conn, most: int) -> int:
+    """Write down up to *most* ends of batches, and up to *most* beginnings of waits, that no trigger has; return how
+    many. See batchq.collect_flows."""
+    return fetch_value(conn, int, "SELECT batchq.collect_flows(%(most)s)", {"most": most})
+
+
 def has_events(conn: Conn) -> bool:
     """Return whether workers still have something to do for flows."""
     return fetch_value(conn, bool, f"SELECT {HAS_EVENTS}", {"after_event": 0})
@@ -27,10 +33,18 @@ def needed(conn: Conn, batch_id: int) -> list[tuple[int, str | None, str | None,
     return fetch_all(
         conn,
         """
+        WITH n AS MATERIALIZED (
+          SELECT needed_id, ended_as
+          FROM batchq.needs
+          WHERE batch_id = %(id)s
+        ), b AS MATERIALIZED (
+          SELECT id, kind, status, result
+          FROM batchq.all_batches
+          WHERE id = ANY (ARRAY(SELECT needed_id FROM n))
+        )
         SELECT n.needed_id, b.kind, coalesce(n.ended_as, b.status), b.result::text
-        FROM batchq.needs n
-        LEFT JOIN batchq.batches b ON b.id = n.needed_id
-        WHERE n.batch_id = %(id)s
+        FROM n
+        LEFT JOIN b ON b.id = n.needed_id
         ORDER BY n.needed_id
         """,
         {"id": batch_id},

@@ -1,9 +1,9 @@
 """What a handler reads of its batch: large payloads and cursors, pages of items, failed items to run again."""
 
-from typing import NamedTuple
+from typing import LiteralString, NamedTuple
 from uuid import UUID
 
-from batchq.postgres.statements.running import Conn, fetch_all, fetch_one, fetch_one_or_none
+from batchq.postgres.statements.running import Conn, Statement, fetch_all, fetch_one, fetch_one_or_none
 
 
 def large_input(conn: Conn, queue: str, batch_id: int, token: UUID) -> tuple[str, str | None] | None:
@@ -101,7 +101,29 @@ def status_of(conn: Conn, queue: str, batch_id: int) -> str | None:
     """Return the batch's status, None if there is no such batch."""
     row = fetch_one_or_none(
         conn,
-        "SELECT status FROM batchq.batches WHERE queue = %(queue)s AND id = %(id)s",
+        "SELECT status FROM batchq.all_batches WHERE queue = %(queue)s AND id = %(id)s",
         {"queue": queue, "id": batch_id},
     )
     return row[0] if row else None
+
+
+FAILURE: LiteralString = """
+SELECT batchq.whole_queue(b.queue), b.kind, b.status, b.payload::text,
+  coalesce(e.error ->> 'error', 'unknown'), e.error ->> 'traceback', e.error -> 'sealed'
+FROM batchq.all_batches b
+LEFT JOIN LATERAL (
+  SELECT error
+  FROM jsonb_array_elements(b.errors) WITH ORDINALITY AS u(error, number)
+  ORDER BY (error ->> 'attempt')::integer = %(attempt)s DESC, number DESC
+  LIMIT 1
+) e ON true
+WHERE b.queue = %(queue)s
+  AND b.id = %(id)s
+  AND b.part_of IS NULL
+"""
+
+
+def failure(queue: str, batch_id: int, attempt: int) -> Statement:
+    """Return the statement that reads what hooks get of a failed batch: queue, kind, status, payload, and error and
+    traceback of that attempt, and what is sealed of them. It returns no row for a part or a batch that is gone."""
+    return FAILURE, {"queue": queue, "id": batch_id, "attempt": attempt}

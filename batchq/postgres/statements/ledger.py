@@ -1,11 +1,14 @@
 """The ledger of the migrations."""
 
+from typing import LiteralString
+
 from batchq.postgres.statements.running import Conn, fetch_all, fetch_value
 
 
 def lift_transaction_timeout(conn: Conn) -> None:
     """Turn off transaction_timeout (PostgreSQL 17 and later) until this transaction ends."""
-    conn.execute("SELECT set_config(name, '0', true) FROM pg_settings WHERE name = 'transaction_timeout'")
+    if fetch_value(conn, bool, "SELECT count(*) > 0 FROM pg_settings WHERE name = 'transaction_timeout'"):
+        conn.execute("SET LOCAL transaction_timeout = 0")
 
 
 def take_migration_lock(conn: Conn) -> None:
@@ -29,6 +32,17 @@ def applied_migrations(conn: Conn) -> dict[int, tuple[str, bool]]:
     """Return name and breaking of each applied migration, by version."""
     rows = fetch_all(conn, "SELECT version, name, breaking FROM batchq.migrations ORDER BY version")
     return {version: (name, breaking) for version, name, breaking in rows}
+
+
+def is_distributed(conn: Conn) -> bool:
+    """Return whether the tables have the layout for a distributed Postgres, which `batchq distribute` makes."""
+    alone: LiteralString = """
+    SELECT count(*) > 0
+    FROM pg_class
+    WHERE oid = to_regclass('batchq.batches_finished')
+      AND NOT relispartition
+    """
+    return fetch_value(conn, bool, alone)
 
 
 def record_migration(conn: Conn, version: int, name: str, breaking: bool) -> None:

@@ -11,6 +11,13 @@ def prune_needs(conn: Conn, older_than_days: float) -> int:
     )
 
 
+def prune_parts(conn: Conn, older_than_days: float) -> int:
+    """Forget the parts of batches that are not stored any more, 10,000 rows at most; return how many."""
+    return fetch_value(
+        conn, int, "SELECT batchq.prune_parts(%(days)s::float8 * interval '1 day')", {"days": older_than_days}
+    )
+
+
 def prune_records(conn: Conn) -> int:
     """Delete old rows of batchq.audit and expired pauses; return how many rows of batchq.audit."""
     return fetch_value(conn, int, "SELECT batchq.prune_records()")

@@ -66,8 +66,8 @@ def unknown_priority(queue: str, known: Iterable[int]) -> Statement:
     priorities = sorted(known)
     return UNKNOWN_PRIORITY, {
         "queue": queue,
-        "froms": [-_BEYOND_PRIORITIES, *priorities],
-        "tos": [*priorities, _BEYOND_PRIORITIES],
+        "froms": [-BEYOND_PRIORITIES, *priorities],
+        "tos": [*priorities, BEYOND_PRIORITIES],
     }
 
 
@@ -81,7 +81,7 @@ def discovery(queue: str, known: Iterable[int], with_keys: bool, after_event: in
     }
 
 
-_BEYOND_PRIORITIES = 40_000  # the column is a smallint
+BEYOND_PRIORITIES = 40_000  # the column is a smallint
 PRIORITIES: LiteralString = """
 WITH RECURSIVE level AS (
   (SELECT priority

@@ -41,8 +41,11 @@ READ_ONLY = FIXED_FORMATS | {"transaction_read_only": "on", "jit": "off"}
 def transaction_settings(
     seconds: float, lock_seconds: float = OWN_LOCK_SECONDS, settings: Mapping[str, str] = MappingProxyType({})
 ) -> LiteralString:
-    """Return the statement that sets timeouts on the server for the transaction and for each wait for a lock, and other
-    *settings*; all of them until the transaction ends."""
+    """Return the statements that set timeouts on the server for the transaction and for each wait for a lock, and other
+    *settings*; all of them until the transaction ends.
+
+    SET LOCAL: on a distributed Postgres, only that reaches the nodes. It is also an eighth faster than set_config.
+    """
     milliseconds = int(seconds * 1000)
     timeouts = {
         "statement_timeout": str(milliseconds),
@@ -51,12 +54,19 @@ def transaction_settings(
         "client_connection_check_interval": "2000",
         "array_nulls": "on",  # NULL in a list means null; a handler's transaction ends with statements that take lists
     }
-    values = (timeouts | dict(settings)).items()
-    calls = (f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in values)
-    return f"SELECT {', '.join(calls)}"  # pyright: ignore[reportReturnType]
+    values = {name: f"'{value}'" for name, value in (timeouts | dict(settings)).items()}
+    values |= {"search_path": settings["search_path"]} if "search_path" in settings else {}  # a list of names
+    return "; ".join(f"SET LOCAL {name} = {value}" for name, value in values.items())  # pyright: ignore[reportReturnType]
 
 
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # the role's default may be another level, which can raise 40001
+# Within a caller's session, whose isolation level is the caller's.
+PLAIN_BEGIN: LiteralString = "BEGIN"
+COMMIT: LiteralString = "COMMIT"
+ROLLBACK: LiteralString = "ROLLBACK"
+SAVEPOINT: LiteralString = "SAVEPOINT batchq_many"
+RELEASE: LiteralString = "RELEASE SAVEPOINT batchq_many"
+ROLLBACK_TO: LiteralString = "ROLLBACK TO SAVEPOINT batchq_many"
 BACKEND_PID: LiteralString = "SELECT pg_backend_pid()"
 # DISCARD ALL without DISCARD PLANS, after which each foreign key's check and each function would be planned again.
 CLEAN_SESSION = """
@@ -67,7 +77,7 @@ SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES
 
 def set_lock_timeout(conn: Conn, milliseconds: int = 100) -> None:
     """Limit each wait for a lock until the transaction ends."""
-    fetch_one(conn, "SELECT set_config('lock_timeout', %(wait)s, true)", {"wait": f"{milliseconds}ms"})
+    conn.execute(f"SET LOCAL lock_timeout = {milliseconds:d}".encode())
 
 
 def server_version(conn: Conn) -> tuple[int, str]:

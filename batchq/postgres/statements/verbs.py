@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from psycopg.rows import tuple_row
 from psycopg.sql import SQL, Identifier, Placeholder
 
-from batchq.postgres.statements.running import Conn, fetch_all, fetch_json, fetch_one
+from batchq.postgres.statements.running import Conn, fetch_all, fetch_json, fetch_one, fetch_value
 
 
 def call_verb(conn: Conn, function: str, arguments: Mapping[str, Any]) -> Any:
@@ -25,6 +25,33 @@ def call_verb(conn: Conn, function: str, arguments: Mapping[str, Any]) -> Any:
     statement = SQL("SELECT batchq.{}({})").format(Identifier(function), SQL(", ").join(passed))
     [(answer,)] = conn.cursor(row_factory=tuple_row).execute(statement, given).fetchall()
     return answer
+
+
+def enqueue_copy(
+    conn: Conn,
+    batch_id: int,
+    queue: str,
+    priority: int,
+    delay_seconds: float,
+    payload: str | None,
+    reason: str | None,
+    actor: str | None,
+) -> int | None:
+    """Enqueue a batch like another one; return its id, None if there is no such batch.
+
+    *payload*: JSON text, None: that of the other batch. Raises RaiseException for a part of a batch and for too many
+    items, and IntegrityError for what the table refuses.
+    """
+    [made] = fetch_one(
+        conn,
+        """
+        SELECT batchq.enqueue_copy(%(id)s::bigint, %(payload)s::text::jsonb, %(queue)s::text, %(priority)s::integer,
+                                   %(delay_seconds)s::float8 * interval '1 second', %(reason)s::text, %(actor)s::text)
+        """,
+        {"id": batch_id, "payload": payload, "queue": queue, "priority": priority, "delay_seconds": delay_seconds,
+         "reason": reason, "actor": actor},
+    )  # fmt: skip
+    return None if made is None else int(made)
 
 
 class BulkStep(NamedTuple):
@@ -90,6 +117,16 @@ def audit_rows(conn: Conn, limit: int, batch_id: int | None = None) -> list[dict
     )
 
 
+def is_audited(conn: Conn, batch_id: int) -> bool:
+    """Return whether this transaction has recorded an action on a batch: a verb does if it changed anything."""
+    return fetch_value(
+        conn,
+        bool,
+        "SELECT EXISTS (SELECT 1 FROM batchq.audit WHERE batch_id = %(id)s AND at = now())",
+        {"id": batch_id},
+    )
+
+
 def duty_statements(conn: Conn, duty: str, role: str) -> list[str]:
     """Return the GRANT statements that give a role what its duty needs, and nothing more."""
     rows = fetch_all(
@@ -101,3 +138,13 @@ def duty_statements(conn: Conn, duty: str, role: str) -> list[str]:
 def grant_duty(conn: Conn, duty: str, role: str) -> None:
     """Give a role what its duty needs. For the owner of the schema."""
     fetch_one(conn, "SELECT batchq.grant_duty(%(duty)s::text, %(role)s::text)", {"duty": duty, "role": role})
+
+
+def changed_now(conn: Conn, batch_id: int) -> int:
+    """Return how many batches the verb of this transaction has changed: batchq.audit has a row of *batch_id*."""
+    count: int = fetch_one(
+        conn,
+        "SELECT coalesce(sum(a.batches), 0)::bigint FROM batchq.audit a WHERE a.batch_id = %(id)s AND a.at = now()",
+        {"id": batch_id},
+    )[0]
+    return count

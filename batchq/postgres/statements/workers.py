@@ -37,7 +37,8 @@ SELECT (SELECT is_asked_to_drain FROM beat),
   count(*) + (NOT %(stopping)s)::integer,
   count(*) FILTER (WHERE id < %(id)s),
   date_part('epoch', clock_timestamp()),
-  pg_stat_get_dead_tuples('batchq.batches_live'::regclass)
+  pg_stat_get_dead_tuples('batchq.batches_live'::regclass),
+  batchq.shards_of_queues(%(queues)s::text[])
 FROM batchq.workers
 WHERE id <> %(id)s
   AND heartbeat_at > now() - %(silent_seconds)s * interval '1 second'
@@ -57,11 +58,13 @@ class Turn(NamedTuple):
 
 
 class Beat(NamedTuple):
-    """The answer to a heartbeat. *dead_rows*: those of the live table, according to the server's statistics."""
+    """The answer to a heartbeat. *dead_rows*: those of the live table, according to the server's statistics. *shards*:
+    the stored names of the shards, by queue, of the queues that are split."""
 
     is_asked_to_drain: bool
     turn: Turn
     dead_rows: int
+    shards: dict[str, list[str]]
 
 
 def heartbeat(
@@ -75,7 +78,7 @@ def heartbeat(
 
 def beat(row: Sequence[Any]) -> Beat:
     """Return the answer from the row of a `heartbeat`."""
-    return Beat(bool(row[0]), Turn(*row[1:4]), row[4])
+    return Beat(bool(row[0]), Turn(*row[1:4]), row[4], row[5] or {})
 
 
 def forget_silent_workers(conn: Conn) -> None:
@@ -98,8 +101,8 @@ def forget_worker(conn: Conn, worker_id: str) -> None:
 
 
 class Tally(NamedTuple):
-    """A worker's counts for one queue and kind: outcomes, *items* processed, the sum of run times in seconds, and their
-    histogram *run_times* (see batchq.throughput_minutes.run_times)."""
+    """A worker's counts for one queue and kind: outcomes, *items* processed, the sum of run times in seconds, and the
+    histograms of run times and waits (see batchq.throughput_minutes)."""
 
     queue: str
     kind: str
@@ -110,17 +113,18 @@ class Tally(NamedTuple):
     items: int
     run_seconds: float
     run_times: Sequence[int]
+    wait_times: Sequence[int] = ()
 
 
 COUNT_THROUGHPUT: LiteralString = """
 INSERT INTO batchq.throughput_minutes AS t (minute, queue, kind, worker, completed, failed, cancelled, retried, items,
-  run_seconds, run_times)
+  run_seconds, run_times, wait_times)
 SELECT date_trunc('minute', now()), queue, kind, %(worker)s, completed, failed, cancelled, retried, items, run_seconds,
-  run_times::integer[]
+  run_times::integer[], wait_times::integer[]
 FROM unnest(%(queue)s::text[], %(kind)s::text[], %(completed)s::bigint[], %(failed)s::bigint[],
             %(cancelled)s::bigint[], %(retried)s::bigint[], %(items)s::bigint[], %(run_seconds)s::float8[],
-            %(run_times)s::text[])
-  AS u(queue, kind, completed, failed, cancelled, retried, items, run_seconds, run_times)
+            %(run_times)s::text[], %(wait_times)s::text[])
+  AS u(queue, kind, completed, failed, cancelled, retried, items, run_seconds, run_times, wait_times)
 ON CONFLICT (minute, queue, kind, worker) DO UPDATE
 SET completed = t.completed + excluded.completed,
     failed = t.failed + excluded.failed,
@@ -128,7 +132,8 @@ SET completed = t.completed + excluded.completed,
     retried = t.retried + excluded.retried,
     items = t.items + excluded.items,
     run_seconds = t.run_seconds + excluded.run_seconds,
-    run_times = batchq.add_counts(t.run_times, excluded.run_times)
+    run_times = batchq.add_counts(t.run_times, excluded.run_times),
+    wait_times = batchq.add_counts(t.wait_times, excluded.wait_times)
 RETURNING t.queue
 """
 
@@ -136,5 +141,5 @@ RETURNING t.queue
 def count_throughput(worker_id: str, tallies: Sequence[Tally]) -> Statement:
     """Return the statement that adds a worker's counts to its rows of this minute."""
     columns = {name: list(values) for name, values in zip(Tally._fields, zip(*tallies, strict=True), strict=True)}
-    run_times = [array_text(tally.run_times) for tally in tallies]
-    return COUNT_THROUGHPUT, columns | {"worker": worker_id, "run_times": run_times}
+    columns |= {name: [array_text(times) for times in columns[name]] for name in ("run_times", "wait_times")}
+    return COUNT_THROUGHPUT, columns | {"worker": worker_id}

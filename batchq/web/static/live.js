@@ -3,12 +3,14 @@
 "use strict";
 
 const NEWS_MILLISECONDS = 10000;
+const LOST_MILLISECONDS = 4000; // a stream that has reached its end is followed by another one within 2 s
 const live = document.querySelector("[data-live]");
 const button = document.getElementById("live-switch");
 const label = document.getElementById("live-label");
 const dot = document.getElementById("live-dot");
 const news = document.getElementById("live-news");
 let source = null;
+let lost = 0;
 let announcedAt = 0;
 
 function showState(text, state) {
@@ -39,6 +41,7 @@ function replace(now, next) {
     document.getElementById(id)?.scrollTo(left, top);
   }
   if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
+  next.dispatchEvent(new CustomEvent("piecereplaced", { bubbles: true, detail: { hadFocus: focused } }));
   announce(next);
 }
 
@@ -54,12 +57,27 @@ function show(text) {
 function start() {
   showState("Connecting", "");
   source = new EventSource(live.dataset.live);
-  source.onopen = () => showState("Live", "on");
+  source.onopen = () => {
+    waitForReconnect(false);
+    showState("Live", "on");
+  };
   source.onmessage = (event) => show(event.data);
-  source.onerror = () => showState("Connection lost", "off");
+  source.onerror = () => waitForReconnect(true);
+}
+
+// Shows that the connection is lost: immediately where the server refuses another one, otherwise if none comes.
+function waitForReconnect(isWaiting) {
+  if (isWaiting && source.readyState === EventSource.CONNECTING) {
+    lost ||= setTimeout(() => showState("Connection lost", "off"), LOST_MILLISECONDS);
+    return;
+  }
+  clearTimeout(lost);
+  lost = 0;
+  if (isWaiting) showState("Connection lost", "off");
 }
 
 function pause() {
+  waitForReconnect(false);
   source.close();
   source = null;
   showState("Paused", "");

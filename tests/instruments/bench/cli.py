@@ -22,8 +22,10 @@ from tests.instruments.bench import (  # noqa: F401 (the works register themselv
     works_handlers,
     works_network,
     works_pickup,
+    works_sealed,
     works_snapshot,
     works_steady,
+    works_storage,
 )
 from tests.instruments.bench.plots import draw
 from tests.instruments.bench.sizes import RUNS, SIZES, Sizes, given_size

@@ -82,7 +82,7 @@ def problems_of_rows(conn: psycopg.Connection, expected: int, after_id: int = 0)
     """Return how the database differs from: so many batches after that id, all completed in one attempt."""
     completed, total = one_row(
         conn,
-        "SELECT count(*) FILTER (WHERE status = 'completed' AND attempt = 1), count(*) FROM batchq.batches"
+        "SELECT count(*) FILTER (WHERE status = 'completed' AND attempt = 1), count(*) FROM batchq.all_batches"
         f" WHERE id > {after_id}",
     )
     if completed == total == expected:

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from batchq.common.version import __version__
 from tests.instruments.bench import plots
 from tests.instruments.bench.goals import GOALS, Goal
 from tests.instruments.bench.server import Server, file_system
@@ -60,7 +61,7 @@ def facts_about(server: Server, command: str) -> Facts:
         "kernel": f"{platform.system()} {platform.release()}",
         "file_system": file_system(data) if data else "unknown",
     }
-    python = {"python": platform.python_version(), "psycopg": version("psycopg"), "batchq": version("batchq")}
+    python = {"python": platform.python_version(), "psycopg": version("psycopg"), "batchq": __version__}
     return {
         "versions": python | {"commit": commit(), "server": server.describe()},
         "machine": machine,

@@ -146,7 +146,7 @@ class Database:
 
     def empty(self) -> None:
         """Remove every batch."""
-        self.conn.execute("TRUNCATE batchq.batches, batchq.failed_items")
+        self.conn.execute("TRUNCATE batchq.batches, batchq.batches_finished")
 
 
 @contextmanager

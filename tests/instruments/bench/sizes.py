@@ -41,12 +41,15 @@ SIZES: dict[str, tuple[Size, Size]] = {
     "network.round_trips_ms": ((0, 1, 5, 20), (0, 20)),
     "pooler.batches": (100_000, 1_000),
     "items.items": (1_000_000, 20_000),
+    "seal.batches": (100_000, 2_000),
+    "seal.values": (20_000, 200),
     "handlers.seconds": (10.0, 1.0),
     "memory.batches": (1_000_000, 3_000),
+    "storage.batches": (100_000, 1_000),
     "idle.workers": (100, 3),
     "idle.minutes": (10.0, 0.03),
 }
-RUNS = {"enqueue": 3, "drain": 3, "ceiling": 3, "history": 3, "network": 3, "pooler": 3, "items": 3}
+RUNS = {"enqueue": 3, "drain": 3, "seal": 3, "ceiling": 3, "history": 3, "network": 3, "pooler": 3, "items": 3}
 
 
 class Sizes:

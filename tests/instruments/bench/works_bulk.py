@@ -118,6 +118,6 @@ class Retrying:
     def problems(self, conn: psycopg.Connection, count: int) -> list[str]:
         """Return what is not as it must be: every batch is pending, once."""
         found = conn.execute(
-            "SELECT count(*), count(DISTINCT id) FROM batchq.batches WHERE kind = 'broken' AND status = 'pending'"
+            "SELECT count(*), count(DISTINCT id) FROM batchq.all_batches WHERE kind = 'broken' AND status = 'pending'"
         ).fetchone()
         return [] if found == (count, count) else [f"{found} of {count} batches are pending after the retry"]

@@ -102,7 +102,8 @@ def written_out(conn: psycopg.Connection, statement: Statement) -> str:
 
 def message(statement: str, settings: Mapping[str, str]) -> str:
     """Return a transaction that is one message, as Link.run sends it."""
-    return " \\;\n".join(["BEGIN", session.transaction_settings(LIMIT_SECONDS, settings=settings), statement, "COMMIT"])
+    begin = ["BEGIN", *session.transaction_settings(LIMIT_SECONDS, settings=settings).split("; ")]
+    return " \\;\n".join([*begin, statement, "COMMIT"])
 
 
 GATHERED = """

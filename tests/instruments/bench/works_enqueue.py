@@ -46,7 +46,7 @@ def one_enqueue(bench: Bench, variant: str, way: Way, count: int) -> Run:
         found = one_row(
             database.conn,
             "SELECT count(*), count(DISTINCT payload -> 'seq'), coalesce(max((payload ->> 'seq')::bigint), 0)"
-            " FROM batchq.batches WHERE status = 'pending'",
+            " FROM batchq.all_batches WHERE status = 'pending'",
         )
     problems = [] if found == (count, count, count - 1) else [f"{count} were enqueued, and {found} are there"]
     return Run("enqueue", variant, figures, problems)

@@ -68,7 +68,7 @@ def claim_times(database: Database) -> dict[int, float]:
     clock = "SELECT extract(epoch FROM clock_timestamp())::float8"
     offset = min(one_row(database.conn, clock)[0] - time.monotonic() for _ in range(20))
     rows = database.conn.execute(
-        "SELECT (payload ->> 'seq')::bigint, extract(epoch FROM claimed_at)::float8 FROM batchq.batches"
+        "SELECT (payload ->> 'seq')::bigint, extract(epoch FROM claimed_at)::float8 FROM batchq.all_batches"
     )
     return {number: at - offset for number, at in rows}
 
@@ -186,7 +186,7 @@ ITEMS_RESULT = """
 SELECT extract(epoch FROM max(finished_at) - min(claimed_at))::float8,
        count(*) FILTER (WHERE status = 'completed' AND attempt = 1),
        sum(items_done), sum(items_failed), (SELECT count(*) FROM batchq.failed_items)
-FROM batchq.batches
+FROM batchq.all_batches
 """
 
 

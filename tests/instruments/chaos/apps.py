@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import batchq
-from tests.instruments.chaos import spans
+from tests.instruments.chaos import flows, spans
 from tests.instruments.chaos.marks import DIRECTORY, WHOLE_BATCH, Mark, MarksFile
 from tests.instruments.chaos.orders import BAD_ITEM, LATE_ITEM
 
@@ -33,6 +33,7 @@ async_app = batchq.App()
 items_app = batchq.App()
 chunks_app = batchq.App()
 limits_app = batchq.App()  # never with old code, which knows no limits
+flows_app = batchq.App()  # nor this one: it knows no parts
 
 marks = MarksFile(Path(os.environ[DIRECTORY]))
 
@@ -198,6 +199,35 @@ async def keyed(batch: batchq.Batch) -> None:
     async with batch.transaction() as conn:
         await conn.execute(EFFECT, effect(batch))
         await conn.execute(*spans.end(batch))
+
+
+# ------------------------------------------------------------------------------------- flows, parts and a schedule
+
+
+@flows_app.handler("needed", backoff=SOON)
+@flows_app.handler("tick", backoff=SOON)
+def short(batch: batchq.Batch) -> None:
+    """Write a row; a fan-in waits for this, or a schedule has made it."""
+    mark(batch)
+    time.sleep(ITEM_NAP_SECONDS)
+    with batch.transaction() as conn:
+        conn.execute(EFFECT, effect(batch))
+
+
+@flows_app.handler("fan_in", backoff=SOON)
+def fan_in(batch: batchq.Batch) -> None:
+    """Write what has not ended of what this waits for."""
+    mark(batch)
+    with batch.transaction() as conn:
+        conn.execute(*flows.began(batch))
+        conn.execute(EFFECT, effect(batch))
+
+
+@flows_app.item_handler("spread", chunk_size=2, backoff=SOON)
+def one_item_of_many(item: int, batch: batchq.Batch) -> None:
+    """Leave a mark for each item, in whichever part it is."""
+    time.sleep(ITEM_NAP_SECONDS)
+    work_item(batch, item)
 
 
 # ----------------------------------------------------------------------------------------------------------- items

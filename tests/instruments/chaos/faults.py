@@ -158,7 +158,7 @@ def at_point(point: str, number: signal.Signals) -> Run:
     """Return the fault that sends a worker a signal at a named point."""
 
     def run(world: World, dice: random.Random) -> None:
-        with world.fleet.lend(dice, dice.choice(["sync", "chunks", "async", "items", "limits"])) as place:
+        with world.fleet.lend(dice, dice.choice(STYLES)) as place:
             worker = place.worker  # once it has ended, another one takes its place at any time
             if not reached(worker, point, number):
                 raise NotInjected(f"no {place.style} worker has come to {point} within {POINT_SECONDS:g} s")
@@ -289,7 +289,8 @@ SELECT id FROM batchq.batches_live WHERE status = %s AND kind <> 'hungry' ORDER 
 FOR UPDATE SKIP LOCKED
 """
 RUNNING = (
-    "SELECT id FROM batchq.batches_live WHERE status = 'processing' AND kind <> 'hungry' ORDER BY random() LIMIT 1"
+    "SELECT coalesce(part_of, id) FROM batchq.batches_live "
+    "WHERE status = 'processing' AND kind NOT IN ('hungry', 'tick') ORDER BY random() LIMIT 1"
 )
 OVERDUE = """
 SELECT count(*) FROM batchq.batches_live WHERE id = ANY (%s) AND status = 'processing' AND lease_expires_at < now()

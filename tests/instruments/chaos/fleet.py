@@ -31,7 +31,7 @@ SETTINGS = {
     "pool_size": 4,
     "log_format": "json",
 }
-ALWAYS_NEW = ("limits",)  # styles that old code is kept from: it knows no limits and keys
+ALWAYS_NEW = ("limits", "flows")  # styles that old code is kept from: it knows no limits, keys and parts
 STOP_SECONDS = 20.0  # shutdown, then twice the time that the database has to answer, and a busy machine
 TEND_SECONDS = 0.05
 AGAIN_SECONDS = 0.5

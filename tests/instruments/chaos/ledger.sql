@@ -1,11 +1,11 @@
 -- What is wrong with the batches that are live, or finished since %(since)s: a row each, of what, batch and detail.
 -- One statement, so one snapshot: what a transaction writes of its own and of the batch's is seen together.
 WITH looked AS (
-  SELECT id, kind, status, payload, items_total, items_done, items_failed, cursor, attempt, max_attempts,
+  SELECT id, kind, status, payload, items_total, items_done, items_failed, part_of, cursor, attempt, max_attempts,
          max_failed_items, run_at, lease_expires_at, result, errors
   FROM batchq.batches_live
   UNION ALL
-  SELECT id, kind, status, payload, items_total, items_done, items_failed, cursor, attempt, max_attempts,
+  SELECT id, kind, status, payload, items_total, items_done, items_failed, part_of, cursor, attempt, max_attempts,
          max_failed_items, run_at, lease_expires_at, result, errors
   FROM batchq.batches_finished
   WHERE finished_at >= to_timestamp(%(since)s)
@@ -14,9 +14,9 @@ WITH looked AS (
     l.*,
     e.count AS effects,
     e.count - e.distinct_items AS twice,
-    f.count AS failed_rows,
+    f.count - p.gathered AS failed_rows,  -- the whole counts those of its parts when all have ended
     CASE
-      WHEN l.kind IN ('tx', 'tx_async', 'limited', 'keyed') THEN (l.status = 'completed')::integer
+      WHEN l.kind IN ('tx', 'tx_async', 'limited', 'keyed', 'needed', 'fan_in', 'tick') THEN (l.status = 'completed')::integer
       WHEN l.kind = 'steps' THEN CASE WHEN l.status = 'completed' THEN 3 ELSE coalesce(l.cursor::integer, 0) END
       WHEN l.kind IN ('chunks', 'chunks_async', 'items_tx', 'items_tx_async') THEN l.items_done
       ELSE 0
@@ -28,6 +28,9 @@ WITH looked AS (
   CROSS JOIN LATERAL (
     SELECT count(*) FROM batchq.failed_items WHERE batch_id = l.id AND l.items_total IS NOT NULL
   ) f
+  CROSS JOIN LATERAL (
+    SELECT coalesce(sum(items_failed), 0) AS gathered FROM batchq.parts WHERE batch_id = l.id AND is_gathered
+  ) p
 )
 SELECT 'doubled', id, format('%%s, %%s: %%s effects of %%s, %%s of them twice', kind, status, effects, wanted, twice)
 FROM counted

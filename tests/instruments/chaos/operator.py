@@ -10,7 +10,11 @@ import psycopg
 
 PAUSE_SECONDS = 0.3
 RUNNING = """
-SELECT id FROM batchq.batches_live WHERE status = 'processing' AND kind <> 'hungry' ORDER BY random() LIMIT 1
+SELECT coalesce(part_of, id)
+FROM batchq.batches_live
+WHERE status = 'processing' AND kind NOT IN ('hungry', 'tick')
+ORDER BY random()
+LIMIT 1
 """
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tests.instruments.chaos import flows
 from tests.instruments.chaos.spans import QUEUE
 
 LATE_ITEM, BAD_ITEM = 100, 200  # added to an item: fails in the first attempt; is refused for good
@@ -31,7 +32,7 @@ class Order:
         return QUEUES.get(self.style, "default")
 
 
-QUEUES = {"limits": QUEUE}
+QUEUES = {"limits": QUEUE, "flows": flows.QUEUE}
 ORDERS = {
     order.kind: order
     for order in (
@@ -50,10 +51,14 @@ ORDERS = {
         Order("items_tx_async", "items", 2, has_items=True),
         Order("limited", "limits", 4),
         Order("keyed", "limits", 4, has_keys=True),
+        Order("needed", "flows", 0),  # by fan_in
+        Order("fan_in", "flows", 1),
+        Order("spread", "flows", 1, has_items=True),
+        Order("tick", "flows", 0),  # by the schedule
     )
 }
 FAIL_AT_FIRST = ("tx", "keyed")
-STYLES = ("sync", "async", "items", "chunks", "limits")
+STYLES = ("sync", "async", "items", "chunks", "limits", "flows")
 
 
 def payload(order: Order, seq: int) -> dict[str, Any]:

@@ -78,10 +78,10 @@ def run_stopping_before(link: Link, statement: Any, settings: Any, point: str) -
 def run_text_with_points(run_text: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """Wrap Link.run_text: between a transaction in one message and its answer."""
 
-    def wrapped(self: Link, cursor: Any, text: str) -> list[Any]:
+    def wrapped(self: Link, cursor: Any, text: str, *more: int) -> list[Any]:  # older versions pass no more
         service = SERVICES.get(threading.current_thread().name)
         reach_within(f"{service}-within", lambda: send(cursor.connection, text.encode()))
-        return run_text(self, cursor, text)
+        return run_text(self, cursor, text, *more)
 
     return wrapped
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import psycopg
 
 import batchq
+from tests.instruments.chaos import flows
 from tests.instruments.chaos.orders import ORDERS, Order, items, key, payload
 from tests.instruments.chaos.spans import QUEUE
 
@@ -18,7 +19,7 @@ for _order in ORDERS.values():
 READY = """
 SELECT kind, count(*)
 FROM batchq.batches_live
-WHERE status = 'pending' AND run_at <= now()
+WHERE status = 'pending' AND run_at <= now() OR status = 'waiting'
 GROUP BY kind
 """
 PAUSE_SECONDS = 0.1
@@ -69,35 +70,46 @@ class Producer:
     def enqueue_lots(self, conn: psycopg.Connection[Any], orders: Sequence[Order], times: int) -> None:
         """Enqueue some of each kind, by its share."""
         with conn.transaction():
-            lots = [self.enqueue(conn, order, times * order.share) for order in orders]
+            lots = [lot for order in orders for lot in self.enqueue(conn, order, times * order.share)]
         self.known_lots += lots
 
     def order(self, kind: str, count: int, **more: Any) -> None:
         """Enqueue *count* of one kind, ahead of all others; *more* goes into the payload."""
         with self.connect() as conn:
             with conn.transaction():
-                lot = self.enqueue(conn, ORDERS[kind], count, AHEAD, **more)
-            self.known_lots.append(lot)
+                lots = self.enqueue(conn, ORDERS[kind], count, AHEAD, **more)
+            self.known_lots += lots
 
     def enqueue(
         self, conn: psycopg.Connection[Any], order: Order, count: int, priority: int = 0, **more: Any
-    ) -> tuple[int, int]:
-        """Enqueue some of a kind in the caller's transaction; return their first number and how many."""
+    ) -> list[tuple[int, int]]:
+        """Enqueue some of a kind in the caller's transaction; return the first number and the count of each lot."""
+        lot, payloads = self.numbered(conn, order, count, more)
+        options: dict[str, Any] = {"queue": order.queue, "max_attempts": order.max_attempts, "priority": priority}
+        if order.kind == "fan_in":
+            needed_lot, needed = self.numbered(conn, ORDERS["needed"], flows.NEEDED * count, {})
+            for number, each in enumerate(payloads):
+                flows.enqueue_fan_in(conn, needed[number :: len(payloads)], each, options)
+            return [lot, needed_lot]
+        if order.has_keys:
+            enqueue_with_keys(conn, order.kind, payloads, options)
+        elif not order.has_items:
+            batchq.enqueue_many(conn, order.kind, payloads, **options)
+        else:
+            options |= {"spread": flows.PARTS} if order.kind == "spread" else {}
+            for each in payloads:
+                batchq.enqueue(conn, order.kind, each, items=items(each["seq"]), max_failed_items=1, **options)
+        return [lot]
+
+    def numbered(
+        self, conn: psycopg.Connection[Any], order: Order, count: int, more: dict[str, Any]
+    ) -> tuple[tuple[int, int], list[dict[str, Any]]]:
+        """Write a row of ``produced``; return the lot's first number and its count, and its payloads."""
         with self.lock:
             first = self.next_seq
             self.next_seq += count
         conn.execute("INSERT INTO produced (kind, first, count) VALUES (%s, %s, %s)", [order.kind, first, count])
-        payloads = [payload(order, seq) | more for seq in range(first, first + count)]
-        options: dict[str, Any] = {"queue": order.queue, "max_attempts": order.max_attempts, "priority": priority}
-        if order.has_keys:
-            enqueue_with_keys(conn, order.kind, payloads, options)
-            return first, count
-        if not order.has_items:
-            batchq.enqueue_many(conn, order.kind, payloads, **options)
-            return first, count
-        for each in payloads:
-            batchq.enqueue(conn, order.kind, each, items=items(each["seq"]), max_failed_items=1, **options)
-        return first, count
+        return (first, count), [payload(order, seq) | more for seq in range(first, first + count)]
 
 
 def enqueue_with_keys(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import psycopg
 
-from tests.instruments.chaos import ledger
+from tests.instruments.chaos import flows, ledger
 from tests.instruments.chaos.faults import FAULTS, NotInjected, WorkStands
 from tests.instruments.chaos.ledger import Violation
 from tests.instruments.chaos.marks import read_marks
@@ -180,6 +180,7 @@ class Run:
         """Wait until nothing is left to work; what waits for its time has it now."""
         until = time.monotonic() + DRAIN_SECONDS
         with self.world.admin() as conn:
+            conn.execute(flows.PAUSE)
             while time.monotonic() < until:
                 conn.execute(NO_MORE_WAITING)
                 row = conn.execute("SELECT count(*) FROM batchq.batches_live").fetchone()

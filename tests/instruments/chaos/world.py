@@ -16,13 +16,15 @@ import psycopg
 from psycopg import sql
 
 from batchq.postgres.migrate import migrate
-from tests.instruments.chaos import ledger, spans
+from tests.instruments.chaos import flows, ledger, spans
 from tests.instruments.chaos.fleet import Fleet
 from tests.instruments.chaos.operator import Operator
 from tests.instruments.chaos.orders import STYLES
 from tests.instruments.chaos.producer import Producer
 from tests.instruments.chaos.proxy import FaultyProxy
 from tests.instruments.chaos.server import ROLE, GivenServer, PrivateServer, as_role
+from tests.support import citus
+from tests.support.layouts import lay_out, layout
 from tests.support.poolers import PgBouncer
 from tests.support.processes import ROOT
 from tests.support.servers import Server
@@ -88,6 +90,9 @@ class World:
             ).stdout
             directory.mkdir()
             subprocess.run(["tar", "-x", "-C", directory], input=archive, check=True)
+            info = directory / "batchq-0.dist-info"  # older code asks for its version by this name
+            info.mkdir()
+            (info / "METADATA").write_text("Metadata-Version: 2.1\nName: batchq\nVersion: 0\n")
         return directory
 
 
@@ -110,6 +115,7 @@ def world(
         with psycopg.connect(dsn, autocommit=True) as conn:
             conn.execute(ledger.TABLES)
             conn.execute(spans.LIMITS)
+            conn.execute(flows.SET_UP)
         connect = partial(psycopg.connect, server.dsn(dbname), **OWN_OPTIONS)
         producer, operator = Producer(connect, backlog), Operator(connect)
         fleet = Fleet(proxy.dsn, server.dsn(dbname), directory, workers, styles)
@@ -133,9 +139,14 @@ def make_database(server: GivenServer, dbname: str, role: str, password: str) ->
     """Make a database with batchq's schema, both owned by the role that the workers log in as."""
     names = {"role": sql.Identifier(role), "dbname": sql.Identifier(dbname), "password": sql.Literal(password)}
     with psycopg.connect(server.dsn(), autocommit=True) as conn:
-        conn.execute(sql.SQL("CREATE ROLE {role} LOGIN PASSWORD {password}").format(**names))
-        conn.execute(sql.SQL("CREATE DATABASE {dbname} OWNER {role}").format(**names))
+        if layout() == "citus":  # only a superuser may do all that is needed on the nodes
+            conn.execute(sql.SQL("CREATE ROLE {role} LOGIN SUPERUSER PASSWORD {password}").format(**names))
+            citus.create_database(server.server, dbname)
+        else:
+            conn.execute(sql.SQL("CREATE ROLE {role} LOGIN PASSWORD {password}").format(**names))
+            conn.execute(sql.SQL("CREATE DATABASE {dbname} OWNER {role}").format(**names))
     migrate(as_role(server.dsn(dbname), password, role))
+    lay_out(server.dsn(dbname))
 
 
 def drop(server: GivenServer, dbname: str, role: str) -> None:
@@ -144,5 +155,7 @@ def drop(server: GivenServer, dbname: str, role: str) -> None:
         return
     names = {"role": sql.Identifier(role), "dbname": sql.Identifier(dbname)}
     with psycopg.connect(server.dsn(), autocommit=True) as conn:
+        if layout() == "citus":
+            citus.drop_database(server.server, dbname)
         conn.execute(sql.SQL("DROP DATABASE IF EXISTS {dbname} WITH (FORCE)").format(**names))
         conn.execute(sql.SQL("DROP ROLE IF EXISTS {role}").format(**names))

@@ -13,7 +13,8 @@ APP = "tests.instruments.flows.apps:app"
 TABLES = """
 DROP TABLE IF EXISTS begins;
 CREATE TABLE begins (batch_id bigint, attempt integer, pid integer, at timestamptz DEFAULT clock_timestamp());
-TRUNCATE batchq.batches;
+TRUNCATE batchq.batches, batchq.batches_finished;
+TRUNCATE batchq.failed_items;
 TRUNCATE batchq.needs, batchq.flow_events;
 """
 LEFT = """
@@ -25,7 +26,7 @@ LIVE = "SELECT count(*) FROM batchq.batches_live"
 TOO_EARLY = """
 SELECT count(*)
 FROM begins g
-JOIN batchq.batches b ON b.id = g.batch_id
+JOIN batchq.all_batches b ON b.id = g.batch_id
 CROSS JOIN LATERAL unnest(b.after) a(id)
 LEFT JOIN batchq.batches_finished n ON n.id = a.id
 WHERE n.id IS NULL OR n.finished_at > g.at OR (n.status <> 'completed' AND b.on_failure IS DISTINCT FROM 'run')
@@ -145,7 +146,7 @@ def graph(place: Place, *, batches: int, workers: int = 3, kill_every_seconds: f
                     _restarted(processes, fleet, rng)
             for process in fleet:
                 process.stop()
-        found = dict(conn.execute("SELECT id, status FROM batchq.batches").fetchall())
+        found = dict(conn.execute("SELECT id, status FROM batchq.all_batches").fetchall())
         early, twice = value(conn, TOO_EARLY), value(conn, TWICE)
     wrong = {one: (status, found.get(one)) for one, status in expected.items() if found.get(one) != status}
     ends = {status: list(found.values()).count(status) for status in sorted(set(found.values()))}

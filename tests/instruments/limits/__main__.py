@@ -1,4 +1,4 @@
-"""Tries limits on a private server: ``python -m tests.instruments.limits running items ordered keys throttled``."""
+"""Tries limits, keys and shards on a private server: ``python -m tests.instruments.limits running ordered shards``."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ import sys
 from tests.instruments.limits import works
 from tests.support.trials import Place, Seen, private_place
 
-WORKS = ("running", "items", "ordered", "keys", "throttled")
+WORKS = ("running", "items", "ordered", "shards", "shard_rates", "keys", "throttled")
 
 
 def main() -> int:
@@ -34,6 +34,11 @@ def run(name: str, place: Place, minutes: float, scale: float) -> Seen:
             return works.items(place, seconds=60 * minutes)
         case "ordered":
             return works.ordered(place, batches=int(100_000 * scale), workers=8, kill_every_seconds=8)
+        case "shards":
+            batches = int(20_000 * scale)
+            return works.shards(place, batches=batches, workers=4, kill_every_seconds=6, splits=(2, 4, 5, 8, 9, 12))
+        case "shard_rates":
+            return works.shard_rates(place, batches=int(500_000 * scale), rounds=4)
         case "keys":
             return works.keys(place, small_keys=int(100_000 * scale), hot_batches=int(1_000_000 * scale))
         case "throttled":

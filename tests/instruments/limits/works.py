@@ -1,7 +1,10 @@
 """What is tried, and its verdict: each function fills a database, runs workers, breaks them, and tells what it saw."""
 
 import random
+import threading
 import time
+from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import psycopg
@@ -17,7 +20,8 @@ DROP TABLE IF EXISTS spans, calls;
 CREATE TABLE spans (batch_id bigint, attempt integer, key text, pid integer,
   began_at timestamptz DEFAULT clock_timestamp(), ended_at timestamptz, PRIMARY KEY (batch_id, attempt));
 CREATE TABLE calls (item bigint, pid integer, at timestamptz DEFAULT clock_timestamp());
-TRUNCATE batchq.batches;
+TRUNCATE batchq.batches, batchq.batches_finished;
+TRUNCATE batchq.failed_items;
 DELETE FROM batchq.limits;
 """
 MOST_AT_ONCE = """
@@ -198,12 +202,88 @@ def ordered(place: Place, *, batches: int, workers: int, kill_every_seconds: flo
         near = conn.execute(NEAR_FAULTS.encode()).fetchall() if faults else []
         done = value(conn, "SELECT count(DISTINCT batch_id) FROM spans WHERE ended_at IS NOT NULL")
         ends = value(conn, "SELECT count(*) FROM spans WHERE ended_at IS NOT NULL")
-        first = value(conn, "SELECT min(id) FROM batchq.batches")
+        first = value(conn, "SELECT min(id) FROM batchq.all_batches")
     seen.figures = {"batches": done, "kills": kills, "per second": round(batches / took), "first id": first}
     seen.figures |= {"near the faults": near} if near else {}
     seen.must(faults == 0, f"{faults} faults of order")
     seen.must(done == ends == batches, f"{done} done, {ends} ends, of {batches}")
     return seen
+
+
+def shards(
+    place: Place, *, batches: int, workers: int, kill_every_seconds: float, splits: Sequence[int], seed: int = 1
+) -> Seen:
+    """A queue in shards: 50 keys with a limit of one and as many batches without a key, put in bit by bit; kills; and
+    again and again shards are added while workers and the producer go on."""
+    seen, rng = Seen(), random.Random(seed)
+    with place.connect() as conn, place.processes() as processes:
+        conn.execute(TABLES.encode())
+        conn.execute("INSERT INTO batchq.limits (kind, max_running_per_key) VALUES ('ordered', 1)")
+        fleet = [processes.worker(lease_seconds=3) for _ in range(workers)]
+        producer = threading.Thread(target=_produce, args=[place, batches])
+        producer.start()
+        left, waits = list(splits), []
+        began_at = killed_at = time.monotonic()
+        kills = 0
+        while producer.is_alive() or value(conn, LIVE):
+            time.sleep(0.2)
+            put_in = value(conn, "SELECT last_value FROM batchq.batches_id_seq")
+            if left and put_in > 2 * batches * (len(splits) - len(left) + 1) / (len(splits) + 1):
+                waits.append(_split(conn, left.pop(0)))
+            if time.monotonic() - killed_at > kill_every_seconds:
+                killed_at, number = time.monotonic(), rng.randrange(workers)
+                fleet[number].kill()
+                fleet[number] = processes.worker(lease_seconds=3)
+                kills += 1
+        took = time.monotonic() - began_at
+        producer.join()
+        for process in fleet:
+            process.stop()
+        _judge_shards(conn, seen, batches)
+    seen.must(not left, f"not split into {left}")
+    seen.figures |= {"kills": kills, "per second": round(2 * batches / took), "splits took": waits}
+    return seen
+
+
+def _produce(place: Place, batches: int) -> None:
+    """Put in batches with a key and without, 20 of each at a time, and not far ahead of the workers, so that the splits
+    meet work."""
+    with place.connect() as conn:
+        for first in range(0, batches, 20):
+            while value(conn, "SELECT count(*) FROM batchq.batches_live") > 400:
+                time.sleep(0.01)
+            conn.execute(
+                "INSERT INTO batchq.batches (kind, key, max_attempts) "
+                "SELECT 'ordered', 'k' || mod(n, 50), 1000 FROM generate_series(%s::integer, %s::integer) n UNION ALL "
+                "SELECT 'plain', NULL, 1000 FROM generate_series(%s::integer, %s::integer) n",
+                [first, min(first + 20, batches) - 1] * 2,
+            )
+
+
+def _split(conn: psycopg.Connection[Any], into: int) -> float:
+    """Split the queue, and return how many seconds that took, waiting for its turn included."""
+    began_at = time.monotonic()
+    while True:
+        try:
+            conn.execute("SELECT batchq.split_queue('default', %s)", [into])
+            return round(time.monotonic() - began_at, 2)
+        except psycopg.errors.LockNotAvailable:
+            time.sleep(0.1)
+
+
+def _judge_shards(conn: psycopg.Connection[Any], seen: Seen, batches: int) -> None:
+    faults = value(conn, OUT_OF_ORDER)
+    seen.must(
+        faults == 0, f"{faults} faults of order: {conn.execute(NEAR_FAULTS.encode()).fetchall() if faults else ''}"
+    )
+    done = value(conn, "SELECT count(DISTINCT batch_id) FROM spans WHERE ended_at IS NOT NULL")
+    ends = value(conn, "SELECT count(*) FROM spans WHERE ended_at IS NOT NULL")
+    seen.must(done == ends == batches, f"{done} done, {ends} ends, of {batches}")
+    completed = "SELECT count(*) FROM batchq.batches_finished WHERE status = 'completed' AND kind = 'plain'"
+    plain = value(conn, completed)
+    seen.must(plain == batches, f"{plain} without a key completed, of {batches}")
+    used = value(conn, "SELECT count(DISTINCT queue) FROM batchq.batches_finished")
+    seen.figures |= {"batches": 2 * batches, "shards used": used}
 
 
 def keys(place: Place, *, small_keys: int, hot_batches: int, rounds: int = 1) -> Seen:
@@ -234,12 +314,39 @@ def keys(place: Place, *, small_keys: int, hot_batches: int, rounds: int = 1) ->
     return seen
 
 
-def _drain(place: Place, conn: psycopg.Connection[Any]) -> float:
+def shard_rates(place: Place, *, batches: int, rounds: int, workers: int = 1) -> Seen:
+    """A queue in 8 shards beside one that is not split, in alternation: batches without and with a key, drained."""
+    seen = Seen()
+    rates: dict[str, list[float]] = {f"{queue} {what}": [] for what in ("plain", "keyed") for queue in ("one", "eight")}
+    with place.connect() as conn:
+        conn.execute(TABLES.encode())
+        conn.execute("SELECT batchq.split_queue('eight', 8)")
+        for _ in range(rounds):
+            for name, found in rates.items():
+                queue, what = name.split()
+                conn.execute("TRUNCATE batchq.batches")
+                conn.execute(
+                    "INSERT INTO batchq.batches (queue, kind, key) "
+                    "SELECT %s, 'plain', CASE %s WHEN 'keyed' THEN 'k' || n %% 1000 END FROM generate_series(1, %s) n",
+                    [queue, what, batches],
+                )
+                conn.execute("VACUUM ANALYZE batchq.batches_live")
+                found.append(batches / _drain(place, conn, workers, queues=queue))
+    seen.figures |= {name: [round(rate) for rate in found] for name, found in rates.items()}
+    for what in ("plain", "keyed"):
+        ratio = median(rates[f"eight {what}"]) / median(rates[f"one {what}"])
+        seen.figures[f"ratio {what}"] = round(ratio, 2)
+        seen.must(ratio >= 0.9, f"in 8 shards {ratio:.2f} of the rate of one, {what}")
+    return seen
+
+
+def _drain(place: Place, conn: psycopg.Connection[Any], workers: int = 1, **settings: object) -> float:
     with place.processes() as processes:
-        worker = processes.worker()
+        fleet = [processes.worker(**settings) for _ in range(workers)]
         while value(conn, LIVE):
             time.sleep(0.2)
-        worker.stop()
+        for worker in fleet:
+            worker.stop()
     span = "SELECT extract(epoch FROM max(finished_at) - min(claimed_at))::float8 FROM batchq.batches_finished"
     return float(value(conn, span))
 

@@ -44,7 +44,9 @@ class KeyedClaimer:
     def claim(self, claim: Claim, kinds: tuple[str, ...], room: int) -> list[ClaimedRow]:
         """Claim what comes next, with the limits as they are now."""
         self.permits.read(self.worker.link)
-        source: Any = SimpleNamespace(queue=claim.queue, kinds=kinds, ring=self.ring(claim.queue, kinds))
+        ring = self.ring(claim.queue, kinds)
+        whole = SimpleNamespace(queue=claim.whole_queue, known_keys=ring.known_keys)
+        source: Any = SimpleNamespace(queue=claim.queue, kinds=kinds, ring=ring, whole=whole)
         rows = self.claims.claim(source, claim, room)
         assert rows is not None
         return rows

@@ -209,7 +209,7 @@ class Lives(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(KINDS), queue=queues, count=st.integers(1, 3), priority=priorities, key=keys)
     def enqueue_many(self, kind: str, queue: str, count: int, **options: Any) -> None:
         assert batchq.enqueue_many(self.real.conn, kind, range(count), queue=queue, **options) == count
-        for batch_id in self.real.values("SELECT id FROM batchq.batches ORDER BY id DESC LIMIT %s", [count]):
+        for batch_id in self.real.values("SELECT id FROM batchq.all_batches ORDER BY id DESC LIMIT %s", [count]):
             self.model.rows[batch_id] = Row(batch_id, queue, kind, **options)
         self.happened("enqueued by COPY")
 
@@ -241,7 +241,7 @@ class Lives(RuleBasedStateMachine):
 
     def in_order_of_claims(self, rows: list[Row]) -> list[int]:
         """Return the ids of batches in the order in which they are claimed: only the database knows run_at."""
-        query = "SELECT id FROM batchq.batches WHERE id = ANY (%s) ORDER BY run_at, id"
+        query = "SELECT id FROM batchq.all_batches WHERE id = ANY (%s) ORDER BY run_at, id"
         return self.real.values(query, [[row.id for row in rows]])
 
     def release_claim(self, which: int) -> None:

@@ -38,13 +38,17 @@ SELECT b.id, b.queue, b.kind, b.priority, b.unique_key, b.max_attempts, b.max_fa
    FROM batchq.failed_items f
    WHERE f.batch_id = b.id AND f.queue = b.queue),
   coalesce(b.finished_at < now() - interval '20 days', false)
-FROM batchq.batches b
+FROM batchq.all_batches b
 ORDER BY b.id
 """
 INVARIANTS = " UNION ALL ".join(
     f"SELECT '{name}', x::text FROM ({query.decode()}) AS x" for name, query in health.invariants().items()
 )
-CLEAN = "DELETE FROM batchq.batches; DELETE FROM batchq.failed_items; DELETE FROM effects; DELETE FROM batchq.limits"
+CLEAN = """
+DELETE FROM batchq.batches; DELETE FROM batchq.batches_finished; DELETE FROM batchq.failed_items;
+DELETE FROM effects; DELETE FROM batchq.limits
+"""
+COLLECT = "SELECT batchq.collect_flows(10000)"  # as a worker does; where there are triggers, nothing is left to do
 
 
 class Worker:

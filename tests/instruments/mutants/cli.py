@@ -24,7 +24,10 @@ from tests.instruments.mutants.table import MUTANTS, ROOT, Mutant
 from tests.support.servers import Server, running_server
 
 PAGE = ROOT / "tests" / "instruments" / "mutants" / "README.md"
-COPIED = ("batchq", "migrations", "tests", "bin", "docs", "pyproject.toml", "README.md", ".ci", "LICENSE")
+COPIED = (
+    "batchq", "migrations", "tests", "bin", "docs", "pyproject.toml", "hatch_build.py", "README.md", "CHANGELOG.md",
+    ".ci", "LICENSE",
+)  # fmt: skip
 MOST_SECONDS = 400
 MOST_FLUKES = 5
 LAYERS = ("component", "integration")

@@ -12,12 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 STATEMENTS = {file: file.read_text() for file in sorted((ROOT / "batchq/postgres/statements").glob("*.py"))}
 MIGRATE = "batchq/postgres/migrate.py"
+ITEMS_SQL, SPREAD_SQL = "migrations/0016_items_that_wait.sql", "migrations/0017_spread.sql"
 POSITIONS, KEEPER, RESCUE = (f"batchq/worker/{name}.py" for name in ("positions", "keeper", "rescue"))
-TABLES, PARTITIONS, PLACES_OF_READING, VERBS, BULK, VIEWS_SQL, LIMITS_SQL, KEYS_SQL, KEY_VIEWS_SQL, FLOWS_SQL = (
+TABLES, PARTITIONS, PLACES_OF_READING, VERBS, BULK, VIEWS_SQL, LIMITS_SQL, KEYS_SQL, FLOWS_SQL = (
     f"migrations/{name}.sql"
     for name in (
         "0001_batches", "0002_partitions", "0003_positions", "0005_verbs", "0006_bulk", "0008_views", "0010_limits",
-        "0011_keys", "0012_key_views", "0013_flows",
+        "0011_keys", "0013_flows",
     )
 )  # fmt: skip
 CLAIM, LEASES, RETENTION, SCHEMA, LIFE, ITEMS = (
@@ -37,6 +38,10 @@ PERMITS_TEST, KEYS_TEST, THROTTLED_TEST, FLOWS_TEST = (
 PERMITS, KEY_RING, BUCKET, ITEMS_FILE = (
     f"batchq/worker/{n}.py" for n in ("permits", "key_ring", "token_bucket", "items")
 )
+SPREAD_TEST = "component/test_spread.py"
+PROTOCOL_TEST, ORM_TEST, HOOKS_TEST = (f"component/test_{name}.py" for name in ("protocol", "orm", "hooks"))
+PROTOCOL_SQL = "migrations/0018_protocol.sql"
+FAILURES_SQL = "migrations/0019_failures_and_waits.sql"
 SCHEDULES_TEST, DECLARED_SCHEDULES = (f"component/test_{name}.py" for name in ("schedules", "declared_schedules"))
 SCHEDULES, SCHEDULES_SQL = "batchq/worker/schedules.py", "migrations/0014_schedules.sql"
 CONNECTIONS = "foundation/test_db_connection.py"
@@ -124,6 +129,239 @@ def of(
 
 
 MUTANTS = [
+    # ----------------------------------------------------------------------------- sealed, shards, the second layout
+    *of(
+        "def _about(",
+        "component/test_sealed.py",
+        [('return f"{field}\\n{kind}".encode()', 'return b""', "a sealed value opens in its kind and field alone")],
+        "batchq/common/sealed.py",
+    ),
+    *of(
+        "def opened_items(",
+        "component/test_sealed.py",
+        [("if envelope is None:", "if False:", "an item in the clear among sealed ones fails the batch")],
+        "batchq/common/sealed.py",
+    ),
+    *of(
+        "CREATE FUNCTION batchq.choose_shard(",
+        "component/test_shards.py",
+        [
+            (
+                "coalesce(pinned, batchq.shard_name(whole, batchq.shard_number(NEW.key, shards)))",
+                "batchq.shard_name(whole, batchq.shard_number(NEW.key, shards))",
+                "a key with live batches stays on its shard",
+            ),
+            (
+                "IF seen IS DISTINCT FROM TG_ARGV[2]::integer THEN",
+                "IF false THEN",
+                "a transaction from before the split puts no key elsewhere",
+            ),
+        ],
+        "migrations/0022_shards.sql",
+    ),
+    *of(
+        "FUNCTION batchq.collect_ends(",
+        "component/test_distribute.py",
+        [
+            (
+                "  INSERT INTO batchq.flow_events (needed_id, status) VALUES (found.id, found.status);\n",
+                "",
+                "what waits begins, also without a trigger",
+            )
+        ],
+        "batchq/operate/distribute.sql",
+    ),
+    *of(
+        "-- name: keep_what_is_needed",
+        "component/test_distribute.py",
+        [
+            (
+                "b.is_needed AND b.claim_token",
+                "false AND b.claim_token",
+                "what is needed is kept until its end is noted",
+            )
+        ],
+        "batchq/operate/distribute.sql",
+    ),
+    # ---------------------------------------------------------------------------------------------------- protocol
+    *of(
+        "CREATE FUNCTION batchq.lock_claim(",
+        PROTOCOL_TEST,
+        [
+            (
+                "AND b.id = batch_id AND b.claim_token = token\n  FOR",
+                "AND b.id = batch_id\n  FOR",
+                "a lost claim writes nothing",
+            ),
+        ],
+        PROTOCOL_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.claim(",
+        PROTOCOL_TEST,
+        [
+            ("AND (p.until IS NULL OR p.until > at)", "AND false", "what is paused is not claimed"),
+            (
+                "(f.max_running < 2147483647 OR f.per_second",
+                "(false AND f.per_second",
+                "kinds with a limit are left out",
+            ),
+            ("AND t.key = '' AND t.until > at", "AND false", "what is throttled is not claimed"),
+            (
+                "b.key IS NULL AND b.priority = level",
+                "b.priority = level",
+                "keys are left to those who keep their order",
+            ),
+            ("AND NOT EXISTS (SELECT 1 FROM batchq.parts p WHERE p.batch_id = b.id)", "", "a spread batch is left out"),
+            ("FOR UPDATE OF b SKIP LOCKED", "", "two workers claim a batch once"),
+        ],
+        PROTOCOL_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.complete(",
+        (PROTOCOL_TEST, ORM_TEST),
+        [
+            ("b.items_failed > b.max_failed_items OR", "", "too many failed items fail the batch"),
+            ("IF keep OR b.part_of IS NOT NULL THEN", "IF true THEN", "completed batches can be deleted"),
+        ],
+        PROTOCOL_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.fail(",
+        PROTOCOL_TEST,
+        [("OR b.attempt >= b.max_attempts", "", "the last attempt is the last")],
+        PROTOCOL_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.checkpoint(",
+        PROTOCOL_TEST,
+        [("OR ended > coalesce(b.items_total, 0)", "", "no more items are counted than there are")],
+        PROTOCOL_SQL,
+    ),
+    *of(
+        "def settle(",
+        ORM_TEST,
+        [("if not was_committed(batch):", "if False:", "a transaction that was rolled back fails the attempt")],
+        "batchq/batch/callers.py",
+    ),
+    *of(
+        "def _note(",
+        ORM_TEST,
+        [
+            ("if not held:", "if False:", "a lost claim is told before the caller commits"),
+            ("if held is None:", "if False:", "rows and state commit together"),
+        ],
+        "batchq/batch/callers.py",
+    ),
+    *of(
+        "def _swallowed(",
+        HOOKS_TEST,
+        [("return raised or ", "return ", "a hook cannot swallow an error")],
+        "batchq/worker/hooks.py",
+    ),
+    # ------------------------------------------------------------------------------------------------------ spread
+    *of(
+        "CREATE FUNCTION batchq.spread_batch(",
+        SPREAD_TEST,
+        [
+            ("AND l.claim_token = token FOR UPDATE", "FOR UPDATE", "a claim that is lost spreads nothing"),
+            ("f.max_running_per_key = 1", "false", "the order of a key is kept"),
+            (
+                "AND p.part_id IS NOT NULL AND p.items_done + p.items_failed < p.items ORDER",
+                "AND false ORDER",
+                "a part that failed fails the whole",
+            ),
+            ("least(most, b.items_total - first)", "most", "no part is empty"),
+            ("SET items = p.items_done + p.items_failed", "SET items = p.items", "a retry works what is left"),
+            ("b.key, b.id, true", "b.key, b.id, NULL", "the end of a part is noticed"),
+            ("b.trace_context, b.key, b.id", "b.trace_context, NULL, b.id", "a part has the key of the whole"),
+            ("ends[s.number] - firsts[s.number],", "0,", "a part tolerates its failed items: the whole decides"),
+            ("greatest(l.attempt - 1, 0)", "l.attempt", "making parts is no attempt"),
+            ("b.priority, clock_timestamp()", "b.priority, b.run_at", "parts are claimed at once"),
+        ],
+        SPREAD_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.gather(",
+        SPREAD_TEST,
+        [
+            ("p.first_item + g.item_index", "g.item_index", "a failed item has its index in the whole list"),
+            ("g.attempt, false,", "g.attempt, true,", "parts have used all attempts"),
+            ("UPDATE batchq.parts p SET is_gathered = true", "UPDATE batchq.parts p SET at = at", "all parts end once"),
+        ],
+        SPREAD_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.count_parts(",
+        SPREAD_TEST,
+        [
+            (
+                "CASE WHEN sums.is_whole THEN sums.failed ELSE 0 END",
+                "0",
+                "failed items of parts are those of the whole",
+            ),
+            ("SET items_done = 0, items_failed = 0", "SET at = at", "no item counts twice"),
+        ],
+        SPREAD_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.gather_parts(",
+        SPREAD_TEST,
+        [
+            ("IF open > 0 THEN", "IF false THEN", "the whole goes on when its last part has ended"),
+            ("IF reason IS NOT NULL THEN", "IF false THEN", "an item that cancels its batch cancels the whole"),
+            ("FOR UPDATE SKIP LOCKED", "", "two workers gather one after the other"),
+        ],
+        SPREAD_SQL,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.cancel_live(",
+        SPREAD_TEST,
+        [
+            ("c <> ALL (wholes)", "true", "no part is left behind"),
+            ("'{pending,processing}', reason)", "'{pending}', reason)", "a cancel stops all parts"),
+            ("PERFORM batchq.gather(", "PERFORM (", "a cancel keeps the failed items of parts"),
+        ],
+        SPREAD_SQL,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.revive(",
+        SPREAD_TEST,
+        [
+            (
+                "UPDATE batchq.parts p SET part_id = NULL",
+                "UPDATE batchq.parts p SET at = at",
+                "a retry makes new parts",
+            ),
+            (
+                "DELETE FROM batchq.parts p WHERE p.batch_id",
+                "DELETE FROM batchq.parts p WHERE false AND p.batch_id",
+                "a retry of the whole begins with the first item",
+            ),
+        ],
+        SPREAD_SQL,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.lock_batch(",
+        SPREAD_TEST,
+        [("IF whole IS NOT NULL THEN", "IF false THEN", "a part alone cannot be changed")],
+        SPREAD_SQL,
+    ),
+    *of(
+        "def parts_wanted(",
+        SPREAD_TEST,
+        [
+            ("claimed.row.spread or handler.spread", "claimed.row.spread or 1", "the handler's default counts"),
+            ("claimed.row.part_of is not None or ", "", "a part is not spread again"),
+        ],
+        "batchq/worker/spread.py",
+    ),
+    *of(
+        "    def _way(",
+        SPREAD_TEST,
+        [("if entry.batch.row.part_of is not None else", "if False else", "a part is kept until it is gathered")],
+        "batchq/worker/finisher.py",
+    ),
     # --------------------------------------------------------------------------------------------------- schedules
     *of(
         "CREATE FUNCTION batchq.fire_schedules(",
@@ -186,18 +424,14 @@ MUTANTS = [
         FLOWS_SQL,
     ),
     *of(
-        "CREATE FUNCTION batchq.note_end(",
+        "CREATE OR REPLACE FUNCTION batchq.note_end(",
         FLOWS_TEST,
         [
             ("IF FOUND THEN RETURN NULL; END IF;", "", "a batch that moves has not ended"),
-            ("coalesce(ended_as, CASE", "coalesce(CASE", "a batch that failed has not completed"),
-            (
-                "WHEN 'processing' THEN 'completed'",
-                "WHEN 'processing' THEN 'cancelled'",
-                "a batch that is not kept counts",
-            ),
+            ("IF ended_as IS NULL THEN", "IF true THEN", "a batch that failed has not completed"),
+            ("THEN 'completed' ELSE", "THEN 'cancelled' ELSE", "a batch that is not kept counts"),
         ],
-        FLOWS_SQL,
+        SPREAD_SQL,
     ),
     *of(
         "CREATE FUNCTION batchq.begin_waiting(",
@@ -228,19 +462,19 @@ MUTANTS = [
         FLOWS_SQL,
     ),
     *of(
-        "CREATE FUNCTION batchq.follow_flows(",
+        "CREATE OR REPLACE FUNCTION batchq.follow_flows(",
         FLOWS_TEST,
         [
             ("WHERE e.id > after_id ORDER", "ORDER", "what was dealt with is not read again"),
             (
-                "AND b.status = 'waiting' FOR UPDATE SKIP LOCKED",
-                "AND b.status = 'waiting' FOR UPDATE",
+                "AND b.claimed_at IS NULL\n                  FOR UPDATE SKIP LOCKED",
+                "AND b.claimed_at IS NULL\n                  FOR UPDATE",
                 "a locked batch delays only itself",
             ),
             ("WHERE u.needed_id <> ALL (kept)", "", "what could not be counted is counted later"),
             ("IF cardinality(waiting) = most_needs THEN", "IF false THEN", "all that wait for one batch are counted"),
         ],
-        FLOWS_SQL,
+        SPREAD_SQL,
     ),
     *of(
         "CREATE FUNCTION batchq.count_needs(",
@@ -263,16 +497,16 @@ MUTANTS = [
         [
             (
                 "b.id = ANY (ARRAY(SELECT n.needed_id",
-                "false AND b.id = ANY (ARRAY(SELECT n.needed_id",
+                "b.id = ANY ('{}') AND b.id = ANY (ARRAY(SELECT n.needed_id",
                 "a retried batch is still needed",
             ),
             (
-                "CASE WHEN c.after IS NULL OR c.needs_left > 0 THEN NULL ELSE 0 END",
+                "CASE WHEN c.after IS NULL OR (c.needs_left > 0 AND c.claimed_at IS NULL) THEN NULL ELSE 0 END",
                 "0",
                 "a batch cancelled while it waited waits again",
             ),
         ],
-        FLOWS_SQL,
+        SPREAD_SQL,
     ),
     *of(
         "def _follow_flows(",
@@ -315,8 +549,8 @@ MUTANTS = [
         KEYS_TEST,
         [
             (
-                "per_key(source.queue, kind) == 1",
-                "per_key(source.queue, kind) == -1",
+                "per_key(source.whole.queue, kind) == 1",
+                "per_key(source.whole.queue, kind) == -1",
                 "an urgent batch comes next in its key",
             )
         ],
@@ -524,7 +758,7 @@ MUTANTS = [
             ("AND (b.run_at, b.id) >= (w.at, w.id)", "", "views begin after the dead"),
             ("AND b.lease_expires_at >= q.at", "", "views begin after the dead leases"),
         ],
-        FLOWS_SQL,
+        SPREAD_SQL,
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.count_live(",
@@ -602,7 +836,7 @@ MUTANTS = [
             ),
             ("AND f.item_index = ANY (%(recovered)s::integer[])", "", "only what is cured loses its error"),
             (
-                "WHERE f.queue = mine.queue\n    AND f.batch_id = mine.id\n    AND f.item_index = ANY",
+                "WHERE f.queue = %(queue)s\n    AND f.batch_id = mine.id\n    AND f.item_index = ANY",
                 "WHERE f.item_index = ANY",
                 "other batches' failed items stay",
             ),
@@ -809,8 +1043,8 @@ MUTANTS = [
         LOG_INS,
         [
             (
-                "    with connected(options) as conn:\n        for id_ in options.ids:\n",
-                "    for id_ in options.ids:\n        with connected(options) as conn:\n",
+                "with transaction(conn, seconds, settings=session.FIXED_FORMATS):\n                    status",
+                "with connected(options) as conn, transaction(conn, seconds):\n                    status",
                 "a verb logs in once",
             )
         ],
@@ -976,8 +1210,8 @@ MUTANTS = [
             ("    LIMIT most\n", "", "locks of a prune do not grow with history"),
             ("< first_kept_day\n", "<= first_kept_day\n", "only days wholly before are dropped"),
             (
-                "AND NOT EXISTS (SELECT 1 FROM batchq.batches b WHERE b.queue = one AND b.id = i.batch_id)",
-                "",
+                "FROM batchq.batches b WHERE b.queue = one AND b.id = i.batch_id",
+                "FROM batchq.batches b WHERE false",
                 "failed items stay with their batch",
             ),
             ("IF older_than < interval '0' THEN", "IF false THEN", "a negative age is refused"),
@@ -1000,15 +1234,15 @@ MUTANTS = [
         "CREATE OR REPLACE FUNCTION batchq.bulk(",
         ODD,
         [("older_than::numeric)", "older_than)", "a caller's settings change no age")],
-        KEY_VIEWS_SQL,
+        FAILURES_SQL,
     ),
     # ------------------------------------------------------------------------------------------------------- verbs
     *of(
-        "CREATE FUNCTION batchq.retry(",
+        "CREATE OR REPLACE FUNCTION batchq.retry(",
         ACTIONS,
         [
             (
-                "IF b.status = 'processing' OR b.status IS NULL THEN",
+                "IF b.status IN ('processing', 'waiting') OR b.status IS NULL THEN",
                 "IF b.status IS NULL THEN",
                 "a batch that runs is left alone",
             ),
@@ -1025,7 +1259,7 @@ MUTANTS = [
                 "a retry says which key is taken",
             ),
         ],
-        VERBS,
+        SPREAD_SQL,
     ),
     *of(
         "CREATE FUNCTION batchq.move(",
@@ -1034,7 +1268,7 @@ MUTANTS = [
         VERBS,
     ),
     *of(
-        "CREATE FUNCTION batchq.lock_batch(",
+        "CREATE OR REPLACE FUNCTION batchq.lock_batch(",
         (ACTIONS, "integration/test_interleavings.py"),
         [
             (
@@ -1048,7 +1282,7 @@ MUTANTS = [
                 "an action that waited is not lost",
             ),
         ],
-        VERBS,
+        SPREAD_SQL,
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.revive(",
@@ -1070,7 +1304,7 @@ MUTANTS = [
                 "other batches' failed items stay",
             ),
         ],
-        FLOWS_SQL,
+        SPREAD_SQL,
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.cancel_live(",
@@ -1078,9 +1312,9 @@ MUTANTS = [
         [
             ("AND b.status = ANY (statuses)", "", "a bulk action keeps to its filter"),
             ("b.queue = in_queue AND b.id = ANY (ids)", "b.queue = in_queue", "a cancel takes no other batch"),
-            ("FOR UPDATE SKIP LOCKED", "FOR UPDATE", "bulk actions wait for no row"),
+            ("(statuses) FOR UPDATE SKIP LOCKED", "(statuses) FOR UPDATE", "bulk actions wait for no row"),
         ],
-        FLOWS_SQL,
+        SPREAD_SQL,
     ),
     *of(
         "CREATE FUNCTION batchq.change_pending(",
@@ -1102,7 +1336,7 @@ MUTANTS = [
         [
             ("f.queue = in_queue AND f.batch_id = ANY (ids)", "f.queue = in_queue", "other batches' failed items stay"),
         ],
-        FLOWS_SQL,
+        SPREAD_SQL,
     ),
     *of(
         "CREATE OR REPLACE FUNCTION batchq.bulk(",
@@ -1113,9 +1347,31 @@ MUTANTS = [
                 "coalesce((place",
                 "a verb in bulk takes each batch once",
             ),
-            ("OR b.queue <> change ->> 'to_queue'));", "));", "what is as wanted is not left out"),
+            (
+                "OR b.queue <> change ->> 'to_queue'));",
+                "OR false AND b.queue <> change ->> 'to_queue'));",
+                "what is as wanted is not left out",
+            ),
         ],
-        KEY_VIEWS_SQL,
+        FAILURES_SQL,
+    ),
+    *of(
+        "CREATE OR REPLACE FUNCTION batchq.bulk_find(",
+        "component/test_error_groups.py",
+        [
+            (
+                "AND (in_group IS NULL OR batchq.error_group(coalesce(errors -> -1 ->> 'error', '')) = in_group)",
+                "",
+                "a retry of a group takes no other batch",
+            )
+        ],
+        FAILURES_SQL,
+    ),
+    *of(
+        "CREATE FUNCTION batchq.add_up_throughput(",
+        "component/test_wait_times.py",
+        [("EXIT WHEN NOT is_done;", "", "no minute is left out while a week is added up")],
+        FAILURES_SQL,
     ),
     # ------------------------------------------------------------------------------------------------------ tables
     *of(
@@ -1154,17 +1410,17 @@ MUTANTS = [
         TABLES,
     ),
     *of(
-        "CREATE FUNCTION batchq.count_items",
+        "CREATE OR REPLACE FUNCTION batchq.count_items(",
         (TOTALS, CREATE),
         [
             ("ELSIF jsonb_typeof(NEW.items) <> 'array' THEN", "ELSIF false THEN", "bad input is refused by name"),
             (
-                "WHERE b.queue = NEW.queue AND b.id = NEW.id",
-                "WHERE b.queue = NEW.queue",
+                "= counted WHERE b.queue = NEW.queue AND b.id = NEW.id",
+                "= counted WHERE b.queue = NEW.queue",
                 "an INSERT changes its own rows",
             ),
         ],
-        TABLES,
+        ITEMS_SQL,
     ),
     *of("INSERT_BATCH: LiteralString", CREATE, [("ON CONFLICT DO NOTHING", "", "a key that is taken is no error")]),
     # -------------------------------------------------------------------------------------------------- migrations
@@ -1326,10 +1582,10 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------------------------------------- the database's doors
     *of(
-        "CREATE FUNCTION batchq.count_items(",
+        "CREATE OR REPLACE FUNCTION batchq.count_items(",
         FUNCTIONS,
         [("TG_TABLE_SCHEMA <> 'batchq'", "false", "a trigger function does its work on batchq's own tables alone")],
-        TABLES,
+        ITEMS_SQL,
     ),
     *of(
         "CREATE FUNCTION batchq.forget_failed_items()",

@@ -32,11 +32,11 @@ FROM batchq.schedules ORDER BY name
 """
 BATCHES = """
 SELECT payload ->> 'schedule', date_part('epoch', (payload ->> 'tick')::timestamptz)
-FROM batchq.batches WHERE payload ? 'schedule'
+FROM batchq.all_batches WHERE payload ? 'schedule'
 """
 LAGS = """
 SELECT (result #>> '{}')::float8 - date_part('epoch', (payload ->> 'tick')::timestamptz)
-FROM batchq.batches WHERE payload ? 'schedule' AND status = 'completed' AND (payload ->> 'tick')::timestamptz > %s
+FROM batchq.all_batches WHERE payload ? 'schedule' AND status = 'completed' AND (payload ->> 'tick')::timestamptz > %s
 ORDER BY 1
 """
 

@@ -204,7 +204,7 @@ def problems(conn: psycopg.Connection[Any], by_kind: Counter[str]) -> list[str]:
 
 def wrong_ends(conn: psycopg.Connection[Any], by_kind: Counter[str]) -> list[str]:
     """Return what is lost, or has ended as it must not."""
-    rows = conn.execute("SELECT kind, status, count(*) FROM batchq.batches GROUP BY kind, status").fetchall()
+    rows = conn.execute("SELECT kind, status, count(*) FROM batchq.all_batches GROUP BY kind, status").fetchall()
     found: Counter[str] = Counter()
     wrong = []
     for kind, status, count in rows:
@@ -217,7 +217,7 @@ def wrong_ends(conn: psycopg.Connection[Any], by_kind: Counter[str]) -> list[str
 
 LEDGER = """
 SELECT b.kind, count(l.number), count(DISTINCT l.number)
-FROM batchq.batches b LEFT JOIN ledger l ON l.batch_id = b.id
+FROM batchq.all_batches b LEFT JOIN ledger l ON l.batch_id = b.id
 WHERE b.kind = ANY (%s)
 GROUP BY b.kind, b.id
 """

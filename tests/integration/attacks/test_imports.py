@@ -28,7 +28,6 @@ INSTALLED = [
     "psycopg_binary",
     "pydantic",
     "pydantic_core",
-    "pydantic_settings",
     "dotenv",
     "structlog",
     "rich",

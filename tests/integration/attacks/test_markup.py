@@ -1,18 +1,15 @@
 """Markup: no text that somebody hostile has chosen is markup, on the terminal or on the full screen of `batchq top`."""
 
-import asyncio
 import json
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from textual.widgets import Static
 
-from batchq.cli import show_tables, top_screen
-from batchq.cli.commands.show import read_batch
-from batchq.cli.commands.top import read_tables
+from batchq.cli.top.app import Top
+from batchq.cli.top.dialogs import Confirmation, Menu
+from batchq.cli.top.views import BatchView
 from batchq.postgres.statements import workers
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.workers import WorkerRow
@@ -20,7 +17,7 @@ from tests.component.rows import change, checkpoint, failure, finished, insert, 
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
 from tests.support.hostile import MARKUP
-from tests.support.screen import until
+from tests.support.screen import lines, on_screen, table, until
 from tests.support.terminals import on_terminal
 
 Conn = psycopg.Connection[Any]
@@ -77,37 +74,33 @@ def test_somebody_gives_markup_as_an_argument(command: CommandLine) -> None:
 
 
 def test_a_producer_takes_the_full_screen(conn: Conn, dsn: str) -> None:
-    taken = processing(conn, kind=MARKUP, items=[MARKUP])
-    finished(conn, "failed", kind=MARKUP, error=json.dumps({"error": MARKUP}))
+    taken = processing(conn, kind=MARKUP, queue=MARKUP, items=[MARKUP], worker=MARKUP, payload={MARKUP: MARKUP})
+    checkpoint(conn, taken, Progress(0, 1, [failure(0, MARKUP)], first_index=0), queue=MARKUP)
+    finished(conn, "failed", kind=MARKUP, error=json.dumps({"error": MARKUP, "traceback": MARKUP, "attempt": MARKUP}))
     conn.execute("SELECT batchq.pause(kind => %s, reason => %s, actor => %s)", [MARKUP] * 3)
+    seen = MARKUP.split("\n")[0][:10]
 
-    def look() -> top_screen.Rows:
-        with psycopg.connect(dsn) as conn:
-            return read_tables(conn, Namespace(queue=None, kind=None))
+    async def act(screen: Top, pilot: Any) -> None:
+        await until(pilot, lambda: table(screen, "queues").row_count > 0)
+        await pilot.press("a")
+        await until(pilot, lambda: isinstance(screen.screen, Menu))
+        await pilot.press("p")
+        await until(pilot, lambda: isinstance(screen.screen, Confirmation))
+        assert seen in "\n".join(lines(screen))
+        await pilot.press("escape")
+        await pilot.press("slash", *"[/x]", "enter")
+        await pilot.press("escape")
+        for key in ("2", "3"):
+            await pilot.press(key)
+            await until(pilot, lambda: screen.main.table.row_count > 0)
+            await pilot.press("enter")
+            await until(pilot, lambda: isinstance(screen.screen, BatchView) and bool(screen.screen.shown))
+            assert seen in "\n".join(lines(screen))
+            assert screen.is_running
+            await pilot.press("escape")
+            await until(pilot, lambda: screen.screen is screen.main)
 
-    def show(batch_id: int) -> Any:
-        if batch_id != taken.id:
-            raise RuntimeError(MARKUP)
-        with psycopg.connect(dsn) as conn:
-            found = read_batch(conn, batch_id)
-        assert found
-        return show_tables.one_batch(found, [{"item_index": 0, "item": MARKUP, "attempt": 1, "error": MARKUP}])
-
-    async def act() -> None:
-        screen = top_screen.Top(look, show, 0.1)
-        async with screen.run_test(size=(200, 50)) as pilot:
-            await until(pilot, lambda: screen.table("queues").row_count > 0)
-            for key in ("2", "3"):
-                await pilot.press(key)
-                await pilot.press("enter")
-                await until(pilot, lambda: isinstance(screen.screen, top_screen.Details))
-                assert screen.screen.query_one(Static).visual is not None
-                await pilot.pause(0.1)
-                assert screen.is_running
-                await pilot.press("escape")
-                await until(pilot, lambda: not isinstance(screen.screen, top_screen.Details))
-
-    asyncio.run(act())
+    on_screen(dsn, act)
 
 
 def test_a_worker_writes_errors_that_are_no_objects(conn: Conn, command: CommandLine) -> None:

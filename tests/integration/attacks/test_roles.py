@@ -3,6 +3,7 @@ broader than that; what the docs say is what is tried here."""
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 import batchq
+from batchq.postgres import migrate as migrations
 from tests.component.rows import value, values
 from tests.support import matrix, tour
 from tests.support.alone import run_alone
 from tests.support.commands import CommandLine
+from tests.support.databases import MIGRATIONS
 from tests.support.poolers import PgBouncer
 from tests.support.roles import role_for
 from tests.support.steps import step
@@ -140,6 +143,50 @@ def test_a_worker_rewrites_no_input_and_forges_no_batch(conn: Conn, roles: dict[
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 worker.execute(statement.encode())
     assert value(conn, "SELECT kind FROM batchq.batches") == "x"
+
+
+def test_who_could_read_the_status_before_an_upgrade_can_read_it_afterwards(
+    empty_dsn: str, admin_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tmp_path / "migrations"
+    shutil.copytree(MIGRATIONS, before, ignore=lambda _, names: [name for name in names if name >= "0016"])
+    with monkeypatch.context() as patched, role_for(admin_dsn) as reader:
+        patched.setattr(migrations, "directory", lambda: before)
+        migrations.migrate(empty_dsn)
+        name = str(conninfo_to_dict(reader)["user"])
+        with psycopg.connect(empty_dsn, autocommit=True) as owner:
+            owner.execute(f"GRANT USAGE ON SCHEMA batchq TO {name}".encode())
+            owner.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA batchq TO {name}".encode())
+            owner.execute("INSERT INTO batchq.batches (kind, items) VALUES ('x', '[1, 2]')")
+            patched.undo()
+            migrations.migrate(empty_dsn)
+            owner.execute("UPDATE batchq.batches SET spread = 2")
+            owner.execute(f"SET ROLE {name}".encode())
+            assert value(owner, "SELECT items_done FROM batchq.status") == 0
+            owner.execute(f"RESET ROLE; DROP OWNED BY {name}".encode())
+
+
+def test_a_role_with_a_duty_gets_what_an_upgrade_adds_to_it(
+    empty_dsn: str, admin_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tmp_path / "migrations"
+    shutil.copytree(MIGRATIONS, before, ignore=lambda _, names: [name for name in names if name >= "0021"])
+    with monkeypatch.context() as patched, role_for(admin_dsn) as role:
+        patched.setattr(migrations, "directory", lambda: before)
+        migrations.migrate(empty_dsn)
+        name = str(conninfo_to_dict(role)["user"])
+        with psycopg.connect(empty_dsn, autocommit=True) as owner:
+            for duty in ("producer", "worker", "viewer"):
+                owner.execute("SELECT batchq.grant_duty(%s, %s)", [duty, name])
+            owner.execute("GRANT SELECT ON batchq.batches TO PUBLIC")
+            patched.undo()
+            migrations.migrate(empty_dsn)
+            assert value(owner, "SELECT has_table_privilege('public', 'batchq.all_batches', 'SELECT')"), "as a reader"
+            owner.execute(f"SET ROLE {name}".encode())
+            assert value(owner, "SELECT batchq.shard_of('mail')") == "mail", "as a producer"
+            assert value(owner, "SELECT batchq.shards_of_queues('{mail}')") is None, "as a worker"
+            assert value(owner, "SELECT count(*) FROM batchq.shards") == 0, "as a viewer"
+            owner.execute(f"RESET ROLE; DROP OWNED BY {name}".encode())
 
 
 # ------------------------------------------------------------------------------------- what the shell says of grants

@@ -3,6 +3,7 @@ those of pg_catalog; an ordinary worker, viewer, operator or owner must never ca
 
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psycopg
@@ -11,6 +12,7 @@ import pytest
 from batchq.postgres.migrate import migrate
 from tests.support import tour
 from tests.support.alone import run_alone
+from tests.support.callers import sqlalchemy_caller
 from tests.support.steps import step
 
 ROOT = Path(__file__).parents[3]
@@ -154,6 +156,15 @@ def test_nobody_who_works_looks_or_operates_takes_poison(databases, poisoned: st
     assert tour.look(dsn, tmp_path) == {}
     step("operator")
     assert tour.operate(dsn, dsn, tmp_path) == {}
+
+
+def test_who_inserts_many_without_copy_takes_no_poison(databases, poisoned: str) -> None:
+    with sqlalchemy_caller(databases.server.dsn(poisoned), "psycopg2") as caller:
+        needed = caller.each("mail", [{"n": 1}, None], delay_seconds=5, priority=3)
+        options = {"after": needed, "run_at": datetime(2090, 1, 1, tzinfo=UTC), "max_attempts": 2, "spread": 2}
+        assert caller.many("mail", items=[1, 2, 3], items_per_batch=2, timeout_seconds=5, key="k", **options) == 2
+        assert caller.many("mail", ["k"], key=str, delay_seconds=5, on_failure="run") == 1
+        caller.rollback()
 
 
 def test_who_migrates_takes_no_poison(databases) -> None:

@@ -156,7 +156,7 @@ def test_no_function_with_the_owners_rights_runs_text_that_it_was_given(conn: Co
         "SELECT proname::text, prosrc FROM pg_proc WHERE pronamespace = 'batchq'::regnamespace AND prosecdef"
     ).fetchall()
     assert len(found) > 15
-    run = {(name, what) for name, text in found for what in re.findall(r"\bEXECUTE\s+(\w+)", text)}
+    run = {(name, what) for name, text in found for what in re.findall(r"\bEXECUTE\s+(?!FUNCTION)(\w+)", text)}
     assert {what for _, what in run} <= {"format"}, run
     quoted = [text for _, text in found for text in re.findall(r"EXECUTE format\(([^;]*)\);", text)]
     assert quoted
@@ -191,7 +191,8 @@ def tenant(conn: Conn, admin_dsn: str) -> Iterator[Conn]:
                 ALTER TABLE batchq.batches ENABLE ROW LEVEL SECURITY;
                 CREATE POLICY own ON batchq.batches TO {role}
                   USING (payload ->> 'tenant' = 'me') WITH CHECK (payload ->> 'tenant' = 'me');
-                GRANT SELECT ON batchq.batches, batchq.status TO {role}
+                GRANT SELECT ON batchq.batches, batchq.all_batches, batchq.status TO {role};
+                GRANT EXECUTE ON FUNCTION batchq.progress_of_parts(bigint) TO {role}
                 """).format(role=role)
             )
         with psycopg.connect(dsn, autocommit=True) as conn_of_tenant:
@@ -232,6 +233,11 @@ def test_a_tenant_does_not_get_round_its_policy(conn: Conn, tenant: Conn, statem
     with pytest.raises(DENIED):
         tenant.execute(statement.encode())
     assert value(conn, "SELECT count(*) FROM batchq.batches") == 2
+
+
+def test_a_tenant_sees_its_own_as_before_once_a_queue_is_split(conn: Conn, tenant: Conn) -> None:
+    conn.execute("SELECT batchq.split_queue('default', 4)")
+    assert tenant.execute("SELECT queue, kind FROM batchq.status").fetchall() == [("default", "mail")]
 
 
 def test_a_tenant_enqueues_many_of_its_own_and_none_of_others(conn: Conn, tenant: Conn) -> None:

@@ -1,0 +1,1 @@
+"""Integrations with frameworks; each needs an extra, and nothing of batchq imports them."""

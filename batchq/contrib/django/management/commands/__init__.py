@@ -1,0 +1,1 @@
+"""`batchq_worker` and `batchq_migrate`."""

@@ -1,0 +1,1 @@
+"""A shop: each order gets a receipt, by a task that batchq runs."""
