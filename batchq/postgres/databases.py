@@ -70,7 +70,9 @@ def databases_of(names: Sequence[str]) -> list[Database]:
             _checked(_variable(kind, name), file) for kind in ("DSN", "LISTEN_DSN", "MIGRATION_DSN")
         )
         if not dsn:
-            raise ConfigError(f"{_variable('DSN', name)} is not set; set it to the DSN of the database {name!r}")
+            known = ", ".join(sorted(each for each in {*file, *os.environ} if each.startswith("BATCHQ_DSN_")))
+            shown = f" (set are: {known})" if known else ""
+            raise ConfigError(f"{_variable('DSN', name)} is not set; set it to the DSN of the database {name!r}{shown}")
         if other := found.get(dsn):
             raise ConfigError(f"{_variable('DSN', other)} and {_variable('DSN', name)} are the same; correct one")
         found[dsn] = name

@@ -144,9 +144,13 @@ def test_the_command_says_what_it_has_done(plain: str, plain_conn: Conn, tmp_pat
     ended = command("distribute", "--without-citus", "--yes")
     assert (ended.code, ended.err) == (0, "")
     assert "separate finished: done" in ended.out.splitlines()
+    assert "before" not in ended.out
     assert (
         value(plain_conn, "SELECT count(*) FROM pg_inherits WHERE inhrelid = 'batchq.batches_finished'::regclass") == 0
     )
+    again = command("distribute", "--without-citus", "--yes")
+    assert (again.code, again.err) == (0, "")
+    assert again.out.splitlines()[-1].startswith("the tables had this layout before")
 
 
 @pytest.mark.parametrize(

@@ -483,6 +483,22 @@ def test_what_a_handler_throttles_is_the_whole(conn: Conn, dsn: str) -> None:
     assert rows == [("mail", "told"), ("mail", "told_items")]
 
 
+def test_the_items_of_all_shards_together_keep_the_rate_of_the_whole(conn: Conn, dsn: str) -> None:
+    split(conn, 4)
+    conn.execute("INSERT INTO batchq.limits (queue, items_per_second) VALUES ('mail', 20)")
+    app, begun = batchq.App(), []
+
+    @app.item_handler("work")
+    def work(_: int) -> None:
+        begun.append(time.monotonic())
+
+    for shard in ("mail#1", "mail#2"):
+        put(conn, "work", queue="mail", key=keys_on(conn, shard, 1)[0], items=list(range(25)))
+    drain(app, dsn, queues=["mail"])
+    assert len(begun) == 50
+    assert begun[-1] - begun[0] >= (50 - 20) / 20 - 0.1  # a second's worth at once, then the rate
+
+
 def test_batches_of_a_shard_that_wait_in_a_worker_are_given_back_when_their_kind_is_throttled(
     conn: Conn, dsn: str
 ) -> None:

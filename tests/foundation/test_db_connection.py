@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -801,6 +802,14 @@ def test_a_database_that_is_away_does_not_shut_the_gate(clock: Clock) -> None:
         with pytest.raises(psycopg.OperationalError, match=r"refused|failed"):
             Connection.connect(nowhere, **CONNECT_OPTIONS)
     backoffs.of(nowhere).check()
+
+
+def test_a_forked_child_logs_in_though_a_thread_of_its_parent_was_logging_in() -> None:
+    name = f"a database that only {uuid4()} knows"
+    assert backoffs.of(name).take_turn()
+    if (child := os.fork()) == 0:
+        os._exit(0 if backoffs.of(name).take_turn() else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,11 @@ def command(tmp_path: Path) -> CommandLine:
         ("eu-1,eu_1", "two databases have the name 'eu-1' (- and _ count as the same)"),
         ("EU", "'EU' cannot be one: the name of a database is"),
         ("../x", "the name of a database is"),
-        ("eu,gone", "BATCHQ_DSN_GONE is not set; set it to the DSN of the database 'gone'"),
+        (
+            "eu,gone",
+            "BATCHQ_DSN_GONE is not set; set it to the DSN of the database 'gone' "
+            "(set are: BATCHQ_DSN_BAD, BATCHQ_DSN_EU, BATCHQ_DSN_ODD, BATCHQ_DSN_SAME)",
+        ),
         ("eu,same", "BATCHQ_DSN_EU and BATCHQ_DSN_SAME are the same"),
         ("eu,bad", "BATCHQ_DSN_BAD: not a Postgres DSN"),
         ("eu,odd", "BATCHQ_DSN_ODD: options= does not survive a pooler"),

@@ -39,6 +39,10 @@ def _run(options: Namespace) -> int:
             return 0
         if not is_confirmed(_QUESTION, options.yes):
             return 1
+        made = set()
         for step in distribute.distribute(conn, not options.without_citus):
+            made.add(step.name)
             put(f"{step.name.replace('_', ' ')}: done")
+        if "separate_finished" not in made:
+            put("the tables had this layout before; only what an upgrade may have changed was made again")
     return 0
