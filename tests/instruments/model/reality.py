@@ -132,8 +132,8 @@ class Reality:
 
 
 def broken_invariants(conn: psycopg.Connection[Any]) -> list[Any]:
-    """Return what breaks an invariant of batchq/operate/invariants.sql: name, batch and what is wrong."""
-    return conn.execute(INVARIANTS.encode()).fetchall()
+    """Return what breaks an invariant of batchq/operate/invariants.sql, in order: name, batch and what is wrong."""
+    return sorted(conn.execute(INVARIANTS.encode()).fetchall())
 
 
 def drop_partitions_ahead(conn: psycopg.Connection[Any]) -> None:
