@@ -63,7 +63,7 @@ FUNCTIONS = (
     *dict.fromkeys(verb.function for verb in VERBS.values()), "bulk", "set_limit", "set_schedule", "pause_schedule",
     "resume_schedule", "run_schedule", "remove_schedule", "enqueue_copy",
     "prune", "create_finished_partitions", "bell", "give_replica_identities", "newest_live",
-    "split_queue", "whole_queue", "shards_of", "shard_of",
+    "split_queue", "whole_queue", "whole_of_shard", "shards_of", "shard_of",
     "failed_items_of", "progress_of_parts", "grant_duty", "duty_statements", "shown_status",
     "claim", "extend", "items", "items_to_retry", "checkpoint", "complete", "fail", "release", "rescue",
 )  # fmt: skip
