@@ -87,6 +87,7 @@ class Command:
 
 def main() -> int:
     """Go the path; return the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background may have ignored it
     try:
         with tempfile.TemporaryDirectory(prefix="batchq-newcomer-") as directory:
             Path(directory).chmod(0o755)  # the server, which is not run as root, must get in
