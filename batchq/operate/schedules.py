@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from batchq.common import hidden
 from batchq.common.cron import MISSED, MOST_CATCH_UP, OVERLAPS, ScheduleError, check_definition, next_ticks, words
 from batchq.errors import InvalidInput
 from batchq.postgres.statements import schedules
@@ -113,6 +114,12 @@ class Change(NamedTuple):
     before: Row | None
     after: Row
     is_changed: bool
+
+
+def shown_rows(conn: Conn, name: str | None = None, queue: str | None = None, kind: str | None = None) -> list[Row]:
+    """Return the rows of batchq.schedule_status, with *** for hidden fields of payloads."""
+    rows = schedules.schedule_rows(conn, name, queue, kind)
+    return [row | {"payload": hidden.without_hidden(row["payload"])} for row in rows]
 
 
 def change(conn: Conn, wanted: Row, reason: str | None, actor: str | None) -> Change:

@@ -150,6 +150,16 @@ def test_the_command_line_shows_no_hidden_value(conn: Conn, dsn: str, tmp_path: 
     assert "ann" in shown
 
 
+def test_the_command_line_shows_no_hidden_value_of_a_schedule(conn: Conn, dsn: str, tmp_path: Path) -> None:
+    command = CommandLine(dsn, tmp_path)
+    add = ("schedule", "add", "nightly", "0 3 * * *", "--kind", "shown", "--json", "--payload")
+    given = {"BATCHQ_HIDDEN_FIELDS": ",".join(NAMES)}
+    added = [command(*add, json.dumps(PAYLOAD | {"user": user}), **given) for user in ("ann", "bob")]
+    listed = [command(*words, "--json", **given) for words in (("schedule", "list"), ("status",), ("top",))]
+    assert [found.out.count("***") for found in added + listed] == [3, 6, 3, 3, 3]
+    assert all("bob" in found.out and not has_secret(found.out) for found in [added[1], *listed])
+
+
 # -------------------------------------------------------------------------------------------------------- the rules
 
 names = st.sampled_from(["a", "pin", "PIN", "x_token", "password", 'p"in', "pin\\"])

@@ -8,10 +8,11 @@ from batchq.cli.arguments import add_command
 from batchq.cli.connections import database
 from batchq.cli.known import warn_of_unknown
 from batchq.cli.verbs import user_name
+from batchq.common.hidden import text_without_hidden
 from batchq.common.numbers import did_you_mean, listed
 from batchq.common.terminal import complain, put, put_json, show
 from batchq.errors import InvalidInput
-from batchq.operate.schedules import ACTIONS, FIELDS, Action, change, definition, do, upcoming, words_of
+from batchq.operate.schedules import ACTIONS, FIELDS, Action, change, definition, do, shown_rows, upcoming, words_of
 from batchq.postgres.statements import schedules
 from batchq.postgres.statements.running import Conn
 
@@ -57,7 +58,7 @@ def _run(options: Namespace) -> int:
 
 def _list(options: Namespace) -> int:
     with database(options) as conn:
-        rows = schedules.schedule_rows(conn, options.name, options.queue, options.kind)
+        rows = shown_rows(conn, options.name, options.queue, options.kind)
         missing = "" if rows or options.name is None else _missing(conn, options.name)
         if not rows and not missing:
             warn_of_unknown(conn, options.queue, options.kind)
@@ -80,13 +81,17 @@ def _add(options: Namespace) -> int:
         changed = change(conn, wanted, options.reason, options.actor)
         [row] = schedules.schedule_rows(conn, options.name)
     if options.json:
-        put_json({"changed": changed.is_changed, "before": changed.before, "after": changed.after})
+        put_json({"changed": changed.is_changed, "before": _shown(changed.before), "after": _shown(changed.after)})
     else:
         done = "added" if changed.before is None else "changed" if changed.is_changed else "unchanged"
         put(f"schedule {options.name} {done}: {words_of(wanted)}")
     if row["handling_workers"] == 0:
         complain(f"no live worker of queue {row['queue']} has a handler for kind {row['kind']}")
     return 0
+
+
+def _shown(found: _Row | None) -> _Row | None:
+    return found and found | {"payload": text_without_hidden(found["payload"])}
 
 
 def _act(options: Namespace, action: Action) -> int:

@@ -14,10 +14,11 @@ from batchq.cli.connections import linked, one_or_several, patiently
 from batchq.cli.known import warn_of_unknown
 from batchq.cli.overview import overview, overview_of_several, show_several
 from batchq.common.terminal import console, put_json, show
+from batchq.operate.schedules import shown_rows
 from batchq.operate.watch import ONCE_SECONDS, Watch
 from batchq.postgres.databases import Database
 from batchq.postgres.link import Link
-from batchq.postgres.statements import limits, schedules, verbs, views
+from batchq.postgres.statements import limits, verbs, views
 from batchq.postgres.statements.running import Conn
 from batchq.postgres.statements.totals import totals
 
@@ -78,6 +79,6 @@ def _tables(conn: Conn, options: Namespace) -> dict[str, Any]:
         "pauses": verbs.pause_rows(conn),
         "limits": limits.limit_rows(conn, options.queue, options.kind),
         "throttles": limits.throttle_rows(conn, options.queue, options.kind),
-        "schedules": schedules.schedule_rows(conn, None, options.queue, options.kind),
+        "schedules": shown_rows(conn, None, options.queue, options.kind),
         "batches": views.status_rows(conn, options.queue, options.kind, options.status, options.limit),
     }

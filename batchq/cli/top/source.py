@@ -9,8 +9,9 @@ from batchq.cli.columns import Row
 from batchq.cli.top.deeds import Deed, Rows
 from batchq.common.hidden import shown_item, shown_text
 from batchq.operate.parts import Summary, summary
+from batchq.operate.schedules import shown_rows
 from batchq.postgres.link import Link
-from batchq.postgres.statements import flows, limits, parts, schedules, verbs, views
+from batchq.postgres.statements import flows, limits, parts, verbs, views
 from batchq.postgres.statements.running import Conn
 
 MOST_ROWS = 200
@@ -29,7 +30,7 @@ _READS: dict[str, Callable[[Conn, str | None, str | None], list[Row]]] = {
     "throttles": limits.throttle_rows,
     "keys": lambda conn, queue, _: views.key_rows(conn, queue, MOST_ROWS),
     "flows": lambda conn, queue, kind: views.status_rows(conn, queue, kind, "waiting", MOST_ROWS),
-    "schedules": lambda conn, queue, kind: schedules.schedule_rows(conn, None, queue, kind),
+    "schedules": lambda conn, queue, kind: shown_rows(conn, None, queue, kind),
 }
 TABLES = tuple(_READS)
 PLAIN_TABLES = tuple(name for name in TABLES if name != "minutes")  # those of --json
