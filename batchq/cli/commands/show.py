@@ -10,7 +10,6 @@ from batchq.cli.arguments import add_command, add_id, natural
 from batchq.cli.connections import database, settings_of
 from batchq.common import hidden, sealed
 from batchq.common.terminal import complain, put_json, show
-from batchq.errors import ConfigError
 from batchq.operate.parts import summary
 from batchq.postgres.statements import flows, parts, views
 from batchq.postgres.statements.verbs import clock_json
@@ -30,8 +29,6 @@ def add_parser(subparsers: Any) -> None:
 def _run(options: Namespace) -> int:
     if options.open:
         settings_of(options).use_encryption_keys()
-        if sealed.current() is None:
-            raise ConfigError("--open needs the keys of the batch; set BATCHQ_ENCRYPTION_KEYS")
     with database(options) as conn:
         batch = read_batch(conn, options.id)
         failed_items = views.failed_item_objects(conn, options.id, options.limit)
