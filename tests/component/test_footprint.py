@@ -19,8 +19,8 @@ from tests.support.waiting import wait_until
 ROOT = Path(__file__).parents[2]
 MEASUREMENTS = 10
 MOST_IMPORT_SECONDS = 0.1  # beside psycopg's own; 15 ms were measured
-# 56 and 59 were measured, and 61 over TCP on a second machine. Over TCP, libpq uses OpenSSL.
-MOST_WORKER_MIB = {"socket": 58, "TCP": 63}
+# The goal is 60. Measured: 55 to 58 over a socket; over TCP, where libpq uses OpenSSL, 59 and, on another machine, 61.
+MOST_WORKER_MIB = {"socket": 60, "TCP": 63}
 BATCHES = 10_000
 
 # Neither for a program that enqueues, nor for a worker without metrics, traces and a web UI.
