@@ -23,6 +23,6 @@ def role_for(admin_dsn: str, *duties: str, password: str | None = None) -> Itera
                 admin.execute("SELECT batchq.grant_duty(%s, %s)", [duty, name])
             yield make_conninfo(admin_dsn, user=name, password=password)
         finally:
-            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [name])
+            admin.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE usename = %s", [name])
             admin.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(name)))
             admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
