@@ -167,10 +167,11 @@ class App:
 
         Its first argument is the item. It may also take ``batch`` and, if *transactional*, ``conn``: the connection of
         the chunk's transaction, which has a savepoint for each item and commits with the checkpoint. *concurrency*: how
-        many items of a batch run concurrently. *chunk_size*: most items per checkpoint, which is also written after
-        about a second. *spread*: number of parts for a batch whose row does not set one (see docs/spread.md). *item*: a
-        pydantic model; an item that does not fit the model fails without a retry. *items_per_second*: for how many
-        items it is called per second, in all workers together. Other options: see `handler`. Raises ConfigError.
+        many items of a batch run concurrently. *chunk_size*: at most how many items there are between two checkpoints;
+        one is also written about once a second. *spread*: into how many parts a batch is split whose row does not say
+        so (see docs/spread.md). *item*: a pydantic model; an item that does not fit the model fails without a retry.
+        *items_per_second*: for how many items it is called per second, in all workers together. Other options: see
+        `handler`. Raises ConfigError.
         """
         rates = (max_running, per_second, items_per_second, burst_seconds, max_running_per_key)
         limits = _checked_limits(kind, DeclaredLimits(*rates))
@@ -247,9 +248,9 @@ class App:
     def on_failure(self, function: OnFailure) -> OnFailure:
         """Call a function with a `Failure` after a batch has failed for good: ``@app.on_failure``.
 
-        It is called once the failure is committed, by the worker that committed it, also for a batch whose worker has
-        died. It is called at most once, unless the connection breaks during that commit, and not at all if the process
-        ends before the call. An error of the function is only logged. Raises ConfigError.
+        The worker that commits the failure calls it afterwards, also if the batch's own worker has died. It is called
+        at most once, unless the connection breaks during that commit, and not at all if the process ends before the
+        call. An error of the function is only logged. Raises ConfigError.
         """
         self.hooks.add_on_failure(function)
         return function

@@ -762,16 +762,21 @@ COMMENT ON COLUMN batchq.status.needs_left IS
   'Number of batches that a waiting batch still waits for; of one that is spread, the number of its parts that have not ended.';
 COMMENT ON COLUMN batchq.status.spread IS 'Number of parts in which the items are worked at the same time; null: the batch is not spread.';
 
-REVOKE ALL ON ALL FUNCTIONS IN SCHEMA batchq FROM PUBLIC;
--- Whoever may read batchq.status calls it, and reads with it what his own rights let him read.
-DO $$
+-- A view calls functions with the rights of its reader. Whoever may read one gets what it needs, and with it still reads only what
+-- his own rights let him read.
+CREATE FUNCTION batchq.grant_to_readers(relation regclass, granted text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE reader text;
 BEGIN
   FOR reader IN
     SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END
     FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
-    WHERE c.oid = 'batchq.status'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
+    WHERE c.oid = relation AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
   LOOP
-    EXECUTE format('GRANT EXECUTE ON FUNCTION batchq.progress_of_parts(bigint) TO %s', reader);
+    EXECUTE format('GRANT %s TO %s', granted, reader);
   END LOOP;
 END $$;
+COMMENT ON FUNCTION batchq.grant_to_readers IS 'Grants something to whoever may read a relation: what it calls or reads. For migrations.';
+
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA batchq FROM PUBLIC;
+SELECT batchq.grant_to_readers('batchq.status', 'EXECUTE ON FUNCTION batchq.progress_of_parts(bigint)');

@@ -365,7 +365,7 @@ FROM (VALUES
 CROSS JOIN unnest(objects) AS object;
 
 -- Roles that have a duty already get what is new in it.
-DO $$
+CREATE FUNCTION batchq.renew_duties() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE known record;
 BEGIN
   FOR known IN
@@ -385,17 +385,8 @@ BEGIN
     PERFORM batchq.grant_duty(known.duty, known.role);
   END LOOP;
 END $$;
+COMMENT ON FUNCTION batchq.renew_duties IS 'Grants to each role with a duty what has become part of it. For migrations that change batchq.duties.';
+SELECT batchq.renew_duties();
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA batchq FROM PUBLIC;
--- Whoever may read batchq.status calls it, and reads with it what his own rights let him read.
-DO $$
-DECLARE reader text;
-BEGIN
-  FOR reader IN
-    SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END
-    FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
-    WHERE c.oid = 'batchq.status'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
-  LOOP
-    EXECUTE format('GRANT EXECUTE ON FUNCTION batchq.progress_of_parts(bigint) TO %s', reader);
-  END LOOP;
-END $$;
+SELECT batchq.grant_to_readers('batchq.status', 'EXECUTE ON FUNCTION batchq.progress_of_parts(bigint)');

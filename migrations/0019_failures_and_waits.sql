@@ -325,15 +325,4 @@ COMMENT ON COLUMN batchq.throughput.wait_seconds_p95 IS 'The same for 95 % of th
 COMMENT ON COLUMN batchq.throughput.wait_seconds_p99 IS 'The same for 99 % of the attempts.';
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA batchq FROM PUBLIC;
--- Whoever may read batchq.failures calls what it calls.
-DO $$
-DECLARE reader text;
-BEGIN
-  FOR reader IN
-    SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END
-    FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
-    WHERE c.oid = 'batchq.failures'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
-  LOOP
-    EXECUTE format('GRANT EXECUTE ON FUNCTION batchq.error_group(text) TO %s', reader);
-  END LOOP;
-END $$;
+SELECT batchq.grant_to_readers('batchq.failures', 'EXECUTE ON FUNCTION batchq.error_group(text)');

@@ -69,25 +69,6 @@ FROM (VALUES
 CROSS JOIN unnest(objects) AS object;
 
 -- Roles that have a duty already get what is new in it.
-DO $$
-DECLARE known record;
-BEGIN
-  FOR known IN
-    SELECT DISTINCT d.duty, r.rolname AS role
-    FROM (VALUES ('worker', 'has_ready'), ('operator', 'retry')) AS d(duty, function)
-    JOIN pg_proc p ON p.pronamespace = 'batchq'::regnamespace AND p.proname = d.function
-    CROSS JOIN LATERAL aclexplode(p.proacl) a JOIN pg_roles r ON r.oid = a.grantee
-    WHERE a.grantee <> p.proowner
-    UNION
-    SELECT d.duty, r.rolname
-    FROM (VALUES ('producer', 'batchq.batches'::regclass, 'INSERT'), ('viewer', 'batchq.queues', 'SELECT')) AS d(duty, relation, privilege)
-    JOIN pg_class c ON c.oid = d.relation JOIN pg_attribute t ON t.attrelid = c.oid AND t.attname = 'kind'
-    CROSS JOIN LATERAL (SELECT * FROM aclexplode(c.relacl) UNION ALL SELECT * FROM aclexplode(t.attacl)) a
-    JOIN pg_roles r ON r.oid = a.grantee
-    WHERE a.grantee <> c.relowner AND a.privilege_type = d.privilege
-  LOOP
-    PERFORM batchq.grant_duty(known.duty, known.role);
-  END LOOP;
-END $$;
+SELECT batchq.renew_duties();
 
 REVOKE ALL ON FUNCTION batchq.enqueue_copy FROM PUBLIC;

@@ -6,17 +6,7 @@ SELECT * FROM batchq.batches;
 COMMENT ON VIEW batchq.all_batches IS
   'All batches, live and finished: the columns of batchq.batches. To read; to enqueue, INSERT INTO batchq.batches.';
 -- Whoever may read batchq.batches reads it here, with his own rights: row security stays what it is.
-DO $$
-DECLARE reader text;
-BEGIN
-  FOR reader IN
-    SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END
-    FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
-    WHERE c.oid = 'batchq.batches'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
-  LOOP
-    EXECUTE format('GRANT SELECT ON batchq.all_batches TO %s', reader);
-  END LOOP;
-END $$;
+SELECT batchq.grant_to_readers('batchq.batches', 'SELECT ON batchq.all_batches');
 
 -- ---------------------------------------------------------------------------------------------------------------- for migrations
 
@@ -47,28 +37,6 @@ BEGIN
   EXECUTE format('CREATE OR REPLACE VIEW %s %s AS ', relation, options) || batchq.amended(pg_get_viewdef(relation), changes);
 END $$;
 COMMENT ON FUNCTION batchq.amend_view IS 'Changes texts in the definition of a view; see batchq.amended. For migrations.';
-
-CREATE FUNCTION batchq.renew_duties() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE known record;
-BEGIN
-  FOR known IN
-    SELECT DISTINCT d.duty, r.rolname AS role
-    FROM (VALUES ('worker', 'has_ready'), ('operator', 'retry')) AS d(duty, function)
-    JOIN pg_proc p ON p.pronamespace = 'batchq'::regnamespace AND p.proname = d.function
-    CROSS JOIN LATERAL aclexplode(p.proacl) a JOIN pg_roles r ON r.oid = a.grantee
-    WHERE a.grantee <> p.proowner
-    UNION
-    SELECT d.duty, r.rolname
-    FROM (VALUES ('producer', 'batchq.batches'::regclass, 'INSERT'), ('viewer', 'batchq.queues', 'SELECT')) AS d(duty, relation, privilege)
-    JOIN pg_class c ON c.oid = d.relation JOIN pg_attribute t ON t.attrelid = c.oid AND t.attname = 'kind'
-    CROSS JOIN LATERAL (SELECT * FROM aclexplode(c.relacl) UNION ALL SELECT * FROM aclexplode(t.attacl)) a
-    JOIN pg_roles r ON r.oid = a.grantee
-    WHERE a.grantee <> c.relowner AND a.privilege_type = d.privilege
-  LOOP
-    PERFORM batchq.grant_duty(known.duty, known.role);
-  END LOOP;
-END $$;
-COMMENT ON FUNCTION batchq.renew_duties IS 'Grants to each role with a duty what has become part of it. For migrations that change batchq.duties.';
 
 -- ------------------------------------------------------------------------------------------------- what reads live and finished
 

@@ -187,25 +187,13 @@ COMMENT ON FUNCTION batchq.split_queue IS
   'transactions of other writers have ended; if they have not, it raises lock_not_available and has changed nothing: try again. '
   'Returns the number of shards. Only for the owner of the schema, or whom he grants EXECUTE.';
 
-CREATE FUNCTION batchq.let_readers_call() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE reader text;
-BEGIN
-  FOR reader IN
-    SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END
-    FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
-    WHERE c.oid = 'batchq.status'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
-  LOOP
-    EXECUTE format('GRANT EXECUTE ON FUNCTION batchq.progress_of_parts(bigint), batchq.whole_queue(text), batchq.whole_of_shard(text) TO %s', reader);
-  END LOOP;
-END $$;
-COMMENT ON FUNCTION batchq.let_readers_call IS 'Lets whoever may read batchq.status call the functions that it calls.';
-
 -- Not before a queue is split: the planner has no statistics of an expression, so a filter by it reads more rows. A later migration
 -- that replaces the view calls this if batchq.split_queues has a row.
 CREATE FUNCTION batchq.show_wholes() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$ BEGIN
   IF position('whole_queue' IN pg_get_viewdef('batchq.status'::regclass)) = 0 THEN
     PERFORM batchq.amend_view('batchq.status', ARRAY['b.queue,', 'batchq.whole_queue(b.queue) AS queue,']);
-    PERFORM batchq.let_readers_call();
+    PERFORM batchq.grant_to_readers('batchq.status',
+      'EXECUTE ON FUNCTION batchq.progress_of_parts(bigint), batchq.whole_queue(text), batchq.whole_of_shard(text)');
   END IF;
 END $$;
 COMMENT ON FUNCTION batchq.show_wholes IS 'Makes the column "queue" of batchq.status that of the whole queue, instead of the stored one.';
@@ -389,5 +377,6 @@ SELECT batchq.amend_view('batchq.duties', ARRAY[
 SELECT batchq.renew_duties();
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA batchq FROM PUBLIC;
-SELECT batchq.let_readers_call();
+SELECT batchq.grant_to_readers('batchq.status',
+  'EXECUTE ON FUNCTION batchq.progress_of_parts(bigint), batchq.whole_queue(text), batchq.whole_of_shard(text)');
 SELECT batchq.give_replica_identities();

@@ -11,7 +11,7 @@ from batchq.operate.progress import shares
 
 
 def progress(row: Mapping[str, Any], width: int) -> Text:
-    """Return a bar of a batch with items: what succeeded, what failed (dashed), and what is left."""
+    """Return the progress bar of a batch with items: what is done, what failed (dashed), and what is left."""
     if not row["items_total"]:
         return Text()
     done, failed = shares(row, width)

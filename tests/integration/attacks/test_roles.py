@@ -145,8 +145,9 @@ def test_a_worker_rewrites_no_input_and_forges_no_batch(conn: Conn, roles: dict[
     assert value(conn, "SELECT kind FROM batchq.batches") == "x"
 
 
+@pytest.mark.parametrize("is_public", [False, True])
 def test_who_could_read_the_status_before_an_upgrade_can_read_it_afterwards(
-    empty_dsn: str, admin_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    empty_dsn: str, admin_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_public: bool
 ) -> None:
     before = tmp_path / "migrations"
     shutil.copytree(MIGRATIONS, before, ignore=lambda _, names: [name for name in names if name >= "0016"])
@@ -155,8 +156,9 @@ def test_who_could_read_the_status_before_an_upgrade_can_read_it_afterwards(
         migrations.migrate(empty_dsn)
         name = str(conninfo_to_dict(reader)["user"])
         with psycopg.connect(empty_dsn, autocommit=True) as owner:
-            owner.execute(f"GRANT USAGE ON SCHEMA batchq TO {name}".encode())
-            owner.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA batchq TO {name}".encode())
+            grantee = "PUBLIC" if is_public else name
+            owner.execute(f"GRANT USAGE ON SCHEMA batchq TO {grantee}".encode())
+            owner.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA batchq TO {grantee}".encode())
             owner.execute("INSERT INTO batchq.batches (kind, items) VALUES ('x', '[1, 2]')")
             patched.undo()
             migrations.migrate(empty_dsn)
