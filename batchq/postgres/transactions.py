@@ -8,7 +8,7 @@ from typing import Any, Self
 import psycopg
 from psycopg.abc import Params
 
-from batchq.errors import OutcomeUnknown
+from batchq.errors import BatchqError, Interrupted, OutcomeUnknown
 from batchq.postgres.connections import AnyConnection, is_lost
 from batchq.postgres.deadlines import deadline
 from batchq.postgres.statements import session
@@ -26,8 +26,11 @@ LONGEST_TEXT = 15_000  # characters of one message: Amazon's RDS Proxy pins a cl
 def is_conflict(error: BaseException) -> bool:
     """Return whether a transaction may succeed if it is run again, of whatever driver its error is.
 
-    SQLAlchemy keeps the driver's error in `orig`, Django as the cause; psycopg2's errors have a `pgcode`.
+    SQLAlchemy keeps the driver's error in `orig`, Django as the cause; psycopg2's errors have a `pgcode`. An error of
+    batchq's own is none, whatever its cause: a handler that raises it says what is to become of the batch.
     """
+    if isinstance(error, BatchqError | Interrupted):
+        return False
     errors = (error, getattr(error, "orig", None), error.__cause__)
     states = [getattr(one, name, None) for one in errors for name in ("sqlstate", "pgcode")]
     return any(state in _CONFLICT_STATES for state in states)

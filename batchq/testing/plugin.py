@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def batchq_databases() -> Iterator[Databases]:
     """Return the maker of test databases: on the server of BATCHQ_TEST_DSN, or on a private one that ends with the
-    session (extra `batchq[embedded]`). Override this fixture for a server of your own."""
+    session (extra `pgbatchq[embedded]`). Override this fixture for a server of your own."""
     from batchq.testing.databases import running_databases
 
     with running_databases() as databases:

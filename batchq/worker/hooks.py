@@ -146,10 +146,11 @@ class WorkerLifespan:
                 self._held.result(seconds)
             elif self._manager is not None:
                 self._manager.__exit__(None, None, None)
-        except TimeoutError:
-            _log.error("lifespan not closed in time", seconds=round(seconds, 1))
         except Exception as error:
-            _log.error("lifespan failed", at="end", error=one_line(error), exc_info=error)
+            if isinstance(error, TimeoutError) and self._held is not None and not self._held.done():
+                _log.error("lifespan not closed in time", seconds=round(seconds, 1))
+            else:
+                _log.error("lifespan failed", at="end", error=one_line(error), exc_info=error)
         self._held = self._manager = None
 
     def _open_async(self, event_loop: EventLoop) -> Any:

@@ -338,18 +338,24 @@ def test_an_error_before_the_yield_ends_the_worker_and_no_batch_is_claimed(dsn: 
 
 
 @both_styles
+@pytest.mark.parametrize("error", [OSError, TimeoutError])
 def test_an_error_after_the_yield_is_logged(
-    dsn: str, conn: Conn, style: str, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    dsn: str,
+    conn: Conn,
+    style: str,
+    error: type[Exception],
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     app = batchq.App()
 
     def fail() -> Iterator[None]:
         yield
-        raise OSError("cannot close")
+        raise error("cannot close")
 
     async def fail_async() -> AsyncIterator[None]:
         yield
-        raise OSError("cannot close")
+        raise error("cannot close")
 
     app.lifespan(fail if style == "def" else fail_async)
     register(app, style, "work", lambda _: "done")
@@ -357,7 +363,9 @@ def test_an_error_after_the_yield_is_logged(
     drain(app, dsn)
     assert look(conn, batch_id).result == "done"
     out = capsys.readouterr()
-    assert "lifespan failed" in caplog.text + out.out + out.err
+    logged = caplog.text + out.out + out.err
+    assert "lifespan failed" in logged
+    assert f"{error.__name__}: cannot close" in logged
 
 
 def test_a_worker_whose_async_lifespan_does_not_close_ends_all_the_same(dsn: str, conn: Conn) -> None:

@@ -273,6 +273,25 @@ def test_asyncpg_and_psycopg(dsn: str, admin_dsn: str, conn: psycopg.Connection)
     assert values(conn, ROWS) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(batchq.Cancel("enough"), "cancelled"), (batchq.InvalidInput("no"), "failed"), (batchq.Snooze(3600), "pending")],
+)
+def test_what_a_handler_raises_because_of_a_conflict_counts_not_the_conflict(
+    dsn: str, conn: psycopg.Connection, error: Exception, status: str
+) -> None:
+    app, calls = batchq.App(), []
+
+    @app.handler("work")
+    def work(batch: batchq.Batch) -> None:
+        calls.append(batch.attempt)
+        raise error from psycopg.errors.DeadlockDetected()
+
+    batch_id = put(conn, "work")
+    drain(app, dsn)
+    assert (look(conn, batch_id).status, len(calls)) == (status, 1)
+
+
 CONFLICT = "DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'serialization_failure'; END $$"
 
 

@@ -114,7 +114,8 @@ def _action(verb: str, label: str) -> Any:
     def act(model_admin: "BatchAdmin", request: Any, queryset: Any) -> None:
         ids = list(queryset.order_by("pk").values_list("pk", flat=True)[: MOST_SELECTED + 1])
         if len(ids) > MOST_SELECTED:
-            text = f"More than {MOST_SELECTED} batches are selected. Use the command line: batchq cancel --help"
+            command = "cancel" if verb == "cancel" else "retry"
+            text = f"More than {MOST_SELECTED} batches are selected. Use the command line: batchq {command} --help"
             model_admin.message_user(request, text, messages.ERROR)
             return
         connection, actor = connections[queryset.db], f"django:{request.user.get_username()}"

@@ -16,9 +16,9 @@ from batchq.contrib.django.interface import TaskContext, TaskError, TaskResultSt
 from batchq.contrib.django.results import change, result_of
 from batchq.errors import Cancel, DatabaseAway, Interrupted, InvalidInput, LeaseLost, Snooze, Throttled, of_group
 from batchq.postgres.statements.task_rows import read_task_row
-from batchq.postgres.transactions import CONFLICTS
+from batchq.postgres.transactions import is_conflict
 
-_LATER = (Interrupted, Snooze, Throttled, DatabaseAway, *CONFLICTS)
+_LATER = (Interrupted, Snooze, Throttled, DatabaseAway)
 
 
 def add_task(app: App, task: Any, backend: str) -> None:
@@ -98,7 +98,8 @@ def _is_final(batch: Batch, error: BaseException) -> bool:
     if isinstance(cause, InvalidInput | Cancel):
         return True
     is_ours = batch._claimed.interrupt is None  # else the batch has ended already, or another attempt comes
-    return batch.attempt >= batch.max_attempts and is_ours and not isinstance(cause, _LATER)
+    comes_again = isinstance(cause, _LATER) or is_conflict(cause)
+    return batch.attempt >= batch.max_attempts and is_ours and not comes_again
 
 
 def _note_failure(result: Any, error: BaseException) -> None:

@@ -401,6 +401,13 @@ def test_task_finished_is_not_sent_before_the_last_attempt(run: Run, heard: Any)
     assert [name for name, _, _ in heard] == ["task_enqueued", "task_started"]
 
 
+def test_task_finished_is_not_sent_for_a_deadlock_after_which_the_batch_runs_again(run: Run, heard: Any) -> None:
+    enqueued = tasks.conflict.enqueue()
+    run()
+    assert {name for name, _, _ in heard} == {"task_enqueued", "task_started"}
+    assert tasks.conflict.get_result(enqueued.id).status == READY
+
+
 def test_a_listener_that_fails_does_not_fail_the_task(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     def broken(**_: Any) -> None:
         raise tasks.OwnError("of a listener")

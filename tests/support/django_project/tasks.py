@@ -62,6 +62,12 @@ def fail_once() -> None:
     raise OwnError("once")
 
 
+@task(backend="once")
+def conflict() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'deadlock_detected'; END $$")
+
+
 @task(backend="once", queue_name="any queue")
 async def fail_once_async() -> None:
     raise OwnError("once")
