@@ -16,7 +16,7 @@ from batchq.web import bulk, chosen, formats, list_reads
 from batchq.web.list_reads import Found, Sort
 from batchq.web.pages import Pages
 from batchq.web.reads import MOST_ROWS, Reader, Row
-from batchq.web.search import MOST_CHARACTERS, STATUSES, Terms, parse, term
+from batchq.web.search import MOST_CHARACTERS, STATUSES, Terms, parse, term, without
 from batchq.web.view import redirect, view_of
 
 COLUMNS = {
@@ -235,16 +235,11 @@ def _tabs(given: Given, terms: Terms, counted: dict[str, tuple[int, str]]) -> li
             if mark == "≥" and not number
             else f"{mark}{space if mark == '≥' else ''}{formats.number(number)}",
             "has_any": number > 0,
-            "query": given.query(status=status or None, search=_without_status(given, terms)),
+            "query": given.query(status=status or None, search=without(given.search, "status")),
             "is_current": status == (terms.status or ""),
         }
         for status, (number, mark) in counted.items()
     ]
-
-
-def _without_status(given: Given, terms: Terms) -> str:
-    """Return the text of the search without its term for the status, which the tabs choose."""
-    return " ".join(given.search.replace(f"status:{terms.status}", "").split()) if not given.status else given.search
 
 
 def _remember(answer: Response, given: Given, asked: str | None, base: str) -> None:

@@ -15,7 +15,7 @@ from batchq.web.day_line import line_of, next_runs
 from batchq.web.forms import read_form
 from batchq.web.list_reads import batch_list, sort_of
 from batchq.web.pages import Pages
-from batchq.web.reads import MOST_CHARACTERS, MOST_ROWS, Conn, Reader
+from batchq.web.reads import MOST_CHARACTERS, MOST_ROWS, Reader, Row
 from batchq.web.search import Terms
 from batchq.web.verbs import Refused, refusals, why
 from batchq.web.view import live_address, names_in, redirect, refuse_if_read_only, without_nul
@@ -64,8 +64,7 @@ class Schedules:
         """Show the form, with the definition that batchq.schedules has for the name."""
         refuse_if_read_only(request)
         given = dict(request.query_params)
-        name = given.get("name", "")
-        row = self._reader.ask(lambda conn: schedules.own_schedule(conn, name)) if name and "\0" not in name else None
+        row = self._own(given.get("name", ""))
         texts = {column: str(value) for column, value in (row or {}).items()}
         return self._form(request, {**texts, **given}, is_new=row is None)
 
@@ -79,16 +78,21 @@ class Schedules:
         try:
             with refusals():
                 wanted = definition(form.get("name", "").strip(), form.get("cron", "").strip(), form)
-                self._reader.act(lambda conn: _change(conn, wanted, form))
+                self._reader.act(lambda conn: change(conn, wanted, *why(form)))
         except Refused as error:
-            return self._form(request, form, str(error))
+            is_new = self._own(form.get("name", "").strip()) is None
+            return self._form(request, form, str(error), is_new=is_new)
         return redirect(request, f"/schedules?{formats.query(said='set_schedule')}")
 
-    def _form(self, request: Request, given: dict[str, str], problem: str = "", *, is_new: bool = False) -> Response:
+    def _form(self, request: Request, given: dict[str, str], problem: str = "", *, is_new: bool) -> Response:
         code = 409 if problem else 200
         return self._pages.page(
             request, "schedule.html", code, fields=FIELDS, given=given, problem=problem, is_new=is_new
         )
+
+    def _own(self, name: str) -> Row | None:
+        """Return the definition that batchq.schedules has for a name."""
+        return self._reader.ask(lambda conn: schedules.own_schedule(conn, name)) if name and "\0" not in name else None
 
     def ask_action(self, request: Request) -> Response:
         """Ask whether to pause, resume, run or remove a schedule."""
@@ -120,7 +124,3 @@ class Schedules:
         if (action := ACTIONS.get(request.path_params["action"])) is None:
             raise HTTPException(404, "no such action")
         return action
-
-
-def _change(conn: Conn, wanted: dict[str, Any], form: dict[str, str]) -> None:
-    change(conn, wanted, *why(form))

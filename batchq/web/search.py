@@ -6,6 +6,7 @@ in ids, keys, unique keys, kinds, queues and errors.
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -59,19 +60,13 @@ def parse(text: str) -> Terms:
         raise ValueError(f"the search has {len(text)} characters; at most {MOST_CHARACTERS} are allowed")
     found: dict[str, Any] = {}
     words: list[str] = []
-    at = 0
-    while (at := _after_space(text, at)) < len(text):
-        if not (term := _TERM.match(text, at)):
-            word, at = _value(text, at, "the text") if text[at] == '"' else _bare(text, at)
-            words.append(word)
-            continue
-        name = "payload" if "." in term[1] else term[1]
-        if name in found:
+    for name, value, _ in _pieces(text):
+        if name == "words":
+            words.append(value)
+        elif name in found:
             raise ValueError(f"the search has {name} twice; once is enough{_one_payload(name)}")
-        if name == "payload":
-            found[name], at = _in_payload(term[1], text, term.end())
         else:
-            found[name], at = _field(name, text, term)
+            found[name] = value
     if words:
         found["words"] = " ".join(words)
     if any("\0" in value for value in found.values() if isinstance(value, str)):
@@ -79,9 +74,28 @@ def parse(text: str) -> Terms:
     return Terms(**found)
 
 
+def without(text: str, name: str) -> str:
+    """Return a text without its term of a field. Raises ValueError."""
+    return " ".join(piece for field, _, piece in _pieces(text) if field != name)
+
+
 def term(name: str, value: str) -> str:
     """Return the text of a term."""
     return f"{name}:{value if _PLAIN.fullmatch(value) and value[0] != '/' else json.dumps(value, ensure_ascii=False)}"
+
+
+def _pieces(text: str) -> Iterator[tuple[str, Any, str]]:
+    """Yield each term and word: its field ("words" for a word), what it means, and its own text. Raises ValueError."""
+    value: Any
+    at = 0
+    while (begin := _after_space(text, at)) < len(text):
+        if not (found := _TERM.match(text, begin)):
+            value, at = _value(text, begin, "the text") if text[begin] == '"' else _bare(text, begin)
+            yield "words", value, text[begin:at]
+            continue
+        name = "payload" if "." in found[1] else found[1]
+        value, at = _in_payload(found[1], text, found.end()) if name == "payload" else _field(name, text, found)
+        yield name, value, text[begin:at]
 
 
 def _after_space(text: str, at: int) -> int:

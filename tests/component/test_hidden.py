@@ -9,8 +9,11 @@ import pytest
 import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import batchq
+from batchq.cli.top.batch_text import page
+from batchq.cli.top.source import read_page
 from batchq.common import hidden, log
 from batchq.common.hidden import BatchValues, Fields
 from batchq.common.secrets import values_to_hide
@@ -158,6 +161,16 @@ def test_the_command_line_shows_no_hidden_value_of_a_schedule(conn: Conn, dsn: s
     listed = [command(*words, "--json", **given) for words in (("schedule", "list"), ("status",), ("top",))]
     assert [found.out.count("***") for found in added + listed] == [3, 6, 3, 3, 3]
     assert all("bob" in found.out and not has_secret(found.out) for found in [added[1], *listed])
+
+
+def test_the_terminal_says_that_a_payload_goes_on_only_if_it_does(conn: Conn, hiding: None) -> None:
+    for payload, goes_on in (({"phrase": SECRET * 9}, False), ({"user": "ann " * 9000}, True)):
+        found = read_page(conn, put(conn, "shown", payload))
+        assert found
+        console = Console(width=100)
+        with console.capture() as captured:
+            console.print(page(found, 100))
+        assert ("characters; all: batchq show" in captured.get()) == goes_on
 
 
 # -------------------------------------------------------------------------------------------------------- the rules

@@ -167,6 +167,7 @@ def test_the_page_names_what_it_refuses_and_keeps_what_was_typed(conn: Conn, dsn
             answer = site.post("/schedules/set", token, **given)
             assert (answer.status_code, text in answer.text) == (409, True), text
             assert "<script>x" not in answer.text
+            assert "Change schedule" not in answer.text, "there is none yet"
         assert site.client.get("/schedules/start").status_code == 404
         assert site.client.get("/schedules/set?name=a%00b").status_code == 200
         forged = site.client.post("/schedules/remove", data={"name": "x", "form_token": "0" * 64})

@@ -14,7 +14,7 @@ from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.endings import Finish
 from batchq.web import batch_list, list_reads
 from batchq.web.chosen import MOST_CHOSEN
-from batchq.web.search import STATUSES, InPayload, Terms, parse, term
+from batchq.web.search import STATUSES, InPayload, Terms, parse, term, without
 from tests.component.rows import (
     Conn,
     change,
@@ -250,6 +250,24 @@ BAD = {
     "payload:" + "[" * 290: "not valid JSON",
     "x" * 301: "at most 300",
 }
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("status:failed", ""),
+        ("status = failed key:a", "key:a"),
+        ('a status:"failed"  b', "a b"),
+        ("status:ready payload.status:ready", "payload.status:ready"),
+        ('status:failed error:"status:failed"', 'error:"status:failed"'),
+        ('error:"a  b"', 'error:"a  b"'),
+    ],
+)
+def test_a_tab_leaves_everything_of_a_search_but_its_status(site: Site, text: str, left: str) -> None:
+    assert without(text, "status") == left
+    page = site.client.get("/batches", params={"q": text}).text
+    [address] = re.findall(r'<a id="tab-completed" href="([^"]*)"', page)
+    assert site.client.get(unescape(address)).status_code == 200
 
 
 def test_a_search_that_means_nothing_is_explained(conn: Conn, site: Site) -> None:

@@ -11,7 +11,7 @@ from textual.containers import VerticalScroll
 from batchq.cli.bars import progress
 from batchq.cli.columns import Row
 from batchq.cli.show_tables import as_error, attempts, colored, items, short, table, to_the_second
-from batchq.cli.top.source import Page
+from batchq.cli.top.source import MOST_CHARACTERS, Page
 from batchq.common.terminal import block, line, styled
 from batchq.operate.parts import range_text
 
@@ -54,10 +54,9 @@ def _parts(found: Page, width: int) -> Iterator[RenderableType]:
         if each.get("traceback"):
             yield Text(block(each["traceback"]))
     for each in found.texts:
-        more = len(each["text"]) < each["characters"]
         yield from _titled(each["name"].capitalize())
         yield Text(block("{}" if each["text"] == "{\n}" else each["text"]))
-        if more:
+        if each["characters"] > MOST_CHARACTERS:
             yield styled(f"    ... {each['characters']:,} characters; all: batchq show {batch['id']} --json")
     yield from _tables(found)
 

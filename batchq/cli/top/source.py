@@ -15,7 +15,7 @@ from batchq.postgres.statements import flows, limits, parts, verbs, views
 from batchq.postgres.statements.running import Conn
 
 MOST_ROWS = 200
-_MOST_CHARACTERS = 20_000
+MOST_CHARACTERS = 20_000
 # What the line on top says comes from these, whatever table is shown.
 ALWAYS = ("queues", "workers", "pauses", "throttles")
 _READS: dict[str, Callable[[Conn, str | None, str | None], list[Row]]] = {
@@ -60,7 +60,7 @@ def read_page(conn: Conn, batch_id: int) -> Page | None:
     is_spread = (batch["spread"] or 0) > 1
     return Page(
         batch,
-        [each | {"text": shown_text(each["text"])} for each in views.batch_texts(conn, batch_id, _MOST_CHARACTERS)],
+        [each | {"text": shown_text(each["text"])} for each in views.batch_texts(conn, batch_id, MOST_CHARACTERS)],
         views.failed_attempts(conn, batch_id),
         [shown_item(row) for row in views.failed_item_objects(conn, batch_id, MOST_ROWS)],
         flows.needs_rows(conn, batch_id, MOST_ROWS),
