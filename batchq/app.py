@@ -167,11 +167,10 @@ class App:
 
         Its first argument is the item. It may also take ``batch`` and, if *transactional*, ``conn``: the connection of
         the chunk's transaction, which has a savepoint for each item and commits with the checkpoint. *concurrency*: how
-        many items of a batch run concurrently. *chunk_size*: at most how many items there are between two checkpoints;
-        one is also written about once a second. *spread*: into how many parts a batch is split whose row does not say
-        so (see docs/spread.md). *item*: a pydantic model; an item that does not fit the model fails without a retry.
-        *items_per_second*: for how many items it is called per second, in all workers together. Other options: see
-        `handler`. Raises ConfigError.
+        many items of a batch run concurrently. *chunk_size*: the most items between two checkpoints; one is also
+        written about once a second. *spread*: into how many parts a batch is split whose row does not say so (see
+        docs/spread.md). *item*: a pydantic model; an item that does not fit it fails without a retry.
+        *items_per_second*: items per second, in all workers together. Others: see `handler`. Raises ConfigError.
         """
         rates = (max_running, per_second, items_per_second, burst_seconds, max_running_per_key)
         limits = _checked_limits(kind, DeclaredLimits(*rates))

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from batchq.cli.bars import progress
 from batchq.cli.rate import clock
+from batchq.common.numbers import duration
 from batchq.common.terminal import line, styled
 from batchq.operate.flow_graph import Group as FlowGroup
 from batchq.operate.limits import name_text, number_text, origin_text, use_text
@@ -17,7 +18,6 @@ from batchq.operate.parts import Summary, range_text
 from batchq.operate.progress import items_text
 from batchq.operate.schedules import origin_of, rules_of, words_of
 from batchq.postgres.statements.views import MOST_OF_A_KEY
-from batchq.web.formats import duration
 
 _Row = dict[str, Any]
 _STYLES = {

@@ -42,9 +42,7 @@ def end_read(conn: Any) -> None:
     A session is committed, because a rollback would expire the objects that it has loaded.
     """
     match drivers.way_of(conn):
-        case "psycopg":
-            conn.rollback()
-        case "sqlalchemy":
+        case "psycopg" | "sqlalchemy":
             conn.rollback()
         case "session":
             conn.commit()
@@ -53,9 +51,7 @@ def end_read(conn: Any) -> None:
 async def end_read_async(conn: Any) -> None:
     """Async version of `end_read`."""
     match drivers.async_way_of(conn):
-        case "psycopg":
-            await conn.rollback()
-        case "sqlalchemy":
+        case "psycopg" | "sqlalchemy":
             await conn.rollback()
         case "session":
             await conn.commit()

@@ -35,7 +35,8 @@ class Run(NamedTuple):
 def line_of(row: Row) -> Line:
     """Return the line of a row of the statement "schedules"; without marks if the schedule makes no batches."""
     begin = _slot_of(row["now"].astimezone(UTC))
-    slots = _slots(row["cron"], row["time_zone"], upcoming(row, 1)[0], begin) if upcoming(row, 1) else ()
+    first = upcoming(row, 1)
+    slots = _slots(row["cron"], row["time_zone"], first[0], begin) if first else ()
     return Line(_joined(slots), _hours(begin), _text(len(slots)))
 
 

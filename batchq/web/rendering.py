@@ -1,5 +1,6 @@
 """How the pages of the web UI are rendered: the templates, what all of them show, and their live parts."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ _DONE = {name: verb.title.lower() for name, verb in VERBS.items()} | {
 }  # fmt: skip
 
 
+@functools.cache
 def _environment() -> Environment:
     """Return an environment that escapes everything and spells out hidden characters."""
     made = Environment(

@@ -299,8 +299,6 @@ class Finisher:
             return "finish" if entry.batch.row.part_of is not None else "complete"
         if outcome is COMPLETED:
             return "complete"
-        if outcome.status == "completed":
-            return "finish"
         return "requeue" if outcome.status == "pending" else "finish"
 
     def by_target(self, group: Iterable[Ended]) -> dict[tuple[str, str], list[Ended]]:
