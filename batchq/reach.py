@@ -27,9 +27,8 @@ from batchq.postgres.idle_connections import (
 from batchq.postgres.link import Link
 from batchq.postgres.statements import reach
 from batchq.postgres.statements.running import Statement
+from batchq.postgres.statements.views import FINAL_STATUSES, STATUSES
 
-FINAL = ("completed", "failed", "cancelled")
-STATUSES = ("waiting", "scheduled", "ready", "processing", "stalled", "retrying", *FINAL)
 MOST_LISTED = 10_000
 _DATABASE_SECONDS = 15.0  # timeout of each query on a connection of wait's own
 _FIRST_PAUSE_SECONDS = 0.05
@@ -71,7 +70,7 @@ class BatchInfo:
     @property
     def is_final(self) -> bool:
         """Whether it has ended: it is completed, failed or cancelled."""
-        return self.status in FINAL
+        return self.status in FINAL_STATUSES
 
 
 # -------------------------------------------------------------------------------------------------------------- reads
@@ -217,7 +216,7 @@ class _Watch:
                 "(BATCHQ_KEEP_COMPLETED), or dropped by its age"
             )
         self.status = status
-        return status in FINAL
+        return status in FINAL_STATUSES
 
     def pause(self) -> float:
         """Return how many seconds to pause. Raises TimeoutError."""

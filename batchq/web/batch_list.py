@@ -12,11 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from batchq.common.numbers import read_whole
+from batchq.postgres.statements.views import STATUSES
 from batchq.web import bulk, chosen, formats, list_reads
 from batchq.web.list_reads import Found, Sort
 from batchq.web.pages import Pages
 from batchq.web.reads import MOST_ROWS, Reader, Row
-from batchq.web.search import MOST_CHARACTERS, STATUSES, Terms, parse, term, without
+from batchq.web.search import MOST_CHARACTERS, Terms, parse, term, without
 from batchq.web.view import redirect, view_of
 
 COLUMNS = {

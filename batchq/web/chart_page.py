@@ -1,15 +1,15 @@
 """The page of charts: what ended per minute, how long it ran and how long it waited, by queue and kind."""
 
 from typing import Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qsl
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from batchq.web import formats
 from batchq.web.charts import PERCENTILES, RANGES, RATES, Span, points, rate_chart, rate_text, time_chart, time_labels
 from batchq.web.pages import Pages
 from batchq.web.reads import MOST_ROWS, Reader
+from batchq.web.view import live_address
 
 _MOST_FILTER_CHARACTERS = 300
 _LIVE = "1h"
@@ -21,12 +21,12 @@ class ChartPage:
     def __init__(self, reader: Reader, pages: Pages) -> None:
         self._reader = reader
         self._pages = pages
-        pages.add_live_part("charts", lambda text: self._values(_chosen(_first(parse_qs(text))) | {"range": _LIVE}))
+        pages.add_live_part("charts", lambda text: self._values(_chosen(dict(parse_qsl(text))) | {"range": _LIVE}))
 
     def show(self, request: Request) -> HTMLResponse:
         """Show a range of time, of all queues and kinds or of the chosen ones."""
         chosen = _chosen(dict(request.query_params))
-        name = f"charts/{quote(formats.query(**chosen), safe='')}" if chosen["range"] == _LIVE else None
+        name = live_address("charts", **chosen) if chosen["range"] == _LIVE else None
         return self._pages.page(request, "charts.html", live=name, **self._values(chosen))
 
     def _values(self, chosen: dict[str, str]) -> dict[str, Any]:
@@ -52,10 +52,6 @@ class ChartPage:
             "totals": {name: sum(row[name] for row in pairs) for name in (*RATES, "runs", "run_seconds")},
             "rate_names": RATES, "percentiles": PERCENTILES, "rate": rate_text,
         }  # fmt: skip
-
-
-def _first(given: dict[str, list[str]]) -> dict[str, str]:
-    return {name: texts[0] for name, texts in given.items()}
 
 
 def _chosen(given: dict[str, str]) -> dict[str, str]:

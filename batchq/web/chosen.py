@@ -18,10 +18,10 @@ from starlette.responses import Response
 
 from batchq.errors import BatchqError
 from batchq.operate.verbs import VERBS, Verb
+from batchq.postgres.statements.views import HIGHEST_ID, STATUSES
 from batchq.web import formats, list_reads
 from batchq.web.forms import read_form
-from batchq.web.reads import HIGHEST_ID, Conn, Reader, Row, rows
-from batchq.web.search import STATUSES
+from batchq.web.reads import Conn, Reader, Row, rows
 from batchq.web.verbs import Refused, change_of, refusals, why
 from batchq.web.view import refuse_if_read_only
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from batchq.postgres.statements import running, views
-from batchq.web.reads import HIGHEST_ID, LOOK_ROWS, PAGE_ROWS, Conn, Row, rows
+from batchq.postgres.statements.views import HIGHEST_ID
+from batchq.web.reads import LOOK_ROWS, PAGE_ROWS, Conn, Row, rows
 from batchq.web.search import InPayload, Terms
 
 LOOK_DUE_ROWS = 1000  # how many batches of each queue and priority one page of a list by run_at searches

@@ -8,9 +8,10 @@ from starlette.responses import HTMLResponse, Response
 
 from batchq.operate import flow_graph
 from batchq.postgres.statements.parts import part_row
+from batchq.postgres.statements.views import HIGHEST_ID
 from batchq.web import charts
 from batchq.web.flows import flow_values
-from batchq.web.reads import HIGHEST_ID, MOST_ROWS, PAGE_ROWS, Reader, Row
+from batchq.web.reads import MOST_ROWS, PAGE_ROWS, Reader, Row
 from batchq.web.rendering import Rendering
 from batchq.web.view import redirect
 

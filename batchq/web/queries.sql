@@ -143,7 +143,7 @@ LIMIT %(limit)s
 -- name: batch
 SELECT s.id, s.queue, s.shard, s.kind, s.status, s.items_total, s.items_done, s.items_failed, s.attempt,
        s.max_attempts, s.priority, s.claimed_by, s.unique_key, s.key, s.needs_left, s.spread, b.on_failure, s.stored_status,
-       b.max_failed_items, b.timeout_seconds, b.trace_context, b.max_attempts - b.attempt AS attempts_left,
+       b.max_failed_items, b.timeout_seconds, b.trace_context,
        extract(epoch FROM s.running_time)::float8 AS running_seconds,
        CASE WHEN isfinite(s.created_at) THEN extract(epoch FROM now() - s.created_at)::float8 END AS age_seconds,
        CASE WHEN isfinite(s.next_run_at) THEN extract(epoch FROM s.next_run_at - now())::float8 END AS due_in_seconds,
@@ -173,10 +173,10 @@ FROM (SELECT id, at, verb, batches, details, left(reason, 500) AS reason, role, 
 ORDER BY a.id DESC
 
 -- name: batch_waited
-SELECT count(*) AS batches, to_char(min(n.at) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US') AS began_utc,
+SELECT count(*) AS batches,
        CASE WHEN bool_and(s.finished_at IS NOT NULL)
             THEN to_char(max(s.finished_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US') END AS ended_utc
-FROM (SELECT needed_id, at FROM batchq.needs WHERE batch_id = %(id)s ORDER BY needed_id LIMIT %(limit)s) n
+FROM (SELECT needed_id FROM batchq.needs WHERE batch_id = %(id)s ORDER BY needed_id LIMIT %(limit)s) n
 LEFT JOIN batchq.status s ON s.id = n.needed_id
 
 -- name: batch_held
@@ -248,7 +248,7 @@ LIMIT %(limit)s
 
 -- name: keys
 WITH counted AS MATERIALIZED (
-  SELECT queue, key, waiting, scheduled, running, is_estimate,
+  SELECT queue, key, waiting, scheduled, running,
          CASE WHEN oldest_at <= now() THEN extract(epoch FROM now() - oldest_at)::float8 END AS oldest_wait_seconds
   FROM batchq.count_keys(%(most)s, %(most_of_a_key)s, %(queue)s::text)
 )
@@ -266,7 +266,6 @@ WITH known AS MATERIALIZED (
   (SELECT b.queue FROM batchq.busy_queues() b LIMIT 1000)
 )
 SELECT batchq.whole_queue(q.queue) AS queue, %(key)s::text AS key, p.waiting, p.scheduled, r.running,
-       p.waiting + p.scheduled > %(most_of_a_key)s OR r.running > %(most_of_a_key)s AS is_estimate,
        CASE WHEN p.oldest_at <= now() THEN extract(epoch FROM now() - p.oldest_at)::float8 END AS oldest_wait_seconds
 FROM known q
 CROSS JOIN LATERAL (

@@ -21,7 +21,6 @@ MOST_ROWS = 500
 PAGE_ROWS = 50
 LOOK_ROWS = 5000  # how many batches one page of a filtered list searches
 MOST_CHARACTERS = 20_000  # of a payload
-HIGHEST_ID = 2**63 - 1
 SQL = running.load_statements(Path(__file__).with_name("queries.sql"))
 
 

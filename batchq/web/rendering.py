@@ -14,10 +14,10 @@ from batchq.common.numbers import counted
 from batchq.operate.limits import number_text, origin_text, use_text
 from batchq.operate.schedules import ACTIONS, origin_of, rules_of, upcoming, words_of
 from batchq.operate.verbs import VERBS
+from batchq.postgres.statements.views import STATUSES
 from batchq.web import formats
 from batchq.web.guard import guard_of
 from batchq.web.nav import ALL_PAGES, databases_beside, groups_on, pages_beside
-from batchq.web.search import STATUSES
 from batchq.web.view import View, path_of, view_of
 
 Values = Callable[[str], dict[str, Any]]

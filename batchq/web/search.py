@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from batchq.web.reads import HIGHEST_ID
+from batchq.postgres.statements.views import HIGHEST_ID, STATUSES
 
-STATUSES = ("waiting", "ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
 MOST_CHARACTERS = 300
 EXAMPLE = 'key:customer-7, error:"timed out" or payload.customer.id = 42'
 _FIELDS = ("id", "queue", "kind", "status", "key", "unique_key", "worker", "error")

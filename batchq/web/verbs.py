@@ -8,7 +8,8 @@ import psycopg
 
 from batchq.operate.refusals import refusal
 from batchq.operate.verbs import Verb, whole_number
-from batchq.web.reads import HIGHEST_ID, Reader
+from batchq.postgres.statements.views import HIGHEST_ID
+from batchq.web.reads import Reader
 
 _MOST_TEXT = 500
 

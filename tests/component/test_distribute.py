@@ -1,6 +1,7 @@
 """`batchq distribute`: the layout of tables for Citus, on a plain Postgres: how it is made, what is special on it."""
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -396,6 +397,30 @@ def test_a_role_with_the_duty_of_a_worker_is_enough(laid_out: str, plain_conn: C
         assert values(plain_conn, "SELECT DISTINCT status FROM batchq.status") == ["completed"]
     finally:
         plain_conn.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
+
+
+def test_a_schema_of_another_version_is_not_distributed(plain_conn: Conn) -> None:
+    plain_conn.execute("DELETE FROM batchq.migrations WHERE version = (SELECT max(version) FROM batchq.migrations)")
+    with pytest.raises(ConfigError, match="batchq migrate"):
+        make(plain_conn)
+    assert value(plain_conn, "SELECT to_regclass('batchq.batches_live_unregistered') IS NULL")
+
+
+def test_it_waits_for_a_migration_that_runs(plain: str, plain_conn: Conn) -> None:
+    with psycopg.connect(plain) as migration:
+        migration.execute("LOCK TABLE batchq.migrations IN SHARE ROW EXCLUSIVE MODE")
+        with pytest.raises(psycopg.OperationalError):
+            list(distribute(plain_conn, with_citus=False, seconds=1))
+    assert make(plain_conn)[:2] == ["lock", "separate_finished"]
+
+
+def test_a_transaction_timeout_of_the_role_does_not_end_it(plain_conn: Conn) -> None:
+    if plain_conn.info.server_version >= 170000:  # before, there is no such timeout
+        plain_conn.execute("SET transaction_timeout = '500ms'")
+    for step in distribute(plain_conn, with_citus=False):
+        if step.name == "lock":
+            time.sleep(0.7)
+    assert value(plain_conn, "SELECT to_regclass('batchq.batches_live_unregistered') IS NOT NULL")
 
 
 if __name__ == "__main__":

@@ -290,6 +290,8 @@ def test_what_a_handler_raises_because_of_a_conflict_counts_not_the_conflict(
     batch_id = put(conn, "work")
     drain(app, dsn)
     assert (look(conn, batch_id).status, len(calls)) == (status, 1)
+    late = values(conn, "SELECT run_at > now() + interval '30 minutes' FROM batchq.batches")
+    assert late == [isinstance(error, batchq.Snooze)]
 
 
 CONFLICT = "DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'serialization_failure'; END $$"

@@ -359,5 +359,76 @@ def test_a_finish_keeps_the_columns_that_a_finish_of_a_python_worker_keeps(conn:
     assert columns == kept | {"status", "items_done", "result", "errors", "finished_at"}
 
 
+def test_items_to_retry_are_of_the_claim_alone(conn: Conn) -> None:
+    batch_id = insert(conn, items=[1, 2], max_failed_items=0)
+    [first] = claim(conn)
+    call(conn, "checkpoint(%s, %s, 1, %s)", first, [{"index": 1, "error": "no"}])
+    call(conn, "fail(%s, %s, 'x', interval '0')", first)
+    [second] = claim(conn)
+    query = "SELECT item_index FROM batchq.items_to_retry(%s, %s)"
+    assert values(conn, query, [batch_id, second["claim_token"]]) == [1]
+    assert values(conn, query, [batch_id, first["claim_token"]]) == []
+
+
+@pytest.mark.parametrize("text", ["extend(%s, %s, 1)", "checkpoint(%s, %s, 0, '[]', NULL, 1)"])
+def test_a_lease_never_becomes_shorter(conn: Conn, text: str) -> None:
+    batch_id = insert(conn)
+    [row] = claim(conn)  # for 60 s
+    assert call(conn, text, row) is True
+    assert batch(conn, batch_id)["lease_expires_at"] == row["lease_expires_at"]
+
+
+def test_a_result_that_is_too_large_is_refused_and_the_claim_stays(conn: Conn) -> None:
+    batch_id = insert(conn)
+    [row] = claim(conn)
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="at most 1000000"):
+        call(conn, "complete(%s, %s, %s)", row, {"x": "y" * 1_000_000})
+    assert value(conn, STATUS, [batch_id]) == "processing"
+    assert call(conn, "complete(%s, %s, %s)", row, {"x": "y" * 999_000}) is True
+
+
+def test_a_pause_or_throttle_that_is_over_holds_nothing(conn: Conn) -> None:
+    insert(conn)
+    conn.execute("INSERT INTO batchq.pauses (queue, until) VALUES ('default', now() - interval '1 second')")
+    conn.execute("INSERT INTO batchq.throttles (queue, until) VALUES ('default', now() - interval '1 second')")
+    assert len(claim(conn)) == 1
+
+
+def test_rescue_does_not_wait_for_a_batch_that_its_worker_has_locked(dsn: str, conn: Conn) -> None:
+    busy, dead = insert(conn), insert(conn)
+    [row, _] = claim(conn, 2)
+    for batch_id in (busy, dead):
+        change(conn, batch_id, lease_expires_at="2020-01-01")
+    with psycopg.connect(dsn) as other, conn.transaction():
+        assert call(other, "complete(%s, %s)", row) is True
+        conn.execute("SET LOCAL lock_timeout = '5s'")
+        assert value(conn, "SELECT batchq.rescue('default')") == 1
+        other.commit()
+    assert [value(conn, STATUS, [one]) for one in (busy, dead)] == ["completed", "pending"]
+
+
+def test_a_batch_that_has_killed_two_workers_is_not_ready_at_once(conn: Conn) -> None:
+    ids = [insert(conn, attempt=7, max_attempts=20, run_at="2020-01-01") for _ in range(3)]
+    fresh = insert(conn, run_at="2020-01-01")
+    claim(conn, 4)
+    for batch_id in (*ids, fresh):
+        change(conn, batch_id, lease_expires_at="2020-01-01")
+    assert value(conn, "SELECT batchq.rescue('default')") == 4
+    late = "SELECT count(*) FROM batchq.batches_live WHERE run_at > '2021-01-01' AND id = ANY (%s)"
+    assert value(conn, late, [ids]) == 3
+    assert value(conn, late, [[fresh]]) == 0
+
+
+def test_a_part_alone_cannot_be_copied(conn: Conn) -> None:
+    spread = insert(conn, items=[1, 2, 3, 4], spread=2)
+    [row] = claim(conn)
+    conn.execute("SELECT batchq.spread_batch('default', %s, %s, 2)", [spread, row["claim_token"]])
+    part_id = claim(conn)[0]["id"]
+    refusal = f"is a part of batch {spread}: only the whole can be copied"
+    with pytest.raises(psycopg.errors.RaiseException, match=refusal):
+        conn.execute("SELECT batchq.enqueue_copy(%s)", [part_id])
+    assert value(conn, "SELECT count(*) FROM batchq.batches_live") == 3
+
+
 if __name__ == "__main__":
     run_alone(__file__)

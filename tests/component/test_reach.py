@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 import batchq
 from batchq.errors import InvalidInput
 from batchq.postgres.statements.endings import Finish
-from batchq.reach import STATUSES
+from batchq.postgres.statements.views import STATUSES
 from batchq.testing import running_worker
 from tests.component import rows
 from tests.support.alone import run_alone

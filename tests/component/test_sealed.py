@@ -869,5 +869,13 @@ def test_an_option_that_is_wrong_is_refused_as_without_keys(conn: Conn, keys: st
         put(conn, "w", items=[1, object()])
 
 
+def test_what_stands_before_a_colon_and_is_no_type_is_sealed_too() -> None:
+    keys = sealed.Keys.read(sealed.new_key("k"))
+    assert keys.plain_line("ValueError: no 4111") == "ValueError: sealed with key k"
+    for line in ("card 4111-1111 of Ann Lee: declined", "ann@example.com: no such user", ": 4111", "4111"):
+        assert keys.plain_line(line) == "sealed with key k"
+        assert keys.seal_line(line, "work").startswith("sealed with key k: ")
+
+
 if __name__ == "__main__":
     run_alone(__file__)

@@ -733,5 +733,33 @@ def test_no_more_keys_of_all_shards_are_counted_than_was_asked_for(conn: Conn) -
     assert len(values(conn, "SELECT key FROM batchq.count_keys(100, 100, 'mail')")) == 50
 
 
+def test_the_trigger_function_serves_the_tables_of_batchq_alone(conn: Conn) -> None:
+    split(conn, 2)
+    conn.execute("CREATE TABLE public.mine (id bigint, queue text, key text, unique_key text, part_of bigint)")
+    trigger = "CREATE TRIGGER t BEFORE INSERT ON public.mine FOR EACH ROW EXECUTE FUNCTION"
+    conn.execute(f"{trigger} batchq.choose_shard('mail', '2', '1')".encode())
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match=r"not of public\.mine"):
+        conn.execute("INSERT INTO public.mine (id, queue, key) VALUES (1, 'mail', 'k')")
+
+
+def test_a_worker_that_died_long_ago_keeps_no_queue_from_being_split(conn: Conn) -> None:
+    conn.execute(
+        "INSERT INTO batchq.workers (id, hostname, pid, version, queues, kinds, concurrency, heartbeat_at) "
+        "VALUES ('w', 'h', 1, '1', '{mail#3}', '{work}', 1, now() - interval '2 minutes')"
+    )
+    split(conn, 2)
+    assert values(conn, "SELECT queue FROM batchq.split_queues") == ["mail"]
+
+
+@pytest.mark.parametrize("table", ["limits", "pauses", "schedules"])
+def test_a_row_of_the_whole_cannot_become_one_of_a_shard(conn: Conn, table: str) -> None:
+    split(conn, 2)
+    conn.execute("INSERT INTO batchq.limits (queue, max_running) VALUES ('mail', 1)")
+    conn.execute("SELECT batchq.pause('mail')")
+    conn.execute("SELECT batchq.set_schedule('tick', '@every 1h', 'work', queue => 'mail')")
+    with pytest.raises(psycopg.errors.CheckViolation, match='queue "mail#1" is a shard of queue "mail"'):
+        conn.execute(f"UPDATE batchq.{table} SET queue = 'mail#1'".encode())
+
+
 if __name__ == "__main__":
     run_alone(__file__)

@@ -12,9 +12,10 @@ import pytest
 import batchq
 from batchq.postgres.statements.checkpoints import Progress
 from batchq.postgres.statements.endings import Finish
+from batchq.postgres.statements.views import STATUSES
 from batchq.web import batch_list, list_reads
 from batchq.web.chosen import MOST_CHOSEN
-from batchq.web.search import STATUSES, InPayload, Terms, parse, term, without
+from batchq.web.search import InPayload, Terms, parse, term, without
 from tests.component.rows import (
     Conn,
     change,

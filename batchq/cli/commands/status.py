@@ -22,14 +22,12 @@ from batchq.postgres.statements import limits, verbs, views
 from batchq.postgres.statements.running import Conn
 from batchq.postgres.statements.totals import totals
 
-_STATUSES = ("waiting", "ready", "scheduled", "retrying", "processing", "stalled", "completed", "failed", "cancelled")
-
 
 def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = add_command(subparsers, "status", _run, "show queues, workers and the latest batches")
     add_filters(parser)
-    parser.add_argument("--status", choices=_STATUSES, help="show only batches with this status")
+    parser.add_argument("--status", choices=views.STATUSES, help="show only batches with this status")
     parser.add_argument("--limit", type=natural, default=20, metavar="N", help="batches to show (default: 20)")
     parser.add_argument("--watch", action="store_true", help="redraw every second until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="print JSON")

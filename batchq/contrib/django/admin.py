@@ -18,11 +18,10 @@ from batchq.contrib.django.models import Batch, QueueKind
 from batchq.contrib.django.project import default_alias
 from batchq.postgres import drivers
 from batchq.postgres.statements import task_rows
-from batchq.postgres.statements.views import STORED_STATUS
+from batchq.postgres.statements.views import STATUSES, STORED_STATUS
 
 MOST_SELECTED = 1000
 MOST_FAILED_ITEMS = 100
-STATUSES = ("ready", "scheduled", "retrying", "waiting", "processing", "stalled", "completed", "failed", "cancelled")
 
 
 class OnePageAhead(Paginator):

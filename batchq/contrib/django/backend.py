@@ -21,10 +21,10 @@ from batchq.contrib.django.results import change, result_of, task_named
 from batchq.enqueue import DEFAULTS, payload_text
 from batchq.postgres import drivers
 from batchq.postgres.statements import inserts, task_rows
+from batchq.postgres.statements.views import HIGHEST_ID
 
 _OPTIONS = ("database", "max_attempts", "timeout_seconds")
 _MOST_NAME_BYTES = {"name": 200, "queue": 128}
-_HIGHEST_ID = 2**63 - 1
 defined: set[str] = set()  # the dotted paths of all tasks that were made for this backend
 
 
@@ -96,7 +96,7 @@ class BatchqBackend(BaseTaskBackend):
         """Return the TaskResult of an enqueued task. Raises TaskResultDoesNotExist, also for a batch of no task."""
         text = str(result_id)
         batch_id = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
-        rows = drivers.run(connections[self.database], task_rows.task_row(batch_id)) if batch_id <= _HIGHEST_ID else []
+        rows = drivers.run(connections[self.database], task_rows.task_row(batch_id)) if batch_id <= HIGHEST_ID else []
         if not rows:
             raise TaskResultDoesNotExist(result_id)
         row = json.loads(rows[0][0])

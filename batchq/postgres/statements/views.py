@@ -11,6 +11,7 @@ from batchq.postgres.statements.running import Conn, fetch_json
 # The status of batchq.batches for each finer one of batchq.status; it excludes partitions that cannot match.
 STORED_STATUS = {"ready": "pending", "scheduled": "pending", "retrying": "pending", "stalled": "processing"}
 FINAL_STATUSES = ("completed", "failed", "cancelled")
+STATUSES = ("waiting", "ready", "scheduled", "retrying", "processing", "stalled", *FINAL_STATUSES)  # of batchq.status
 HIGHEST_ID = 2**63 - 1
 MOST_PROCESSING = 100_000  # batches of one queue that are searched for changes
 
