@@ -110,7 +110,7 @@ class Chunk:
             return ItemFailure(self.indexes[position], one_line(error), retryable=True, delay_seconds=delay_seconds)
         message = error_text(error, MOST_ERROR_BYTES) if isinstance(error, str) else one_line(error)
         if self._batch.keys is not None:
-            message = self._batch.keys.seal_line(message, self._batch.kind)
+            message = self._batch.keys.seal_line(message, self._batch.kind, has_type=not isinstance(error, str))
         return ItemFailure(self.indexes[position], message, not isinstance(error, InvalidInput))
 
 

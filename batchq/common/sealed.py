@@ -128,14 +128,17 @@ class Keys:
         nonce = self._ciphers[self.first].nonce_of(text.encode(), _about(kind, field))
         return self.seal(text, kind, field, nonce=nonce)
 
-    def seal_line(self, line: str, kind: str) -> str:
-        """Return a line that names the type of an error and the key, and has the rest sealed."""
+    def seal_line(self, line: str, kind: str, *, has_type: bool = True) -> str:
+        """Return a line that names the key and, if the given one begins with it, the type of an error; all is sealed.
+
+        *has_type*: whether it does. Else its first word may be anything, and stays hidden.
+        """
         text = json.dumps(line, ensure_ascii=False)
         while len(text.encode()) > _MOST_SEALED_LINE_BYTES:
             line = line[: len(line) * 3 // 4]
             text = json.dumps(f"{line} ...", ensure_ascii=False)
         data = self._sealed(text, kind, "error", os.urandom(_NONCE_BYTES))
-        return f"{self.plain_line(line)}: {data}"
+        return f"{self.plain_line(line if has_type else '')}: {data}"
 
     def plain_line(self, line: str) -> str:
         """Return what everybody may know of the line of an error: its type, and which key the rest is sealed with."""

@@ -187,6 +187,27 @@ def test_chunks_and_their_transactions_are_sealed(conn: Conn, dsn: str, keys: st
     assert everywhere(conn) == []
 
 
+def test_a_text_that_a_handler_gives_for_a_failed_item_is_sealed_from_its_first_word_on(
+    conn: Conn, dsn: str, keys: str
+) -> None:
+    app = batchq.App()
+
+    @app.handler("by_hand")
+    def by_hand(batch: batchq.Batch) -> None:
+        for chunk in batch.chunks(2):
+            chunk.fail(0, "Ann: declined")
+            chunk.fail(1, ValueError("declined"))
+
+    put(conn, "by_hand", items=[1, 2], max_attempts=1)
+    drain(app, dsn)
+    told, raised = values(conn, "SELECT error FROM batchq.failed_items ORDER BY item_index")
+    assert told.startswith("sealed with key 2026-11: ")
+    assert raised.startswith("ValueError: sealed with key 2026-11: ")
+    known = sealed.Keys.read(keys)
+    assert [known.open_line(line, "by_hand") for line in (told, raised)] == ["Ann: declined", "ValueError: declined"]
+    assert "Ann" not in str(conn.execute("SELECT to_jsonb(b) FROM batchq.all_batches b").fetchall())
+
+
 def test_the_result_of_a_transaction_of_the_handler_is_sealed_and_others_read_it(
     conn: Conn, dsn: str, keys: str
 ) -> None:
